@@ -1,0 +1,76 @@
+# Needs Python >= 3.10, git and make; everything else goes into .venv. Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ARGS ?=
+
+# A stamp says what is installed, so that a second run installs nothing; new metadata or pins install again.
+PINS := pyproject.toml constraints.txt
+HAVE_PIP := $(VENV)/.have-pip
+HAVE_DEMO := $(VENV)/.have-demo
+HAVE_DEV := $(VENV)/.have-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types unit bench soak format install constraints clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(HAVE_DEMO) ## train on real MNIST digits through stateless replicas; writes runs/demo
+	$(BIN)/splitfed demo --output runs/demo $(ARGS)
+
+test: lint types unit ## ruff, mypy --strict, then the tests with coverage
+
+lint: $(HAVE_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(HAVE_DEV)
+	$(BIN)/mypy
+
+unit: $(HAVE_DEV)
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+bench: $(HAVE_DEV) ## benchmarks: JSON in runs/bench, tables on the terminal
+	$(BIN)/python -m benchmarks --output runs/bench $(ARGS)
+
+soak: $(HAVE_DEV) ## the long runs under faults
+	$(BIN)/python -m pytest -m soak --timeout=3600 $(ARGS)
+
+format: $(HAVE_DEV) ## let ruff mend and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(HAVE_DEV) ## only make .venv with all that the other targets need
+
+# Resolved by uv for every Python and platform at once. What torch pins for CUDA is left to torch.
+constraints: $(HAVE_PIP) ## renew the pins in constraints.txt
+	$(PIP) install --quiet uv
+	echo 'torch==2.13.0' > $(VENV)/torch.txt
+	$(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.10 --no-annotate --no-header \
+		--constraints $(VENV)/torch.txt --extra demo --group dev --output-file $(VENV)/resolved.txt pyproject.toml
+	( echo '# Exact versions for development and CI, made by `make constraints`; users of the package are not bound by them.'; \
+		sed -e "s/ ; sys_platform != 'emscripten'$$//; s/ and sys_platform != 'emscripten'$$//" $(VENV)/resolved.txt \
+		| grep -vE "^(nvidia|cuda)-|^triton=|== 'emscripten'" ) > constraints.txt
+
+clean: ## remove .venv, caches, build output and runs
+	rm -rf $(VENV) build dist runs htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip 25.1 is the first that knows dependency groups.
+$(HAVE_PIP):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else \
+		f"splitfed needs Python 3.10 or newer, but $(PYTHON) is {v[0]}.{v[1]}: try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade 'pip>=25.1'
+	@touch $@
+
+$(HAVE_DEMO): $(PINS) $(HAVE_PIP)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+$(HAVE_DEV): $(PINS) $(HAVE_PIP)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]' --group dev
+	@touch $(HAVE_DEMO) $@

@@ -1,0 +1,227 @@
+"""The accumulator: what waits in the pile becomes the next version.
+
+One commit folds the waiting gradients into their sample-weighted mean, in an order that is a function of their ids alone, takes one
+optimizer step, and publishes weights, buffers, optimizer state and the applied table as version + 1. Which gradients are
+folded, and what staleness costs, is policy; the mechanism is the same for every mode.
+
+Accumulators may race: each computes, one wins, and a loser begins again from the winner's version. Any of them may die at any
+moment; a new one continues from the store alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from splitfed import optimizers
+from splitfed.applied import BatchSet
+from splitfed.buffers import Rule, merge_buffers
+from splitfed.commits import Commit
+from splitfed.errors import InputError, MissingError
+from splitfed.folding import Folded, Sorted, fold, sort_batches
+from splitfed.ids import BatchId
+from splitfed.optimizers import Groups, OptimizerFactory, SchedulerFactory
+from splitfed.policies import constant
+from splitfed.stepping import Stepper
+from splitfed.store import GradientStore
+from splitfed.template import Template
+
+KEEP_VERSIONS = 16
+
+
+class Accumulator:
+    """Commits waiting gradients of one lineage.
+
+    Args:
+        body: The module whose gradients these are; it isn't changed. Its weights become version 0 if the store is new.
+        store: Where everything is.
+        optimizer: Makes a torch optimizer from the trainable parameters, in `named_parameters()` order, each tied one once.
+        lr_scheduler: Makes a scheduler from the optimizer; it steps once per commit.
+        param_groups: Makes parameter groups from the module, in place of the plain list.
+        lineage: `body`, `client` (FedAvg: SGD with rate 1) or `body@<id>`.
+        min_batches: A commit comes about when so many batches wait; it folds all that wait.
+        max_staleness: Batches whose base is more commits behind are reported as stale and not folded; `None` for any.
+        staleness_weight: s(τ), by staleness in commits; see `splitfed.policies`.
+        clip_norm: Clip the mean gradient to this global 2-norm.
+        buffer_rules: How buffers that a pattern matches are merged, in place of the rule by their kind.
+        keep_versions: How many versions stay readable, at least `max_staleness + 2`; 16 if neither says otherwise.
+        device: Where the optimizer steps; the body's device if it isn't given.
+        lock_seconds: How long to wait for another accumulator of this host to finish. It only saves duplicate work.
+
+    Raises:
+        ArchitectureError: the store was begun with another body.
+        UnsupportedError: the optimizer can't work from a stored mean (LBFGS, SparseAdam), or the scheduler (ReduceLROnPlateau).
+        InputError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        store: GradientStore,
+        optimizer: OptimizerFactory,
+        *,
+        lr_scheduler: SchedulerFactory | None = None,
+        param_groups: Groups | None = None,
+        lineage: str = "body",
+        min_batches: int = 1,
+        max_staleness: int | None = None,
+        staleness_weight: Callable[[int], float] = constant,
+        clip_norm: float | None = None,
+        buffer_rules: Mapping[str, Rule] | None = None,
+        keep_versions: int | None = None,
+        device: torch.device | str | None = None,
+        lock_seconds: float = 10.0,
+    ) -> None:
+        if not isinstance(store, GradientStore):
+            raise InputError(f"store is a {type(store).__name__}: expected a GradientStore, as in GradientStore('runs/demo')")
+        least = 2 + (max_staleness or 0)
+        self.min_batches = _at_least("min_batches", min_batches, 1)
+        self.max_staleness = None if max_staleness is None else _at_least("max_staleness", max_staleness, 0)
+        self.keep_versions = max(KEEP_VERSIONS, least) if keep_versions is None else _at_least("keep_versions", keep_versions, least)
+        if clip_norm is not None and not clip_norm > 0:
+            raise InputError(f"clip_norm is {clip_norm!r}: expected a norm above 0")
+        self.store = store
+        self.num_conflicts = 0
+        """How often another accumulator won the version that this one had computed."""
+        self._weight = staleness_weight
+        self._rules = buffer_rules
+        self._lock_seconds = lock_seconds
+        self._stop = threading.Event()
+        self._template = Template(body)
+        state = self._template.state(body)
+        where = torch.device(device) if device is not None else next((t.device for t in state.values()), torch.device("cpu"))
+        self._stepper = Stepper(self._template, optimizer, lr_scheduler, param_groups, clip_norm, where)
+        merge_buffers(self._template.blueprint, {name: state[name] for name in self._template.buffers}, [], buffer_rules)
+        store.begin(where)
+        self._versions = store.lineage(lineage)
+        self._pile = store.pile(lineage)
+        self._versions.initialise(self._template.fingerprint(), state)
+        self._headers: dict[BatchId, dict[str, object]] = {}
+
+    def step(self) -> Commit | None:
+        """Fold what waits into the next version.
+
+        Returns:
+            The commit, or `None` while fewer than `min_batches` wait.
+
+        Raises:
+            StoreError: the storage failed; nothing is lost, and a later step continues.
+            CorruptedError: the version to build upon was changed from outside.
+        """
+        with self.store.blobs.lock(self._versions.keys.lock, self._lock_seconds):
+            while True:
+                head = self._versions.head()
+                try:
+                    return self._try(head)
+                except MissingError:
+                    if self._versions.head() == head:
+                        raise
+                    self.num_conflicts += 1
+
+    def run(
+        self,
+        stop: threading.Event | None = None,
+        *,
+        poll: float = 0.1,
+        on_commit: Callable[[Commit], Any] | None = None,
+    ) -> int:
+        """Commit whenever enough batches wait, until told to stop.
+
+        Args:
+            stop: Set it to stop; or call `stop()`.
+            poll: How long to wait before looking again, in seconds, when too few wait.
+            on_commit: Called with each commit.
+
+        Returns:
+            How many commits were made.
+        """
+        ends = self._stop if stop is None else stop
+        made = 0
+        while not ends.is_set() and not self._stop.is_set():
+            commit = self.step()
+            if commit is None:
+                ends.wait(poll)
+                continue
+            made += 1
+            if on_commit is not None:
+                on_commit(commit)
+        return made
+
+    def stop(self) -> None:
+        """End `run()`, also one that begins later; a commit under way is finished."""
+        self._stop.set()
+
+    def _try(self, head: int) -> Commit | None:
+        """One attempt: the commit, or `None` if too few wait.
+
+        Raises:
+            MissingError: what this attempt needs is gone; ordinarily because another accumulator won.
+        """
+        applied = self._versions.applied(head)
+        piled = self._pile.waiting()
+        counted = [batch for batch in piled if batch in applied]
+        waiting = [batch for batch in piled if batch not in applied]
+        self._pile.drop(counted)
+        if len(waiting) < self.min_batches:
+            return None
+        found = sort_batches(waiting, self._header, head, self.max_staleness)
+        if len(found.ready) < self.min_batches:
+            return None
+        folded = fold(found, self._pile, self._versions.fingerprint(), head, self._weight, self.store.numerics())
+        if not found.ready:
+            return None
+        commit = self._publish(head, found, folded, applied, len(counted))
+        closed = self._versions.applied(self._versions.head())
+        self._pile.drop(batch for batch in found.closed if batch in closed)
+        self._headers = {batch: header for batch, header in self._headers.items() if batch not in closed}
+        return commit
+
+    def _publish(self, head: int, found: Sorted, folded: Folded, applied: BatchSet, duplicates: int) -> Commit:
+        parent = self._versions.commit(head)
+        live = self._stepper.take(self._versions, head)
+        self._stepper.step(live, folded.mean.mean())
+        state = self._template.state(live.module)
+        held = self._versions.state(head)
+        state |= merge_buffers(
+            self._template.blueprint, {name: held[name] for name in self._template.buffers}, folded.updates, self._rules
+        )
+        commit = Commit(
+            version=head + 1,
+            kind="fold",
+            nonce="",
+            files={},
+            frozen=parent.frozen,
+            num_samples=folded.mean.num_samples,
+            staleness=dict(sorted(folded.staleness.items())),
+            folded=BatchSet(found.ready),
+            stale=BatchSet(found.stale),
+            rejected=BatchSet(found.rejected),
+            skipped=BatchSet(found.skipped),
+            num_duplicates=duplicates,
+            num_expired=self._versions.sweep(self.keep_versions),
+            num_foreign=folded.num_foreign,
+        )
+        optimizer = optimizers.capture(live.optimizer, live.scheduler)
+        made = self._versions.publish(commit, state, optimizer, applied.union(found.closed))
+        if made is None:
+            raise MissingError(f"version {head + 1} was made by another accumulator")
+        self._stepper.keep(live, made.nonce)
+        return made
+
+    def _header(self, batch: BatchId) -> Mapping[str, Any]:
+        if batch not in self._headers:
+            header = self._pile.peek(batch)
+            if header is None:
+                raise MissingError(f"batch {batch} is neither counted nor on file: it was deleted from outside")
+            self._headers[batch] = header
+        return self._headers[batch]
+
+
+def _at_least(name: str, value: int, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} is {value!r}: expected an integer of at least {least}")
+    return value

@@ -1,0 +1,72 @@
+"""What happens to a tensor at the cut, the same on a server, in a replay and in the reference.
+
+A tensor enters as a copy of its own: 64-byte aligned, because an odd address changes the bits of a small Linear; with the
+client's strides; and not a leaf, so that a body may begin with an in-place layer. The autograd functions here are
+identities. They group gradients as the cut does: what the body adds up over several uses of an activation leaves it as one sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitfed import codec
+
+
+def fresh(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """A detached copy in memory of its own, with the strides that survive the codec."""
+    tensor = tensor.detach()
+    moved = tensor if device is None or tensor.device == device else tensor.to(device)
+    kept = codec.canonical(moved)
+    if kept is not tensor and kept.data_ptr() != tensor.data_ptr():
+        return kept
+    strided = [i for i, (n, s) in enumerate(zip(kept.shape, kept.stride(), strict=True)) if s == 0 and n > 1]
+    base = kept
+    for dim in strided:
+        base = base.narrow(dim, 0, 1)
+    copy = torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device=base.device).copy_(base)
+    return copy.expand(kept.shape) if strided else copy
+
+
+class Enter(torch.autograd.Function):
+    """Identity into the body: a fresh copy forward, the gradient as it is backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """A fresh copy of `tensor` (any shape)."""
+        return fresh(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """The gradient itself."""
+        return grads[0]
+
+
+class Leave(torch.autograd.Function):
+    """Identity out of the body: a fresh copy forward, the gradient in the codec's layout backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """A fresh copy of `tensor` (any shape)."""
+        return fresh(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """The gradient as a server would get it."""
+        return codec.canonical(grads[0].detach())
+
+
+class Alias(torch.autograd.Function):
+    """Identity of a parameter for one call: its gradients are added up within the call first."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        """The same memory under another name."""
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """The gradient itself."""
+        return grads[0]

@@ -1,0 +1,213 @@
+"""A call across the cut, under autograd.
+
+Going out, the arguments of a cut point become a request, and the answer's outputs become the outputs of an autograd function whose
+backward is the other request. A dummy input that requires grad makes autograd call it even if nothing before the cut does.
+The grad mode is read before `Function.apply`: inside it is always off.
+
+The trap: `torch.utils.checkpoint` calls a cut point again inside of the backward pass, without a client around it. The generator is
+restored by then, so the seed tells which call is meant, the version is that call's, and the CRC of the outputs proves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitfed import trees
+from splitfed.connection import Connection
+from splitfed.cutpoint import CutPoint
+from splitfed.errors import InPlaceError, ReplayError, UnsupportedError
+from splitfed.messages import ForwardAnswer, ForwardRequest
+from splitfed.passes import Passes, Scope
+from splitfed.seeding import Seed
+
+
+class Session:
+    """One `client(...)` call: all its cut calls run at one version and hand their buffers on.
+
+    Args:
+        connection: The client's process.
+        passes: Its backward passes.
+        num_samples: What the call counts, in examples.
+        scope: The `client.batch(...)` block around it.
+        version: Pinned version; `None` for the newest at the first cut call.
+    """
+
+    def __init__(
+        self, connection: Connection, passes: Passes, num_samples: float, scope: Scope | None, version: int | None
+    ) -> None:
+        self.connection = connection
+        self.passes = passes
+        self.num_samples = num_samples
+        self.scope = scope
+        self.version = version
+        self._previous: int | None = None
+        self._made: list[tuple[int, int | None, tuple[int, ...]]] = []
+        """(seed, previous call, CRCs) of each cut call."""
+
+    def call(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a cut call of this session."""
+        if torch._C._current_graph_task_id() == -1:
+            self.passes.give_up()
+        seed = Seed()
+        request, tensors = self.request(point, args, kwargs, seed, self._previous)
+        with self.connection.housekeeping() as notes:
+            answer = self.connection.transport.forward(replace(request, housekeeping=notes))
+        self._note(request, answer, seed)
+        if request.grad:
+            self._previous = request.call
+        return self._connect(request, answer, tensors)
+
+    def recompute(
+        self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], earlier: Sequence[Any]
+    ) -> Any:
+        """Answer a cut call made again inside of a backward pass, for the session that made it first.
+
+        Raises:
+            ReplayError: no earlier call gave these outputs.
+        """
+        seed = Seed()
+        candidates = [(session, made) for session in earlier for made in reversed(session._made) if made[0] == seed.value]
+        for session, (_, previous, crcs) in candidates:
+            request, tensors = session.request(point, args, kwargs, seed, previous)
+            answer = session.connection.transport.forward(request)
+            if answer.crcs == crcs:
+                session._note(request, answer, seed)
+                return session._connect(request, answer, tensors)
+            if request.grad:
+                session.connection.release(RecordedCall(session, request, answer.version))
+        raise ReplayError(
+            f"a cut point was called inside of a backward pass, as torch.utils.checkpoint does, and none of {len(candidates)} earlier "
+            "calls with that random state had the same outputs: keep preserve_rng_state=True, and the client half free of state"
+        )
+
+    def request(
+        self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], seed: Seed, previous: int | None
+    ) -> tuple[ForwardRequest, list[Tensor]]:
+        """The request for a cut call, and its distinct input tensors."""
+        _, tensors = trees.flatten((args, kwargs))
+        device = tensors[0].device.type if tensors else "cpu"
+        autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+        return ForwardRequest(
+            client_id=self.connection.client_id,
+            incarnation=self.connection.incarnation,
+            call=self.connection.number("call"),
+            cut=point.name,
+            inputs=(args, kwargs),
+            requires_grad=tuple(tensor.requires_grad for tensor in tensors),
+            training=point.training,
+            grad=torch.is_grad_enabled(),
+            seed=seed.value,
+            autocast=None if autocast is None else autocast.removeprefix("torch."),
+            version=self.version,
+            seen=self.connection.seen,
+            previous=previous,
+        ), tensors
+
+    def _note(self, request: ForwardRequest, answer: ForwardAnswer, seed: Seed) -> None:
+        if not answer.drew:
+            seed.put_back()
+        self.connection.opened(answer.incarnation, answer.version)
+        self.version = answer.version
+        self._made.append((request.seed, request.previous, answer.crcs))
+
+    def _connect(self, request: ForwardRequest, answer: ForwardAnswer, tensors: list[Tensor]) -> Any:
+        """The outputs, as autograd should see them."""
+        spec, outputs = trees.flatten(answer.outputs)
+        if tensors:
+            outputs = [output.to(tensors[0].device) for output in outputs]
+        if request.grad:
+            recorded = RecordedCall(self, request, answer.version)
+            if any(answer.requires_grad):
+                outputs = list(_Cross.apply(recorded, answer.requires_grad, outputs, _dummy(), *tensors))
+            else:
+                self.connection.release(recorded)
+            for index in answer.changed:
+                recorded.guard(index, tensors[index])
+        return trees.unflatten(spec, outputs)
+
+
+class RecordedCall:
+    """A cut call whose forward is on record: what its node of the graph holds."""
+
+    def __init__(self, origin: Session, request: ForwardRequest, version: int) -> None:
+        self.origin = origin
+        self.version = version
+        self.number = request.call
+        self.training = request.training
+        self.task = torch._C._current_graph_task_id()
+        """The graph task that the call was made in, if it is a recompute; else -1."""
+        self._answered: tuple[Tensor | None, ...] = ()
+
+    def backward(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """The gradients of the inputs, from the server; empty if there are none."""
+        outer = self.origin.passes.opened(self.task)
+        under_way = outer or self.origin.passes.current(torch._C._current_graph_task_id())
+        answer = under_way.backward(self, grads, may_seal=outer is None)
+        self._answered = () if answer is None else answer.grad_inputs
+        return self._answered
+
+    def guard(self, index: int, tensor: Tensor) -> None:
+        """Watch an input that the body changed in place, as the client's own copy wasn't: no other use may count on it."""
+        torch.autograd.graph.increment_version(tensor)
+        if not tensor.requires_grad:
+            return
+
+        def check(grad: Tensor) -> None:
+            own = self._answered[index] if self._answered else None
+            if own is None or grad.data_ptr() != own.data_ptr():
+                raise InPlaceError(
+                    f"the body changes its input {index} in place, and the client uses it elsewhere too: that use would see "
+                    "other values than in the unsplit model. Begin the body with inplace=False, or clone() before the cut"
+                )
+
+        tensor.register_hook(check)
+
+
+class _Cross(torch.autograd.Function):
+    """Outputs of a recorded call forward; its gradients, by request, backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: RecordedCall, requires_grad: tuple[bool, ...], outputs: list[Tensor], dummy: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The outputs, as they came."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dummy)
+        ctx.mark_non_differentiable(*(t for t, needed in zip(outputs, requires_grad, strict=True) if not needed))
+        ctx.call, ctx.devices = call, [tensor.device for tensor in tensors]
+        call.origin.connection.watch(call, ctx)
+        if call.task != -1:
+            call.origin.passes.current(call.task)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """The gradients of the inputs."""
+        refuse_second_order()
+        ctx._raw_saved_tensors  # noqa: B018 -- raises, as a local model would, if the graph was freed
+        found = ctx.call.backward(grads)
+        moved = [None if g is None else g.to(device) for g, device in zip(found, ctx.devices, strict=False)]
+        return None, None, None, None, *(moved or [None] * len(ctx.devices))
+
+
+def refuse_second_order() -> None:
+    """Refuse `create_graph=True`; to be called in a backward.
+
+    Raises:
+        UnsupportedError: gradients of gradients are asked for.
+    """
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            "create_graph=True can't cross the cut: the server answers gradients, not their graph. Compute what needs second "
+            "derivatives (gradient penalties, meta-learning) within the client half"
+        )
+
+
+def _dummy() -> Tensor:
+    """Requires grad, so that autograd runs the backward even if nothing before the cut requires it."""
+    return torch.empty(0, requires_grad=True)

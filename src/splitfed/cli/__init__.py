@@ -1,0 +1,53 @@
+"""The command line: `splitfed VERB`, a file per verb.
+
+A verb's module has `add(verbs)`, which describes its arguments and sets `run`, a function from the parsed arguments to
+the exit status. It imports what it needs in `run`, so that `--help` doesn't wait for torch. What the user got wrong is
+told in one line, without a traceback: exit status 2; anything else that fails by our own errors: 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from splitfed import __version__
+from splitfed.cli import demo
+from splitfed.errors import InputError, SplitFedError
+
+_VERBS = (demo,)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what argparse would print and exit with, so that every mistake leaves by the same door."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see '{self.prog} --help')")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 2 for a user's mistake, 1 for a failure, 130 for an interrupt.
+
+    Args:
+        argv: The arguments after the program's name; those of the process if not given.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        status: int = arguments.run(arguments)
+        return status
+    except KeyboardInterrupt:
+        print("splitfed: interrupted", file=sys.stderr)
+        return 130
+    except SplitFedError as error:
+        print(f"splitfed: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="splitfed", description="Split federated learning for any PyTorch model.")
+    parser.add_argument("--version", action="version", version=f"splitfed {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, dest="verb")
+    for verb in _VERBS:
+        verb.add(verbs)
+    return parser

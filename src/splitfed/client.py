@@ -1,0 +1,233 @@
+"""The client: a module that disappears into the user's own training loop.
+
+It wraps a client half without copying it. Parameters, buffers and submodules are the half's own, under their own names, so an
+optimizer, a state_dict or a print shows the half; what is here besides is the way to the server. Where a call goes is
+decided by the call, not by the half: one half may serve many clients.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splitfed.calls import Session
+from splitfed.connection import Connection, LossScale
+from splitfed.cutpoint import CutPoint, active_caller
+from splitfed.errors import CutError, InputError, UnsupportedError
+from splitfed.ids import check_client_id, check_number
+from splitfed.onetrip import LossSession
+from splitfed.passes import Passes, Scope
+from splitfed.syncing import HalfSync
+from splitfed.transport import Transport
+
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+class SplitClient(nn.Module):
+    """Connects the cut points of a client half to a server.
+
+    Args:
+        client_half: The half that `split` returned, or a model with `CutPoint`s placed by hand. It isn't copied.
+        server: Anything with the methods of `Transport`: a `SplitServer` in this process, or a client of a remote one.
+        client_id: 1 to 64 of the characters A-Z a-z 0-9 _ . -, beginning with a letter or digit. One `SplitClient` at a time
+            may train under an id: a newer one supersedes it.
+        loss_scale: What the loss is multiplied by before `backward()`, as a number or a function: `scaler.get_scale`, `1 / k`
+            under gradient accumulation, the batch size for a summed loss. Stored parameter gradients are divided by it.
+
+    Raises:
+        IdError: the id may not become a key.
+        CutError: the half has no cut point.
+        InputError: `server` isn't a transport.
+    """
+
+    def __init__(
+        self, client_half: nn.Module, server: Transport, client_id: str, *, loss_scale: LossScale = 1.0
+    ) -> None:
+        check_client_id(client_id)
+        if isinstance(client_half, SplitClient):
+            raise InputError("client_half is a SplitClient already: pass the half that it wraps, client.client_half")
+        if not any(isinstance(module, CutPoint) for module in client_half.modules()):
+            raise CutError(
+                f"{type(client_half).__name__} has no CutPoint: take the first of split(model, at), or put CutPoint() where the "
+                "body belongs"
+            )
+        if not isinstance(server, Transport):
+            raise InputError(f"server is {server!r}: expected a SplitServer, or an object with the methods of splitfed.Transport")
+        super().__init__()
+        self.__dict__["client_half"] = client_half
+        for name in _SHARED:
+            self.__dict__[name] = client_half.__dict__[name]
+        self.__dict__["_connection"] = Connection(server, client_id, loss_scale)
+        self.__dict__["_passes"] = Passes(self._connection)
+        self.__dict__["_sync"] = HalfSync(client_half, self._connection)
+        self.__dict__["_scope"] = None
+        self.__dict__["_pinned"] = None
+
+    @property
+    def client_id(self) -> str:
+        """Whose client this is."""
+        return self._connection.client_id
+
+    @property
+    def version(self) -> int | None:
+        """The version of the client half that was last pulled; `None` before."""
+        return self._sync.version
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The half's own mode."""
+        half = self.__dict__.get("client_half")
+        return True if half is None else half.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "client_half" in self.__dict__:
+            self.client_half.training = mode
+
+    @property
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
+        """Run the half; has the signature of the half's own `forward`."""
+        replaced: Callable[..., Any] | None = self.__dict__.get("_replaced_forward")
+        return _Forward(self) if replaced is None else replaced
+
+    @forward.setter
+    def forward(self, value: Callable[..., Any]) -> None:
+        self.__dict__["_replaced_forward"] = value
+
+    def loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Loss of `(*inputs, target)`, computed by the server in one trip; call `.backward()` on it.
+
+        The last positional argument is the target. The server needs a `loss_fn`, and the half must end at its cut.
+
+        Raises:
+            CutError: something comes after the cut.
+            InputError: the server has no `loss_fn`.
+        """
+        if len(args) < 2:
+            raise InputError(f"client.loss() takes the inputs and then the target: expected at least 2 arguments, got {len(args)}")
+        *inputs, target = args
+        session = LossSession(self._connection, self._passes, self._samples(inputs, kwargs), self._scope, self._pinned)
+        session.target = target
+        found = self._run(session, tuple(inputs), kwargs)
+        if session.value is None or found is not session.value:
+            raise CutError("client.loss() needs a client half that ends at its cut, and this one computes further: call client(x)")
+        return session.value
+
+    @contextmanager
+    def at(self, version: int) -> Iterator[SplitClient]:
+        """Run calls within at one version of the body, for evaluation."""
+        before, self.__dict__["_pinned"] = self._pinned, check_number("version", version)
+        try:
+            yield self
+        finally:
+            self.__dict__["_pinned"] = before
+
+    @contextmanager
+    def batch(self, num_samples: float | None = None, *, loss_scale: float | None = None) -> Iterator[SplitClient]:
+        """Say what the calls within count: for tokens, nodes, or tensors whose first dimension isn't the batch.
+
+        Args:
+            num_samples: Weight of the batch, in whatever unit all clients use; by default the leading dimension of the first
+                tensor given to `client(...)`, summed over the calls.
+            loss_scale: Overrides the client's own.
+        """
+        before, self.__dict__["_scope"] = self._scope, Scope(num_samples, loss_scale)
+        try:
+            yield self
+        finally:
+            self.__dict__["_scope"] = before
+
+    def pull(self) -> int:
+        """Copy the newest client half into this one, in place; the user's optimizer isn't touched.
+
+        The first pull of all publishes this half as version 0.
+
+        Returns:
+            The version.
+        """
+        return self._sync.pull()
+
+    def push(self, num_samples: float | None = None) -> None:
+        """Publish what this half has learned since the last pull or push.
+
+        Args:
+            num_samples: Its weight, in examples; by default what the batches since then counted.
+
+        Raises:
+            InputError: nothing was pulled, or there are no samples.
+        """
+        self._sync.push(num_samples)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The half's own state_dict."""
+        return self.client_half.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the half."""
+        return self.client_half.load_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> SplitClient:
+        """Set the half's mode, and with it the mode that the body runs in."""
+        self.client_half.train(mode)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SplitClient:
+        self.client_half._apply(*args, **kwargs)
+        return self
+
+    def _run(self, session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getattr(self, "_is_replica", False):
+            raise UnsupportedError("nn.DataParallel can't replicate a SplitClient: call it directly; the server scales by replicas")
+        token = active_caller.set(session)
+        try:
+            return self.client_half(*args, **kwargs)
+        finally:
+            active_caller.reset(token)
+
+    def _samples(self, *given: Any) -> float:
+        tensor = _first_tensor(given)
+        return float(tensor.shape[0]) if tensor is not None and tensor.dim() else 1.0
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            half = self.__dict__.get("client_half")
+            if half is None:
+                raise
+            return getattr(half, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SplitClient:
+        connection = self._connection
+        half = copy.deepcopy(self.client_half, memo)
+        return SplitClient(half, connection.transport, connection.client_id, loss_scale=connection.loss_scale)
+
+
+class _Forward:
+    """The client's forward, with the half's signature."""
+
+    def __init__(self, client: SplitClient) -> None:
+        self._client = client
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        client = self._client
+        samples = client._samples(args, kwargs)
+        session = Session(client._connection, client._passes, samples, client._scope, client._pinned)
+        return client._run(session, args, kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._client.client_half.forward)
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, torch.Tensor):
+        return value
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next((found for found in map(_first_tensor, children) if found is not None), None)

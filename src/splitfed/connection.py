@@ -1,0 +1,152 @@
+"""A client's process, as the server sees it: its numbers, and what it still has to confirm.
+
+Calls are numbered at the forward, batches at the backward. What a request confirms rides along with it: graphs that are
+gone (their records may go too) and numbers that were given up. A request that fails hands that back, to ride with the next.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from splitfed.errors import InputError
+from splitfed.messages import Housekeeping
+from splitfed.transport import Transport
+
+LossScale = float | Callable[[], float]
+
+
+class Recorded(Protocol):
+    """A call whose forward is on record at the server."""
+
+    version: int
+    number: int
+
+
+class Connection:
+    """One `SplitClient`'s side of the protocol.
+
+    Args:
+        transport: The server.
+        client_id: Whose it is.
+        loss_scale: What losses are multiplied by before `backward()`.
+    """
+
+    def __init__(self, transport: Transport, client_id: str, loss_scale: LossScale) -> None:
+        self.transport = transport
+        self.client_id = client_id
+        self.loss_scale = loss_scale
+        self.incarnation: int | None = None
+        self.seen = 0
+        self.num_samples = 0.0
+        """Samples of the batches stored since it was last set to zero."""
+        self._next = {"call": 0, "batch": 0, "push": 0}
+        self._live: list[tuple[Recorded, weakref.ref[Any]]] = []
+        self._abandoned: list[int] = []
+        self._answered: list[int] = []
+        self._released: list[tuple[int, int]] = []
+        self._warned = False
+        self._lock = threading.RLock()
+
+    def number(self, kind: str) -> int:
+        """The next number of a 'call', 'batch' or 'push'."""
+        with self._lock:
+            self._next[kind] += 1
+            return self._next[kind] - 1
+
+    def opened(self, incarnation: int | None, version: int) -> None:
+        """Take note of what an answer says."""
+        with self._lock:
+            self.incarnation = incarnation if self.incarnation is None else self.incarnation
+            self.seen = max(self.seen, version)
+
+    def watch(self, call: Recorded, node: Any) -> None:
+        """Keep a call on record for as long as its node of the graph can still be run."""
+        with self._lock:
+            self._live.append((call, weakref.ref(node)))
+
+    def release(self, call: Recorded) -> None:
+        """A recorded call that has no graph needs no record."""
+        with self._lock:
+            self._released.append((call.version, call.number))
+
+    def abandon(self, seq: int) -> None:
+        """A batch whose pass failed: its number is closed with the next request."""
+        with self._lock:
+            self._abandoned.append(seq)
+
+    def answered(self, seq: int) -> None:
+        """A one-trip batch whose answer has arrived."""
+        with self._lock:
+            self._answered.append(seq)
+
+    def outstanding(self) -> list[Recorded]:
+        """The recorded calls that the backward pass under way reaches, done or not."""
+        with self._lock:
+            nodes = [(call, node()) for call, node in self._live]
+        return [call for call, node in nodes if node is not None and torch._C._will_engine_execute_node(node)]
+
+    @contextmanager
+    def housekeeping(self) -> Iterator[Housekeeping]:
+        """What the request within confirms; handed back if it fails."""
+        with self._lock:
+            kept = []
+            for call, node in self._live:
+                if _can_run(node()):
+                    kept.append((call, node))
+                else:
+                    self._released.append((call.version, call.number))
+            self._live = kept
+            notes = Housekeeping(tuple(self._released), tuple(self._abandoned), tuple(self._answered))
+            self._released, self._abandoned, self._answered = [], [], []
+        try:
+            yield notes
+        except BaseException:
+            with self._lock:
+                self._released += notes.released
+                self._abandoned += notes.abandoned
+                self._answered += notes.answered
+            raise
+
+    def scale(self) -> float:
+        """The loss scale now.
+
+        Raises:
+            InputError: it isn't a finite number other than zero.
+        """
+        value = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
+        value = float(value)
+        if not math.isfinite(value) or value == 0:
+            raise InputError(f"loss_scale is {value!r}: expected a finite number other than 0, or a function that returns one")
+        return value
+
+    def note_status(self, status: str, num_samples: float) -> None:
+        """Count a batch, or warn, once, that one was rejected."""
+        with self._lock:
+            if status == "stored":
+                self.num_samples += num_samples
+            first, self._warned = status == "rejected" and not self._warned, self._warned or status == "rejected"
+        if first:
+            warnings.warn(
+                f"a gradient of client {self.client_id!r} isn't finite (NaN or Inf): the batch is closed as rejected and counts "
+                "nowhere. Under GradScaler that is ordinary; later ones are only counted",
+                stacklevel=2,
+            )
+
+
+def _can_run(node: Any) -> bool:
+    """Whether a node of the graph is alive and its buffers haven't been freed by a backward."""
+    if node is None:
+        return False
+    try:
+        node._raw_saved_tensors  # noqa: B018 -- raises once they are freed; unlike `saved_tensors` it unpacks nothing
+    except RuntimeError:
+        return False
+    return True

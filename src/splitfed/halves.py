@@ -1,0 +1,76 @@
+"""Client halves on the server's side: handing them out, and taking their updates in.
+
+FedAvg is the same commit on another lineage: a client publishes start − end as its pseudo-gradient, weighted by its samples, and
+whoever accumulates the `client` lineage with SGD at rate 1 applies their mean (McMahan et al., arXiv 1602.05629; with another
+optimizer it is FedOpt, Reddi et al., arXiv 2003.00295).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from splitfed.errors import ArchitectureError
+from splitfed.ids import BatchId, check_client_id
+from splitfed.messages import GradientRecord, PullAnswer, PullRequest, PushAnswer, PushRequest
+from splitfed.packing import digest
+from splitfed.sealing import Sealer, positive
+from splitfed.store import GradientStore
+from splitfed.template import check_tensors
+
+LINEAGE = "client"
+
+
+class Halves:
+    """Serves the `client` lineage of a store.
+
+    Args:
+        store: The store.
+        numerics: The short name of this process's numerics class.
+    """
+
+    def __init__(self, store: GradientStore, numerics: str) -> None:
+        self._store = store
+        self._numerics = numerics
+        self._versions = store.lineage(LINEAGE)
+        self._sealer = Sealer(self._versions, store.pile(LINEAGE), numerics)
+
+    def pull(self, request: PullRequest) -> PullAnswer:
+        """The client half, newest or at a version; version -1 if nobody has published one."""
+        check_client_id(request.client_id)
+        head = self._versions.head()
+        if head < 0:
+            return PullAnswer(-1, None, {})
+        version = head if request.version is None else request.version
+        return PullAnswer(version, self._versions.fingerprint(), self._versions.checked_state(version))
+
+    def push(self, request: PushRequest) -> PushAnswer:
+        """Add an update to the pile, or begin the lineage.
+
+        Raises:
+            ArchitectureError: the half isn't the lineage's.
+            SupersededError: the client has a newer process.
+        """
+        client_id = check_client_id(request.client_id)
+        if request.base_version < 0:
+            self._versions.initialise(request.fingerprint, request.gradients)
+            return PushAnswer(request.incarnation, "published")
+        incarnation = self._store.open_client(client_id) if request.incarnation is None else request.incarnation
+        self._store.check_client(client_id, incarnation)
+        fingerprint = self._versions.fingerprint()
+        check_tensors(fingerprint, request.gradients, "trainable")
+        check_tensors(fingerprint, request.values, "buffer")
+        check_tensors(fingerprint, request.bases, "buffer")
+        if request.base_version > self._versions.head():
+            raise ArchitectureError(f"the update starts from version {request.base_version}, which doesn't exist yet")
+        samples = positive("num_samples", request.num_samples)
+        record = GradientRecord(
+            kind="gradient",
+            base_version=request.base_version,
+            num_samples=samples,
+            loss_scale=1.0,
+            digest=digest(replace(request, incarnation=incarnation)),
+            numerics=self._numerics,
+            gradients=dict(request.gradients),
+            buffers=[{"values": dict(request.values), "bases": dict(request.bases), "num_samples": samples}],
+        )
+        return PushAnswer(incarnation, self._sealer.store(BatchId(client_id, incarnation, request.seq), record))

@@ -1,0 +1,98 @@
+"""Where everything lies in a store: every key is made here, and parsed here.
+
+    format.json                                    create-once: format version, numerics class of version 0
+    clients/<id>/<incarnation>                     create-once: one per client process
+    <lineage>/                                     body | client | body@<id>
+      fingerprint.json                             create-once: names, shapes, dtypes, ties, who is frozen
+      frozen-<sha256>.safetensors                  create-once: parameters that never train
+      forward/<version>/<id>/<incarnation>-<call>  what a forward ran on; transient
+      part/<version>/<id>/<incarnation>-<seq>-<k>  one call's share of a batch that isn't sealed yet; transient
+      pin/<id>/<incarnation>-<seq>                 the version of a one-trip loss call; transient
+      grad/<id>/<incarnation>-<seq>                create-once: a batch that waits
+      weights/<version>-<nonce>.safetensors        never overwritten
+      optimizer/<version>-<nonce>.safetensors
+      applied/<version>-<nonce>.json
+      commit/<version>.json                        CREATE-ONCE = the commit; never deleted
+      head                                         a hint only
+
+Numbers are zero-padded, so that listings sort as they do.
+"""
+
+from __future__ import annotations
+
+import re
+
+from splitfed.ids import BatchId, check_client_id, check_lineage, check_number
+
+FORMAT = "format.json"
+_GRADIENT = re.compile(r"grad/([^/]+)/(\d{8,12})-(\d{10,12})")
+_VERSIONED = re.compile(r"(?:weights|optimizer|applied)/(\d{10,12})-([0-9a-f]+)\.(?:safetensors|json)")
+_TRANSIENT = re.compile(r"(forward|part)/(\d{10,12})/")
+
+
+def client(client_id: str, incarnation: int | None = None) -> str:
+    """The key of a client's process, or the folder of all of them."""
+    folder = f"clients/{check_client_id(client_id)}"
+    return folder if incarnation is None else f"{folder}/{check_number('incarnation', incarnation):08d}"
+
+
+class Keys:
+    """The keys of one lineage."""
+
+    def __init__(self, lineage: str) -> None:
+        self.root = check_lineage(lineage)
+        self.fingerprint = f"{lineage}/fingerprint.json"
+        self.head = f"{lineage}/head"
+        self.gradients = f"{lineage}/grad"
+        self.lock = f"{lineage}/commit"
+
+    def frozen(self, sha256: str) -> str:
+        """Parameters that never train, by the hash of their file."""
+        return f"{self.root}/frozen-{sha256}.safetensors"
+
+    def commit(self, version: int) -> str:
+        """The commit that made `version`."""
+        return f"{self.root}/commit/{check_number('version', version):010d}.json"
+
+    def versioned(self, kind: str, version: int, nonce: str) -> str:
+        """A file of one commit: 'weights', 'optimizer' or 'applied'."""
+        return f"{self.root}/{kind}/{version:010d}-{nonce}.{'json' if kind == 'applied' else 'safetensors'}"
+
+    def gradient(self, batch: BatchId) -> str:
+        """A batch that waits."""
+        check_number("seq", batch.seq)
+        return f"{self.gradients}/{_own(batch.client_id, batch.incarnation)}-{batch.seq:010d}"
+
+    def forward(self, version: int, client_id: str, incarnation: int, call: int) -> str:
+        """What a forward ran on."""
+        owner = _own(client_id, incarnation)
+        return f"{self.root}/forward/{check_number('version', version):010d}/{owner}-{check_number('call', call):010d}"
+
+    def part(self, version: int, batch: BatchId, part: int) -> str:
+        """One call's share of a batch."""
+        check_number("part", part)
+        owner = _own(batch.client_id, batch.incarnation)
+        return f"{self.root}/part/{check_number('version', version):010d}/{owner}-{batch.seq:010d}-{part:06d}"
+
+    def pin(self, batch: BatchId) -> str:
+        """The version that a one-trip loss call runs at."""
+        return f"{self.root}/pin/{_own(batch.client_id, batch.incarnation)}-{batch.seq:010d}"
+
+    def parse_gradient(self, key: str) -> BatchId | None:
+        """The batch whose gradient lies at `key`; `None` for anything else."""
+        found = _GRADIENT.fullmatch(key.removeprefix(f"{self.root}/"))
+        return BatchId(found[1], int(found[2]), int(found[3])) if found else None
+
+    def parse_versioned(self, key: str) -> tuple[int, str] | None:
+        """(version, nonce) of a file of a commit; `None` for anything else."""
+        found = _VERSIONED.fullmatch(key.removeprefix(f"{self.root}/"))
+        return (int(found[1]), found[2]) if found else None
+
+    def parse_transient(self, key: str) -> int | None:
+        """The version of a forward or a part; `None` for anything else."""
+        found = _TRANSIENT.match(key.removeprefix(f"{self.root}/"))
+        return int(found[2]) if found else None
+
+
+def _own(client_id: str, incarnation: int) -> str:
+    return f"{check_client_id(client_id)}/{check_number('incarnation', incarnation):08d}"

@@ -1,0 +1,136 @@
+"""A lineage: a line of versions, and the protocol that adds one.
+
+The commit is the create-once of `commit/<v+1>.json`. Everything that it names was written before, under names of its own, so
+a reader sees a whole version or none, and of two accumulators that race one wins. "Exists" can mean "I won and the reply was
+lost", so the record carries a nonce that is read back.
+
+The trap: after an ambiguous create, one's own files may be the ones that the record names. They are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from splitfed import codec
+from splitfed.applied import BatchSet
+from splitfed.commits import Commit
+from splitfed.errors import InputError, StoreError
+from splitfed.packing import pack_tree
+from splitfed.template import Fingerprint, compare
+from splitfed.versions import Versions, sha256
+
+
+class Lineage(Versions):
+    """One lineage, read and written."""
+
+    def initialise(self, fingerprint: Fingerprint, state: Mapping[str, Tensor]) -> None:
+        """Publish version 0, unless somebody has; first writer wins.
+
+        Args:
+            fingerprint: The module's architecture.
+            state: Its tensors by first name.
+
+        Raises:
+            ArchitectureError: the lineage was begun with another architecture.
+        """
+        if self.blobs.get(self.keys.fingerprint) is None:
+            self.blobs.create(self.keys.fingerprint, [json.dumps(fingerprint, indent=1).encode()])
+        compare(self.fingerprint(), fingerprint, "the client half" if self.name == "client" else "the body")
+        if self.head() >= 0:
+            return
+        frozen = self._frozen_names()
+        name = None
+        if frozen:
+            parts = codec.encode({name: state[name] for name in frozen})
+            name = sha256(parts)
+            self.blobs.create(self.keys.frozen(name), parts)
+        self.publish(Commit(0, "initial", "", {}, name), state, None, BatchSet())
+
+    def publish(self, commit: Commit, state: Mapping[str, Tensor], optimizer: Any, applied: BatchSet) -> Commit | None:
+        """Make `commit.version` from these; the record's nonce, files and time are filled in here.
+
+        Returns:
+            The commit, or `None` if another won that version.
+
+        Raises:
+            StoreError: the storage failed, and whether the commit came about can't be told.
+        """
+        nonce = uuid.uuid4().hex[:16]
+        frozen = self._frozen_names()
+        kept = {name: tensor for name, tensor in state.items() if name not in frozen}
+        contents: dict[str, list[Any]] = {"weights": codec.encode(kept, {"lineage": self.name, "version": str(commit.version)})}
+        if optimizer is not None:
+            contents["optimizer"] = pack_tree("Optimizer", optimizer)
+        contents["applied"] = [json.dumps(applied.to_json(), separators=(",", ":")).encode()]
+        for kind, parts in contents.items():
+            self.blobs.create(self.keys.versioned(kind, commit.version, nonce), parts)
+        files = {kind: sha256(parts) for kind, parts in contents.items()}
+        own = replace(commit, nonce=nonce, files=files, time=time.time())
+        try:
+            self.blobs.create(self.keys.commit(commit.version), [own.to_json()])
+        except StoreError:
+            if (found := self._find(commit.version)) is None or found.nonce != nonce:
+                raise
+        winner = self.commit(commit.version)
+        if winner.nonce != nonce:
+            for kind in files:
+                self.blobs.delete(self.keys.versioned(kind, commit.version, nonce))
+            return None
+        self.blobs.put(self.keys.head, [str(commit.version).encode()])
+        return winner
+
+    def sweep(self, keep: int) -> int:
+        """Delete what no reader may need any more; without clocks, and never beyond the head.
+
+        Args:
+            keep: How many of the newest versions stay.
+
+        Returns:
+            How many forwards and parts were dropped with their versions.
+        """
+        head = self.head()
+        oldest = head - keep + 1
+        for kind in ("weights", "optimizer", "applied"):
+            for key in self.blobs.list(f"{self.name}/{kind}"):
+                found = self.keys.parse_versioned(key)
+                if found and found[0] <= head and (found[0] < oldest or self.commit(found[0]).nonce != found[1]):
+                    self.blobs.delete(key)
+        if oldest <= 0:
+            return 0
+        dropped = 0
+        for kind in ("forward", "part"):
+            versions = {self.keys.parse_transient(key) for key in self.blobs.list(f"{self.name}/{kind}")}
+            expired = [v for v in versions if v is not None and v < oldest]
+            dropped += sum(self.blobs.delete_tree(f"{self.name}/{kind}/{version:010d}") for version in expired)
+        return dropped
+
+    def rollback(self, version: int) -> tuple[Commit, list[str]]:
+        """Make head + 1 from the state of an older version; nothing that was counted may count again.
+
+        Returns:
+            The commit, and the ids of the batches that are thereby lost.
+
+        Raises:
+            InputError: the version isn't older than the head.
+            ExpiredError: it has left the retention window.
+        """
+        head = self.head()
+        if not 0 <= version < head:
+            raise InputError(f"can't roll back to version {version}: expected one from 0 to {head - 1}")
+        lost = [str(batch) for v in range(version + 1, head + 1) for batch in self.commit(v).folded]
+        state = self.checked_state(version)
+        commit = Commit(head + 1, "rollback", "", {}, self.commit(version).frozen)
+        made = self.publish(commit, state, self.optimizer(version), self.applied(head))
+        if made is None:
+            raise StoreError(f"version {head + 1} was committed meanwhile: try the rollback again")
+        return made, lost
+
+    def _frozen_names(self) -> list[str]:
+        return [name for name, entry in self.fingerprint().items() if entry.get("role") == "frozen"]

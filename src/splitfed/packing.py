@@ -1,0 +1,114 @@
+"""Messages and records as safetensors bytes: one packing for the wire and the disk.
+
+The fields of a message form one tree; its spec goes into the header as JSON, its tensors are named by their place in the
+tree and share their memory with the message on the way out, and with the file on the way in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from splitfed import codec, trees
+from splitfed.errors import FormatError
+from splitfed.messages import Chain, ForwardRequest, Housekeeping, Seal
+
+M = TypeVar("M")
+
+_NESTED: dict[str, type] = {"housekeeping": Housekeeping, "seal": Seal, "chains": Chain, "forward": ForwardRequest}
+
+
+def pack(message: Any) -> list[memoryview | bytes]:
+    """The message as the buffers of a safetensors file; tensors aren't copied.
+
+    Raises:
+        ContainerError: a field holds something that can't travel.
+    """
+    return pack_tree(type(message).__name__, _plain(message))
+
+
+def unpack(cls: type[M], data: memoryview | bytes | bytearray) -> M:
+    """The message in `data`; its tensors share that memory.
+
+    Raises:
+        FormatError: the bytes aren't a `cls` of ours.
+    """
+    return _rebuild(cls, unpack_tree(cls.__name__, data))
+
+
+def pack_tree(kind: str, tree: Any) -> list[memoryview | bytes]:
+    """Any tree as the buffers of a safetensors file that says of what kind it is.
+
+    Raises:
+        ContainerError: it holds something that can't travel.
+    """
+    spec, tensors = trees.flatten(tree)
+    named = {f"{index:06d}": tensor for index, tensor in enumerate(tensors)}
+    return codec.encode(named, {"kind": kind, "spec": json.dumps(spec, separators=(",", ":"))})
+
+
+def unpack_tree(kind: str, data: memoryview | bytes | bytearray) -> Any:
+    """The tree that `pack_tree` wrote.
+
+    Raises:
+        FormatError: the bytes aren't one of this kind.
+    """
+    tensors, metadata = codec.decode(data)
+    return trees.unflatten(_spec(kind, metadata), [tensors[name] for name in sorted(tensors)])
+
+
+def peek(cls: type, data: memoryview | bytes | bytearray, fields: Iterable[str]) -> dict[str, Any]:
+    """Some fields without tensors of a packed message, read from its header alone.
+
+    Raises:
+        FormatError: as `unpack`, or such a field holds tensors.
+    """
+    spec = _spec(cls.__name__, codec.read_metadata(data))
+    found = dict(spec["d"]) if isinstance(spec, dict) and "d" in spec else {}
+    return {name: trees.unflatten(found.get(name), []) for name in fields}
+
+
+def digest(message: Any) -> str:
+    """SHA-256 of what a request says, housekeeping apart: a retry has the same, another request another."""
+    if hasattr(message, "housekeeping"):
+        message = dataclasses.replace(message, housekeeping=Housekeeping())
+    hasher = hashlib.sha256()
+    for part in pack(message):
+        hasher.update(part)
+    return hasher.hexdigest()
+
+
+def _fields(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts of their fields, also those in a tuple; everything else as it is."""
+    if dataclasses.is_dataclass(value):
+        return {name: _plain(getattr(value, name)) for name in _fields(value)}
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        return tuple(_plain(item) for item in value)
+    return value
+
+
+def _spec(kind: str, metadata: Mapping[str, str]) -> Any:
+    if metadata.get("kind") != kind:
+        raise FormatError(f"expected a {kind}, got {str(metadata.get('kind'))[:60]!r}")
+    try:
+        return json.loads(metadata["spec"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise FormatError(f"the {kind} has no readable spec: {error}") from error
+
+
+def _rebuild(cls: type[M], values: Any) -> M:
+    if not isinstance(values, dict) or set(values) != set(_fields(cls)):
+        raise FormatError(f"a {cls.__name__} needs the fields {_fields(cls)}, got {str(values)[:200]}")
+    for name, nested in _NESTED.items():
+        if isinstance(values.get(name), dict):
+            values[name] = _rebuild(nested, values[name])
+        elif isinstance(values.get(name), tuple):
+            values[name] = tuple(_rebuild(nested, item) for item in values[name])
+    return cls(**values)

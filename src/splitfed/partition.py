@@ -1,0 +1,107 @@
+"""Dealing out one data set to many owners, as federated learning is studied: evenly, or with skewed labels.
+
+Each function returns one sorted tensor of int64 indices per client. Every example goes to exactly one client, and the
+same arguments give the same parts: all draws come from a generator of their own, so the caller's random numbers (and
+with them the weights and dropout masks that follow) don't depend on how the data was dealt out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from splitfed.errors import InputError
+
+
+def iid(num_examples: int, num_clients: int, *, seed: int) -> list[Tensor]:
+    """Deal out shuffled examples evenly; the numbers of two clients differ by one at most.
+
+    Args:
+        num_examples: How many examples there are.
+        num_clients: How many clients share them.
+        seed: Seeds the shuffle.
+
+    Raises:
+        InputError: no client, or fewer examples than clients.
+    """
+    _check_count("num_clients", num_clients)
+    _check_count("num_examples", num_examples)
+    if num_examples < num_clients:
+        raise InputError(f"{num_examples} examples are too few for {num_clients} clients: expected one each at least")
+    shuffled = torch.randperm(num_examples, generator=_generator(seed))
+    return [part.sort().values for part in shuffled.tensor_split(num_clients)]
+
+
+def dirichlet(labels: Tensor, num_clients: int, *, alpha: float, seed: int, min_examples: int = 1) -> list[Tensor]:
+    """Deal out each class in proportions drawn from a symmetric Dirichlet distribution: label skew.
+
+    The smaller `alpha`, the fewer classes a client holds; a large one comes near `iid`. The skew is that of Hsu et al.
+    2019 (arXiv 1909.06335), drawn class by class as in Yurochkin et al. 2019 (arXiv 1905.12022), so that no example is
+    left over and clients differ in size too. A client that the draw leaves with fewer than `min_examples` gets the
+    rest from whoever has the most.
+
+    Args:
+        labels: The class of each example, integers of shape (N,).
+        num_clients: How many clients share them.
+        alpha: The concentration, above 0.
+        seed: Seeds the proportions and the shuffles.
+        min_examples: What each client gets at least, in examples.
+
+    Raises:
+        InputError: labels that aren't integers of shape (N,), an `alpha` that isn't positive and finite, few examples.
+    """
+    _check_count("num_clients", num_clients)
+    _check_count("min_examples", min_examples, least=0)
+    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
+        raise InputError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}: expected integers of shape (N,)")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise InputError(f"alpha {alpha} isn't allowed: expected a finite number above 0, such as 0.5")
+    if len(labels) < num_clients * min_examples:
+        raise InputError(f"{len(labels)} examples are too few for {num_clients} clients with {min_examples} at least")
+    generator = _generator(seed)
+    dealt: list[list[Tensor]] = [[] for _ in range(num_clients)]
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten().cpu()
+        members = members[torch.randperm(len(members), generator=generator)]
+        bounds = (_proportions(num_clients, alpha, generator).cumsum(0) * len(members)).round().long()
+        for client, share in enumerate(members.tensor_split(bounds[:-1])):
+            dealt[client].append(share)
+    parts = [torch.cat(shares) if shares else torch.empty(0, dtype=torch.int64) for shares in dealt]
+    _level(parts, min_examples, generator)
+    return [part.sort().values for part in parts]
+
+
+def _proportions(num_clients: int, alpha: float, generator: torch.Generator) -> Tensor:
+    """One draw from Dir(alpha, …, alpha), of shape (num_clients,) and sum 1.
+
+    Normalised gamma variates; as logarithms, by Γ(a) = Γ(a + 1)·U^(1/a) (Marsaglia and Tsang 2000), since for a small
+    `alpha` the variates themselves are all zero in float64.
+    """
+    alpha = min(max(alpha, 1e-9), 1e9)  # beyond these nothing changes but that logarithms overflow
+    shape = torch.full((num_clients,), alpha + 1.0, dtype=torch.float64)
+    uniform = 1.0 - torch.rand(num_clients, generator=generator, dtype=torch.float64)  # in (0, 1]: has a logarithm
+    return (torch._standard_gamma(shape, generator=generator).log() + uniform.log() / alpha).softmax(0)
+
+
+def _level(parts: list[Tensor], least: int, generator: torch.Generator) -> None:
+    """Move examples at random from the largest part to each that has fewer than `least`."""
+    for client in range(len(parts)):
+        while len(parts[client]) < least:
+            donor = max(range(len(parts)), key=lambda i: len(parts[i]))
+            shuffled = parts[donor][torch.randperm(len(parts[donor]), generator=generator)]
+            gift = min(least - len(parts[client]), len(shuffled) - least)
+            parts[client] = torch.cat([parts[client], shuffled[:gift]])
+            parts[donor] = shuffled[gift:]
+
+
+def _generator(seed: int) -> torch.Generator:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+        raise InputError(f"seed {seed!r} isn't allowed: expected an integer from 0 to 2**64 - 1")
+    return torch.Generator().manual_seed(seed)
+
+
+def _check_count(name: str, value: int, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} {value!r} isn't allowed: expected an integer of at least {least}")

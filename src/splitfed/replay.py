@@ -1,0 +1,235 @@
+"""Running a body so that it can be run again, anywhere, with the same bits.
+
+A run depends on nothing but what is written down: the version's weights, the inputs, the seed, the train/eval and grad mode,
+the autocast dtype and the buffers it starts from. Each run gets buffers of its own, so a recompute never counts BatchNorm
+twice, and two runs of one version don't see each other. `torch.autograd.grad` writes no `.grad`.
+
+The trap: a body that keeps state in Python, or writes to its parameters, can't be pinned. The second is refused here; the
+first shows as a recompute whose outputs have another CRC.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splitfed import codec, trees
+from splitfed.boundary import Enter, fresh
+from splitfed.errors import BodyError, InputError, ReplayError, SplitFedError, UnsupportedError
+from splitfed.messages import ForwardRecord
+from splitfed.seeding import compute_lock, seeded
+from splitfed.template import Template, transient_buffers
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Model:
+    """A body at one version, ready to run; immutable in effect, since every run starts from the version's buffers.
+
+    Args:
+        template: The body's structure.
+        state: Its tensors by first name; they aren't copied.
+        version: What they are the state of.
+        device: Where it computes.
+    """
+
+    def __init__(self, template: Template, state: Mapping[str, Tensor], version: int, device: torch.device) -> None:
+        self.version = version
+        self.device = device
+        self.module = template.build(state, device)
+        named = dict(self.module.named_parameters())
+        self.parameters = {name: named[name] for name in template.trainable}
+        self.buffers: dict[str, Tensor] = {}
+        self._slots: list[tuple[str, nn.Module, str]] = []
+        for prefix, owner in self.module.named_modules(remove_duplicate=False):
+            for leaf, buffer in owner._buffers.items():
+                name = f"{prefix}.{leaf}".lstrip(".").replace("_orig_mod.", "")
+                if buffer is not None and name in template.names:
+                    self.buffers.setdefault(template.names[name], buffer)
+                    self._slots.append((template.names[name], owner, leaf))
+        pristine = template.blueprint
+        self._transient = [
+            (owner, leaf, owner._buffers[leaf], source._buffers[leaf])
+            for (owner, leaf), (source, _) in zip(transient_buffers(self.module), transient_buffers(pristine), strict=True)
+        ]
+        self._versions = [(p, p._version) for p in named.values()]
+        self._transient_versions = [None if t[2] is None else t[2]._version for t in self._transient]
+        self._modes = template.modes
+
+    def prepare(self, training: bool, buffers: Mapping[str, Tensor] | None) -> None:
+        """Set the mode and give the coming run buffers of its own."""
+        for module, mode in zip(self.module.modules(), self._modes[training], strict=True):
+            module.training = mode
+        own = {name: fresh((buffers or self.buffers).get(name, base), self.device) for name, base in self.buffers.items()}
+        for name, owner, leaf in self._slots:
+            owner._buffers[leaf] = own[name]
+        for i, (owner, leaf, kept, source) in enumerate(self._transient):
+            if owner._buffers.get(leaf) is not kept or (kept is not None and kept._version != self._transient_versions[i]):
+                renewed = None if source is None else fresh(source, self.device)
+                owner._buffers[leaf] = renewed
+                self._transient[i] = (owner, leaf, renewed, source)
+                self._transient_versions[i] = None if renewed is None else renewed._version
+
+    def end_buffers(self) -> dict[str, Tensor]:
+        """The buffers as the last run left them."""
+        return {name: owner._buffers[leaf].detach() for name, owner, leaf in self._slots}  # type: ignore[union-attr]
+
+    def check_parameters(self) -> None:
+        """Refuse a body that wrote to its own parameters.
+
+        Raises:
+            UnsupportedError: it did.
+        """
+        if any(parameter._version != version for parameter, version in self._versions):
+            raise UnsupportedError("the body changes its own parameters in forward: keep what it changes in buffers")
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """A forward that has run, with its graph."""
+
+    version: int
+    outputs: Any
+    """The tree that the body returned; live."""
+    tensors: list[Tensor]
+    """Its distinct tensors."""
+    leaves: list[Tensor]
+    """The inputs that the graph ends at."""
+    parameters: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
+    """At the end of the run."""
+    bases: Mapping[str, Tensor]
+    """At its version, before any call of the same `client(...)`."""
+    drew: bool
+    changed: tuple[int, ...]
+    crcs: tuple[int, ...]
+
+
+def run(model: Model, call: ForwardRecord, *, grad: bool, finish: Callable[[Any], Any] | None = None) -> Run:
+    """Run a body on what `call` has written down; its `outputs` and `crcs` aren't read.
+
+    Args:
+        model: The version.
+        call: Inputs, seed, modes, buffers.
+        grad: The client's grad mode.
+        finish: Applied to the outputs under the same seed and autocast (the loss on the server).
+
+    Raises:
+        BodyError: the body's own code raised.
+        InputError: the call doesn't fit the body.
+        ContainerError: the body returned something that can't cross the cut.
+    """
+    parts = _parts(model.module, call.cut)
+    spec, tensors = trees.flatten(call.inputs)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(compute_lock)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        model.prepare(call.training, call.buffers)
+        leaves, entered = _enter(tensors, call.requires_grad, model.device)
+        args, kwargs = trees.unflatten(spec, entered)
+        versions = [tensor._version for tensor in entered]
+        draws = stack.enter_context(seeded(call.seed, () if model.device.type == "cpu" else (model.device,)))
+        with _autocast(call.autocast, model.device), _as_body_error():
+            outputs = parts[0](*args, **kwargs)
+            for part in parts[1:]:
+                outputs = part(outputs)
+            outputs = outputs if finish is None else finish(outputs)
+        buffers = model.end_buffers()
+    model.check_parameters()
+    live = trees.flatten(outputs)[1]
+    return Run(
+        version=model.version,
+        outputs=outputs,
+        tensors=live,
+        leaves=leaves,
+        parameters=model.parameters,
+        buffers=buffers,
+        bases=model.buffers,
+        drew=draws.drew,
+        changed=tuple(i for i, (t, v) in enumerate(zip(entered, versions, strict=True)) if t._version != v),
+        crcs=tuple(codec.crc32(tensor) for tensor in live),
+    )
+
+
+def check_replay(record: ForwardRecord, again: Run, hint: str) -> None:
+    """Compare a recompute with its forward.
+
+    Raises:
+        ReplayError: an output has other bits.
+    """
+    if again.crcs != record.crcs:
+        wrong = [i for i, (a, b) in enumerate(zip(again.crcs, record.crcs, strict=False)) if a != b]
+        raise ReplayError(
+            f"recomputing a forward at version {again.version} gave other outputs (numbers {wrong} of {len(record.crcs)}): {hint}. "
+            "A body must not keep state in Python, use generators other than torch's defaults, or depend on the time"
+        )
+
+
+def backward(done: Run, grad_outputs: Sequence[Tensor | None]) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+    """Gradients of a run's inputs and trainable parameters; frees its graph.
+
+    Args:
+        done: The run.
+        grad_outputs: For each distinct output tensor, its gradient or `None`.
+
+    Returns:
+        The gradients of the inputs (`None` where there is none), and those of the parameters that were reached.
+
+    Raises:
+        BodyError: autograd raised.
+    """
+    pairs = [(t, g) for t, g in zip(done.tensors, grad_outputs, strict=True) if g is not None and t.requires_grad]
+    targets = [*(leaf for leaf in done.leaves if leaf.requires_grad), *done.parameters.values()]
+    if not pairs or not targets:
+        return [None] * len(done.leaves), {}
+    gradients = [codec.canonical(g.detach().to(t.device)) for t, g in pairs]
+    with compute_lock, torch.inference_mode(False), _as_body_error():
+        found = list(torch.autograd.grad([t for t, _ in pairs], targets, gradients, allow_unused=True))
+    inputs = [found.pop(0) if leaf.requires_grad else None for leaf in done.leaves]
+    return inputs, {name: g for name, g in zip(done.parameters, found, strict=True) if g is not None}
+
+
+def _parts(module: nn.Module, cut: str) -> list[nn.Module]:
+    """The submodules that a cut runs, one after another."""
+    try:
+        return [module.get_submodule(name) for name in cut.split(",")]
+    except AttributeError:
+        known = [name for name, _ in module.named_children()]
+        raise InputError(f"the body has no part {cut[:80]!r}, which a cut point asks for; it has {known[:10]}") from None
+
+
+def _enter(
+    tensors: Sequence[Tensor], requires_grad: Sequence[bool], device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The leaves that the graph ends at, and the copies that the body gets."""
+    if len(tensors) != len(requires_grad):
+        raise InputError(f"expected a requires_grad flag for each of {len(tensors)} input tensors, got {len(requires_grad)}")
+    leaves = [tensor.to(device).detach() for tensor in tensors]
+    for leaf, needed in zip(leaves, requires_grad, strict=True):
+        leaf.requires_grad_(needed)
+    return leaves, [Enter.apply(leaf) if leaf.requires_grad else fresh(leaf) for leaf in leaves]
+
+
+def _autocast(dtype: str | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if dtype is None:
+        return torch.autocast(device.type, enabled=False)
+    if dtype not in AUTOCAST:
+        raise InputError(f"autocast dtype {dtype[:40]!r} isn't known: expected one of {sorted(AUTOCAST)}")
+    return torch.autocast(device.type, dtype=AUTOCAST[dtype])
+
+
+@contextlib.contextmanager
+def _as_body_error() -> Iterator[None]:
+    """Translate what the user's own code raises; the only place where foreign exceptions become ours."""
+    try:
+        yield
+    except SplitFedError:
+        raise
+    except Exception as error:
+        raise BodyError(f"the body raised {type(error).__name__}: {error}") from error

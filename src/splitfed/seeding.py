@@ -1,0 +1,79 @@
+"""Randomness across the cut: who draws the seed, and how a body runs under it.
+
+The client draws 64 bits from torch's default CPU generator for each call and sends the first 8 bytes of their SHA-256:
+one-way, so that a server can't predict the client's stream. The body runs with every generator seeded so, and the
+generators are put back after it. A body that drew nothing costs the client's stream nothing, so that a seeded run goes on as the
+unsplit one would, and `torch.utils.checkpoint`, which restores the generator before it recomputes, meets the same seed.
+
+The trap: torch's default generator belongs to the process, not to the thread. `compute_lock` keeps two bodies from
+running under each other's seed; a client half that draws in another thread meanwhile isn't covered, so many training
+clients in one process go one after another, and real parallelism is by processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+compute_lock = threading.RLock()
+
+
+class Seed:
+    """A seed drawn from the client's generator, and the way back to before the draw."""
+
+    __slots__ = ("_before", "value")
+
+    def __init__(self) -> None:
+        self._before = torch.default_generator.get_state()
+        drawn = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+        self.value = int.from_bytes(hashlib.sha256(drawn.to_bytes(8, "little", signed=True)).digest()[:8], "little")
+
+    def put_back(self) -> None:
+        """Leave the generator as if nothing had been drawn."""
+        torch.default_generator.set_state(self._before)
+
+
+class Draws:
+    """Says, after a `seeded` block, whether anything was drawn in it."""
+
+    __slots__ = ("drew",)
+
+    def __init__(self) -> None:
+        self.drew = False
+
+
+@contextmanager
+def seeded(seed: int, devices: Sequence[torch.device] = ()) -> Iterator[Draws]:
+    """Run the block with the CPU's generator, and those of `devices`, seeded; then put them back.
+
+    Args:
+        seed: 0 to 2⁶⁴ − 1.
+        devices: Further devices on which the body computes.
+    """
+    generators = [torch.default_generator, *(g for g in map(_generator, devices) if g is not None)]
+    before = [generator.get_state() for generator in generators]
+    draws = Draws()
+    try:
+        started: list[Tensor] = []
+        for generator in generators:
+            generator.manual_seed(seed)
+            started.append(generator.get_state())
+        yield draws
+        draws.drew = any(not torch.equal(g.get_state(), s) for g, s in zip(generators, started, strict=True))
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+
+
+def _generator(device: torch.device) -> torch.Generator | None:
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    return None

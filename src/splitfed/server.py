@@ -1,0 +1,300 @@
+"""The split server: forward and backward as two independent calls, with nothing kept in between.
+
+A forward stores what it ran on; a backward, on any replica, at any time, runs it again with the same bits, stores the parameter
+gradient as a file and answers the gradients of the inputs. What this object holds besides are caches of things that can't
+change (models by version, graphs of the last few forwards): they change speed, never results.
+
+Order matters in `backward`: a batch is acknowledged only after its gradient is on file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splitfed import replay, trees
+from splitfed.boundary import fresh
+from splitfed.buffers import same_bits
+from splitfed.cache import Bounded
+from splitfed.errors import AlreadyAppliedError, ExpiredError, InputError, SplitFedError, StoreError
+from splitfed.halves import Halves
+from splitfed.ids import BatchId, check_client_id
+from splitfed.messages import (
+    BackwardAnswer,
+    BackwardRequest,
+    ForwardAnswer,
+    ForwardRecord,
+    ForwardRequest,
+    GradientRecord,
+    Housekeeping,
+    LossAnswer,
+    LossRequest,
+    PullAnswer,
+    PullRequest,
+    PushAnswer,
+    PushRequest,
+)
+from splitfed.packing import digest
+from splitfed.replay import Model, Run
+from splitfed.sealing import Sealer
+from splitfed.store import GradientStore
+from splitfed.template import Template
+
+Loss = Callable[[Any, Any], Tensor]
+CallKey = tuple[int, str, int, int]
+
+
+class SplitServer:
+    """Serves a body from a store; a `Transport`. Run as many as you like on one store.
+
+    Args:
+        body: The server's part of the network. Its weights become version 0 if the store is new; after that only its
+            structure counts. It isn't kept and isn't changed.
+        store: Where everything is.
+        device: Where to compute; the device of the body's parameters if it isn't given.
+        lineage: Which line of versions to serve.
+        loss_fn: For `client.loss(x, y)`: `loss_fn(outputs, target)` returns a scalar.
+        keep_graphs: How many forwards keep their autograd graph in memory, so that a backward that comes to this replica
+            needn't recompute; 0 for always recomputing.
+        keep_models: How many versions stay loaded.
+
+    Raises:
+        ArchitectureError: the store was begun with another body.
+        UnsupportedError: the body is lazy, wrapped or can't be copied.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        store: GradientStore,
+        *,
+        device: torch.device | str | None = None,
+        lineage: str = "body",
+        loss_fn: Loss | None = None,
+        keep_graphs: int = 8,
+        keep_models: int = 2,
+    ) -> None:
+        if not isinstance(store, GradientStore):
+            raise InputError(f"store is a {type(store).__name__}: expected a GradientStore, as in GradientStore('runs/demo')")
+        self.store = store
+        self.loss_fn = loss_fn
+        self._template = Template(body)
+        state = self._template.state(body)
+        first = next((t.device for t in state.values()), torch.device("cpu"))
+        self.device = torch.device(device) if device is not None else first
+        self._numerics = store.begin(self.device)
+        self._versions = store.lineage(lineage)
+        self._pile = store.pile(lineage)
+        self._versions.initialise(self._template.fingerprint(), state)
+        self._sealer = Sealer(self._versions, self._pile, self._numerics)
+        self._halves = Halves(store, self._numerics)
+        self._models: Bounded[int, Model] = Bounded(keep_models)
+        self._graphs: Bounded[CallKey, tuple[ForwardRecord, Run]] = Bounded(keep_graphs)
+
+    def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
+        """Run one call of the body; with the client's grad mode on, record it.
+
+        Raises:
+            ExpiredError: the pinned version has left the retention window.
+            BodyError: the body raised.
+            InputError: the call doesn't fit the body.
+        """
+        check_client_id(request.client_id)
+        incarnation = request.incarnation
+        if request.grad and incarnation is None:
+            incarnation = self.store.open_client(request.client_id)
+        self._tidy(request.client_id, incarnation, request.housekeeping)
+        version = self._version(request.version, request.seen)
+        call = self._record(request, version)
+        done = replay.run(self._model(version), call, grad=request.grad)
+        if request.grad and incarnation is not None:
+            outputs = tuple((tuple(t.shape), str(t.dtype).removeprefix("torch."), t.requires_grad) for t in done.tensors)
+            call = replace(call, outputs=outputs, crcs=done.crcs)
+            self._pile.put_forward(version, request.client_id, incarnation, request.call, call)
+            self._graphs.put((version, request.client_id, incarnation, request.call), (call, done))
+        spec, tensors = trees.flatten(done.outputs)
+        return ForwardAnswer(
+            incarnation=incarnation,
+            version=version,
+            outputs=trees.unflatten(spec, [fresh(tensor) for tensor in tensors]),
+            requires_grad=tuple(tensor.requires_grad for tensor in tensors),
+            drew=done.drew,
+            changed=done.changed,
+            crcs=done.crcs,
+        )
+
+    def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
+        """Answer the gradients of a call's inputs; store its parameter gradient as the batch, or as a part of it.
+
+        Raises:
+            SupersededError: the client has a newer process.
+            AlreadyAppliedError: the batch is counted and its forward gone.
+            ExpiredError: the forward is gone and the batch not counted.
+            ReplayError: the recompute differs from the forward.
+            DigestError: the batch was sent before with other content.
+            InputError: a gradient of the wrong shape or dtype, or a weight that isn't positive.
+        """
+        batch = BatchId(check_client_id(request.client_id), request.incarnation, request.seq)
+        self.store.check_client(batch.client_id, batch.incarnation)
+        self._tidy(batch.client_id, batch.incarnation, request.housekeeping)
+        if request.call is None:
+            if request.seal is None:
+                raise InputError(f"the request for batch {batch} has neither a call nor a seal: expected one of them")
+            return BackwardAnswer((), self._sealer.seal(batch, request, request.seal, None))
+        key = (request.version, batch.client_id, batch.incarnation, request.call)
+        held = self._graphs.get(key)
+        record = held[0] if held else self._pile.forward(*key)
+        if record is None:
+            raise self._gone(batch, request)
+        _check_gradients(record, request.grad_outputs)
+        done = held[1] if held and self._graphs.pop(key) else self._replay(record, request.version)
+        grad_inputs, gradients = replay.backward(done, request.grad_outputs)
+        if not record.training:
+            return BackwardAnswer(tuple(grad_inputs), "uncounted")
+        share = self._share(done, gradients, digest(request))
+        if request.seal is not None:
+            return BackwardAnswer(tuple(grad_inputs), self._sealer.seal(batch, request, request.seal, share))
+        self._pile.put_part(request.version, batch, request.part, replace(share, kind="part"))
+        return BackwardAnswer(tuple(grad_inputs), "part")
+
+    def loss(self, request: LossRequest, /) -> LossAnswer:
+        """Forward, loss and backward in one trip.
+
+        Raises:
+            InputError: this server has no `loss_fn`, or it doesn't return a scalar.
+            BodyError: the body or the loss raised.
+        """
+        if self.loss_fn is None:
+            raise InputError("this server computes no loss: give it one, SplitServer(body, store, loss_fn=...)")
+        ahead, incarnation = request.forward, request.forward.incarnation
+        counts = ahead.grad and ahead.training
+        if counts and incarnation is None:
+            incarnation = self.store.open_client(check_client_id(ahead.client_id))
+        self._tidy(check_client_id(ahead.client_id), incarnation, ahead.housekeeping)
+        version = self._version(ahead.version, ahead.seen)
+        batch = BatchId(ahead.client_id, incarnation or 0, request.seq)
+        if counts:
+            self.store.check_client(batch.client_id, batch.incarnation)
+            version = self._pile.pin(batch, version)
+        spec, tensors = trees.flatten(request.target)
+        target = trees.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
+        score = self.loss_fn
+        done = replay.run(
+            self._model(version), self._record(ahead, version), grad=ahead.grad, finish=lambda out: score(out, target)
+        )
+        if len(done.tensors) != 1 or done.tensors[0].numel() != 1 or done.outputs is not done.tensors[0]:
+            raise InputError(f"loss_fn returned {type(done.outputs).__name__}: expected a tensor with one element")
+        value = done.tensors[0]
+        grad_inputs, gradients, status = [None] * len(done.leaves), {}, "uncounted"
+        if ahead.grad and value.requires_grad:
+            grad_inputs, gradients = replay.backward(done, [torch.ones_like(value)])
+        if counts:
+            status = self._sealer.store(batch, self._share(done, gradients, digest(request), request.num_samples))
+        return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)
+
+    def pull(self, request: PullRequest, /) -> PullAnswer:
+        """The client half, newest or at a version; version -1 if nobody has published one."""
+        return self._halves.pull(request)
+
+    def push(self, request: PushRequest, /) -> PushAnswer:
+        """Take a client half's update in, or begin its lineage.
+
+        Raises:
+            ArchitectureError: the half isn't the lineage's.
+            SupersededError: the client has a newer process.
+        """
+        return self._halves.push(request)
+
+    def _version(self, pinned: int | None, seen: int) -> int:
+        """The version to run at: the pinned one, or the head, which the store is asked for."""
+        if pinned is not None:
+            return pinned
+        head = self._versions.head()
+        if head < seen:
+            raise StoreError(f"this replica's store is at version {head}, the client has seen {seen}: is it the same store?")
+        return head
+
+    def _model(self, version: int) -> Model:
+        found = self._models.get(version)
+        if found is None:
+            with torch.inference_mode(False):
+                found = Model(self._template, self._versions.state(version), version, self.device)
+            self._models.put(version, found)
+        return found
+
+    def _record(self, request: ForwardRequest, version: int) -> ForwardRecord:
+        return ForwardRecord(
+            cut=request.cut,
+            inputs=request.inputs,
+            requires_grad=request.requires_grad,
+            training=request.training,
+            seed=request.seed,
+            autocast=request.autocast,
+            buffers=self._handed_on(request, version),
+            outputs=(),
+            crcs=(),
+            numerics=self._numerics,
+        )
+
+    def _handed_on(self, request: ForwardRequest, version: int) -> dict[str, Tensor] | None:
+        """The buffers that an earlier call of the same `client(...)` ended with, where they differ from the version's."""
+        if request.previous is None or request.incarnation is None:
+            return None
+        key = (version, request.client_id, request.incarnation, request.previous)
+        held = self._graphs.get(key)
+        if held is None:
+            record = self._pile.forward(*key)
+            if record is None:
+                raise ExpiredError(f"call {request.previous} of {request.client_id!r}, whose buffers this one continues, is gone")
+            held = self._graphs.put(key, (record, self._replay(record, version)))
+        return _changed(held[1])
+
+    def _replay(self, record: ForwardRecord, version: int) -> Run:
+        again = replay.run(self._model(version), record, grad=True)
+        other = "the same numerics class" if record.numerics == self._numerics else "another numerics class"
+        replay.check_replay(record, again, f"the forward was computed in {other}")
+        return again
+
+    def _share(self, done: Run, gradients: dict[str, Tensor], digest_: str, num_samples: float = 1.0) -> GradientRecord:
+        values = _changed(done)
+        update = {"values": values, "bases": {n: done.bases[n] for n in values}, "num_samples": num_samples}
+        return GradientRecord("gradient", done.version, num_samples, 1.0, digest_, self._numerics, gradients, [update])
+
+    def _tidy(self, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:
+        if incarnation is not None and housekeeping is not _NOTHING:
+            for version, call in housekeeping.released:
+                self._graphs.pop((version, client_id, incarnation, call))
+            self._sealer.tidy(client_id, incarnation, housekeeping)
+
+    def _gone(self, batch: BatchId, request: BackwardRequest) -> SplitFedError:
+        if self._sealer.is_known(batch):
+            return AlreadyAppliedError(f"batch {batch} is counted already, and its answer was confirmed: nothing counts twice")
+        return ExpiredError(
+            f"call {request.call} of client {batch.client_id!r} at version {request.version} isn't in the store: its graph was "
+            "released, or its version has left the retention window (keep_versions). This batch is lost and counts nowhere; "
+            "the loop may go on"
+        )
+
+
+_NOTHING = Housekeeping()
+
+
+def _changed(done: Run) -> dict[str, Tensor]:
+    return {name: value for name, value in done.buffers.items() if not same_bits(value, done.bases[name])}
+
+
+def _check_gradients(record: ForwardRecord, grad_outputs: Sequence[Tensor | None]) -> None:
+    if len(grad_outputs) != len(record.outputs):
+        raise InputError(f"expected a gradient for each of {len(record.outputs)} outputs, got {len(grad_outputs)}")
+    for i, (gradient, (shape, dtype, _)) in enumerate(zip(grad_outputs, record.outputs, strict=True)):
+        if gradient is None:
+            continue
+        got = (tuple(gradient.shape), str(gradient.dtype).removeprefix("torch."))
+        if got != (tuple(shape), dtype):
+            raise InputError(
+                f"the gradient of output {i} is {got[1]} {got[0]}: expected {dtype} {tuple(shape)}, as the output itself"
+            )

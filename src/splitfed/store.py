@@ -1,0 +1,178 @@
+"""The store: all state of a run, as files that any replica, worker or accumulator reads and writes.
+
+Server and accumulator never meet but here. What it holds and where is in `layout`; how versions are added in `lineage`; where
+the bytes lie in `blobs`. This file is the door.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitfed import layout
+from splitfed.blobs import Blobs, open_blobs
+from splitfed.errors import FormatError, InputError, MissingError, SupersededError
+from splitfed.ids import BatchId
+from splitfed.lineage import Lineage
+from splitfed.numerics import class_id, numerics_class
+from splitfed.pile import Pile
+
+FORMAT_VERSION = 1
+
+
+class GradientStore:
+    """Weights by version, waiting gradients, and the record of every commit, at any fsspec URL.
+
+    Args:
+        url: A local folder (`"runs/demo"`), or any fsspec URL (`file://`, `memory://` ...).
+        sync: How durable an acknowledged batch is. `"power"` survives a power cut (gradients, states and commits are fsynced);
+            `"process"` survives SIGKILL and is faster. Activations are never fsynced: their loss costs one batch a retry.
+        storage_options: Passed to the fsspec filesystem.
+
+    Raises:
+        InputError: an unknown `sync` or URL.
+        StoreCapabilityError: the backend has no atomic create-if-absent.
+
+    Opening one does no I/O; the first use does. It may be shared between threads, and used after a fork.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], *, sync: str = "power", **storage_options: Any) -> None:
+        if sync not in ("power", "process"):
+            raise InputError(f"sync={sync!r} isn't known: expected 'power' (fsync) or 'process' (survives SIGKILL only)")
+        self.url = os.fspath(url)
+        self.sync = sync
+        self.blobs: Blobs = open_blobs(self.url, fsync=sync == "power", **storage_options)
+        self._lineages: dict[str, tuple[Lineage, Pile]] = {}
+        self._lock = threading.Lock()
+        self._format: dict[str, Any] | None = None
+        self._opened: set[tuple[str, int]] = set()
+
+    def __repr__(self) -> str:
+        return f"GradientStore({self.url!r}, sync={self.sync!r})"
+
+    def latest_version(self, lineage: str = "body") -> int:
+        """The newest version of a lineage.
+
+        Raises:
+            MissingError: nobody has begun it.
+        """
+        head = self.lineage(lineage).head()
+        if head < 0:
+            self.lineage(lineage).fingerprint()
+            raise MissingError(f"lineage {lineage!r} is being begun and has no version yet: try again")
+        return head
+
+    def load_weights(self, version: int | None = None, lineage: str = "body") -> dict[str, Tensor]:
+        """The weights of a version, with the keys of the module's `state_dict()`, tied names included.
+
+        Args:
+            version: Which; the newest if it isn't given.
+            lineage: Of which line: `body`, `client` or `body@<id>`.
+
+        Raises:
+            MissingError: there is no such version.
+            ExpiredError: it has left the retention window.
+            CorruptedError: the file was changed from outside.
+        """
+        return self.lineage(lineage).weights(self.latest_version(lineage) if version is None else version)
+
+    def waiting(self, lineage: str = "body") -> list[BatchId]:
+        """The batches that wait for a commit, in canonical order."""
+        versions, pile = self.lineage(lineage), self.pile(lineage)
+        found = pile.waiting()
+        head = versions.head()
+        applied = versions.applied(head) if head >= 0 else ()
+        return [batch for batch in found if batch not in applied]
+
+    def rollback(self, version: int, lineage: str = "body") -> list[str]:
+        """Go back: make the next version from the state of an older one.
+
+        Returns:
+            The ids of the batches that are thereby lost; they don't count again.
+
+        Raises:
+            InputError: the version isn't older than the newest.
+            ExpiredError: it has left the retention window.
+        """
+        return self.lineage(lineage).rollback(version)[1]
+
+    def lineage(self, name: str = "body") -> Lineage:
+        """The versions of a lineage."""
+        return self._open(name)[0]
+
+    def pile(self, lineage: str = "body") -> Pile:
+        """The batches of a lineage that are under way or wait."""
+        return self._open(lineage)[1]
+
+    def begin(self, device: torch.device) -> str:
+        """Open the store for computing: check its format, and this process's numerics class against version 0's.
+
+        Returns:
+            The short name of this process's class, which its batches carry.
+
+        Raises:
+            FormatError: the store is of another format version.
+        """
+        own = numerics_class(device)
+        if self._format is None:
+            if self.blobs.get(layout.FORMAT) is None:
+                self.blobs.probe()
+                header = {"format": FORMAT_VERSION, "numerics": own}
+                self.blobs.create(layout.FORMAT, [json.dumps(header, indent=1).encode()])
+            found = json.loads(bytes(self.blobs.get(layout.FORMAT) or b"{}"))
+            if found.get("format") != FORMAT_VERSION:
+                raise FormatError(
+                    f"{self.url} has format {found.get('format')!r}, expected {FORMAT_VERSION}: use the splitfed that wrote it"
+                )
+            self._format = found
+        expected = self._format["numerics"]
+        if own != expected:
+            differing = {k: (expected.get(k), own.get(k)) for k in {*own, *expected} if own.get(k) != expected.get(k)}
+            warnings.warn(
+                f"this process computes in another numerics class than version 0 of {self.url} did: {differing} (theirs, "
+                "ours). Its batches are exact up to rounding, and counted; bits may differ",
+                stacklevel=3,
+            )
+        return class_id(own)
+
+    def numerics(self) -> str:
+        """The short name of version 0's numerics class."""
+        return class_id(self._format["numerics"]) if self._format else ""
+
+    def open_client(self, client_id: str) -> int:
+        """A new incarnation for a client's process; the ones before it can't count any more."""
+        folder = layout.client(client_id)
+        taken = [int(key.rpartition("/")[2]) for key in self.blobs.list(folder)]
+        incarnation = max(taken, default=0) + 1
+        while not self.blobs.create(layout.client(client_id, incarnation), [b"{}"]):
+            incarnation += 1
+        return incarnation
+
+    def check_client(self, client_id: str, incarnation: int) -> None:
+        """Refuse a process that isn't its client's newest.
+
+        Raises:
+            SupersededError: it isn't, or was never opened.
+        """
+        if self.blobs.get(layout.client(client_id, incarnation + 1)) is not None:
+            raise SupersededError(
+                f"client {client_id!r} has begun a newer process than its number {incarnation}: only the newest may count. "
+                "Is a second SplitClient using the same client_id?"
+            )
+        if (client_id, incarnation) not in self._opened:
+            if self.blobs.get(layout.client(client_id, incarnation)) is None:
+                raise SupersededError(f"client {client_id!r} never opened process {incarnation} in this store: begin anew")
+            self._opened.add((client_id, incarnation))
+
+    def _open(self, name: str) -> tuple[Lineage, Pile]:
+        with self._lock:
+            if name not in self._lineages:
+                lineage = Lineage(self.blobs, name)
+                self._lineages[name] = (lineage, Pile(self.blobs, lineage.keys))
+            return self._lineages[name]

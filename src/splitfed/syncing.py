@@ -1,0 +1,102 @@
+"""The client half's own versions: pulled before training, pushed after it.
+
+What is pushed is a pseudo-gradient, start − end, with the client's samples as its weight; buffers go with their start and end
+values. What is pulled is copied in place, so the user's optimizer keeps its parameters and its state.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from splitfed.connection import Connection
+from splitfed.errors import InputError
+from splitfed.messages import PullAnswer, PullRequest, PushRequest
+from splitfed.template import Template, compare, named_state, unwrap
+
+
+class HalfSync:
+    """Keeps one client half in step with the `client` lineage.
+
+    Args:
+        half: The client half.
+        connection: The way to the server.
+    """
+
+    def __init__(self, half: nn.Module, connection: Connection) -> None:
+        self.version: int | None = None
+        self._half = half
+        self._connection = connection
+        self._template: Template | None = None
+        self._start: dict[str, Tensor] = {}
+
+    def pull(self) -> int:
+        """Copy the newest client half in place; publish this one if there is none.
+
+        Raises:
+            ArchitectureError: the lineage's half isn't this one.
+        """
+        template = self._template = self._template or Template(self._half)
+        answer = self._ask()
+        if answer.version < 0:
+            self._connection.transport.push(
+                PushRequest(
+                    client_id=self._connection.client_id,
+                    incarnation=self._connection.incarnation,
+                    seq=0,
+                    base_version=-1,
+                    fingerprint=template.fingerprint(),
+                    gradients=self._state(),
+                    values={},
+                    bases={},
+                    num_samples=1,
+                )
+            )
+            answer = self._ask()
+        compare(answer.fingerprint, template.fingerprint(), "the client half")
+        for name, tensor in self._state().items():
+            tensor.copy_(answer.weights[name])
+        self.version = answer.version
+        self._begin()
+        return answer.version
+
+    def push(self, num_samples: float | None) -> None:
+        """Publish the change since the last pull or push.
+
+        Raises:
+            InputError: nothing was pulled, or there are no samples.
+        """
+        if self._template is None or self.version is None:
+            raise InputError("this half has no version yet: call client.pull() before training and client.push() after it")
+        samples = self._connection.num_samples if num_samples is None else num_samples
+        if not samples > 0:
+            raise InputError(f"the update would count {samples} samples: train before push(), or give push(num_samples=...)")
+        state = self._state()
+        changed = {n: state[n] for n in self._template.buffers if not state[n].equal(self._start[n])}
+        answer = self._connection.transport.push(
+            PushRequest(
+                client_id=self._connection.client_id,
+                incarnation=self._connection.incarnation,
+                seq=self._connection.number("push"),
+                base_version=self.version,
+                fingerprint=None,
+                gradients={name: self._start[name] - state[name] for name in self._template.trainable},
+                values=changed,
+                bases={name: self._start[name] for name in changed},
+                num_samples=samples,
+            )
+        )
+        self._connection.opened(answer.incarnation, 0)
+        self._connection.note_status(answer.status, 0)
+        self._begin()
+
+    def _ask(self) -> PullAnswer:
+        return self._connection.transport.pull(PullRequest(self._connection.client_id))
+
+    def _state(self) -> dict[str, Tensor]:
+        """The half's distinct tensors, by first name; sharing memory with it."""
+        names = self._template.names if self._template else {}
+        return {name: t.detach() for name, t in named_state(unwrap(self._half)) if names.get(name) == name}
+
+    def _begin(self) -> None:
+        self._start = {name: tensor.clone() for name, tensor in self._state().items()}
+        self._connection.num_samples = 0.0

@@ -1,0 +1,197 @@
+"""Pytrees of tensors and plain values: taken apart for the wire and the disk, and put together again.
+
+What crosses a cut is whatever the body takes and returns: tensors, `None`, bool, int, float and str in dict, list, tuple
+and named tuple. A tree is taken apart into its tensors and a *spec*, plain JSON that says how to put it together. A spec
+names classes but never carries code: a named tuple's class is used if this process has imported it already, and made
+from its field names if not; any other container must be registered.
+
+Tensor identity survives: an object that occurs twice is one tensor in the list. (nn.MultiheadAttention computes along
+another path, with other bits, when query, key and value are one object.)
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from splitfed.errors import ContainerError, FormatError
+
+T = TypeVar("T")
+Spec = Any
+MAX_DEPTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Container:
+    cls: type
+    flatten: Callable[[Any], Any]
+    unflatten: Callable[[Any], Any]
+
+
+# Registration is per process, like pickle's copyreg: which classes exist is a fact of the process, not of an object.
+_containers: dict[str, _Container] = {}
+
+
+def register_container(cls: type[T], flatten: Callable[[T], Any], unflatten: Callable[[Any], T]) -> None:
+    """Let instances of `cls` cross the cut.
+
+    Args:
+        cls: The class; exactly this one, not its subclasses.
+        flatten: Makes a tree of supported values from an instance.
+        unflatten: Makes an instance from that tree.
+
+    Both sides must register the class, since no code travels.
+    """
+    _containers[_path(cls)] = _Container(cls, flatten, unflatten)
+
+
+def flatten(tree: Any) -> tuple[Spec, list[Tensor]]:
+    """Take a tree apart into a JSON-able spec and its distinct tensors, in order of first occurrence.
+
+    Raises:
+        ContainerError: a value is of a kind that can't cross the cut; the message says where it is.
+    """
+    tensors: list[Tensor] = []
+    return _flatten(tree, tensors, {}, "", 0), tensors
+
+
+def unflatten(spec: Spec, tensors: list[Tensor]) -> Any:
+    """Put a tree together from its spec and tensors; the inverse of `flatten`.
+
+    Raises:
+        FormatError: the spec isn't one that `flatten` makes, or names a tensor that isn't there.
+        ContainerError: it names a container that isn't registered in this process.
+    """
+    try:
+        return _unflatten(spec, tensors, 0)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        if isinstance(error, FormatError | ContainerError):
+            raise
+        raise FormatError(f"a tree's spec is malformed: {error}") from error
+
+
+def _flatten(value: Any, tensors: list[Tensor], seen: dict[int, int], where: str, depth: int) -> Spec:
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if isinstance(value, Tensor):
+        index = seen.setdefault(id(value), len(tensors))
+        if index == len(tensors):
+            tensors.append(value)
+        return {"t": index}
+    if kind is float:
+        return value if math.isfinite(value) else {"f": str(value)}
+    if depth >= MAX_DEPTH:
+        raise ContainerError(f"the value at {where or 'the top'} is nested more than {MAX_DEPTH} deep")
+
+    def inner(child: Any, step: object) -> Spec:
+        return _flatten(child, tensors, seen, f"{where}[{step!r}]", depth + 1)
+
+    def items() -> list[list[Spec]]:
+        return [[_key(key, where), inner(child, key)] for key, child in value.items()]
+
+    if kind in _SEQUENCES:
+        return {_SEQUENCES[kind]: [inner(child, i) for i, child in enumerate(value)]}
+    if kind in _MAPPINGS:
+        return {_MAPPINGS[kind]: items()}
+    if _path(kind) in _containers:
+        return {"c": [_path(kind), inner(_containers[_path(kind)].flatten(value), kind.__name__)]}
+    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        return {"n": [_path(kind), list(kind._fields), [inner(v, f) for f, v in zip(kind._fields, value, strict=True)]]}
+    if _is_transformers(kind, "ModelOutput"):
+        return {"h": [_path(kind), items()]}
+    raise ContainerError(_refusal(kind, where))
+
+
+def _unflatten(spec: Spec, tensors: list[Tensor], depth: int) -> Any:
+    if spec is None or isinstance(spec, bool | int | float | str):
+        return spec
+    if depth > MAX_DEPTH or not isinstance(spec, dict) or len(spec) != 1:
+        raise FormatError(f"a tree's spec is malformed: {str(spec)[:60]!r} at depth {depth}")
+    ((kind, body),) = spec.items()
+
+    def inner(child: Spec) -> Any:
+        return _unflatten(child, tensors, depth + 1)
+
+    def pairs(children: Spec) -> dict[Any, Any]:
+        return {inner(key): inner(child) for key, child in children}
+
+    if kind == "t":
+        if not isinstance(body, int) or not 0 <= body < len(tensors):
+            raise FormatError(f"a tree names tensor {body!r} of {len(tensors)}")
+        return tensors[body]
+    if kind == "f":
+        return float(body)
+    if kind in _SEQUENCE_OF:
+        return _SEQUENCE_OF[kind]([inner(child) for child in body])
+    if kind in _MAPPING_OF:
+        return _MAPPING_OF[kind](pairs(body))
+    if kind == "c":
+        if body[0] not in _containers:
+            raise ContainerError(f"container {body[0]!r} isn't registered in this process: call register_container()")
+        return _containers[body[0]].unflatten(inner(body[1]))
+    if kind == "n":
+        return _named_tuple(body[0], body[1])(*[inner(child) for child in body[2]])
+    if kind == "h":
+        cls = _find(body[0])
+        if cls is None or not _is_transformers(cls, "ModelOutput"):
+            raise ContainerError(f"{body[0]!r} isn't an imported transformers ModelOutput: import its module here first")
+        return cls(**pairs(body[1]))
+    raise FormatError(f"a tree's spec has an unknown kind {kind!r}")
+
+
+def _counter(items: dict[Any, int]) -> collections.Counter[Any]:
+    return collections.Counter(items)
+
+
+_SEQUENCES: dict[type, str] = {list: "l", tuple: "u", torch.Size: "z"}
+_SEQUENCE_OF: dict[str, Callable[[list[Any]], Any]] = {"l": list, "u": tuple, "z": torch.Size}
+_MAPPINGS: dict[type, str] = {dict: "d", collections.OrderedDict: "o", collections.Counter: "k"}
+_MAPPING_OF: dict[str, Callable[[dict[Any, Any]], Any]] = {"d": dict, "o": collections.OrderedDict, "k": _counter}
+
+
+def _key(key: Any, where: str) -> Spec:
+    if key is None or type(key) in (bool, int, str) or (type(key) is float and math.isfinite(key)):
+        return key
+    raise ContainerError(f"a key of the dict at {where or 'the top'} is {type(key).__name__}: expected str, int or bool")
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _find(path: str) -> Any:
+    """The class at `module:qualname` if its module is imported; nothing is ever imported for foreign data."""
+    module, _, qualname = path.partition(":")
+    found: Any = sys.modules.get(module)
+    for name in qualname.split("."):
+        found = getattr(found, name, None)
+    return found if isinstance(found, type) else None
+
+
+def _named_tuple(path: str, fields: list[str]) -> Callable[..., Any]:
+    cls = _find(path)
+    if cls is not None and issubclass(cls, tuple) and list(getattr(cls, "_fields", ())) == fields:
+        return cls
+    return collections.namedtuple(path.rpartition(":")[2].rpartition(".")[2], fields)
+
+
+def _is_transformers(cls: type, name: str) -> bool:
+    return any(c.__name__ == name and c.__module__.partition(".")[0] == "transformers" for c in cls.__mro__)
+
+
+def _refusal(kind: type, where: str) -> str:
+    place = where or "the top"
+    if _is_transformers(kind, "Cache"):
+        return f"the value at {place} is a transformers {kind.__name__}, which holds state: pass use_cache=False"
+    return (
+        f"the value at {place} is {kind.__module__}.{kind.__qualname__}, which can't cross the cut: expected tensors, "
+        "None, bool, int, float or str in dict, list, tuple or named tuple; other containers by register_container()"
+    )

@@ -1,0 +1,99 @@
+"""The unsplit model to compare with: identity functions where the cut would be, and the same seeds.
+
+Split equals reference bit for bit, always. The reference equals the raw model wherever the body draws no random numbers, no
+activation fans out across the cut, and no parameter is used several times in a call of a body that is called several times:
+there, floating-point addition is grouped by the cut, and the reference is grouped the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from splitfed import trees
+from splitfed.boundary import Alias, Enter, Leave, fresh
+from splitfed.cutting import find_cuts
+from splitfed.seeding import Seed, compute_lock, seeded
+from splitfed.template import deep_copy, unwrap
+
+Call = Callable[..., Any]
+
+
+def reference(model: nn.Module, at: str | Sequence[str]) -> nn.Module:
+    """A copy of `model` that computes, in one piece, exactly what its two halves would.
+
+    Args:
+        model: The model; it isn't changed.
+        at: Where it would be cut, as for `split`.
+
+    Returns:
+        A module with the same keys whose outputs, gradients and buffers are those of the split model.
+
+    Raises:
+        UnknownCutError: as `split`.
+    """
+    whole = deep_copy(unwrap(model))
+    for cut in find_cuts(whole, at):
+        parts = [whole.get_submodule(name) for name in cut.parts]
+        _wrap(parts[0], lambda *args, _parts=parts, **kwargs: _across(_parts, args, kwargs))
+        for part in parts[1:]:
+            _wrap(part, lambda value: value)
+    return whole
+
+
+def _wrap(module: nn.Module, call: Call) -> None:
+    """Change what calling this one module does: by a class of its own, so that names, hooks and type checks stay."""
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": lambda self, *a, **k: call(*a, **k), "_plain": kind})
+
+
+def _across(parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the parts as a server does: own copies in and out, generators seeded by the client's draw."""
+    spec, tensors = trees.flatten((args, kwargs))
+    seed = Seed()
+    entered = [Enter.apply(t) if t.requires_grad else fresh(t) for t in tensors]
+    args, kwargs = trees.unflatten(spec, entered)
+    devices = {t.device for t in tensors if t.device.type != "cpu"}
+    with compute_lock, seeded(seed.value, tuple(devices)) as draws, _aliased(parts):
+        value = _plain(parts[0])(parts[0], *args, **kwargs)
+        for part in parts[1:]:
+            value = _plain(part)(part, value)
+    if not draws.drew:
+        seed.put_back()
+    spec, tensors = trees.flatten(value)
+    return trees.unflatten(spec, [Leave.apply(t) if t.requires_grad else fresh(t) for t in tensors])
+
+
+def _plain(part: nn.Module) -> Call:
+    call: Call = part._plain.__call__  # type: ignore[union-attr, operator]
+    return call
+
+
+@contextmanager
+def _aliased(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Give each parameter another name for the call, so that gradients add up within it first, as across the cut.
+
+    Recurrent layers keep a list of their weights besides and use each once; they are left alone.
+    """
+    slots = [
+        (owner._parameters, leaf, parameter)
+        for part in parts
+        for owner in part.modules()
+        if not isinstance(owner, nn.RNNBase)
+        for leaf, parameter in owner._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    aliases: dict[int, Any] = {}
+    try:
+        for held, leaf, parameter in slots if torch.is_grad_enabled() else ():
+            if id(parameter) not in aliases:
+                aliases[id(parameter)] = Alias.apply(parameter)
+            held[leaf] = aliases[id(parameter)]
+        yield
+    finally:
+        for held, leaf, parameter in slots:
+            held[leaf] = parameter

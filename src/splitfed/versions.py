@@ -1,0 +1,187 @@
+"""The versions of a lineage, read.
+
+Readers probe for the next commit record on every request: one failing GET, no listing, and no replica that answers at an
+old version for long. What is cached here can't change: records, and the files that they name with their hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from splitfed import codec
+from splitfed.applied import BatchSet
+from splitfed.blobs import Blobs, Buffer
+from splitfed.cache import Bounded
+from splitfed.commits import Commit
+from splitfed.errors import CorruptedError, ExpiredError, FormatError, MissingError
+from splitfed.layout import Keys
+from splitfed.packing import unpack_tree
+from splitfed.template import Fingerprint
+
+T = TypeVar("T")
+CACHED = 4
+
+
+class Versions:
+    """Reads one lineage.
+
+    Args:
+        blobs: Where it lies.
+        name: `body`, `client` or `body@<id>`.
+    """
+
+    def __init__(self, blobs: Blobs, name: str) -> None:
+        self.blobs = blobs
+        self.keys = Keys(name)
+        self.name = name
+        self._head = -1
+        self._commits: Bounded[int, Commit] = Bounded(16 * CACHED)
+        self._states: Bounded[int, dict[str, Tensor]] = Bounded(CACHED)
+        self._applied: Bounded[int, BatchSet] = Bounded(CACHED)
+        self._frozen: dict[str, dict[str, Tensor]] = {}
+        self._corrupt: dict[int, CorruptedError] = {}
+
+    def fingerprint(self) -> Fingerprint:
+        """The architecture that this lineage was begun with.
+
+        Raises:
+            MissingError: nobody has begun it.
+        """
+        data = self.blobs.get(self.keys.fingerprint)
+        if data is None:
+            raise MissingError(
+                f"the store has no lineage {self.name!r} yet: a SplitServer or Accumulator begins it with its module's weights"
+            )
+        fingerprint: Fingerprint = json.loads(bytes(data))
+        return fingerprint
+
+    def head(self) -> int:
+        """The newest version, or -1 if there is none. Always asks the store."""
+        version = self._head
+        if version < 0:
+            hint = self.blobs.get(self.keys.head)
+            version = int(bytes(hint)) if hint is not None and bytes(hint).isdigit() else -1
+            if version >= 0 and self._find(version) is None:
+                version = -1
+        while self._find(version + 1) is not None:
+            version += 1
+        self._head = max(self._head, version)
+        return self._head
+
+    def commit(self, version: int) -> Commit:
+        """The record of a version.
+
+        Raises:
+            MissingError: there is no such version.
+        """
+        found = self._find(version)
+        if found is None:
+            raise MissingError(f"lineage {self.name!r} has no version {version}: the newest is {self.head()}")
+        return found
+
+    def state(self, version: int) -> dict[str, Tensor]:
+        """The distinct tensors of a version by first name; they share mapped memory and mustn't be changed.
+
+        The file's hash is checked in the background, once per process and version; a later call tells.
+
+        Raises:
+            ExpiredError: its weights have left the retention window.
+            CorruptedError: they aren't what was committed.
+        """
+        return self._cached(self._states, version, self._load_state)
+
+    def checked_state(self, version: int) -> dict[str, Tensor]:
+        """As `state`, with the hash checked before the answer: for what will be built upon or handed out."""
+        self._file(version, "weights")
+        return self.state(version)
+
+    def weights(self, version: int) -> dict[str, Tensor]:
+        """A version's tensors under all their names, as the module's `state_dict()` has them; copies."""
+        copies = {name: tensor.clone() for name, tensor in self.checked_state(version).items()}
+        return {name: copies[entry.get("tied", name)] for name, entry in self.fingerprint().items()}
+
+    def optimizer(self, version: int) -> Any:
+        """The state of optimizer and scheduler at a version, or `None` if none has stepped."""
+        if "optimizer" not in self.commit(version).files:
+            return None
+        return unpack_tree("Optimizer", self._file(version, "optimizer"))
+
+    def applied(self, version: int) -> BatchSet:
+        """The batches counted up to a version."""
+        return self._cached(self._applied, version, self._load_applied)
+
+    def _find(self, version: int) -> Commit | None:
+        found = self._commits.get(version)
+        if found is None:
+            data = self.blobs.get(self.keys.commit(version))
+            found = None if data is None else self._commits.put(version, Commit.from_json(data))
+        return found
+
+    def _cached(self, cache: Bounded[int, T], version: int, load: Callable[[int], T]) -> T:
+        if version in self._corrupt:
+            raise self._corrupt[version]
+        found = cache.get(version)
+        return cache.put(version, load(version)) if found is None else found
+
+    def _load_applied(self, version: int) -> BatchSet:
+        return BatchSet.from_json(json.loads(bytes(self._file(version, "applied"))))
+
+    def _load_state(self, version: int) -> dict[str, Tensor]:
+        commit, data = self.commit(version), self._file(version, "weights", wait=False)
+        try:
+            state = codec.decode(data)[0]
+        except FormatError as error:
+            raise self._corrupted(version, "weights") from error
+        if commit.frozen is not None:
+            state |= self._frozen_state(commit.frozen)
+        return state
+
+    def _frozen_state(self, name: str) -> dict[str, Tensor]:
+        if name not in self._frozen:
+            data = self.blobs.get(self.keys.frozen(name))
+            if data is None or sha256([data]) != name:
+                raise CorruptedError(f"the frozen parameters of lineage {self.name!r} are missing or changed")
+            self._frozen[name] = codec.decode(data)[0]
+        return self._frozen[name]
+
+    def _file(self, version: int, kind: str, *, wait: bool = True) -> memoryview:
+        """A file of a commit, its hash checked now, or in the background for the next call to tell."""
+        commit = self.commit(version)
+        data = self.blobs.get(self.keys.versioned(kind, version, commit.nonce))
+        if data is None:
+            raise ExpiredError(
+                f"the {kind} of version {version} of lineage {self.name!r} have left the retention window (the newest is "
+                f"{self.head()}): raise keep_versions of the Accumulator, or go on with a newer version"
+            )
+        if wait:
+            self._verify(commit, kind, data)
+        else:
+            threading.Thread(target=self._verify, args=(commit, kind, data, False), daemon=True).start()
+        return data
+
+    def _verify(self, commit: Commit, kind: str, data: Buffer, loud: bool = True) -> None:
+        if sha256([data]) != commit.files[kind]:
+            error = self._corrupted(commit.version, kind)
+            if loud:
+                raise error
+
+    def _corrupted(self, version: int, kind: str) -> CorruptedError:
+        self._corrupt[version] = CorruptedError(
+            f"the {kind} of version {version} of lineage {self.name!r} aren't what was committed: the file was changed from "
+            "outside. Restore it from a copy, or go back with GradientStore.rollback()"
+        )
+        return self._corrupt[version]
+
+
+def sha256(parts: list[Any]) -> str:
+    """SHA-256 of the joined parts."""
+    hasher = hashlib.sha256()
+    for part in parts:
+        hasher.update(part)
+    return hasher.hexdigest()

@@ -1,0 +1,48 @@
+"""What all tests share: one thread, one seed, and a store of their own."""
+
+from __future__ import annotations
+
+import os
+
+# Bits depend on the number of threads, so it is one: here and, through the environment, in every process that a test
+# starts. OpenMP reads this when torch is imported, hence before all other imports.
+os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+os.environ.setdefault("MPLBACKEND", "Agg")
+# The model libraries under test must never look for a network.
+os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+
+import random
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# The same examples on every run: a red test is red for whoever looks at it next. The soak draws new ones.
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("soak", deadline=None, max_examples=2_000, print_blob=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the hypothesis profile: fixed examples in the tests, many fresh ones in the soak."""
+    hypothesis.settings.load_profile("soak" if config.option.markexpr == "soak" else "tests")
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """Each test starts with one thread, the same generators, float32 and grad mode on, whatever ran before."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    random.seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["file", "memory"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty store, once as files and once in memory."""
+    return (tmp_path / "store").as_uri() if request.param == "file" else f"memory://{uuid.uuid4()}"

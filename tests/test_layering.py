@@ -1,0 +1,209 @@
+"""Which module may import which: the architecture, in one table that is read here and nowhere else."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import splitfed
+
+ROOT = Path(splitfed.__file__).parent
+
+# Leaf first: a row may name only rows above it, so the table can be read in dependency order and has no circles.
+# A subpackage is one row. "splitfed" is the lazy facade; only what stands above the whole library uses it.
+MAY_IMPORT = {
+    "errors": "",
+    # Values without behaviour, and how they become bytes.
+    "ids": "errors",
+    "messages": "",
+    "trees": "errors",
+    "foreign": "errors",
+    "strides": "errors foreign",
+    "codec": "errors foreign strides",
+    "packing": "errors messages trees codec",
+    # The model: cut, run, and run again.
+    "numerics": "",
+    "seeding": "",
+    "template": "errors",
+    "cutpoint": "errors template",
+    "cutting": "errors template cutpoint",
+    "boundary": "codec",
+    "reference": "trees seeding template cutting boundary",
+    "replay": "errors messages trees codec seeding template boundary",
+    # The mathematics of a commit.
+    "averaging": "errors ids",
+    "buffers": "errors",
+    "policies": "errors",
+    "optimizers": "errors",
+    # The store.
+    "blobs": "errors",
+    "applied": "errors ids",
+    "layout": "ids",
+    "commits": "errors applied",
+    "versions": "errors codec blobs layout commits",
+    "lineage": "errors codec packing template applied commits versions",
+    # The client side.
+    "transport": "messages",
+    # On top.
+    "partition": "errors",
+}
+
+# They compute; what they know of the world was given to them.
+NO_IO = set("errors ids messages trees cutting averaging buffers policies optimizers".split())
+IO_MODULES = set(
+    "asyncio ctypes filelock fsspec glob http io mmap multiprocessing os pathlib pickle requests shutil signal socket "
+    "ssl starlette subprocess tempfile urllib urllib3 uvicorn".split()
+)
+IO_CALLS = set("open print input exec eval load save from_file".split())
+
+CLIENT_SIDE = set("client passes transport messages trees cutting cutpoint reference".split())
+SERVER_SIDE = set("blobs layout commits versions lineage store server accumulator".split())
+
+
+def modules() -> dict[str, Path]:
+    """Every module below the package by its name within it; the facade itself isn't one."""
+    paths = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+def imports(source: str, known: set[str]) -> Iterator[str]:
+    """The modules that a source imports at any depth, those for typing only included; ours without the prefix."""
+
+    def inside(name: str) -> str:
+        parts = name.split(".")
+        while parts and ".".join(parts) not in known:
+            parts.pop()
+        return ".".join(parts) or "splitfed"
+
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            top, _, rest = name.partition(".")
+            yield inside(rest) if top == "splitfed" else f"<{top}>"
+
+
+def graph() -> dict[str, set[str]]:
+    """What each module imports of ours, read from the sources."""
+    known = modules()
+    return {
+        name: {found for found in imports(path.read_text(), set(known)) if not found.startswith("<")}
+        for name, path in known.items()
+    }
+
+
+def row(module: str) -> str:
+    """The row of the table that a module belongs to."""
+    return module.partition(".")[0]
+
+
+def reach(start: str) -> set[str]:
+    """All rows that a row needs, directly or not."""
+    edges = graph()
+    found: set[str] = set()
+    waiting = {start}
+    while waiting:
+        here = waiting.pop()
+        found.add(here)
+        waiting |= {row(b) for a, targets in edges.items() if row(a) == here for b in targets} - found
+    return found - {start}
+
+
+def existing(names: set[str]) -> list[str]:
+    """Those of the named rows that have a module, in order."""
+    return sorted(names & {row(module) for module in modules()})
+
+
+def test_the_reader_sees_every_form_of_import() -> None:
+    """Plain, aliased, from-package, facade, function-level and typing-only imports are all found."""
+    source = """
+import splitfed.codec as c
+from splitfed import trees, SplitClient
+from splitfed.blobs.local import LocalBlobs
+if TYPE_CHECKING:
+    from splitfed.ids import BatchId
+def late():
+    import os.path
+"""
+    known = {"codec", "trees", "blobs", "blobs.local", "ids"}
+    assert sorted(imports(source, known)) == ["<os>", "blobs.local", "codec", "ids", "splitfed", "trees"]
+
+
+def test_every_module_has_a_row_and_every_row_a_module() -> None:
+    """A new module without a row, or a row whose module is gone, fails."""
+    assert {row(module) for module in modules()} == set(MAY_IMPORT)
+
+
+def test_rows_name_only_rows_above_them() -> None:
+    """The table is leaf first."""
+    above = {"splitfed"}
+    for name, allowed in MAY_IMPORT.items():
+        assert set(allowed.split()) <= above, name
+        above.add(name)
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_module_imports_only_what_its_row_allows(name: str) -> None:
+    """No import of ours goes beyond the table."""
+    found = {row(b) for a, targets in graph().items() if row(a) == name for b in targets} - {name}
+    assert found <= set(MAY_IMPORT[name].split())
+
+
+def test_no_circles() -> None:
+    """The imports, within subpackages too, have an order."""
+    edges = {a: {b for b in targets if not a.startswith(f"{b}.")} for a, targets in graph().items()}
+    list(graphlib.TopologicalSorter(edges).static_order())
+
+
+@pytest.mark.parametrize("name", existing(NO_IO))
+def test_pure_modules_do_no_io(name: str) -> None:
+    """Errors, messages, cutting, averaging touch no file, network or process, and run no code from data."""
+    source = modules()[name].read_text()
+    found = {found.strip("<>") for found in imports(source, set(modules())) if found.startswith("<")}
+    assert not found & IO_MODULES
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    called = {f.id if isinstance(f, ast.Name) else f.attr for f in calls if isinstance(f, ast.Name | ast.Attribute)}
+    assert not called & IO_CALLS
+    assert not reach(name) & SERVER_SIDE
+
+
+@pytest.mark.parametrize("name", existing(CLIENT_SIDE))
+def test_the_client_side_never_reaches_the_server_side(name: str) -> None:
+    """A device needs neither the store nor the server nor the accumulator, directly or through others."""
+    assert not reach(name) & SERVER_SIDE
+
+
+@pytest.mark.parametrize(("one", "other"), [("server", "accumulator"), ("accumulator", "server")])
+def test_server_and_accumulator_meet_only_in_the_store(one: str, other: str) -> None:
+    """Neither knows the other."""
+    assert other not in reach(one)
+
+
+def test_the_client_works_where_server_packages_are_missing() -> None:
+    """Without fsspec, filelock and starlette a fresh process imports `SplitClient`, and no server module with it."""
+    code = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"fsspec", "filelock", "starlette"}:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Block())
+from splitfed import CutPoint, SplitClient, SplitFedError, Transport, join, split
+print(*sorted(name.split(".")[1] for name in sys.modules if name.startswith("splitfed.")))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.split())
+    assert "client" in loaded
+    assert not loaded & SERVER_SIDE

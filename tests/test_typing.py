@@ -1,0 +1,33 @@
+"""The public API under mypy --strict, as users who check their own code would see it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def mypy(*args: str) -> tuple[int, str]:
+    """Run mypy as `make test` does, on other files, and with its warm cache."""
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), *args]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    return run.returncode, run.stdout + run.stderr
+
+
+def test_the_public_api_is_typed_as_users_write_it() -> None:
+    """Type checking by mypy --strict accepts ordinary use and reports each mistake in `typing_api.py`."""
+    status, output = mypy("tests/typing_api.py")
+    assert status == 0, output
+
+
+def test_a_facade_that_lost_its_types_would_be_found(tmp_path: Path) -> None:
+    """The check above can fail: were `split` untyped, its `assert_type` and its `type: ignore` would be reported."""
+    source = (ROOT / "tests" / "typing_api.py").read_text()
+    broken = tmp_path / "typing_broken.py"
+    broken.write_text(source.replace("def cutting(model: nn.Module,", "def cutting(model: nn.Module, splitfed: Any,"))
+    status, output = mypy(str(broken))
+    assert status == 1, output
+    assert "assert-type" in output
+    assert "unused-ignore" in output

@@ -1,0 +1,138 @@
+"""The public API as a user writes it, for mypy --strict only: nothing here runs.
+
+`assert_type` fails when a name loses its type; each `type: ignore` fails when a mistake isn't caught any more
+(warn_unused_ignores).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import assert_type
+
+import splitfed
+from splitfed import Accumulator, CutPoint, GradientStore, SplitClient, SplitServer, Transport
+
+
+def cutting(model: nn.Module, x: Tensor) -> nn.Module:
+    """A model is cut by name, by slice, at several places or by hand, joined, and compared."""
+    client_half, body = splitfed.split(model, "encoder.layer.1")
+    splitfed.split(model, ["first", "features.3:8"])
+    splitfed.split(model, 3)  # type: ignore[arg-type]
+    nn.Sequential(nn.Linear(1, 1), CutPoint(), nn.Linear(1, 1))
+    assert_type(client_half, nn.Module)
+    assert_type(body, nn.Module)
+    assert_type(splitfed.reference(model, "2:5"), nn.Module)
+    print(splitfed.check(model, "2:5", x))
+    return splitfed.join(client_half, body)
+
+
+def serving(body: nn.Module) -> SplitServer:
+    """A store is a URL, a server a body over it, and versions are weights by name."""
+    store = GradientStore("runs/demo")
+    GradientStore("memory://run", sync="process")
+    GradientStore("runs/demo", sync="sometimes")  # type: ignore[arg-type]
+    GradientStore()  # type: ignore[call-arg]
+    assert_type(store.latest_version(), int)
+    assert_type(store.load_weights(3), dict[str, Tensor])
+    store.load_weights("latest")  # type: ignore[arg-type]
+    return SplitServer(body, store, device="cpu")
+
+
+def training(client_half: nn.Module, server: Transport, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
+    """The user's own loop, with a `SplitClient` where the model was."""
+    client = SplitClient(client_half, server, client_id="hospital-a", loss_scale=lambda: 2.0)
+    SplitClient(client_half, server)  # type: ignore[call-arg]
+    SplitClient(client_half, 8000, client_id="hospital-a")  # type: ignore[arg-type]
+    module: nn.Module = client
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    client.pull()
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss: Tensor = nn.functional.cross_entropy(client(x), y)
+        loss.backward()
+        optimizer.step()
+        with client.batch(num_samples=len(x)):
+            client(x).sum().backward()
+    client.push(num_samples=100)
+    client.push()
+    with client.at(1):
+        client.eval()
+    return client.version
+
+
+def in_process(body: nn.Module, client_half: nn.Module) -> SplitClient:
+    """A server is a transport, so it can be given to a client as it is."""
+    server: Transport = serving(body)
+    return SplitClient(client_half, server, client_id="hospital-a")
+
+
+def plain_split_learning(client: SplitClient, x: Tensor, y: Tensor) -> None:
+    """With the loss on the server, one call gives a loss that can be sent back through the half."""
+    loss = client.loss(x, y)
+    assert_type(loss, Tensor)
+    loss.backward()
+
+
+def adam(params: Any) -> torch.optim.Optimizer:
+    """An optimizer factory gets the trainable parameters."""
+    return torch.optim.AdamW(params, lr=1e-3)
+
+
+def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """A scheduler factory gets the optimizer."""
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.5)
+
+
+def accumulating(body: nn.Module, store: GradientStore) -> tuple[int, ...]:
+    """A step gives a commit or `None`, and mypy insists that one asks which."""
+    accumulator = Accumulator(body, store, optimizer=adam, lr_scheduler=halving)
+    Accumulator(body, store, optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
+    Accumulator(body, store, optimizer=0.1)  # type: ignore[arg-type]
+    commit = accumulator.step()
+    commit.version  # type: ignore[union-attr]  # noqa: B018
+    if commit is None:
+        return ()
+    commit.version = 2  # type: ignore[misc]
+    return commit.version, commit.num_batches, commit.num_stale, commit.num_rejected
+
+
+def samples(commit: splitfed.Commit) -> float:
+    """The weight of a commit, in examples."""
+    return commit.num_samples
+
+
+class Window:
+    """A container of the user's own."""
+
+    def __init__(self, frames: Sequence[Tensor]) -> None:
+        self.frames = list(frames)
+
+
+def registering() -> None:
+    """A container is registered with both directions, of matching types."""
+    splitfed.register_container(Window, lambda window: window.frames, lambda frames: Window(frames))
+    splitfed.register_container(Window, lambda window: window.frams, Window)  # type: ignore[attr-defined]
+
+
+def catching(error: splitfed.SplitFedError) -> int:
+    """Each error is also the builtin that a caller would catch."""
+    lookup: type[LookupError] = splitfed.ExpiredError
+    value: type[ValueError] = splitfed.UnknownCutError
+    system: type[OSError] = splitfed.StoreCapabilityError
+    timeout: type[TimeoutError] = splitfed.BusyError
+    print(lookup, value, system, timeout)
+    return error.status
+
+
+def sorting(ids: list[splitfed.BatchId]) -> str:
+    """Batch ids sort, and print as client, incarnation and number."""
+    assert_type(ids[0].seq, int)
+    return str(sorted(ids)[0])
+
+
+def versions() -> str:
+    """The version is a string, and a name that isn't there is an error."""
+    splitfed.Splitclient  # type: ignore[attr-defined]  # noqa: B018
+    return splitfed.__version__
