@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Byte code is left to the first import: compiling all of torch would be most of the time.
+INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
 ARGS ?=
 
 # A stamp says what is installed, so that a second run installs nothing; new metadata or pins install again.
@@ -68,9 +70,9 @@ $(HAVE_PIP):
 	@touch $@
 
 $(HAVE_DEMO): $(PINS) $(HAVE_PIP)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(INSTALL) --editable '.[demo]'
 	@touch $@
 
 $(HAVE_DEV): $(PINS) $(HAVE_PIP)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]' --group dev
+	$(INSTALL) --editable '.[demo]' --group dev
 	@touch $(HAVE_DEMO) $@

@@ -39,7 +39,8 @@ def deterministic() -> Iterator[None]:
     torch.manual_seed(0)
     random.seed(0)
     yield
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():  # asked first: switching loads the compiler, which takes seconds
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["file", "memory"])

@@ -253,6 +253,15 @@ def test_a_counter_that_was_reset_counts_a_change_once() -> None:
     assert merge_buffers(layer, head, [update(head, end) for end in ends])["running_mean"].item() == 3.0
 
 
+def test_counts_of_any_size_do_not_overflow() -> None:
+    """A foreign counter may jump from one end of its range to the other; the statistic is then the batch's alone."""
+    for momentum in (0.5, None):
+        layer = norm(momentum)
+        before = {**buffers(layer), "num_batches_tracked": torch.tensor(-(2**63))}
+        end = {**before, "running_mean": torch.full((1,), 2.0).double(), "num_batches_tracked": torch.tensor(2**63 - 1)}
+        assert math.isfinite(merge_buffers(layer, buffers(layer), [update(before, end)])["running_mean"].item())
+
+
 def test_changes_that_cancel_out_leave_the_heads_tensor() -> None:
     """10 + 2 − 2 is 10 again, so the head's own object is returned."""
     head = {"b": torch.tensor(10)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -28,14 +29,23 @@ MAY_IMPORT = {
     "codec": "errors foreign strides",
     "packing": "errors messages trees codec",
     # The model: cut, run, and run again.
+    "cache": "",
     "numerics": "",
     "seeding": "",
     "template": "errors",
     "cutpoint": "errors template",
     "cutting": "errors template cutpoint",
     "boundary": "codec",
-    "reference": "trees seeding template cutting boundary",
+    "unsplit": "trees seeding template cutting boundary",
     "replay": "errors messages trees codec seeding template boundary",
+    # The client side.
+    "transport": "messages",
+    "connection": "errors messages transport",
+    "passes": "messages connection",
+    "calls": "errors messages trees seeding cutpoint connection passes",
+    "onetrip": "errors messages seeding cutpoint calls",
+    "syncing": "errors messages template connection",
+    "client": "errors ids cutpoint transport connection passes calls onetrip syncing",
     # The mathematics of a commit.
     "averaging": "errors ids",
     "buffers": "errors",
@@ -44,14 +54,25 @@ MAY_IMPORT = {
     # The store.
     "blobs": "errors",
     "applied": "errors ids",
-    "layout": "ids",
     "commits": "errors applied",
-    "versions": "errors codec blobs layout commits",
+    "layout": "ids",
+    "versions": "errors codec packing cache template blobs applied commits layout",
     "lineage": "errors codec packing template applied commits versions",
-    # The client side.
-    "transport": "messages",
-    # On top.
+    "pile": "errors ids messages packing blobs layout",
+    "store": "errors ids numerics blobs layout lineage pile",
+    # The server: forward and backward.
+    "sealing": "errors ids messages codec packing applied versions pile",
+    "halves": "errors ids messages packing template store sealing",
+    "server": "errors ids messages trees packing cache template boundary replay buffers store sealing halves",
+    # The accumulator: stored gradients become the next version.
+    "folding": "errors ids messages template averaging buffers pile",
+    "stepping": "template optimizers versions",
+    "accumulator": "errors ids template buffers policies optimizers applied commits store folding stepping",
+    # What stands on top of both sides.
     "partition": "errors",
+    "checking": "errors messages trees template cutting unsplit client store server",
+    "demo": "errors messages cutting transport client commits store server accumulator partition",
+    "cli": "errors demo splitfed",
 }
 
 # They compute; what they know of the world was given to them.
@@ -62,8 +83,8 @@ IO_MODULES = set(
 )
 IO_CALLS = set("open print input exec eval load save from_file".split())
 
-CLIENT_SIDE = set("client passes transport messages trees cutting cutpoint reference".split())
-SERVER_SIDE = set("blobs layout commits versions lineage store server accumulator".split())
+CLIENT_SIDE = set("client calls passes onetrip connection syncing transport cutting cutpoint unsplit".split())
+SERVER_SIDE = set("blobs layout versions lineage pile store sealing halves server folding stepping accumulator".split())
 
 
 def modules() -> dict[str, Path]:
@@ -92,6 +113,7 @@ def imports(source: str, known: set[str]) -> Iterator[str]:
             yield inside(rest) if top == "splitfed" else f"<{top}>"
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     """What each module imports of ours, read from the sources."""
     known = modules()

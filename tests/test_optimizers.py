@@ -474,7 +474,7 @@ def test_functions_of_a_scheduler_come_from_the_factory_again(shape: Callable[[i
     built = optimizers.build(net(), partial(optim.SGD, lr=0.1), chained)
     spec, _ = trees.flatten(optimizers.capture(*built))
     assert "last_epoch" in json.dumps(spec)
-    assert "shape\"" not in json.dumps(spec)
+    assert 'shape"' not in json.dumps(spec)
 
 
 BUILDS: dict[str, tuple[OptimizerFactory, SchedulerFactory | None]] = {

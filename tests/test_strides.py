@@ -69,21 +69,33 @@ def test_stored_is_a_view_unless_there_are_gaps() -> None:
     assert torch.equal(stored(matrix[:, ::2], {"strides": [6, 2]}), matrix[:, ::2])
 
 
-numbers = st.one_of(st.integers(-1, 40), st.sampled_from([1 << 40, 1 << 63, True, 1.0, None, "1"]))
-layouts = st.dictionaries(st.sampled_from(["order", "strides", "shape"]), st.lists(numbers, max_size=3), max_size=2)
+anything = st.one_of(st.integers(-1, 40), st.sampled_from([1 << 40, 1 << 63, True, 1.0, None, "1"]))
 
 
-@given(core=st.lists(st.integers(1, 4), min_size=1, max_size=3), layout=st.one_of(layouts, numbers))
-def test_foreign_layouts_stay_within_their_tensor(core: list[int], layout: object) -> None:
+@st.composite
+def foreign_layouts(draw: st.DrawFn) -> tuple[list[int], object]:
+    """A stored shape, and a layout that is right for it, nearly right or nonsense."""
+    core = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    strides = [draw(st.sampled_from([0, 1, 2, 3, 4, 8, 12, 16, 40])) for _ in core]
+    shape = [size if stride else draw(st.integers(0, 5)) for size, stride in zip(core, strides, strict=True)]
+    core = [size if stride else 1 for size, stride in zip(core, strides, strict=True)]
+    right = {"strides": strides} if shape == core else {"shape": shape, "strides": strides}
+    wrong = st.dictionaries(st.sampled_from(["order", "strides", "shape"]), st.lists(anything, max_size=3))
+    order = st.permutations(range(len(core))).map(lambda order: {"order": list(order)})
+    return core, draw(st.one_of(st.just(right), order, wrong, anything))
+
+
+@given(foreign_layouts())
+def test_foreign_layouts_stay_within_their_tensor(foreign: tuple[list[int], object]) -> None:
     """A layout of anything is refused, or gives each stored element a place in at most 16 times their memory."""
+    core, layout = foreign
     elements = torch.Size(core).numel()
     try:
         shape, strides = check_layout("x", layout, core, 1)
     except FormatError:
         return
-    memory = torch.arange(elements, dtype=torch.uint8)
     assert isinstance(layout, dict)
-    result = restored(memory, shape, strides, layout)
+    result = restored(torch.arange(elements, dtype=torch.uint8), shape, strides, layout)
     assert (list(result.shape), list(result.stride())) == (shape, strides)
     assert result.untyped_storage().nbytes() <= 16 * elements
     assert set(result.flatten().tolist()) == set(range(elements))

@@ -40,7 +40,7 @@ def serving(body: nn.Module) -> SplitServer:
     return SplitServer(body, store, device="cpu")
 
 
-def training(client_half: nn.Module, server: Transport, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
+def training(client_half: nn.Module, server: Transport, batches: Iterable[tuple[Tensor, Tensor]]) -> int | None:
     """The user's own loop, with a `SplitClient` where the model was."""
     client = SplitClient(client_half, server, client_id="hospital-a", loss_scale=lambda: 2.0)
     SplitClient(client_half, server)  # type: ignore[call-arg]

@@ -47,11 +47,11 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from splitfed.ids import BatchId
-    from splitfed.unsplit import reference
     from splitfed.server import SplitServer
     from splitfed.store import GradientStore
     from splitfed.transport import Transport
     from splitfed.trees import register_container
+    from splitfed.unsplit import reference
 
 __version__ = "0.1.0"
 

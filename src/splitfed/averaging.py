@@ -128,8 +128,10 @@ class StreamingMean:
     def _fold(self, name: str, gradient: Tensor, scaled: float) -> None:
         """Add `scaled * gradient` to the partial sum; `scaled` is exactly 1 for a batch that is to be kept as it is."""
         held = self._partial.get(name)
-        if held is None:
-            self._partial[name] = gradient.to(torch.float64, copy=True).mul_(scaled)
+        if held is None or gradient.numel() <= _CHUNK:
+            device = self._total.get(name, gradient).device if held is None else held.device
+            product = gradient.to(device, torch.float64, copy=True).mul_(scaled)
+            self._partial[name] = product if held is None else held.add_(product)
             return
         if gradient.is_contiguous() and held.is_contiguous():
             gradient, held = gradient.view(-1), held.view(-1)

@@ -15,6 +15,28 @@ from torch import Tensor
 from splitfed import codec
 
 
+def enter(tensor: Tensor) -> Tensor:
+    """`tensor` as a body gets it: not a leaf, in memory of its own."""
+    if not tensor.requires_grad:
+        return fresh(tensor)
+    entered: Tensor = _Enter.apply(tensor)  # type: ignore[no-untyped-call]
+    return entered
+
+
+def leave(tensor: Tensor) -> Tensor:
+    """`tensor` as a client gets it."""
+    if not tensor.requires_grad:
+        return fresh(tensor)
+    left: Tensor = _Leave.apply(tensor)  # type: ignore[no-untyped-call]
+    return left
+
+
+def alias(parameter: Tensor) -> Tensor:
+    """`parameter` for one call: its gradients add up within the call first."""
+    named: Tensor = _Alias.apply(parameter)  # type: ignore[no-untyped-call]
+    return named
+
+
 def fresh(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """A detached copy in memory of its own, with the strides that survive the codec."""
     tensor = tensor.detach()
@@ -30,7 +52,7 @@ def fresh(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     return copy.expand(kept.shape) if strided else copy
 
 
-class Enter(torch.autograd.Function):
+class _Enter(torch.autograd.Function):
     """Identity into the body: a fresh copy forward, the gradient as it is backward."""
 
     @staticmethod
@@ -44,7 +66,7 @@ class Enter(torch.autograd.Function):
         return grads[0]
 
 
-class Leave(torch.autograd.Function):
+class _Leave(torch.autograd.Function):
     """Identity out of the body: a fresh copy forward, the gradient in the codec's layout backward."""
 
     @staticmethod
@@ -58,7 +80,7 @@ class Leave(torch.autograd.Function):
         return codec.canonical(grads[0].detach())
 
 
-class Alias(torch.autograd.Function):
+class _Alias(torch.autograd.Function):
     """Identity of a parameter for one call: its gradients are added up within the call first."""
 
     @staticmethod

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from splitfed.errors import InputError
 
+Buffers = Mapping[str, Tensor]
 Merge = Callable[[Tensor, list[Tensor], list[Tensor], list[float]], Tensor]
 Rule = str | Merge
+_ROWS = 64  # updates that are computed at once
 _RULES = ("mean", "sum", "or", "ema", "last", "keep")
 
 
@@ -39,17 +42,21 @@ class BufferUpdate:
     then is its base known exactly, and the head's value stands in for it if not.
     """
 
-    values: Mapping[str, Tensor]
+    values: Buffers
     """The end value bᵢ of each, by qualified name."""
-    bases: Mapping[str, Tensor]
+    bases: Buffers
     """The value that each began with, under the same names."""
     num_samples: float
     """nᵢ, in examples."""
 
 
+_Counts = list[tuple[BufferUpdate, int]]
+
+
+@torch.no_grad()
 def merge_buffers(
     module: nn.Module,
-    head: Mapping[str, Tensor],
+    head: Buffers,
     updates: Sequence[BufferUpdate],
     rules: Mapping[str, Rule] | None = None,
 ) -> dict[str, Tensor]:
@@ -80,12 +87,11 @@ def merge_buffers(
     fresh = len(updates) == 1 and all(same_bits(base, head[name]) for name, base in updates[0].bases.items())
     merged = {}
     for name, value in head.items():
-        new = value
-        if any(name in update.values for update in updates):
-            if fresh and chosen[name] != "keep" and not callable(chosen[name]):
-                new = updates[0].values[name]
-            else:
-                new = _Merger(module, head, updates, name).apply(chosen[name])
+        rule, new = chosen[name], value
+        if fresh and rule != "keep" and not callable(rule):
+            new = updates[0].values.get(name, value)
+        elif any(name in update.values for update in updates):
+            new = _Merger(module.get_submodule(name.rpartition(".")[0]), name, head, updates).apply(rule)
         merged[name] = value if same_bits(new, value) else new
     return merged
 
@@ -100,14 +106,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 class _Merger:
     """The rules, for one buffer of one commit; every method returns its new value."""
 
-    def __init__(
-        self, module: nn.Module, head: Mapping[str, Tensor], updates: Sequence[BufferUpdate], name: str
-    ) -> None:
+    def __init__(self, owner: nn.Module, name: str, head: Buffers, updates: Sequence[BufferUpdate]) -> None:
+        self.owner, self.name, self.head, self.updates = owner, name, head[name], updates
         prefix, _, self.leaf = name.rpartition(".")
-        self.owner = module.get_submodule(prefix)
-        self.name, self.head, self.updates = name, head[name], updates
+        self.wide = torch.complex128 if self.head.is_complex() else torch.float64
         counter = f"{prefix}.num_batches_tracked".lstrip(".")
-        self.counter = counter if counter in head and head[counter].numel() == 1 else None
+        self.counter = counter if counter in head and head[counter].numel() == 1 else ""
         self.counted = int(head[counter]) if self.counter else 0
         self.changed = [update for update in updates if name in update.values]
 
@@ -117,41 +121,40 @@ class _Merger:
             result = rule(self.head, list(values), list(bases), [u.num_samples for u in self.changed])
             _check_like(result, self.head, f"the rule of buffer {self.name!r} made")
             return result
-        if rule in ("last", "keep"):
-            return self.changed[-1].values[self.name] if rule == "last" else self.head
+        if rule == "last":
+            return self.changed[-1].values[self.name]
+        if rule == "keep":
+            return self.head
         result = {"mean": self.mean, "sum": self.sum, "or": self.either, "ema": self.statistic}[rule]()
         return result.to(self.head.dtype)
 
     def mean(self) -> Tensor:
-        whole = not (self.head.is_floating_point() or self.head.is_complex())
-        mean = self._weighted([(self._end(update), update.num_samples) for update in self.updates])
-        return mean.round() if whole else mean
+        mean = self._weighted([(update, 1) for update in self.updates], lambda ends, _: ends)
+        return mean if _inexact(self.head) else mean.round()
 
     def sum(self) -> Tensor:
-        wide = _wide if self.head.is_floating_point() or self.head.is_complex() else _long
-        total = wide(self.head, self.head)
-        for update in self.changed:
-            total = total + (wide(update.values[self.name], self.head) - wide(update.bases[self.name], self.head))
+        total = self.head.to(self.wide if _inexact(self.head) else torch.int64, copy=True)
+        for start in range(0, len(self.changed), _ROWS):
+            some = self.changed[start : start + _ROWS]
+            for step in self._rows(some, "values", total.dtype) - self._rows(some, "bases", total.dtype):
+                total += step
         return total
 
     def either(self) -> Tensor:
         result = torch.zeros_like(self.head)
-        for update in self.updates:
-            result = result | update.values.get(self.name, self.head).to(self.head.device)
+        for end in self._rows(self.updates, "values", self.head.dtype):
+            result |= end
         return result
 
     def statistic(self) -> Tensor:
         momentum: float | None = self.owner.momentum  # type: ignore[assignment]
         if momentum == 0:
             return self.head
-        if momentum is None and self.counter is None:
+        if momentum is None and not self.counter:
             return self.mean()
-        seen, total = [], 0
-        for update in self.updates:
-            if steps := self._steps(update):
-                seen.append((self._seen(update, momentum, steps), update.num_samples))
-                total += steps
-        mean, head = self._weighted(seen), _wide(self.head, self.head)
+        counts = [(update, steps) for update in self.updates if (steps := self._steps(update))]
+        mean = self._weighted(counts, partial(self._seen, momentum))
+        total, head = float(sum(steps for _, steps in counts)), self.head.to(mean.dtype)
         if momentum is None:
             result = (self.counted * head + total * mean) / (self.counted + total)
         else:
@@ -159,41 +162,49 @@ class _Merger:
         # Rounding in bᵢ is amplified by 1/m in sᵢ: a variance near zero could come out below it, and end in NaN.
         return result.clamp(min=0) if self.leaf == "running_var" else result
 
-    def _seen(self, update: BufferUpdate, momentum: float | None, steps: int) -> Tensor:
-        """The mean statistic sᵢ that moved the buffer from its base to its end in so many steps."""
-        end, base = self._end(update), _wide(update.bases.get(self.name, self.head), self.head)
+    def _seen(self, momentum: float | None, ends: Tensor, counts: _Counts) -> Tensor:
+        """The statistics sᵢ `(K, *S)` that moved K buffers to their ends `(K, *S)` in so many steps each."""
+        bases = self._rows([update for update, _ in counts], "bases", ends.dtype)
         if momentum is not None:
-            kept = (1 - momentum) ** steps
-            return (end - kept * base) / (1 - kept)
-        before = float(update.bases.get(self.counter or "", torch.tensor(self.counted)))
-        return ((before + steps) * end - before * base) / steps
+            kept = self._column([(1 - momentum) ** steps for _, steps in counts])
+            return (ends - kept * bases) / (1 - kept)
+        begun = [float(u.bases[self.counter]) if self.counter in u.bases else self.counted for u, _ in counts]
+        before, taken = self._column(begun), self._column([float(steps) for _, steps in counts])
+        return ((before + taken) * ends - before * bases) / taken
 
     def _steps(self, update: BufferUpdate) -> int:
-        if self.counter is not None and self.counter in update.values:
+        if self.counter in update.values:
             counted = int(update.values[self.counter]) - int(update.bases[self.counter])
             if counted > 0:
                 return counted
         return int(self.name in update.values)
 
-    def _end(self, update: BufferUpdate) -> Tensor:
-        return _wide(update.values.get(self.name, self.head), self.head)
+    def _weighted(self, counts: _Counts, of: Callable[[Tensor, _Counts], Tensor]) -> Tensor:
+        """Σ nᵢ·of(bᵢ) / Σ nᵢ, a few updates at a time: one by one each of them would cost a dozen calls of torch's."""
+        total = torch.zeros_like(self.head, dtype=self.wide)
+        for start in range(0, len(counts), _ROWS):
+            some = counts[start : start + _ROWS]
+            ends = self._rows([update for update, _ in some], "values", total.dtype)
+            for row in of(ends, some) * self._column([update.num_samples for update, _ in some]):
+                total += row
+        return total / sum(update.num_samples for update, _ in counts)
 
-    def _weighted(self, items: list[tuple[Tensor, float]]) -> Tensor:
-        total = torch.zeros_like(_wide(self.head, self.head))
-        for value, num_samples in items:
-            total += value * num_samples
-        return total / sum(num_samples for _, num_samples in items)
+    def _rows(self, updates: Sequence[BufferUpdate], which: str, dtype: torch.dtype) -> Tensor:
+        here = self.head.device
+        rows = [getattr(update, which).get(self.name, self.head) for update in updates]
+        return torch.stack([row if row.device == here else row.to(here) for row in rows]).to(dtype)
+
+    def _column(self, numbers: Sequence[float]) -> Tensor:
+        """K numbers as `(K, 1, ...)`, to be multiplied with K buffers `(K, *S)`."""
+        column = torch.tensor(numbers, dtype=torch.float64, device=self.head.device)
+        return column.view(-1, *(1 for _ in self.head.shape))
 
 
-def _wide(value: Tensor, like: Tensor) -> Tensor:
-    return value.detach().to(like.device, torch.complex128 if like.is_complex() else torch.float64)
+def _inexact(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
-def _long(value: Tensor, like: Tensor) -> Tensor:
-    return value.detach().to(like.device, torch.int64)
-
-
-def _choose(module: nn.Module, head: Mapping[str, Tensor], rules: Mapping[str, Rule]) -> dict[str, Rule]:
+def _choose(module: nn.Module, head: Buffers, rules: Mapping[str, Rule]) -> dict[str, Rule]:
     """The rule of each buffer, checked."""
     listed = ", ".join(sorted(head)) or "none"
     for pattern, rule in rules.items():
@@ -210,7 +221,7 @@ def _choose(module: nn.Module, head: Mapping[str, Tensor], rules: Mapping[str, R
             raise InputError(f"the module has no buffer {name!r}: expected {[n for n, _ in module.named_buffers()]}")
         given = next((rule for pattern, rule in rules.items() if fnmatchcase(name, pattern)), None)
         rule = chosen[name] = _default(owner, leaf, value) if given is None else given
-        if rule == "or" and (value.is_floating_point() or value.is_complex()):
+        if rule == "or" and _inexact(value):
             raise InputError(f"buffer rule 'or' doesn't fit {name!r}, a {value.dtype}: expected bool or integers")
         momentum = getattr(owner, "momentum", math.nan)
         if rule == "ema" and momentum is not None and not 0 <= momentum <= 1:
@@ -221,12 +232,10 @@ def _choose(module: nn.Module, head: Mapping[str, Tensor], rules: Mapping[str, R
 def _default(owner: nn.Module, leaf: str, value: Tensor) -> str:
     if isinstance(owner, _NormBase) and leaf in ("running_mean", "running_var"):
         return "ema"
-    if value.dtype == torch.bool:
-        return "or"
-    return "mean" if value.is_floating_point() or value.is_complex() else "sum"
+    return "or" if value.dtype == torch.bool else "mean" if _inexact(value) else "sum"
 
 
-def _check_updates(head: Mapping[str, Tensor], updates: Sequence[BufferUpdate]) -> None:
+def _check_updates(head: Buffers, updates: Sequence[BufferUpdate]) -> None:
     for update in updates:
         if not (update.num_samples > 0 and math.isfinite(update.num_samples)):
             raise InputError(f"num_samples of an update is {update.num_samples!r}: expected finite, above 0")

@@ -123,7 +123,8 @@ class Session:
         if request.grad:
             recorded = RecordedCall(self, request, answer.version)
             if any(answer.requires_grad):
-                outputs = list(_Cross.apply(recorded, answer.requires_grad, outputs, _dummy(), *tensors))
+                crossed = _Cross.apply(recorded, answer.requires_grad, outputs, _dummy(), *tensors)  # type: ignore[no-untyped-call]
+                outputs = list(crossed)
             else:
                 self.connection.release(recorded)
             for index in answer.changed:

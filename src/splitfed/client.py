@@ -46,6 +46,13 @@ class SplitClient(nn.Module):
         InputError: `server` isn't a transport.
     """
 
+    client_half: nn.Module
+    _connection: Connection
+    _passes: Passes
+    _sync: HalfSync
+    _scope: Scope | None
+    _pinned: int | None
+
     def __init__(
         self, client_half: nn.Module, server: Transport, client_id: str, *, loss_scale: LossScale = 1.0
     ) -> None:
@@ -80,7 +87,7 @@ class SplitClient(nn.Module):
         return self._sync.version
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The half's own mode."""
         half = self.__dict__.get("client_half")
         return True if half is None else half.training
@@ -91,7 +98,7 @@ class SplitClient(nn.Module):
             self.client_half.training = mode
 
     @property
-    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
+    def forward(self) -> Callable[..., Any]:
         """Run the half; has the signature of the half's own `forward`."""
         replaced: Callable[..., Any] | None = self.__dict__.get("_replaced_forward")
         return _Forward(self) if replaced is None else replaced

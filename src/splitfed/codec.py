@@ -21,26 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splitfed import foreign
 from splitfed.errors import ContainerError, FormatError, InputError
-from splitfed.foreign import (
-    DTYPES,
-    MAX_DIMS,
-    MAX_EXTENT,
-    MAX_HEADER,
-    MAX_METADATA,
-    MAX_TENSORS,
-    check_name,
-    extent,
-    parse_header,
-    parse_json,
-)
 from splitfed.strides import Layout, check_layout, contiguous_strides, layout_of, restored, stored
 
 ALIGNMENT = 64
 LAYOUT_KEY = "splitfed.layout"
 
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_OPAQUE = frozenset(dtype for code, dtype in DTYPES.items() if code[:2] in ("BF", "F8", "C6"))  # numpy or memoryview
+_CODES = {dtype: code for code, dtype in foreign.DTYPES.items()}
+_OPAQUE = {dtype for dtype, code in _CODES.items() if code[:2] in ("BF", "F8", "C6")}  # to numpy or memoryview
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -88,7 +77,10 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
 
 
 def decode(
-    data: memoryview | bytes | bytearray, *, max_tensors: int = MAX_TENSORS, max_header: int = MAX_HEADER
+    data: memoryview | bytes | bytearray,
+    *,
+    max_tensors: int = foreign.MAX_TENSORS,
+    max_header: int = foreign.MAX_HEADER,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of safetensors bytes that may come from anywhere: they are checked first.
 
@@ -99,8 +91,8 @@ def decode(
         FormatError: `data` isn't a well-formed body, has more than `max_tensors`, or a header above `max_header` bytes.
     """
     data = memoryview(data).cast("B")
-    entries, metadata = parse_header(data, max_tensors=max_tensors, max_header=max_header)
-    layouts = parse_json(metadata.pop(LAYOUT_KEY), "the layout") if LAYOUT_KEY in metadata else {}
+    entries, metadata = foreign.parse_header(data, max_tensors=max_tensors, max_header=max_header)
+    layouts = foreign.parse_json(metadata.pop(LAYOUT_KEY), "the layout") if LAYOUT_KEY in metadata else {}
     base = 0
     if data.readonly and entries:
         base = entries[0].begin
@@ -115,7 +107,7 @@ def decode(
             tensors[name] = torch.empty(core, dtype=dtype, device="cpu")
             continue
         if dtype is torch.bool:
-            _check_bools(name, data[begin - base : end - base])
+            _check_bools(data[begin - base : end - base], name)
         tensor = torch.frombuffer(data, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=begin - base)
         if tensor.data_ptr() % ALIGNMENT:
             tensor = tensor.clone()
@@ -131,7 +123,7 @@ def read_metadata(data: memoryview | bytes | bytearray) -> dict[str, str]:
     Raises:
         FormatError: the header isn't well-formed, or isn't that of so many bytes.
     """
-    metadata = parse_header(memoryview(data).cast("B"), max_tensors=MAX_TENSORS, max_header=MAX_HEADER).metadata
+    _, metadata = foreign.parse_header(memoryview(data).cast("B"))
     metadata.pop(LAYOUT_KEY, None)
     return metadata
 
@@ -139,19 +131,16 @@ def read_metadata(data: memoryview | bytes | bytearray) -> dict[str, str]:
 def canonical(tensor: Tensor) -> Tensor:
     """Return the tensor as it would come back from a round trip, on its own device: same values, 64-byte aligned.
 
-    Strides are kept where the rule of this module keeps them. A canonical tensor is returned as it is; autograd sees
+    Strides are kept where the rule in `strides.py` keeps them. A canonical tensor is returned as it is; autograd sees
     the identity.
 
     Raises:
         ContainerError: the kind or dtype of the tensor has no place in the format.
     """
     tensor = _checked(tensor)
-    layout = _layout(tensor)
-    shape, strides = list(tensor.shape), list(tensor.stride())
-    if layout is None:
-        kept = strides == contiguous_strides(shape)
-        strides = contiguous_strides(shape)
-    if (layout is not None or kept) and tensor.data_ptr() % ALIGNMENT == 0:
+    layout, shape = _layout(tensor), list(tensor.shape)
+    strides = contiguous_strides(shape) if layout is None else list(tensor.stride())
+    if list(tensor.stride()) == strides and tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
     copy = stored(tensor, layout).clone(memory_format=torch.contiguous_format)
     return restored(copy, shape, strides, layout)
@@ -189,13 +178,13 @@ def size(parts: Sequence[memoryview | bytes]) -> int:
 def _checked(tensor: Tensor, name: str | None = None) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.dtype not in _CODES:
         raise _unfit(tensor, name)
-    if tensor.is_nested or tensor.is_meta or tensor.dim() > MAX_DIMS:
+    if tensor.is_nested or tensor.is_meta or tensor.dim() > foreign.MAX_DIMS:
         raise _unfit(tensor, name)
-    if not tensor.numel() and extent(tensor.shape, tensor.itemsize) > MAX_EXTENT:
+    if not tensor.numel() and foreign.extent(tensor.shape, tensor.itemsize) > foreign.MAX_EXTENT:
         raise _unfit(tensor, name)
     if name is not None:
         try:
-            check_name(name)
+            foreign.check_name(name)
         except FormatError as error:
             raise ContainerError(str(error)) from None
     if tensor.is_conj() or tensor.is_neg():
@@ -217,7 +206,7 @@ def _unfit(tensor: object, name: str | None) -> ContainerError:
         elif tensor.dtype not in _CODES:
             expected, hint = f"a dtype of {', '.join(_CODES.values())}", "convert it by .to() first"
         else:
-            expected, hint = f"at most {MAX_DIMS} dimensions that an address can count", "reshape it first"
+            expected, hint = f"at most {foreign.MAX_DIMS} dimensions that an address can count", "reshape it first"
     which = "the tensor" if name is None else f"tensor {name[:80]!r}"
     return ContainerError(f"{which} doesn't fit in a body: expected {expected}, got {got}; {hint}")
 
@@ -226,8 +215,8 @@ def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     for key, value in metadata.items():
         if type(key) is not str or type(value) is not str or key == LAYOUT_KEY:
             raise InputError(f"metadata {key!r} isn't allowed: expected text to text, got a {type(value).__name__}")
-    if len(metadata) >= MAX_METADATA:  # one is for the layout
-        raise InputError(f"too much metadata: expected fewer than {MAX_METADATA} entries, got {len(metadata)}")
+    if len(metadata) >= foreign.MAX_METADATA:  # one is for the layout
+        raise InputError(f"too much metadata: expected fewer than {foreign.MAX_METADATA} entries, got {len(metadata)}")
     return dict(metadata)
 
 
@@ -237,7 +226,7 @@ def _layout(tensor: Tensor) -> Layout | None:
     return layout_of(tensor.shape, tensor.stride(), tensor.itemsize)
 
 
-def _check_bools(name: str, data: memoryview) -> None:
+def _check_bools(data: memoryview, name: str) -> None:
     if torch.frombuffer(data, dtype=torch.uint8).max().item() > 1:
         raise FormatError(f"tensor {name[:80]!r} isn't boolean: expected bytes 0 and 1 only, got others")
 

@@ -95,4 +95,4 @@ class CutPoint(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the callers: a copy has made no calls."""
-        return {**super().__getstate__(), "_callers": deque(maxlen=REMEMBERED)}  # type: ignore[misc]
+        return {**self.__dict__, "_callers": deque(maxlen=REMEMBERED)}

@@ -67,7 +67,7 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
-def parse_header(data: memoryview, *, max_tensors: int, max_header: int) -> Header:
+def parse_header(data: memoryview, *, max_tensors: int = MAX_TENSORS, max_header: int = MAX_HEADER) -> Header:
     """Return the checked header of `data`, a whole safetensors body as bytes.
 
     Raises:

@@ -54,8 +54,10 @@ class LossSession(Session):
             seed.put_back()
         self.connection.opened(answer.incarnation, answer.version)
         value = answer.loss.to(tensors[0].device) if tensors else answer.loss
-        self.value = _Loss.apply(answer, value, *tensors) if ahead.grad else value
-        return self.value
+        if ahead.grad:
+            value = _Loss.apply(answer, value, *tensors)  # type: ignore[no-untyped-call]
+        self.value = value
+        return value
 
 
 class _Loss(torch.autograd.Function):

@@ -31,8 +31,15 @@ class Scope:
 class Origin(Protocol):
     """One `client(...)` call, as a batch sees it."""
 
-    num_samples: float
-    scope: Scope | None
+    @property
+    def num_samples(self) -> float:
+        """What the call counts."""
+        ...
+
+    @property
+    def scope(self) -> Scope | None:
+        """The `client.batch(...)` block around it."""
+        ...
 
 
 class Reached(Protocol):
@@ -41,8 +48,11 @@ class Reached(Protocol):
     version: int
     number: int
     training: bool
-    task: int
-    origin: Origin
+
+    @property
+    def origin(self) -> Origin:
+        """The `client(...)` call that it belongs to."""
+        ...
 
 
 class Passes:
@@ -59,7 +69,7 @@ class Passes:
             found = self._open.get(task)
             if found is None:
                 found = self._open[task] = Pass(self._connection)
-                torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))  # type: ignore[attr-defined]
+                torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
         return found
 
     def opened(self, task: int) -> Pass | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from splitfed import codec, trees
-from splitfed.boundary import Enter, fresh
+from splitfed.boundary import enter, fresh
 from splitfed.errors import BodyError, InputError, ReplayError, SplitFedError, UnsupportedError
 from splitfed.messages import ForwardRecord
 from splitfed.seeding import compute_lock, seeded
@@ -213,7 +213,7 @@ def _enter(
     leaves = [tensor.to(device).detach() for tensor in tensors]
     for leaf, needed in zip(leaves, requires_grad, strict=True):
         leaf.requires_grad_(needed)
-    return leaves, [Enter.apply(leaf) if leaf.requires_grad else fresh(leaf) for leaf in leaves]
+    return leaves, [enter(leaf) for leaf in leaves]
 
 
 def _autocast(dtype: str | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:

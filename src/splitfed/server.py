@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from splitfed import replay, trees
 from splitfed.boundary import fresh
-from splitfed.buffers import same_bits
-from splitfed.cache import Bounded
-from splitfed.errors import AlreadyAppliedError, ExpiredError, InputError, SplitFedError, StoreError
+from splitfed.errors import AlreadyAppliedError, ExpiredError, InputError, SplitFedError
 from splitfed.halves import Halves
 from splitfed.ids import BatchId, check_client_id
 from splitfed.messages import (
@@ -29,7 +27,6 @@ from splitfed.messages import (
     ForwardAnswer,
     ForwardRecord,
     ForwardRequest,
-    GradientRecord,
     Housekeeping,
     LossAnswer,
     LossRequest,
@@ -39,13 +36,12 @@ from splitfed.messages import (
     PushRequest,
 )
 from splitfed.packing import digest
-from splitfed.replay import Model, Run
+from splitfed.running import Runner
 from splitfed.sealing import Sealer
 from splitfed.store import GradientStore
 from splitfed.template import Template
 
 Loss = Callable[[Any, Any], Tensor]
-CallKey = tuple[int, str, int, int]
 
 
 class SplitServer:
@@ -92,8 +88,9 @@ class SplitServer:
         self._versions.initialise(self._template.fingerprint(), state)
         self._sealer = Sealer(self._versions, self._pile, self._numerics)
         self._halves = Halves(store, self._numerics)
-        self._models: Bounded[int, Model] = Bounded(keep_models)
-        self._graphs: Bounded[CallKey, tuple[ForwardRecord, Run]] = Bounded(keep_graphs)
+        self._runner = Runner(
+            self._template, self._versions, self._pile, self._numerics, self.device, keep_models, keep_graphs
+        )
 
     def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
         """Run one call of the body; with the client's grad mode on, record it.
@@ -108,14 +105,10 @@ class SplitServer:
         if request.grad and incarnation is None:
             incarnation = self.store.open_client(request.client_id)
         self._tidy(request.client_id, incarnation, request.housekeeping)
-        version = self._version(request.version, request.seen)
-        call = self._record(request, version)
-        done = replay.run(self._model(version), call, grad=request.grad)
+        version = self._runner.version(request)
+        call, done = self._runner.run(request, version)
         if request.grad and incarnation is not None:
-            outputs = tuple((tuple(t.shape), str(t.dtype).removeprefix("torch."), t.requires_grad) for t in done.tensors)
-            call = replace(call, outputs=outputs, crcs=done.crcs)
-            self._pile.put_forward(version, request.client_id, incarnation, request.call, call)
-            self._graphs.put((version, request.client_id, incarnation, request.call), (call, done))
+            self._runner.keep((version, request.client_id, incarnation, request.call), call, done)
         spec, tensors = trees.flatten(done.outputs)
         return ForwardAnswer(
             incarnation=incarnation,
@@ -146,16 +139,15 @@ class SplitServer:
                 raise InputError(f"the request for batch {batch} has neither a call nor a seal: expected one of them")
             return BackwardAnswer((), self._sealer.seal(batch, request, request.seal, None))
         key = (request.version, batch.client_id, batch.incarnation, request.call)
-        held = self._graphs.get(key)
-        record = held[0] if held else self._pile.forward(*key)
+        record = self._runner.record(key)
         if record is None:
             raise self._gone(batch, request)
         _check_gradients(record, request.grad_outputs)
-        done = held[1] if held and self._graphs.pop(key) else self._replay(record, request.version)
+        done = self._runner.take(key, record)
         grad_inputs, gradients = replay.backward(done, request.grad_outputs)
         if not record.training:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
-        share = self._share(done, gradients, digest(request))
+        share = self._runner.share(done, gradients, digest(request))
         if request.seal is not None:
             return BackwardAnswer(tuple(grad_inputs), self._sealer.seal(batch, request, request.seal, share))
         self._pile.put_part(request.version, batch, request.part, replace(share, kind="part"))
@@ -175,7 +167,7 @@ class SplitServer:
         if counts and incarnation is None:
             incarnation = self.store.open_client(check_client_id(ahead.client_id))
         self._tidy(check_client_id(ahead.client_id), incarnation, ahead.housekeeping)
-        version = self._version(ahead.version, ahead.seen)
+        version = self._runner.version(ahead)
         batch = BatchId(ahead.client_id, incarnation or 0, request.seq)
         if counts:
             self.store.check_client(batch.client_id, batch.incarnation)
@@ -183,17 +175,15 @@ class SplitServer:
         spec, tensors = trees.flatten(request.target)
         target = trees.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
         score = self.loss_fn
-        done = replay.run(
-            self._model(version), self._record(ahead, version), grad=ahead.grad, finish=lambda out: score(out, target)
-        )
+        _, done = self._runner.run(ahead, version, finish=lambda outputs: score(outputs, target))
         if len(done.tensors) != 1 or done.tensors[0].numel() != 1 or done.outputs is not done.tensors[0]:
             raise InputError(f"loss_fn returned {type(done.outputs).__name__}: expected a tensor with one element")
         value = done.tensors[0]
-        grad_inputs, gradients, status = [None] * len(done.leaves), {}, "uncounted"
-        if ahead.grad and value.requires_grad:
-            grad_inputs, gradients = replay.backward(done, [torch.ones_like(value)])
+        one = torch.ones_like(value) if value.requires_grad else None
+        grad_inputs, gradients = replay.backward(done, [one])
+        status = "uncounted"
         if counts:
-            status = self._sealer.store(batch, self._share(done, gradients, digest(request), request.num_samples))
+            status = self._sealer.store(batch, self._runner.share(done, gradients, digest(request), request.num_samples))
         return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)
 
     def pull(self, request: PullRequest, /) -> PullAnswer:
@@ -209,65 +199,10 @@ class SplitServer:
         """
         return self._halves.push(request)
 
-    def _version(self, pinned: int | None, seen: int) -> int:
-        """The version to run at: the pinned one, or the head, which the store is asked for."""
-        if pinned is not None:
-            return pinned
-        head = self._versions.head()
-        if head < seen:
-            raise StoreError(f"this replica's store is at version {head}, the client has seen {seen}: is it the same store?")
-        return head
-
-    def _model(self, version: int) -> Model:
-        found = self._models.get(version)
-        if found is None:
-            with torch.inference_mode(False):
-                found = Model(self._template, self._versions.state(version), version, self.device)
-            self._models.put(version, found)
-        return found
-
-    def _record(self, request: ForwardRequest, version: int) -> ForwardRecord:
-        return ForwardRecord(
-            cut=request.cut,
-            inputs=request.inputs,
-            requires_grad=request.requires_grad,
-            training=request.training,
-            seed=request.seed,
-            autocast=request.autocast,
-            buffers=self._handed_on(request, version),
-            outputs=(),
-            crcs=(),
-            numerics=self._numerics,
-        )
-
-    def _handed_on(self, request: ForwardRequest, version: int) -> dict[str, Tensor] | None:
-        """The buffers that an earlier call of the same `client(...)` ended with, where they differ from the version's."""
-        if request.previous is None or request.incarnation is None:
-            return None
-        key = (version, request.client_id, request.incarnation, request.previous)
-        held = self._graphs.get(key)
-        if held is None:
-            record = self._pile.forward(*key)
-            if record is None:
-                raise ExpiredError(f"call {request.previous} of {request.client_id!r}, whose buffers this one continues, is gone")
-            held = self._graphs.put(key, (record, self._replay(record, version)))
-        return _changed(held[1])
-
-    def _replay(self, record: ForwardRecord, version: int) -> Run:
-        again = replay.run(self._model(version), record, grad=True)
-        other = "the same numerics class" if record.numerics == self._numerics else "another numerics class"
-        replay.check_replay(record, again, f"the forward was computed in {other}")
-        return again
-
-    def _share(self, done: Run, gradients: dict[str, Tensor], digest_: str, num_samples: float = 1.0) -> GradientRecord:
-        values = _changed(done)
-        update = {"values": values, "bases": {n: done.bases[n] for n in values}, "num_samples": num_samples}
-        return GradientRecord("gradient", done.version, num_samples, 1.0, digest_, self._numerics, gradients, [update])
-
     def _tidy(self, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:
         if incarnation is not None and housekeeping is not _NOTHING:
             for version, call in housekeeping.released:
-                self._graphs.pop((version, client_id, incarnation, call))
+                self._runner.forget((version, client_id, incarnation, call))
             self._sealer.tidy(client_id, incarnation, housekeeping)
 
     def _gone(self, batch: BatchId, request: BackwardRequest) -> SplitFedError:
@@ -281,10 +216,6 @@ class SplitServer:
 
 
 _NOTHING = Housekeeping()
-
-
-def _changed(done: Run) -> dict[str, Tensor]:
-    return {name: value for name, value in done.buffers.items() if not same_bits(value, done.bases[name])}
 
 
 def _check_gradients(record: ForwardRecord, grad_outputs: Sequence[Tensor | None]) -> None:

@@ -179,7 +179,8 @@ def _find(path: str) -> Any:
 def _named_tuple(path: str, fields: list[str]) -> Callable[..., Any]:
     cls = _find(path)
     if cls is not None and issubclass(cls, tuple) and list(getattr(cls, "_fields", ())) == fields:
-        return cls
+        named: Callable[..., Any] = cls
+        return named
     return collections.namedtuple(path.rpartition(":")[2].rpartition(".")[2], fields)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from splitfed import trees
-from splitfed.boundary import Alias, Enter, Leave, fresh
+from splitfed.boundary import alias, enter, leave
 from splitfed.cutting import find_cuts
 from splitfed.seeding import Seed, compute_lock, seeded
 from splitfed.template import deep_copy, unwrap
@@ -55,8 +55,7 @@ def _across(parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str,
     """Run the parts as a server does: own copies in and out, generators seeded by the client's draw."""
     spec, tensors = trees.flatten((args, kwargs))
     seed = Seed()
-    entered = [Enter.apply(t) if t.requires_grad else fresh(t) for t in tensors]
-    args, kwargs = trees.unflatten(spec, entered)
+    args, kwargs = trees.unflatten(spec, [enter(tensor) for tensor in tensors])
     devices = {t.device for t in tensors if t.device.type != "cpu"}
     with compute_lock, seeded(seed.value, tuple(devices)) as draws, _aliased(parts):
         value = _plain(parts[0])(parts[0], *args, **kwargs)
@@ -65,11 +64,11 @@ def _across(parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str,
     if not draws.drew:
         seed.put_back()
     spec, tensors = trees.flatten(value)
-    return trees.unflatten(spec, [Leave.apply(t) if t.requires_grad else fresh(t) for t in tensors])
+    return trees.unflatten(spec, [leave(tensor) for tensor in tensors])
 
 
 def _plain(part: nn.Module) -> Call:
-    call: Call = part._plain.__call__  # type: ignore[union-attr, operator]
+    call: Call = part._plain.__call__  # type: ignore[operator]
     return call
 
 
@@ -91,7 +90,7 @@ def _aliased(parts: Sequence[nn.Module]) -> Iterator[None]:
     try:
         for held, leaf, parameter in slots if torch.is_grad_enabled() else ():
             if id(parameter) not in aliases:
-                aliases[id(parameter)] = Alias.apply(parameter)
+                aliases[id(parameter)] = alias(parameter)
             held[leaf] = aliases[id(parameter)]
         yield
     finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from splitfed.demo.screen import Row
@@ -24,9 +25,8 @@ def curves(path: Path, history: Sequence[Row], pooled: Sequence[Row]) -> None:
         history: A row per round of the federated run.
         pooled: A row per pass of the centralised run.
     """
-    figure = Figure(figsize=(10, 4.4), dpi=160, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(10, 4.4), dpi=160, facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     left, right = figure.subplots(1, 2)
     for axes, name in ((left, "accuracy"), (right, "loss")):
         _draw(axes, name, history, pooled)
