@@ -86,7 +86,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "negative offset": (one("U8", [4], [-4, 0]), "bad offsets"),
     "three offsets": (one("U8", [4], [0, 4, 4]), "bad offsets"),
     "float offset": (one("U8", [4], [0, 4.0]), "bad offsets"),
-    "boolean offset": (one("U8", [1], [False, True]), "bad offsets"),
+    "boolean begin": (one("U8", [4], [False, 4]), "bad offsets"),
+    "boolean end": (one("U8", [1], [0, True]), "bad offsets"),
     "offset of 2^64": (one("U8", [4], [0, 1 << 64]), "expected a body of 18446744073709551744 bytes or more"),
     "no offsets": (one("U8", [4], None), "bad offsets"),
     "size mismatch": (one("U8", [5]), r"expected 5 bytes for \[5\], got 4"),
@@ -215,6 +216,7 @@ def test_what_the_refused_would_be() -> None:
     assert codec.decode(one(name="a..b/c"))[0].keys() == {"a..b/c"}
     assert codec.decode(pair((0, 4), (4, 8)))[0].keys() == {"x", "y"}
     assert codec.decode(raw(b"{} \n")) == ({}, {})
+    assert codec.decode(body({"x": entry(), "empty": entry("U8", [0], [0, 0])}, bytes(4)))[0]["empty"].shape == (0,)
     assert codec.decode(body({"x": entry("F32", [0, 1 << 20], [0, 0])}))[0]["x"].shape == (0, 1 << 20)
     assert codec.decode(layout({"x": {"order": [1, 0]}}))[0]["x"].stride() == (1, 2)
     assert codec.decode(layout({"x": {"strides": [4, 1]}}))[0]["x"].stride() == (4, 1)
@@ -253,9 +255,10 @@ def test_header_bombs(kind: str) -> None:
 
 
 def test_a_large_header_passes() -> None:
-    """A lawful header of 8,000 tensors, each with a layout, isn't taken for a bomb."""
+    """A lawful header of 8,000 tensors, each with a layout, and of megabytes of quotes isn't taken for a bomb."""
     tensors = {f"encoder.layer.{i}.weight": torch.ones(1).expand(2, 1) for i in range(8_000)}
-    results, _ = codec.decode(b"".join(codec.encode(tensors)))
+    results, metadata = codec.decode(b"".join(codec.encode(tensors, {"quotes": '"' * 2_500_000})))
+    assert len(metadata["quotes"]) == 2_500_000
     assert len(results) == 8_000
     assert all(result.stride() == (0, 1) for result in results.values())
 

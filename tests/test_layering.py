@@ -63,7 +63,8 @@ MAY_IMPORT = {
     # The server: forward and backward.
     "sealing": "errors ids messages codec packing applied versions pile",
     "halves": "errors ids messages packing template store sealing",
-    "server": "errors ids messages trees packing cache template boundary replay buffers store sealing halves",
+    "running": "errors messages cache template replay buffers versions pile",
+    "server": "errors ids messages trees packing template boundary replay store sealing halves running",
     # The accumulator: stored gradients become the next version.
     "folding": "errors ids messages template averaging buffers pile",
     "stepping": "template optimizers versions",
@@ -84,7 +85,9 @@ IO_MODULES = set(
 IO_CALLS = set("open print input exec eval load save from_file".split())
 
 CLIENT_SIDE = set("client calls passes onetrip connection syncing transport cutting cutpoint unsplit".split())
-SERVER_SIDE = set("blobs layout versions lineage pile store sealing halves server folding stepping accumulator".split())
+SERVER_SIDE = set(
+    "blobs layout versions lineage pile store sealing halves running server folding stepping accumulator".split()
+)
 
 
 def modules() -> dict[str, Path]:

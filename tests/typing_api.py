@@ -32,7 +32,7 @@ def serving(body: nn.Module) -> SplitServer:
     """A store is a URL, a server a body over it, and versions are weights by name."""
     store = GradientStore("runs/demo")
     GradientStore("memory://run", sync="process")
-    GradientStore("runs/demo", sync="sometimes")  # type: ignore[arg-type]
+    GradientStore("runs/demo", sync=True)  # type: ignore[arg-type]
     GradientStore()  # type: ignore[call-arg]
     assert_type(store.latest_version(), int)
     assert_type(store.load_weights(3), dict[str, Tensor])

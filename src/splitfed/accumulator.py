@@ -1,11 +1,11 @@
 """The accumulator: what waits in the pile becomes the next version.
 
-One commit folds the waiting gradients into their sample-weighted mean, in an order that is a function of their ids alone, takes one
-optimizer step, and publishes weights, buffers, optimizer state and the applied table as version + 1. Which gradients are
-folded, and what staleness costs, is policy; the mechanism is the same for every mode.
+One commit folds the waiting gradients into their sample-weighted mean, in an order that is a function of their ids
+alone, takes one optimizer step, and publishes weights, buffers, optimizer state and the applied table as the next
+version. Which gradients are folded, and what staleness costs, is policy; the mechanism is the same for every mode.
 
-Accumulators may race: each computes, one wins, and a loser begins again from the winner's version. Any of them may die at any
-moment; a new one continues from the store alone.
+Accumulators may race: each computes, one wins, and a loser begins again from the winner's version. Any of them may
+die at any moment; a new one continues from the store alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Accumulator:
     Args:
         body: The module whose gradients these are; it isn't changed. Its weights become version 0 if the store is new.
         store: Where everything is.
-        optimizer: Makes a torch optimizer from the trainable parameters, in `named_parameters()` order, each tied one once.
+        optimizer: Makes a torch optimizer from the trainable parameters, in `named_parameters()` order, each tied
+            one once.
         lr_scheduler: Makes a scheduler from the optimizer; it steps once per commit.
         param_groups: Makes parameter groups from the module, in place of the plain list.
         lineage: `body`, `client` (FedAvg: SGD with rate 1) or `body@<id>`.
@@ -54,7 +55,8 @@ class Accumulator:
 
     Raises:
         ArchitectureError: the store was begun with another body.
-        UnsupportedError: the optimizer can't work from a stored mean (LBFGS, SparseAdam), or the scheduler (ReduceLROnPlateau).
+        UnsupportedError: the optimizer can't work from a stored mean (LBFGS, SparseAdam), or the scheduler
+            (ReduceLROnPlateau).
         InputError: a setting out of its range.
     """
 
@@ -77,11 +79,15 @@ class Accumulator:
         lock_seconds: float = 10.0,
     ) -> None:
         if not isinstance(store, GradientStore):
-            raise InputError(f"store is a {type(store).__name__}: expected a GradientStore, as in GradientStore('runs/demo')")
+            raise InputError(
+                f"store is a {type(store).__name__}: expected a GradientStore, as in GradientStore('runs/demo')"
+            )
         least = 2 + (max_staleness or 0)
         self.min_batches = _at_least("min_batches", min_batches, 1)
         self.max_staleness = None if max_staleness is None else _at_least("max_staleness", max_staleness, 0)
-        self.keep_versions = max(KEEP_VERSIONS, least) if keep_versions is None else _at_least("keep_versions", keep_versions, least)
+        self.keep_versions = (
+            max(KEEP_VERSIONS, least) if keep_versions is None else _at_least("keep_versions", keep_versions, least)
+        )
         if clip_norm is not None and not clip_norm > 0:
             raise InputError(f"clip_norm is {clip_norm!r}: expected a norm above 0")
         self.store = store
@@ -93,9 +99,15 @@ class Accumulator:
         self._stop = threading.Event()
         self._template = Template(body)
         state = self._template.state(body)
-        where = torch.device(device) if device is not None else next((t.device for t in state.values()), torch.device("cpu"))
+        where = (
+            torch.device(device)
+            if device is not None
+            else next((t.device for t in state.values()), torch.device("cpu"))
+        )
         self._stepper = Stepper(self._template, optimizer, lr_scheduler, param_groups, clip_norm, where)
-        merge_buffers(self._template.blueprint, {name: state[name] for name in self._template.buffers}, [], buffer_rules)
+        merge_buffers(
+            self._template.blueprint, {name: state[name] for name in self._template.buffers}, [], buffer_rules
+        )
         store.begin(where)
         self._versions = store.lineage(lineage)
         self._pile = store.pile(lineage)

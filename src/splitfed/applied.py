@@ -1,8 +1,8 @@
 """Which batches have been counted: the table on which exactly-once rests.
 
-Per client process the applied sequence numbers, as sorted disjoint intervals: one interval in the ordinary case. Batches that
-wait aren't in it, so their number has no limit. Intervals grow over applied numbers only, never by age: a window that slides
-loses acknowledged gradients. The same form, run-length, lists the batches of one commit.
+Per client process the applied sequence numbers, as sorted disjoint intervals: one interval in the ordinary case.
+Batches that wait aren't in it, so their number has no limit. Intervals grow over applied numbers only, never by age:
+a window that slides loses acknowledged gradients. The same form, run-length, lists the batches of one commit.
 """
 
 from __future__ import annotations

@@ -1,18 +1,31 @@
 """What happens to a tensor at the cut, the same on a server, in a replay and in the reference.
 
-A tensor enters as a copy of its own: 64-byte aligned, because an odd address changes the bits of a small Linear; with the
-client's strides; and not a leaf, so that a body may begin with an in-place layer. The autograd functions here are
-identities. They group gradients as the cut does: what the body adds up over several uses of an activation leaves it as one sum.
+A tensor enters as a copy of its own: 64-byte aligned, because an odd address changes the bits of a small Linear;
+with the client's strides; and not a leaf, so that a body may begin with an in-place layer. The autograd functions
+here are identities. They group gradients as the cut does: what the body adds up over several uses of an activation
+leaves it as one sum.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from splitfed import codec
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Keep autocast's cache of cast weights from crossing the cut: what is cached on one side belongs to one graph."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def enter(tensor: Tensor) -> Tensor:

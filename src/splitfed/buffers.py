@@ -121,10 +121,8 @@ class _Merger:
             result = rule(self.head, list(values), list(bases), [u.num_samples for u in self.changed])
             _check_like(result, self.head, f"the rule of buffer {self.name!r} made")
             return result
-        if rule == "last":
-            return self.changed[-1].values[self.name]
-        if rule == "keep":
-            return self.head
+        if rule in ("last", "keep"):
+            return self.changed[-1].values[self.name] if rule == "last" else self.head
         result = {"mean": self.mean, "sum": self.sum, "or": self.either, "ema": self.statistic}[rule]()
         return result.to(self.head.dtype)
 
@@ -173,11 +171,9 @@ class _Merger:
         return ((before + taken) * ends - before * bases) / taken
 
     def _steps(self, update: BufferUpdate) -> int:
-        if self.counter in update.values:
-            counted = int(update.values[self.counter]) - int(update.bases[self.counter])
-            if counted > 0:
-                return counted
-        return int(self.name in update.values)
+        ends, bases = update.values, update.bases
+        counted = int(ends[self.counter]) - int(bases[self.counter]) if self.counter in ends else 0
+        return counted if counted > 0 else int(self.name in ends)
 
     def _weighted(self, counts: _Counts, of: Callable[[Tensor, _Counts], Tensor]) -> Tensor:
         """Σ nᵢ·of(bᵢ) / Σ nᵢ, a few updates at a time: one by one each of them would cost a dozen calls of torch's."""

@@ -1,11 +1,12 @@
 """A call across the cut, under autograd.
 
-Going out, the arguments of a cut point become a request, and the answer's outputs become the outputs of an autograd function whose
-backward is the other request. A dummy input that requires grad makes autograd call it even if nothing before the cut does.
-The grad mode is read before `Function.apply`: inside it is always off.
+Going out, the arguments of a cut point become a request, and the answer's outputs become the outputs of an autograd
+function whose backward is the other request. A dummy input that requires grad makes autograd call it even if nothing
+before the cut does. The grad mode is read before `Function.apply`: inside it is always off.
 
-The trap: `torch.utils.checkpoint` calls a cut point again inside of the backward pass, without a client around it. The generator is
-restored by then, so the seed tells which call is meant, the version is that call's, and the CRC of the outputs proves it.
+The trap: `torch.utils.checkpoint` calls a cut point again inside of the backward pass, without a client around it.
+The generator is restored by then, so the seed tells which call is meant, the version is that call's, and the CRC of
+the outputs proves it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from splitfed import trees
+from splitfed.boundary import uncached
 from splitfed.connection import Connection
 from splitfed.cutpoint import CutPoint
 from splitfed.errors import InPlaceError, ReplayError, UnsupportedError
@@ -55,23 +57,23 @@ class Session:
             self.passes.give_up()
         seed = Seed()
         request, tensors = self.request(point, args, kwargs, seed, self._previous)
-        with self.connection.housekeeping() as notes:
+        with self.connection.housekeeping() as notes, uncached():
             answer = self.connection.transport.forward(replace(request, housekeeping=notes))
         self._note(request, answer, seed)
         if request.grad:
             self._previous = request.call
         return self._connect(request, answer, tensors)
 
-    def recompute(
-        self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], earlier: Sequence[Any]
-    ) -> Any:
+    def recompute(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], earlier: Sequence[Any]) -> Any:
         """Answer a cut call made again inside of a backward pass, for the session that made it first.
 
         Raises:
             ReplayError: no earlier call gave these outputs.
         """
         seed = Seed()
-        candidates = [(session, made) for session in earlier for made in reversed(session._made) if made[0] == seed.value]
+        candidates = [
+            (session, made) for session in earlier for made in reversed(session._made) if made[0] == seed.value
+        ]
         for session, (_, previous, crcs) in candidates:
             request, tensors = session.request(point, args, kwargs, seed, previous)
             answer = session.connection.transport.forward(request)
@@ -81,8 +83,10 @@ class Session:
             if request.grad:
                 session.connection.release(RecordedCall(session, request, answer.version))
         raise ReplayError(
-            f"a cut point was called inside of a backward pass, as torch.utils.checkpoint does, and none of {len(candidates)} earlier "
-            "calls with that random state had the same outputs: keep preserve_rng_state=True, and the client half free of state"
+            "a cut point was called inside of a backward pass, as torch.utils.checkpoint does, and none of "
+            f"{len(candidates)} earlier "
+            "calls with that random state had the same outputs: keep preserve_rng_state=True, and the client "
+            "half free of state"
         )
 
     def request(
@@ -153,7 +157,7 @@ class RecordedCall:
         return self._answered
 
     def guard(self, index: int, tensor: Tensor) -> None:
-        """Watch an input that the body changed in place, as the client's own copy wasn't: no other use may count on it."""
+        """Watch an input that the body changed in place, unlike the client's copy: no other use may count on it."""
         torch.autograd.graph.increment_version(tensor)
         if not tensor.requires_grad:
             return
@@ -162,8 +166,10 @@ class RecordedCall:
             own = self._answered[index] if self._answered else None
             if own is None or grad.data_ptr() != own.data_ptr():
                 raise InPlaceError(
-                    f"the body changes its input {index} in place, and the client uses it elsewhere too: that use would see "
-                    "other values than in the unsplit model. Begin the body with inplace=False, or clone() before the cut"
+                    f"the body changes its input {index} in place, and the client uses it elsewhere too: that use "
+                    "would see "
+                    "other values than in the unsplit model. Begin the body with inplace=False, or clone() "
+                    "before the cut"
                 )
 
         tensor.register_hook(check)
@@ -174,7 +180,12 @@ class _Cross(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: RecordedCall, requires_grad: tuple[bool, ...], outputs: list[Tensor], dummy: Tensor, *tensors: Tensor
+        ctx: Any,
+        call: RecordedCall,
+        requires_grad: tuple[bool, ...],
+        outputs: list[Tensor],
+        dummy: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         """The outputs, as they came."""
         ctx.set_materialize_grads(False)
@@ -204,7 +215,8 @@ def refuse_second_order() -> None:
     """
     if torch.is_grad_enabled():
         raise UnsupportedError(
-            "create_graph=True can't cross the cut: the server answers gradients, not their graph. Compute what needs second "
+            "create_graph=True can't cross the cut: the server answers gradients, not their graph. Compute what "
+            "needs second "
             "derivatives (gradient penalties, meta-learning) within the client half"
         )
 

@@ -1,7 +1,7 @@
 """The proof on the user's own model: one step unsplit, as reference, and split; what is equal, bit for bit.
 
-The split step goes the whole way: two servers that share only a store, no graph kept, so that the backward is a recompute
-by a replica that never saw the forward.
+The split step goes the whole way: two servers that share only a store, no graph kept, so that the backward is a
+recompute by a replica that never saw the forward.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Check:
     def __str__(self) -> str:
         table = [("", "reference = raw model", "split = reference"), *self.rows]
         widths = [max(len(row[i]) for row in table) for i in range(3)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table)
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        )
 
 
 def check(model: nn.Module, at: str | Sequence[str], *example: Any, **kwargs: Any) -> Check:
@@ -56,8 +58,8 @@ def check(model: nn.Module, at: str | Sequence[str], *example: Any, **kwargs: An
         kwargs: Its keyword arguments.
 
     Returns:
-        A table: `print(splitfed.check(...))`. Split equals reference always; reference equals the raw model wherever the body
-        draws no random numbers and no activation fans out across the cut.
+        A table: `print(splitfed.check(...))`. Split equals reference always; reference equals the raw model wherever
+        the body draws no random numbers and no activation fans out across the cut.
 
     Raises:
         UnknownCutError: as `split`.
@@ -77,7 +79,9 @@ def check(model: nn.Module, at: str | Sequence[str], *example: Any, **kwargs: An
     return Check(tuple((row, _compare(raw[row], expected[row]), _compare(expected[row], got[row])) for row in ROWS))
 
 
-def _step(module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensors]:
+def _step(
+    module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Tensors]:
     """One forward and backward; everything that it gives, by row and name."""
     given = _own((args, kwargs))
     args, kwargs = given
@@ -94,7 +98,9 @@ def _step(module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kw
     }
 
 
-def _split_step(model: nn.Module, at: str | Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensors]:
+def _split_step(
+    model: nn.Module, at: str | Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Tensors]:
     half, body = split(model, at)
     store = GradientStore(f"memory://splitfed-check-{uuid.uuid4().hex}", sync="process")
     first, second = SplitServer(body, store, keep_graphs=0), SplitServer(body, store, keep_graphs=0)

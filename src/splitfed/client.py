@@ -1,8 +1,8 @@
 """The client: a module that disappears into the user's own training loop.
 
-It wraps a client half without copying it. Parameters, buffers and submodules are the half's own, under their own names, so an
-optimizer, a state_dict or a print shows the half; what is here besides is the way to the server. Where a call goes is
-decided by the call, not by the half: one half may serve many clients.
+It wraps a client half without copying it. Parameters, buffers and submodules are the half's own, under their own
+names, so an optimizer, a state_dict or a print shows the half; what is here besides is the way to the server. Where
+a call goes is decided by the call, not by the half: one half may serve many clients.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ class SplitClient(nn.Module):
     Args:
         client_half: The half that `split` returned, or a model with `CutPoint`s placed by hand. It isn't copied.
         server: Anything with the methods of `Transport`: a `SplitServer` in this process, or a client of a remote one.
-        client_id: 1 to 64 of the characters A-Z a-z 0-9 _ . -, beginning with a letter or digit. One `SplitClient` at a time
-            may train under an id: a newer one supersedes it.
-        loss_scale: What the loss is multiplied by before `backward()`, as a number or a function: `scaler.get_scale`, `1 / k`
-            under gradient accumulation, the batch size for a summed loss. Stored parameter gradients are divided by it.
+        client_id: 1 to 64 of the characters A-Z a-z 0-9 _ . -, beginning with a letter or digit. One `SplitClient`
+            at a time may train under an id: a newer one supersedes it.
+        loss_scale: What the loss is multiplied by before `backward()`, as a number or a function:
+            `scaler.get_scale`, `1 / k` under gradient accumulation, the batch size for a summed loss. Stored
+            parameter gradients are divided by it.
 
     Raises:
         IdError: the id may not become a key.
@@ -61,11 +62,14 @@ class SplitClient(nn.Module):
             raise InputError("client_half is a SplitClient already: pass the half that it wraps, client.client_half")
         if not any(isinstance(module, CutPoint) for module in client_half.modules()):
             raise CutError(
-                f"{type(client_half).__name__} has no CutPoint: take the first of split(model, at), or put CutPoint() where the "
+                f"{type(client_half).__name__} has no CutPoint: take the first of split(model, at), or put "
+                "CutPoint() where the "
                 "body belongs"
             )
-        if not isinstance(server, Transport):
-            raise InputError(f"server is {server!r}: expected a SplitServer, or an object with the methods of splitfed.Transport")
+        if not all(callable(getattr(server, name, None)) for name in ("forward", "backward")):
+            raise InputError(
+                f"server is {server!r}: expected a SplitServer, or an object with the methods of splitfed.Transport"
+            )
         super().__init__()
         self.__dict__["client_half"] = client_half
         for name in _SHARED:
@@ -117,13 +121,17 @@ class SplitClient(nn.Module):
             InputError: the server has no `loss_fn`.
         """
         if len(args) < 2:
-            raise InputError(f"client.loss() takes the inputs and then the target: expected at least 2 arguments, got {len(args)}")
+            raise InputError(
+                f"client.loss() takes the inputs and then the target: expected at least 2 arguments, got {len(args)}"
+            )
         *inputs, target = args
         session = LossSession(self._connection, self._passes, self._samples(inputs, kwargs), self._scope, self._pinned)
         session.target = target
         found = self._run(session, tuple(inputs), kwargs)
         if session.value is None or found is not session.value:
-            raise CutError("client.loss() needs a client half that ends at its cut, and this one computes further: call client(x)")
+            raise CutError(
+                "client.loss() needs a client half that ends at its cut, and this one computes further: call client(x)"
+            )
         return session.value
 
     @contextmanager
@@ -140,8 +148,8 @@ class SplitClient(nn.Module):
         """Say what the calls within count: for tokens, nodes, or tensors whose first dimension isn't the batch.
 
         Args:
-            num_samples: Weight of the batch, in whatever unit all clients use; by default the leading dimension of the first
-                tensor given to `client(...)`, summed over the calls.
+            num_samples: Weight of the batch, in whatever unit all clients use; by default the leading dimension of
+                the first tensor given to `client(...)`, summed over the calls.
             loss_scale: Overrides the client's own.
         """
         before, self.__dict__["_scope"] = self._scope, Scope(num_samples, loss_scale)
@@ -190,7 +198,9 @@ class SplitClient(nn.Module):
 
     def _run(self, session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(self, "_is_replica", False):
-            raise UnsupportedError("nn.DataParallel can't replicate a SplitClient: call it directly; the server scales by replicas")
+            raise UnsupportedError(
+                "nn.DataParallel can't replicate a SplitClient: call it directly; the server scales by replicas"
+            )
         token = active_caller.set(session)
         try:
             return self.client_half(*args, **kwargs)

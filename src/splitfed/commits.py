@@ -1,7 +1,7 @@
 """The record of a commit: what was folded, and where the version that came of it lies.
 
-Commit records are the fence of the protocol and the schedule of the run: they are never deleted and never rewritten. What is in
-them is all that a replay needs besides the gradients.
+Commit records are the fence of the protocol and the schedule of the run: they are never deleted and never rewritten.
+What is in them is all that a replay needs besides the gradients.
 """
 
 from __future__ import annotations

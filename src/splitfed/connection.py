@@ -1,7 +1,8 @@
 """A client's process, as the server sees it: its numbers, and what it still has to confirm.
 
 Calls are numbered at the forward, batches at the backward. What a request confirms rides along with it: graphs that are
-gone (their records may go too) and numbers that were given up. A request that fails hands that back, to ride with the next.
+gone (their records may go too) and numbers that were given up. A request that fails hands that back, to ride with
+the next.
 """
 
 from __future__ import annotations
@@ -124,7 +125,9 @@ class Connection:
         value = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
         value = float(value)
         if not math.isfinite(value) or value == 0:
-            raise InputError(f"loss_scale is {value!r}: expected a finite number other than 0, or a function that returns one")
+            raise InputError(
+                f"loss_scale is {value!r}: expected a finite number other than 0, or a function that returns one"
+            )
         return value
 
     def note_status(self, status: str, num_samples: float) -> None:
@@ -135,7 +138,8 @@ class Connection:
             first, self._warned = status == "rejected" and not self._warned, self._warned or status == "rejected"
         if first:
             warnings.warn(
-                f"a gradient of client {self.client_id!r} isn't finite (NaN or Inf): the batch is closed as rejected and counts "
+                f"a gradient of client {self.client_id!r} isn't finite (NaN or Inf): the batch is closed as "
+                "rejected and counts "
                 "nowhere. Under GradScaler that is ordinary; later ones are only counted",
                 stacklevel=2,
             )

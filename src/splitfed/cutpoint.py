@@ -1,8 +1,9 @@
 """The hole in a client half.
 
-A cut point knows no server. The binding lives in the call: whoever calls the half (a `SplitClient`) is the active caller of
-that context, and the cut point hands its arguments over. So one half may serve many clients. Only a recompute, as
-`torch.utils.checkpoint` does one inside of a backward pass, comes without a caller; for it the last few are remembered.
+A cut point knows no server. The binding lives in the call: whoever calls the half (a `SplitClient`) is the active
+caller of that context, and the cut point hands its arguments over. So one half may serve many clients. Only a
+recompute, as `torch.utils.checkpoint` does one inside of a backward pass, comes without a caller; for it the last
+few are remembered.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class CutPoint(nn.Module):
             torch._dynamo.graph_break()
         if torch._C._are_functorch_transforms_active():
             raise UnsupportedError(
-                "a cut point can't run inside of torch.func transforms (vmap, grad, jvp ...): its gradients cross a file. "
+                "a cut point can't run inside of torch.func transforms (vmap, grad, jvp ...): its gradients "
+                "cross a file. "
                 "Use loss.backward() or torch.autograd.grad"
             )
         caller = active_caller.get()

@@ -1,8 +1,9 @@
 """Cutting a model in two, and putting it together again.
 
-A cut takes the named submodule out and puts a `CutPoint` in its hole; the rest of the model, its own code included, stays
-as it is. (Tracing would lose control flow and dropout modes; swapping was bit-identical on every architecture tried.) A slice of an
-`nn.Sequential` leaves `nn.Identity` in its other positions, so that all names stay what they were.
+A cut takes the named submodule out and puts a `CutPoint` in its hole; the rest of the model, its own code included,
+stays as it is. (Tracing would lose control flow and dropout modes; swapping was bit-identical on every architecture
+tried.) A slice of an `nn.Sequential` leaves `nn.Identity` in its other positions, so that all names stay what they
+were.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
 
     Args:
         model: Any module that can be deep-copied.
-        at: The name of a submodule at any depth (`"encoder.layer.1"`), a slice of an `nn.Sequential` (`"2:5"`, `"features.3:8"`),
-            or a list of such cuts, which gives one body.
+        at: The name of a submodule at any depth (`"encoder.layer.1"`), a slice of an `nn.Sequential` (`"2:5"`,
+            `"features.3:8"`), or a list of such cuts, which gives one body.
 
     Returns:
         The client half, with a `CutPoint` in each hole, and the body: the submodule itself, the slice with its original
@@ -79,7 +80,9 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
     half = whole = deep_copy(unwrap(model))
     for name, parameter in whole.named_parameters():
         if is_lazy(parameter):
-            raise UnsupportedError(f"parameter {name!r} is lazy (uninitialised): run the model once on real input first")
+            raise UnsupportedError(
+                f"parameter {name!r} is lazy (uninitialised): run the model once on real input first"
+            )
     cuts = find_cuts(whole, at)
     parts = {name: whole.get_submodule(name) for cut in cuts for name in cut.parts}
     if not isinstance(at, str):
@@ -107,8 +110,8 @@ def join(client_half: nn.Module, weights: Mapping[str, Tensor] | nn.Module) -> n
 
     Args:
         client_half: What `split` returned, or a `SplitClient` around it. It isn't changed.
-        weights: The body's weights, as `store.load_weights(version)` returns them; or the body itself, which is the only way for cut
-            points that were placed by hand.
+        weights: The body's weights, as `store.load_weights(version)` returns them; or the body itself, which is the
+            only way for cut points that were placed by hand.
 
     Raises:
         ArchitectureError: the weights aren't those of the body that was cut out.
@@ -162,7 +165,9 @@ def _find(model: nn.Module, at: str) -> Cut:
     sequence = modules[name]
     if not isinstance(sequence, nn.Sequential):
         kind = type(sequence).__name__
-        raise UnknownCutError(f"{at!r} slices {name or 'the model'!r}, which is a {kind}: only an nn.Sequential has slices")
+        raise UnknownCutError(
+            f"{at!r} slices {name or 'the model'!r}, which is a {kind}: only an nn.Sequential has slices"
+        )
     start, _, stop = last.partition(":")
     try:
         positions = tuple(sequence._modules)[slice(int(start) if start else None, int(stop) if stop else None)]
@@ -200,7 +205,8 @@ def _check_apart(half: nn.Module, body: nn.Module) -> None:
         for leaf, value in [*owner._parameters.items(), *owner._buffers.items(), *_unpack(hidden)]:
             if id(value) in held:
                 raise SharedParameterError(
-                    f"{held[id(value)]!r} of the body is also reached from the client half as {f'{prefix}.{leaf}'.lstrip('.')!r}: "
+                    f"{held[id(value)]!r} of the body is also reached from the client half as "
+                    f"{f'{prefix}.{leaf}'.lstrip('.')!r}: "
                     "move the cut so that both uses are on one side, or untie them"
                 )
 
@@ -217,10 +223,18 @@ def _unpack(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _build(points: Sequence[CutPoint], weights: Mapping[str, Tensor]) -> nn.Module:
     template = points[0].origin.template if points[0].origin else None
     if template is None:
-        raise CutError("this cut point was placed by hand, so its body isn't known: join(client_half, body) with the module")
+        raise CutError(
+            "this cut point was placed by hand, so its body isn't known: join(client_half, body) with the module"
+        )
     needed = {**template.parameters, **template.buffers}
-    wrong = [n for n in needed if n not in weights or weights[n].shape != needed[n].shape or weights[n].dtype != needed[n].dtype]
+    wrong = [
+        n
+        for n in needed
+        if n not in weights or weights[n].shape != needed[n].shape or weights[n].dtype != needed[n].dtype
+    ]
     extra = [n for n in weights if n not in template.names]
     if wrong or extra:
-        raise ArchitectureError(f"these aren't the weights of the body cut out here: missing or different {wrong[:8]}, unknown {extra[:8]}")
+        raise ArchitectureError(
+            f"these aren't the weights of the body cut out here: missing or different {wrong[:8]}, unknown {extra[:8]}"
+        )
     return template.build({name: weights[name].detach().clone() for name in needed})

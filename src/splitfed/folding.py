@@ -1,8 +1,8 @@
 """Folding what waits: which batches count in the next commit, and what they add up to.
 
-Sorting comes first: by their headers alone, batches are told apart into those that will be folded, those too old, rejected or
-given up. Only then are the tensors read, one batch at a time, in canonical order. Nothing is left out silently: every id that
-waits ends in one of the commit's lists.
+Sorting comes first: by their headers alone, batches are told apart into those that will be folded, those too old,
+rejected or given up. Only then are the tensors read, one batch at a time, in canonical order. Nothing is left out
+silently: every id that waits ends in one of the commit's lists.
 """
 
 from __future__ import annotations

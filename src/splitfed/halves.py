@@ -1,13 +1,11 @@
 """Client halves on the server's side: handing them out, and taking their updates in.
 
-FedAvg is the same commit on another lineage: a client publishes start − end as its pseudo-gradient, weighted by its samples, and
-whoever accumulates the `client` lineage with SGD at rate 1 applies their mean (McMahan et al., arXiv 1602.05629; with another
-optimizer it is FedOpt, Reddi et al., arXiv 2003.00295).
+FedAvg is the same commit on another lineage: a client publishes start − end as its pseudo-gradient, weighted by its
+samples, and whoever accumulates the `client` lineage with SGD at rate 1 applies their mean (McMahan et al., arXiv
+1602.05629; with another optimizer it is FedOpt, Reddi et al., arXiv 2003.00295).
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from splitfed.errors import ArchitectureError
 from splitfed.ids import BatchId, check_client_id
@@ -68,7 +66,18 @@ class Halves:
             base_version=request.base_version,
             num_samples=samples,
             loss_scale=1.0,
-            digest=digest(replace(request, incarnation=incarnation)),
+            digest=digest(
+                (
+                    client_id,
+                    incarnation,
+                    request.seq,
+                    request.base_version,
+                    samples,
+                    list(request.gradients),
+                    list(request.values),
+                ),
+                [*request.gradients.values(), *request.values.values(), *request.bases.values()],
+            ),
             numerics=self._numerics,
             gradients=dict(request.gradients),
             buffers=[{"values": dict(request.values), "bases": dict(request.bases), "num_samples": samples}],

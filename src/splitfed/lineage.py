@@ -1,8 +1,8 @@
 """A lineage: a line of versions, and the protocol that adds one.
 
-The commit is the create-once of `commit/<v+1>.json`. Everything that it names was written before, under names of its own, so
-a reader sees a whole version or none, and of two accumulators that race one wins. "Exists" can mean "I won and the reply was
-lost", so the record carries a nonce that is read back.
+The commit is the create-once of `commit/<v+1>.json`. Everything that it names was written before, under names of its
+own, so a reader sees a whole version or none, and of two accumulators that race one wins. "Exists" can mean "I won
+and the reply was lost", so the record carries a nonce that is read back.
 
 The trap: after an ambiguous create, one's own files may be the ones that the record names. They are left alone.
 """
@@ -65,7 +65,9 @@ class Lineage(Versions):
         nonce = uuid.uuid4().hex[:16]
         frozen = self._frozen_names()
         kept = {name: tensor for name, tensor in state.items() if name not in frozen}
-        contents: dict[str, list[Any]] = {"weights": codec.encode(kept, {"lineage": self.name, "version": str(commit.version)})}
+        contents: dict[str, list[Any]] = {
+            "weights": codec.encode(kept, {"lineage": self.name, "version": str(commit.version)})
+        }
         if optimizer is not None:
             contents["optimizer"] = pack_tree("Optimizer", optimizer)
         contents["applied"] = [json.dumps(applied.to_json(), separators=(",", ":")).encode()]

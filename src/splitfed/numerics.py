@@ -1,8 +1,8 @@
 """The numerics class: what must be equal for two processes to compute the same bits.
 
-The same kernel gives other bits on another build, with other vector instructions or another number of threads (1 against
-2 threads changes 6 of 12 gradients of a small convolutional net). The store records the class of its version 0; a
-process of another class says so once, its batches are counted, and a recompute that differs raises `ReplayError`.
+The same kernel gives other bits on another build, with other vector instructions or another number of threads (1
+against 2 threads changes 6 of 12 gradients of a small convolutional net). The store records the class of its version
+0; a process of another class says so once, its batches are counted, and a recompute that differs raises `ReplayError`.
 """
 
 from __future__ import annotations

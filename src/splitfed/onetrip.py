@@ -1,7 +1,7 @@
 """Plain split learning in one trip: activations and labels there, loss and gradients back.
 
-For models that end at their cut. The server computes the loss, so the labels leave the client; in return a batch costs one
-request. The gradient counts when it is answered, at the forward: `backward()` of the loss only passes it on.
+For models that end at their cut. The server computes the loss, so the labels leave the client; in return a batch
+costs one request. The gradient counts when it is answered, at the forward: `backward()` of the loss only passes it on.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, answer: LossAnswer, value: Tensor, *tensors: Tensor) -> Tensor:
         """The loss, as it came."""
         ctx.grads = [
-            None if grad is None else grad.to(tensor.device) for grad, tensor in zip(answer.grad_inputs, tensors, strict=True)
+            None if grad is None else grad.to(tensor.device)
+            for grad, tensor in zip(answer.grad_inputs, tensors, strict=True)
         ]
         return value.clone()
 

@@ -1,16 +1,17 @@
 """Messages and records as safetensors bytes: one packing for the wire and the disk.
 
-The fields of a message form one tree; its spec goes into the header as JSON, its tensors are named by their place in the
-tree and share their memory with the message on the way out, and with the file on the way in.
+The fields of a message form one tree; its spec goes into the header as JSON, its tensors are named by their place in
+the tree and share their memory with the message on the way out, and with the file on the way in.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from splitfed import codec, trees
 from splitfed.errors import FormatError
@@ -71,27 +72,34 @@ def peek(cls: type, data: memoryview | bytes | bytearray, fields: Iterable[str])
     return {name: trees.unflatten(found.get(name), []) for name in fields}
 
 
-def digest(message: Any) -> str:
-    """SHA-256 of what a request says, housekeeping apart: a retry has the same, another request another."""
-    if hasattr(message, "housekeeping"):
-        message = dataclasses.replace(message, housekeeping=Housekeeping())
-    hasher = hashlib.sha256()
-    for part in pack(message):
+def digest(said: object, tensors: Iterable[Tensor | None]) -> str:
+    """SHA-256 of what a request says: a retry has the same, another request another.
+
+    Args:
+        said: Its plain fields, housekeeping apart; anything whose `repr` tells them apart.
+        tensors: What it carries.
+    """
+    kept = {f"{index:06d}": tensor for index, tensor in enumerate(tensors) if tensor is not None}
+    hasher = hashlib.sha256(repr(said).encode())
+    for part in codec.encode(kept):
         hasher.update(part)
     return hasher.hexdigest()
 
 
 def _fields(cls: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
+    return list(cls.__dataclass_fields__)
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses as dicts of their fields, also those in a tuple; everything else as it is."""
-    if dataclasses.is_dataclass(value):
-        return {name: _plain(getattr(value, name)) for name in _fields(value)}
-    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-        return tuple(_plain(item) for item in value)
-    return value
+def _plain(message: Any) -> dict[str, Any]:
+    """The fields of a message; those that are messages themselves, or tuples of them, likewise."""
+    fields = {name: getattr(message, name) for name in _fields(type(message))}
+    for name in _NESTED:
+        value = fields.get(name)
+        if isinstance(value, tuple):
+            fields[name] = tuple(_plain(item) for item in value)
+        elif value is not None:
+            fields[name] = _plain(value)
+    return fields
 
 
 def _spec(kind: str, metadata: Mapping[str, str]) -> Any:

@@ -1,11 +1,12 @@
 """A batch is one backward pass, over all cut calls that it reaches.
 
-Autograd runs a pass as a graph task. The first call that a task reaches opens the pass and queues a callback for its end (as
-DDP does); each call is one part. When no other call of the client is to be run in the task, the seal rides in the last
-part's request, so the ordinary batch costs no request more. A pass that fails leaves a number that the next request gives up.
+Autograd runs a pass as a graph task. The first call that a task reaches opens the pass and queues a callback for its
+end (as DDP does); each call is one part. When no other call of the client is to be run in the task, the seal rides
+in the last part's request, so the ordinary batch costs no request more. A pass that fails leaves a number that the
+next request gives up.
 
-The trap: a reentrant checkpoint runs a task inside of a task. Its calls were made while the outer one was running, and belong
-to that one; then only the callback at the outer end may seal.
+The trap: a reentrant checkpoint runs a task inside of a task. Its calls were made while the outer one was running,
+and belong to that one; then only the callback at the outer end may seal.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Passes:
         self._lock = threading.Lock()
 
     def current(self, task: int) -> Pass:
-        """The pass of a graph task; opened, with its end watched, at the first call. To be called inside of that task."""
+        """The pass of a graph task, opened and its end watched at the first call; to be called inside of that task."""
         with self._lock:
             found = self._open.get(task)
             if found is None:

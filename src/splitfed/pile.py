@@ -1,8 +1,8 @@
 """The files of batches under way: forwards, parts, and the gradients that pile up until a commit folds them.
 
-A gradient is created once under its batch id. A retry finds it there: with the same digest it is a success, with another it is an
-error, and either way nothing is counted twice. Forwards and parts are transient: their loss costs one batch a retry, so
-they are never fsynced.
+A gradient is created once under its batch id. A retry finds it there: with the same digest it is a success, with
+another it is an error, and either way nothing is counted twice. Forwards and parts are transient: their loss costs
+one batch a retry, so they are never fsynced.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ class Pile:
         if found["digest"] != record.digest:
             if found["kind"] == "skip":
                 raise DigestError(f"{what} was given up by its client: take a new number")
-            raise DigestError(f"{what} was sent before with other content: expected {record.digest}, got {found['digest']}")
+            raise DigestError(
+                f"{what} was sent before with other content: expected {record.digest}, got {found['digest']}"
+            )
         if not isinstance(found["kind"], str):
             raise FormatError(f"the file of {what} has no kind")
         return found["kind"]

@@ -1,11 +1,11 @@
 """Running a body so that it can be run again, anywhere, with the same bits.
 
-A run depends on nothing but what is written down: the version's weights, the inputs, the seed, the train/eval and grad mode,
-the autocast dtype and the buffers it starts from. Each run gets buffers of its own, so a recompute never counts BatchNorm
-twice, and two runs of one version don't see each other. `torch.autograd.grad` writes no `.grad`.
+A run depends on nothing but what is written down: the version's weights, the inputs, the seed, the train/eval and
+grad mode, the autocast dtype and the buffers it starts from. Each run gets buffers of its own, so a recompute never
+counts BatchNorm twice, and two runs of one version don't see each other. `torch.autograd.grad` writes no `.grad`.
 
-The trap: a body that keeps state in Python, or writes to its parameters, can't be pinned. The second is refused here; the
-first shows as a recompute whose outputs have another CRC.
+The trap: a body that keeps state in Python, or writes to its parameters, can't be pinned. The second is refused
+here; the first shows as a recompute whose outputs have another CRC.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from splitfed import codec, trees
-from splitfed.boundary import enter, fresh
+from splitfed.boundary import enter, fresh, uncached
 from splitfed.errors import BodyError, InputError, ReplayError, SplitFedError, UnsupportedError
 from splitfed.messages import ForwardRecord
 from splitfed.seeding import compute_lock, seeded
@@ -55,7 +55,9 @@ class Model:
         pristine = template.blueprint
         self._transient = [
             (owner, leaf, owner._buffers[leaf], source._buffers[leaf])
-            for (owner, leaf), (source, _) in zip(transient_buffers(self.module), transient_buffers(pristine), strict=True)
+            for (owner, leaf), (source, _) in zip(
+                transient_buffers(self.module), transient_buffers(pristine), strict=True
+            )
         ]
         self._versions = [(p, p._version) for p in named.values()]
         self._transient_versions = [None if t[2] is None else t[2]._version for t in self._transient]
@@ -65,11 +67,15 @@ class Model:
         """Set the mode and give the coming run buffers of its own."""
         for module, mode in zip(self.module.modules(), self._modes[training], strict=True):
             module.training = mode
-        own = {name: fresh((buffers or self.buffers).get(name, base), self.device) for name, base in self.buffers.items()}
+        own = {
+            name: fresh((buffers or self.buffers).get(name, base), self.device) for name, base in self.buffers.items()
+        }
         for name, owner, leaf in self._slots:
             owner._buffers[leaf] = own[name]
         for i, (owner, leaf, kept, source) in enumerate(self._transient):
-            if owner._buffers.get(leaf) is not kept or (kept is not None and kept._version != self._transient_versions[i]):
+            if owner._buffers.get(leaf) is not kept or (
+                kept is not None and kept._version != self._transient_versions[i]
+            ):
                 renewed = None if source is None else fresh(source, self.device)
                 owner._buffers[leaf] = renewed
                 self._transient[i] = (owner, leaf, renewed, source)
@@ -135,7 +141,7 @@ def run(model: Model, call: ForwardRecord, *, grad: bool, finish: Callable[[Any]
         args, kwargs = trees.unflatten(spec, entered)
         versions = [tensor._version for tensor in entered]
         draws = stack.enter_context(seeded(call.seed, () if model.device.type == "cpu" else (model.device,)))
-        with _autocast(call.autocast, model.device), _as_body_error():
+        with uncached(), _autocast(call.autocast, model.device), _as_body_error():
             outputs = parts[0](*args, **kwargs)
             for part in parts[1:]:
                 outputs = part(outputs)
@@ -166,7 +172,8 @@ def check_replay(record: ForwardRecord, again: Run, hint: str) -> None:
     if again.crcs != record.crcs:
         wrong = [i for i, (a, b) in enumerate(zip(again.crcs, record.crcs, strict=False)) if a != b]
         raise ReplayError(
-            f"recomputing a forward at version {again.version} gave other outputs (numbers {wrong} of {len(record.crcs)}): {hint}. "
+            f"recomputing a forward at version {again.version} gave other outputs (numbers {wrong} of "
+            f"{len(record.crcs)}): {hint}. "
             "A body must not keep state in Python, use generators other than torch's defaults, or depend on the time"
         )
 
@@ -201,7 +208,9 @@ def _parts(module: nn.Module, cut: str) -> list[nn.Module]:
         return [module.get_submodule(name) for name in cut.split(",")]
     except AttributeError:
         known = [name for name, _ in module.named_children()]
-        raise InputError(f"the body has no part {cut[:80]!r}, which a cut point asks for; it has {known[:10]}") from None
+        raise InputError(
+            f"the body has no part {cut[:80]!r}, which a cut point asks for; it has {known[:10]}"
+        ) from None
 
 
 def _enter(
@@ -209,7 +218,9 @@ def _enter(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The leaves that the graph ends at, and the copies that the body gets."""
     if len(tensors) != len(requires_grad):
-        raise InputError(f"expected a requires_grad flag for each of {len(tensors)} input tensors, got {len(requires_grad)}")
+        raise InputError(
+            f"expected a requires_grad flag for each of {len(tensors)} input tensors, got {len(requires_grad)}"
+        )
     leaves = [tensor.to(device).detach() for tensor in tensors]
     for leaf, needed in zip(leaves, requires_grad, strict=True):
         leaf.requires_grad_(needed)

@@ -1,7 +1,7 @@
 """Running calls of a body out of a store: which version, from which record, and what is cached of it.
 
-The caches hold models by version and graphs of the last few forwards. Neither changes a result: a model is a function of its
-version, and a graph is dropped for a recompute with the same bits.
+The caches hold models by version and graphs of the last few forwards. Neither changes a result: a model is a
+function of its version, and a graph is dropped for a recompute with the same bits.
 """
 
 from __future__ import annotations
@@ -68,10 +68,14 @@ class Runner:
             return request.version
         head = self._versions.head()
         if head < request.seen:
-            raise StoreError(f"this replica's store is at version {head}, the client has seen {request.seen}: is it the same store?")
+            raise StoreError(
+                f"this replica's store is at version {head}, the client has seen {request.seen}: is it the same store?"
+            )
         return head
 
-    def run(self, request: ForwardRequest, version: int, finish: Callable[[Any], Any] | None = None) -> tuple[ForwardRecord, Run]:
+    def run(
+        self, request: ForwardRequest, version: int, finish: Callable[[Any], Any] | None = None
+    ) -> tuple[ForwardRecord, Run]:
         """Run a call at a version; nothing is stored."""
         call = ForwardRecord(
             cut=request.cut,
@@ -123,11 +127,13 @@ class Runner:
         found = self._models.get(version)
         if found is None:
             with torch.inference_mode(False):
-                found = self._models.put(version, Model(self._template, self._versions.state(version), version, self._device))
+                found = self._models.put(
+                    version, Model(self._template, self._versions.state(version), version, self._device)
+                )
         return found
 
     def _handed_on(self, request: ForwardRequest, version: int) -> dict[str, Tensor] | None:
-        """The buffers that an earlier call of the same `client(...)` ended with, where they differ from the version's."""
+        """What an earlier call of the same `client(...)` left in the buffers, where it isn't the version's."""
         if request.previous is None or request.incarnation is None:
             return None
         key = (version, request.client_id, request.incarnation, request.previous)
@@ -135,7 +141,9 @@ class Runner:
         if held is None:
             record = self._pile.forward(*key)
             if record is None:
-                raise ExpiredError(f"call {request.previous} of {request.client_id!r}, whose buffers this one continues, is gone")
+                raise ExpiredError(
+                    f"call {request.previous} of {request.client_id!r}, whose buffers this one continues, is gone"
+                )
             held = self._graphs.put(key, (record, self._replay(record, version)))
         return _changed(held[1])
 
@@ -147,4 +155,6 @@ class Runner:
 
 
 def _changed(done: Run) -> dict[str, Tensor]:
-    return {name: value for name, value in done.buffers.items() if not same_bits(value, done.bases[name])}
+    """The buffers of each submodule that changed one of its own: a statistic may come out as it was and still count."""
+    owners = {n.rpartition(".")[0] for n, value in done.buffers.items() if not same_bits(value, done.bases[n])}
+    return {name: value for name, value in done.buffers.items() if name.rpartition(".")[0] in owners}

@@ -1,7 +1,8 @@
 """Closing a batch: what its parts add up to becomes one gradient file, created once.
 
-Parts add up in the order in which autograd reached the calls, in the gradients' own dtype, as autograd itself would have done
-it. A gradient that isn't finite is answered like any other (GradScaler makes Inf by design) but closes its id as rejected.
+Parts add up in the order in which autograd reached the calls, in the gradients' own dtype, as autograd itself would
+have done it. A gradient that isn't finite is answered like any other (GradScaler makes Inf by design) but closes its
+id as rejected.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from splitfed import codec
 from splitfed.applied import MAX_GAPS
 from splitfed.errors import BusyError, ExpiredError, InputError
 from splitfed.ids import BatchId
-from splitfed.messages import BackwardRequest, Chain, GradientRecord, Housekeeping, Seal
+from splitfed.messages import Chain, GradientRecord, Housekeeping, Seal
 from splitfed.packing import digest
 from splitfed.pile import Pile
 from splitfed.versions import Versions
@@ -52,15 +53,17 @@ class Sealer:
         """
         positive("num_samples", record.num_samples)
         if not math.isfinite(record.loss_scale) or record.loss_scale == 0:
-            raise InputError(f"loss_scale of batch {batch} is {record.loss_scale}: expected a finite number other than 0")
+            raise InputError(
+                f"loss_scale of batch {batch} is {record.loss_scale}: expected a finite number other than 0"
+            )
         if self._is_applied(batch):
             return "stored"
         if not all(codec.all_finite(gradient) for gradient in record.gradients.values()):
             record = replace(record, kind="rejected", gradients={}, buffers=[])
         return {"gradient": "stored", "skip": "rejected"}.get(kind := self._pile.create(batch, record), kind)
 
-    def seal(self, batch: BatchId, request: BackwardRequest, seal: Seal, share: GradientRecord | None) -> str:
-        """Make a batch of its parts and, last, the share of the call that rides along.
+    def seal(self, batch: BatchId, own: int, seal: Seal, share: GradientRecord | None) -> str:
+        """Make a batch of its parts and, last, the share of the call that rides along as part number `own`.
 
         Returns:
             'stored' or 'rejected'.
@@ -80,13 +83,15 @@ class Sealer:
                 )
             parts[number] = part
         if share is not None:
-            parts[request.part] = share
+            parts[own] = share
+        if not parts:
+            raise InputError(f"the seal of batch {batch} names no part: expected at least one")
         record = GradientRecord(
             kind="gradient",
-            base_version=min(part.base_version for part in parts.values()) if parts else request.version,
+            base_version=min(part.base_version for part in parts.values()),
             num_samples=seal.num_samples,
             loss_scale=seal.loss_scale,
-            digest=digest(request),
+            digest=digest((batch, seal), ()) if share is None else share.digest,
             numerics=self._numerics,
             gradients=_sum([part.gradients for part in parts.values()]),
             buffers=[_chain(chain, parts) for chain in seal.chains],
@@ -111,7 +116,8 @@ class Sealer:
         applied = self._versions.applied(self._versions.head())
         if applied.gaps(batch.client_id) > MAX_GAPS:
             raise BusyError(
-                f"client {batch.client_id!r} has more than {MAX_GAPS} holes in its sequence of batches: earlier ones are still "
+                f"client {batch.client_id!r} has more than {MAX_GAPS} holes in its sequence of batches: earlier "
+                "ones are still "
                 "under way or lost. Try again after the next commit"
             )
         return batch in applied

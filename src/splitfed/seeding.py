@@ -2,8 +2,9 @@
 
 The client draws 64 bits from torch's default CPU generator for each call and sends the first 8 bytes of their SHA-256:
 one-way, so that a server can't predict the client's stream. The body runs with every generator seeded so, and the
-generators are put back after it. A body that drew nothing costs the client's stream nothing, so that a seeded run goes on as the
-unsplit one would, and `torch.utils.checkpoint`, which restores the generator before it recomputes, meets the same seed.
+generators are put back after it. A body that drew nothing costs the client's stream nothing, so that a seeded run
+goes on as the unsplit one would, and `torch.utils.checkpoint`, which restores the generator before it recomputes,
+meets the same seed.
 
 The trap: torch's default generator belongs to the process, not to the thread. `compute_lock` keeps two bodies from
 running under each other's seed; a client half that draws in another thread meanwhile isn't covered, so many training

@@ -1,8 +1,8 @@
 """The split server: forward and backward as two independent calls, with nothing kept in between.
 
-A forward stores what it ran on; a backward, on any replica, at any time, runs it again with the same bits, stores the parameter
-gradient as a file and answers the gradients of the inputs. What this object holds besides are caches of things that can't
-change (models by version, graphs of the last few forwards): they change speed, never results.
+A forward stores what it ran on; a backward, on any replica, at any time, runs it again with the same bits, stores
+the parameter gradient as a file and answers the gradients of the inputs. What this object holds besides are caches
+of things that can't change (models by version, graphs of the last few forwards): they change speed, never results.
 
 Order matters in `backward`: a batch is acknowledged only after its gradient is on file.
 """
@@ -54,8 +54,8 @@ class SplitServer:
         device: Where to compute; the device of the body's parameters if it isn't given.
         lineage: Which line of versions to serve.
         loss_fn: For `client.loss(x, y)`: `loss_fn(outputs, target)` returns a scalar.
-        keep_graphs: How many forwards keep their autograd graph in memory, so that a backward that comes to this replica
-            needn't recompute; 0 for always recomputing.
+        keep_graphs: How many forwards keep their autograd graph in memory, so that a backward that comes to this
+            replica needn't recompute; 0 for always recomputing.
         keep_models: How many versions stay loaded.
 
     Raises:
@@ -75,7 +75,9 @@ class SplitServer:
         keep_models: int = 2,
     ) -> None:
         if not isinstance(store, GradientStore):
-            raise InputError(f"store is a {type(store).__name__}: expected a GradientStore, as in GradientStore('runs/demo')")
+            raise InputError(
+                f"store is a {type(store).__name__}: expected a GradientStore, as in GradientStore('runs/demo')"
+            )
         self.store = store
         self.loss_fn = loss_fn
         self._template = Template(body)
@@ -137,7 +139,7 @@ class SplitServer:
         if request.call is None:
             if request.seal is None:
                 raise InputError(f"the request for batch {batch} has neither a call nor a seal: expected one of them")
-            return BackwardAnswer((), self._sealer.seal(batch, request, request.seal, None))
+            return BackwardAnswer((), self._sealer.seal(batch, request.part, request.seal, None))
         key = (request.version, batch.client_id, batch.incarnation, request.call)
         record = self._runner.record(key)
         if record is None:
@@ -147,9 +149,10 @@ class SplitServer:
         grad_inputs, gradients = replay.backward(done, request.grad_outputs)
         if not record.training:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
-        share = self._runner.share(done, gradients, digest(request))
+        said = (batch, request.part, request.version, request.call, request.seal)
+        share = self._runner.share(done, gradients, digest(said, request.grad_outputs))
         if request.seal is not None:
-            return BackwardAnswer(tuple(grad_inputs), self._sealer.seal(batch, request, request.seal, share))
+            return BackwardAnswer(tuple(grad_inputs), self._sealer.seal(batch, request.part, request.seal, share))
         self._pile.put_part(request.version, batch, request.part, replace(share, kind="part"))
         return BackwardAnswer(tuple(grad_inputs), "part")
 
@@ -183,7 +186,10 @@ class SplitServer:
         grad_inputs, gradients = replay.backward(done, [one])
         status = "uncounted"
         if counts:
-            status = self._sealer.store(batch, self._runner.share(done, gradients, digest(request), request.num_samples))
+            said = (batch, version, ahead.call, ahead.cut, ahead.seed, ahead.autocast, request.num_samples)
+            sent = trees.flatten((ahead.inputs, request.target))[1]
+            share = self._runner.share(done, gradients, digest(said, sent), request.num_samples)
+            status = self._sealer.store(batch, share)
         return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)
 
     def pull(self, request: PullRequest, /) -> PullAnswer:
@@ -207,10 +213,14 @@ class SplitServer:
 
     def _gone(self, batch: BatchId, request: BackwardRequest) -> SplitFedError:
         if self._sealer.is_known(batch):
-            return AlreadyAppliedError(f"batch {batch} is counted already, and its answer was confirmed: nothing counts twice")
+            return AlreadyAppliedError(
+                f"batch {batch} is counted already, and its answer was confirmed: nothing counts twice"
+            )
         return ExpiredError(
-            f"call {request.call} of client {batch.client_id!r} at version {request.version} isn't in the store: its graph was "
-            "released, or its version has left the retention window (keep_versions). This batch is lost and counts nowhere; "
+            f"call {request.call} of client {batch.client_id!r} at version {request.version} isn't in the store: "
+            "its graph was "
+            "released, or its version has left the retention window (keep_versions). This batch is lost and "
+            "counts nowhere; "
             "the loop may go on"
         )
 
@@ -227,5 +237,6 @@ def _check_gradients(record: ForwardRecord, grad_outputs: Sequence[Tensor | None
         got = (tuple(gradient.shape), str(gradient.dtype).removeprefix("torch."))
         if got != (tuple(shape), dtype):
             raise InputError(
-                f"the gradient of output {i} is {got[1]} {got[0]}: expected {dtype} {tuple(shape)}, as the output itself"
+                f"the gradient of output {i} is {got[1]} {got[0]}: expected {dtype} {tuple(shape)}, as the output "
+                "itself"
             )

@@ -1,7 +1,7 @@
 """One optimizer step from a mean gradient, continued from wherever the last commit left it.
 
-Module, optimizer and scheduler live in the store between commits. What stays in memory is a cache: it is used only if the head is
-the very commit (by nonce) that it came from, and it equals what the store would give, bit for bit.
+Module, optimizer and scheduler live in the store between commits. What stays in memory is a cache: it is used only
+if the head is the very commit (by nonce) that it came from, and it equals what the store would give, bit for bit.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Stepper:
         optimizers.build(template.blueprint, *self._factories)
 
     def take(self, versions: Versions, head: int) -> Live:
-        """The state at the head, which the caller may now change: from memory if it is the same, else from the store."""
+        """The state at the head, for the caller to change: from memory if it is the same, else from the store."""
         nonce, kept, self._kept = versions.commit(head).nonce, self._kept, None
         if kept is not None and kept.nonce == nonce:
             return kept

@@ -1,7 +1,7 @@
 """The store: all state of a run, as files that any replica, worker or accumulator reads and writes.
 
-Server and accumulator never meet but here. What it holds and where is in `layout`; how versions are added in `lineage`; where
-the bytes lie in `blobs`. This file is the door.
+Server and accumulator never meet but here. What it holds and where is in `layout`; how versions are added in
+`lineage`; where the bytes lie in `blobs`. This file is the door.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class GradientStore:
 
     Args:
         url: A local folder (`"runs/demo"`), or any fsspec URL (`file://`, `memory://` ...).
-        sync: How durable an acknowledged batch is. `"power"` survives a power cut (gradients, states and commits are fsynced);
-            `"process"` survives SIGKILL and is faster. Activations are never fsynced: their loss costs one batch a retry.
+        sync: How durable an acknowledged batch is. `"power"` survives a power cut (gradients, states and commits are
+            fsynced); `"process"` survives SIGKILL and is faster. Activations are never fsynced: their loss costs one
+            batch a retry.
         storage_options: Passed to the fsspec filesystem.
 
     Raises:
@@ -44,7 +45,9 @@ class GradientStore:
 
     def __init__(self, url: str | os.PathLike[str], *, sync: str = "power", **storage_options: Any) -> None:
         if sync not in ("power", "process"):
-            raise InputError(f"sync={sync!r} isn't known: expected 'power' (fsync) or 'process' (survives SIGKILL only)")
+            raise InputError(
+                f"sync={sync!r} isn't known: expected 'power' (fsync) or 'process' (survives SIGKILL only)"
+            )
         self.url = os.fspath(url)
         self.sync = sync
         self.blobs: Blobs = open_blobs(self.url, fsync=sync == "power", **storage_options)
@@ -128,14 +131,16 @@ class GradientStore:
             found = json.loads(bytes(self.blobs.get(layout.FORMAT) or b"{}"))
             if found.get("format") != FORMAT_VERSION:
                 raise FormatError(
-                    f"{self.url} has format {found.get('format')!r}, expected {FORMAT_VERSION}: use the splitfed that wrote it"
+                    f"{self.url} has format {found.get('format')!r}, expected {FORMAT_VERSION}: use the splitfed "
+                    "that wrote it"
                 )
             self._format = found
         expected = self._format["numerics"]
         if own != expected:
             differing = {k: (expected.get(k), own.get(k)) for k in {*own, *expected} if own.get(k) != expected.get(k)}
             warnings.warn(
-                f"this process computes in another numerics class than version 0 of {self.url} did: {differing} (theirs, "
+                f"this process computes in another numerics class than version 0 of {self.url} did: {differing} "
+                "(theirs, "
                 "ours). Its batches are exact up to rounding, and counted; bits may differ",
                 stacklevel=3,
             )
@@ -162,12 +167,15 @@ class GradientStore:
         """
         if self.blobs.get(layout.client(client_id, incarnation + 1)) is not None:
             raise SupersededError(
-                f"client {client_id!r} has begun a newer process than its number {incarnation}: only the newest may count. "
+                f"client {client_id!r} has begun a newer process than its number {incarnation}: only the newest "
+                "may count. "
                 "Is a second SplitClient using the same client_id?"
             )
         if (client_id, incarnation) not in self._opened:
             if self.blobs.get(layout.client(client_id, incarnation)) is None:
-                raise SupersededError(f"client {client_id!r} never opened process {incarnation} in this store: begin anew")
+                raise SupersededError(
+                    f"client {client_id!r} never opened process {incarnation} in this store: begin anew"
+                )
             self._opened.add((client_id, incarnation))
 
     def _open(self, name: str) -> tuple[Lineage, Pile]:

@@ -1,7 +1,7 @@
 """The client half's own versions: pulled before training, pushed after it.
 
-What is pushed is a pseudo-gradient, start − end, with the client's samples as its weight; buffers go with their start and end
-values. What is pulled is copied in place, so the user's optimizer keeps its parameters and its state.
+What is pushed is a pseudo-gradient, start − end, with the client's samples as its weight; buffers go with their
+start and end values. What is pulled is copied in place, so the user's optimizer keeps its parameters and its state.
 """
 
 from __future__ import annotations
@@ -66,10 +66,14 @@ class HalfSync:
             InputError: nothing was pulled, or there are no samples.
         """
         if self._template is None or self.version is None:
-            raise InputError("this half has no version yet: call client.pull() before training and client.push() after it")
+            raise InputError(
+                "this half has no version yet: call client.pull() before training and client.push() after it"
+            )
         samples = self._connection.num_samples if num_samples is None else num_samples
         if not samples > 0:
-            raise InputError(f"the update would count {samples} samples: train before push(), or give push(num_samples=...)")
+            raise InputError(
+                f"the update would count {samples} samples: train before push(), or give push(num_samples=...)"
+            )
         state = self._state()
         changed = {n: state[n] for n in self._template.buffers if not state[n].equal(self._start[n])}
         answer = self._connection.transport.push(

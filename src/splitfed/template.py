@@ -1,8 +1,8 @@
 """The shape of a module without its weights: what a version's tensors are put into.
 
-A template is a deep copy whose parameters and persistent buffers are on the meta device, so it costs no memory and can't
-be changed from outside. Building an instance is a deep copy again, with each distinct tensor assigned once: tied names
-share by construction. (`load_state_dict(assign=True)` would untie them, with silently wrong gradients.)
+A template is a deep copy whose parameters and persistent buffers are on the meta device, so it costs no memory and
+can't be changed from outside. Building an instance is a deep copy again, with each distinct tensor assigned once:
+tied names share by construction. (`load_state_dict(assign=True)` would untie them, with silently wrong gradients.)
 """
 
 from __future__ import annotations
@@ -105,13 +105,16 @@ def compare(expected: Fingerprint, got: Fingerprint, what: str) -> None:
     Raises:
         ArchitectureError: they differ; the message names the tensors.
     """
-    names = [name for name in [*expected, *(n for n in got if n not in expected)] if expected.get(name) != got.get(name)]
+    names = [
+        name for name in [*expected, *(n for n in got if n not in expected)] if expected.get(name) != got.get(name)
+    ]
     if not names:
         return
     shown = "; ".join(f"{n}: the store has {_entry(expected, n)}, got {_entry(got, n)}" for n in names[:8])
     more = f"; and {len(names) - 8} more" if len(names) > 8 else ""
     raise ArchitectureError(
-        f"{what} isn't the one that this store was begun with: {len(names)} of {len(expected)} tensors differ: {shown}{more}. "
+        f"{what} isn't the one that this store was begun with: {len(names)} of {len(expected)} tensors differ: "
+        f"{shown}{more}. "
         "Use the same architecture, dtype and frozen parameters, or another store"
     )
 
@@ -126,7 +129,8 @@ def check_tensors(fingerprint: Fingerprint, tensors: Mapping[str, Tensor], role:
         got = {"role": role, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
         if fingerprint.get(name) != got:
             raise ArchitectureError(
-                f"tensor {name[:80]!r} doesn't fit the store: it has {_entry(fingerprint, name)}, got {_entry({name: got}, name)}"
+                f"tensor {name[:80]!r} doesn't fit the store: it has {_entry(fingerprint, name)}, got "
+                f"{_entry({name: got}, name)}"
             )
 
 
@@ -153,7 +157,8 @@ def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, owner in module.named_modules(remove_duplicate=False):
         if type(owner).get_extra_state is not nn.Module.get_extra_state:
             raise UnsupportedError(
-                f"{prefix or 'the module'} ({type(owner).__name__}) keeps extra state, which isn't made of tensors by name: "
+                f"{prefix or 'the module'} ({type(owner).__name__}) keeps extra state, which isn't made of "
+                "tensors by name: "
                 "register what must be kept as buffers"
             )
         kept = {n: b for n, b in owner._buffers.items() if n not in owner._non_persistent_buffers_set}
@@ -162,7 +167,9 @@ def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 continue
             name = f"{prefix}.{leaf}" if prefix else leaf
             if is_lazy(tensor):
-                raise UnsupportedError(f"parameter {name!r} is lazy (uninitialised): run the model once on real input first")
+                raise UnsupportedError(
+                    f"parameter {name!r} is lazy (uninitialised): run the model once on real input first"
+                )
             yield name.replace("_orig_mod.", ""), tensor
 
 
@@ -188,7 +195,7 @@ def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
 
 
 def _modes(module: nn.Module) -> dict[bool, list[bool]]:
-    """The mode that it is in keeps the flags it was given (a frozen BatchNorm stays so); the other is what `train()` sets."""
+    """Its own mode keeps the flags that it was given (a frozen BatchNorm stays so); the other is what `train()` sets."""
     found = {module.training: [m.training for m in module.modules()]}
     module.train(not module.training)
     found[module.training] = [m.training for m in module.modules()]

@@ -1,8 +1,8 @@
 """The seam between client and server.
 
-`SplitServer` has these methods, so in one process it *is* the transport; an HTTP client or a queue of files has them too.
-Whatever has them can be given to `SplitClient`. Every call may be retried or doubled: the server answers a repeated
-request as it did the first.
+`SplitServer` has these methods, so in one process it *is* the transport; an HTTP client or a queue of files has them
+too. Whatever has them can be given to `SplitClient`. Every call may be retried or doubled: the server answers a
+repeated request as it did the first.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Pytrees of tensors and plain values: taken apart for the wire and the disk, and put together again.
 
-What crosses a cut is whatever the body takes and returns: tensors, `None`, bool, int, float and str in dict, list, tuple
-and named tuple. A tree is taken apart into its tensors and a *spec*, plain JSON that says how to put it together. A spec
-names classes but never carries code: a named tuple's class is used if this process has imported it already, and made
-from its field names if not; any other container must be registered.
+What crosses a cut is whatever the body takes and returns: tensors, `None`, bool, int, float and str in dict, list,
+tuple and named tuple. A tree is taken apart into its tensors and a *spec*, plain JSON that says how to put it
+together. A spec names classes but never carries code: a named tuple's class is used if this process has imported it
+already, and made from its field names if not; any other container must be registered.
 
 Tensor identity survives: an object that occurs twice is one tensor in the list. (nn.MultiheadAttention computes along
 another path, with other bits, when query, key and value are one object.)
@@ -26,6 +26,8 @@ from splitfed.errors import ContainerError, FormatError
 T = TypeVar("T")
 Spec = Any
 MAX_DEPTH = 64
+_Path = tuple[Any, ...]
+"""Where a value is: (path of its container, key in it), or () for the top. Only an error spells it out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def flatten(tree: Any) -> tuple[Spec, list[Tensor]]:
         ContainerError: a value is of a kind that can't cross the cut; the message says where it is.
     """
     tensors: list[Tensor] = []
-    return _flatten(tree, tensors, {}, "", 0), tensors
+    return _flatten(tree, tensors, {}, (), 0), tensors
 
 
 def unflatten(spec: Spec, tensors: list[Tensor]) -> Any:
@@ -77,9 +79,9 @@ def unflatten(spec: Spec, tensors: list[Tensor]) -> Any:
         raise FormatError(f"a tree's spec is malformed: {error}") from error
 
 
-def _flatten(value: Any, tensors: list[Tensor], seen: dict[int, int], where: str, depth: int) -> Spec:
+def _flatten(value: Any, tensors: list[Tensor], seen: dict[int, int], where: _Path, depth: int) -> Spec:
     kind = type(value)
-    if value is None or kind in (bool, int, str):
+    if value is None or kind in _PLAIN:
         return value
     if isinstance(value, Tensor):
         index = seen.setdefault(id(value), len(tensors))
@@ -89,25 +91,25 @@ def _flatten(value: Any, tensors: list[Tensor], seen: dict[int, int], where: str
     if kind is float:
         return value if math.isfinite(value) else {"f": str(value)}
     if depth >= MAX_DEPTH:
-        raise ContainerError(f"the value at {where or 'the top'} is nested more than {MAX_DEPTH} deep")
-
-    def inner(child: Any, step: object) -> Spec:
-        return _flatten(child, tensors, seen, f"{where}[{step!r}]", depth + 1)
-
-    def items() -> list[list[Spec]]:
-        return [[_key(key, where), inner(child, key)] for key, child in value.items()]
-
+        raise ContainerError(f"the value at {_place(where)} is nested more than {MAX_DEPTH} deep")
+    depth += 1
     if kind in _SEQUENCES:
-        return {_SEQUENCES[kind]: [inner(child, i) for i, child in enumerate(value)]}
+        return {_SEQUENCES[kind]: [_flatten(child, tensors, seen, (where, i), depth) for i, child in enumerate(value)]}
     if kind in _MAPPINGS:
-        return {_MAPPINGS[kind]: items()}
-    if _path(kind) in _containers:
-        return {"c": [_path(kind), inner(_containers[_path(kind)].flatten(value), kind.__name__)]}
+        return {_MAPPINGS[kind]: _items(value, tensors, seen, where, depth)}
+    path = _path(kind)
+    if path in _containers:
+        return {"c": [path, _flatten(_containers[path].flatten(value), tensors, seen, (where, kind.__name__), depth)]}
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
-        return {"n": [_path(kind), list(kind._fields), [inner(v, f) for f, v in zip(kind._fields, value, strict=True)]]}
+        named = zip(kind._fields, value, strict=True)
+        return {"n": [path, list(kind._fields), [_flatten(v, tensors, seen, (where, f), depth) for f, v in named]]}
     if _is_transformers(kind, "ModelOutput"):
-        return {"h": [_path(kind), items()]}
+        return {"h": [path, _items(value, tensors, seen, where, depth)]}
     raise ContainerError(_refusal(kind, where))
+
+
+def _items(value: Any, tensors: list[Tensor], seen: dict[int, int], where: _Path, depth: int) -> Spec:
+    return [[_key(key, where), _flatten(child, tensors, seen, (where, key), depth)] for key, child in value.items()]
 
 
 def _unflatten(spec: Spec, tensors: list[Tensor], depth: int) -> Any:
@@ -142,7 +144,9 @@ def _unflatten(spec: Spec, tensors: list[Tensor], depth: int) -> Any:
     if kind == "h":
         cls = _find(body[0])
         if cls is None or not _is_transformers(cls, "ModelOutput"):
-            raise ContainerError(f"{body[0]!r} isn't an imported transformers ModelOutput: import its module here first")
+            raise ContainerError(
+                f"{body[0]!r} isn't an imported transformers ModelOutput: import its module here first"
+            )
         return cls(**pairs(body[1]))
     raise FormatError(f"a tree's spec has an unknown kind {kind!r}")
 
@@ -151,16 +155,25 @@ def _counter(items: dict[Any, int]) -> collections.Counter[Any]:
     return collections.Counter(items)
 
 
+_PLAIN = frozenset((bool, int, str))
 _SEQUENCES: dict[type, str] = {list: "l", tuple: "u", torch.Size: "z"}
 _SEQUENCE_OF: dict[str, Callable[[list[Any]], Any]] = {"l": list, "u": tuple, "z": torch.Size}
 _MAPPINGS: dict[type, str] = {dict: "d", collections.OrderedDict: "o", collections.Counter: "k"}
 _MAPPING_OF: dict[str, Callable[[dict[Any, Any]], Any]] = {"d": dict, "o": collections.OrderedDict, "k": _counter}
 
 
-def _key(key: Any, where: str) -> Spec:
+def _place(where: _Path) -> str:
+    steps = []
+    while where:
+        where, step = where
+        steps.append(f"[{step!r}]")
+    return "".join(reversed(steps)) or "the top"
+
+
+def _key(key: Any, where: _Path) -> Spec:
     if key is None or type(key) in (bool, int, str) or (type(key) is float and math.isfinite(key)):
         return key
-    raise ContainerError(f"a key of the dict at {where or 'the top'} is {type(key).__name__}: expected str, int or bool")
+    raise ContainerError(f"a key of the dict at {_place(where)} is {type(key).__name__}: expected str, int or bool")
 
 
 def _path(cls: type) -> str:
@@ -188,8 +201,8 @@ def _is_transformers(cls: type, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.partition(".")[0] == "transformers" for c in cls.__mro__)
 
 
-def _refusal(kind: type, where: str) -> str:
-    place = where or "the top"
+def _refusal(kind: type, where: _Path) -> str:
+    place = _place(where)
     if _is_transformers(kind, "Cache"):
         return f"the value at {place} is a transformers {kind.__name__}, which holds state: pass use_cache=False"
     return (

@@ -1,8 +1,9 @@
 """The unsplit model to compare with: identity functions where the cut would be, and the same seeds.
 
-Split equals reference bit for bit, always. The reference equals the raw model wherever the body draws no random numbers, no
-activation fans out across the cut, and no parameter is used several times in a call of a body that is called several times:
-there, floating-point addition is grouped by the cut, and the reference is grouped the same way.
+Split equals reference bit for bit, always. The reference equals the raw model wherever the body draws no random
+numbers, no activation fans out across the cut, and no parameter is used several times in a call of a body that is
+called several
+times: there, floating-point addition is grouped by the cut, and the reference is grouped the same way.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from splitfed import trees
-from splitfed.boundary import alias, enter, leave
+from splitfed.boundary import alias, enter, leave, uncached
 from splitfed.cutting import find_cuts
 from splitfed.seeding import Seed, compute_lock, seeded
 from splitfed.template import deep_copy, unwrap
@@ -57,7 +58,7 @@ def _across(parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str,
     seed = Seed()
     args, kwargs = trees.unflatten(spec, [enter(tensor) for tensor in tensors])
     devices = {t.device for t in tensors if t.device.type != "cpu"}
-    with compute_lock, seeded(seed.value, tuple(devices)) as draws, _aliased(parts):
+    with uncached(), compute_lock, seeded(seed.value, tuple(devices)) as draws, _aliased(parts):
         value = _plain(parts[0])(parts[0], *args, **kwargs)
         for part in parts[1:]:
             value = _plain(part)(part, value)
@@ -76,7 +77,8 @@ def _plain(part: nn.Module) -> Call:
 def _aliased(parts: Sequence[nn.Module]) -> Iterator[None]:
     """Give each parameter another name for the call, so that gradients add up within it first, as across the cut.
 
-    Recurrent layers keep a list of their weights besides and use each once; they are left alone.
+    Recurrent layers keep a list of their weights besides and use each once; they are left alone. So is all under
+    autocast, which caches casts of leaves only: there, the cast of a weight, made anew in each call, groups them.
     """
     slots = [
         (owner._parameters, leaf, parameter)
@@ -87,8 +89,9 @@ def _aliased(parts: Sequence[nn.Module]) -> Iterator[None]:
         if parameter is not None and parameter.requires_grad
     ]
     aliases: dict[int, Any] = {}
+    autocast = any(torch.is_autocast_enabled(parameter.device.type) for _, _, parameter in slots)
     try:
-        for held, leaf, parameter in slots if torch.is_grad_enabled() else ():
+        for held, leaf, parameter in slots if torch.is_grad_enabled() and not autocast else ():
             if id(parameter) not in aliases:
                 aliases[id(parameter)] = alias(parameter)
             held[leaf] = aliases[id(parameter)]

@@ -1,7 +1,7 @@
 """The versions of a lineage, read.
 
-Readers probe for the next commit record on every request: one failing GET, no listing, and no replica that answers at an
-old version for long. What is cached here can't change: records, and the files that they name with their hashes.
+Readers probe for the next commit record on every request: one failing GET, no listing, and no replica that answers
+at an old version for long. What is cached here can't change: records, and the files that they name with their hashes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Versions:
         data = self.blobs.get(self.keys.fingerprint)
         if data is None:
             raise MissingError(
-                f"the store has no lineage {self.name!r} yet: a SplitServer or Accumulator begins it with its module's weights"
+                f"the store has no lineage {self.name!r} yet: a SplitServer or Accumulator begins it with its "
+                "module's weights"
             )
         fingerprint: Fingerprint = json.loads(bytes(data))
         return fingerprint
@@ -156,7 +157,8 @@ class Versions:
         data = self.blobs.get(self.keys.versioned(kind, version, commit.nonce))
         if data is None:
             raise ExpiredError(
-                f"the {kind} of version {version} of lineage {self.name!r} have left the retention window (the newest is "
+                f"the {kind} of version {version} of lineage {self.name!r} have left the retention window (the "
+                "newest is "
                 f"{self.head()}): raise keep_versions of the Accumulator, or go on with a newer version"
             )
         if wait:
@@ -173,7 +175,8 @@ class Versions:
 
     def _corrupted(self, version: int, kind: str) -> CorruptedError:
         self._corrupt[version] = CorruptedError(
-            f"the {kind} of version {version} of lineage {self.name!r} aren't what was committed: the file was changed from "
+            f"the {kind} of version {version} of lineage {self.name!r} aren't what was committed: the file was "
+            "changed from "
             "outside. Restore it from a copy, or go back with GradientStore.rollback()"
         )
         return self._corrupt[version]

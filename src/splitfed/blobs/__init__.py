@@ -34,6 +34,8 @@ def open_blobs(url: str | os.PathLike[str], *, fsync: bool = True, **storage_opt
     text = os.fspath(url)
     match = _PROTOCOL.fullmatch(text) if isinstance(url, str) else None
     protocol, rest = (match[1].lower(), match[2]) if match else ("", text)
+    if isinstance(url, str) and "://" in text and ("::" in text or not match):
+        raise InputError("a chained URL (with '::') caches or wraps what the store must see: expected a plain one")
     if protocol in ("file", "local"):
         rest = unquote(rest) if os.name != "nt" else re.sub(r"^/(?=[A-Za-z]:)", "", unquote(rest))
         if not os.path.isabs(rest):
@@ -41,8 +43,6 @@ def open_blobs(url: str | os.PathLike[str], *, fsync: bool = True, **storage_opt
     if not text or "\0" in rest:
         raise InputError(f"store URL {text[:80]!r} isn't one: expected a directory or a URL such as s3://bucket/run")
     if protocol not in ("", "file", "local", "memory"):
-        if "::" in text:
-            raise InputError("a chained URL (with '::') caches or wraps what the store must see: expected a plain one")
         from splitfed.blobs.remote import RemoteBlobs
 
         return RemoteBlobs(text, **storage_options)

@@ -14,9 +14,9 @@ takes `a` and `A` for one key.
 from __future__ import annotations
 
 import builtins
+import os
 import re
 import threading
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
@@ -103,13 +103,15 @@ def check_key(key: object) -> str:
     return key
 
 
-def check_prefix(prefix: str) -> str:
+def check_prefix(prefix: object) -> str:
     """Return the directory `prefix` without a trailing slash; "" is the root.
 
     Raises:
         IdError: it is neither empty nor a well-formed key.
     """
-    return check_key(prefix.removesuffix("/")) if prefix else ""
+    if prefix == "":
+        return ""
+    return check_key(prefix.removesuffix("/") if isinstance(prefix, str) else prefix)
 
 
 def is_name(name: str) -> bool:
@@ -135,7 +137,7 @@ def check_create(blobs: Blobs) -> None:
     Raises:
         StoreCapabilityError: a key had two winners, none, or other content than its winner's.
     """
-    base = f"probe/{uuid.uuid4().hex}"
+    base = f"probe/{os.urandom(8).hex()}"
     try:
         _check_twice(blobs, f"{base}/twice")
         _check_race(blobs, base)

@@ -12,15 +12,16 @@ from typing import Any
 
 _OPTION = re.compile(r"secret|token|key|passw|cred|sas|connection_string|auth", re.IGNORECASE)
 _IN_URL = re.compile(r"(?<=://)[^/\s'\"]*@|(?<=\?)[^\s'\"]+")  # the user part, and a query such as a signature
+_VALUE = re.compile(r"[:=]([^&@]{4,})")  # a password or a query's value, when it is quoted alone
 
 
 class Redactor:
     """Replaces by `***` the secrets of `url` and `options`, and the user part and query of any URL."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        users = [found.rstrip("@") for found in _IN_URL.findall(url)]
-        found = {*users, *(user.partition(":")[2] for user in users), *_values(options)} - {""}
-        self._secrets = sorted(found, key=len, reverse=True)
+        parts = _IN_URL.findall(url)
+        secrets = {value for part in parts for value in (part, *_VALUE.findall(part))} | {*_values(options)} - {""}
+        self._secrets = sorted(secrets, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
         """Return `text` without secrets."""

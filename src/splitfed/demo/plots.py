@@ -25,7 +25,9 @@ def curves(path: Path, history: Sequence[Row], pooled: Sequence[Row]) -> None:
         history: A row per round of the federated run.
         pooled: A row per pass of the centralised run.
     """
-    figure = Figure(figsize=(10, 4.4), dpi=160, facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    figure = Figure(
+        figsize=(10, 4.4), dpi=160, facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    )
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for axes, name in ((left, "accuracy"), (right, "loss")):

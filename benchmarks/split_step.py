@@ -1,0 +1,147 @@
+"""How much a split step costs over the unsplit one, taken alternately in one run.
+
+    python benchmarks/split_step.py --output runs/bench --docs docs/benchmarks.md
+
+Variants, for each model, all with the same input, loss and client optimizer (SGD with momentum):
+
+    unsplit      forward, loss, backward, optimizer step of the whole model
+    in memory    the same split with both halves in one process and nothing stored: a detach at each cut
+    kept         split over a store on file://, sync="process"; the server still has the graph at the backward
+    recomputed   the same with keep_graphs=0: every backward runs the forward again from its file
+    commit       what the accumulator needs to fold one such gradient into the next version (not part of the step)
+
+A split step ends when the gradient is on file and the client's optimizer has stepped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import resnet18, tiny
+from torch import Tensor, nn
+
+import splitfed
+
+Step = Callable[[], Any]
+
+
+def main() -> None:
+    """Time both models, print a table, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="where benchmark.json goes")
+    parser.add_argument("--docs", type=Path, help="write the table into this page, between its markers")
+    parser.add_argument("--rounds", type=int, default=30, help="timed rounds of ResNet-18; tiny takes 20 times as many")
+    args = parser.parse_args()
+    cases = {
+        "tiny": (tiny(), "2", torch.randn(64, 784), 20 * args.rounds),
+        "resnet18": (resnet18(), "2:7", torch.randn(32, 3, 32, 32), args.rounds),
+    }
+    found = {name: time_case(*case) for name, case in cases.items()}
+    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "milliseconds": found}
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "benchmark.json").write_text(json.dumps(result, indent=1))
+    table = as_table(result)
+    print(table)
+    if args.docs:
+        head, _, rest = args.docs.read_text().partition("<!-- table -->")
+        args.docs.write_text(f"{head}<!-- table -->\n{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
+
+
+def time_case(model: nn.Module, at: str, x: Tensor, rounds: int) -> dict[str, dict[str, float]]:
+    """Minimum and median of each variant, in milliseconds, and its median ratio to unsplit, round by round."""
+    y = torch.randint(0, 10, (x.shape[0],))
+    folder = Path(tempfile.mkdtemp())
+    try:
+        steps = variants(model, at, x, y, folder)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for warm in range(rounds + 3):
+            for name, step in steps.items():
+                begun = time.perf_counter()
+                step()
+                if warm >= 3:
+                    times[name].append(1e3 * (time.perf_counter() - begun))
+    finally:
+        shutil.rmtree(folder)
+    base = times["unsplit"]
+    return {
+        name: {
+            "min": min(taken),
+            "median": statistics.median(taken),
+            "ratio": statistics.median(t / b for t, b in zip(taken, base, strict=True)),
+        }
+        for name, taken in times.items()
+    }
+
+
+def variants(model: nn.Module, at: str, x: Tensor, y: Tensor, folder: Path) -> dict[str, Step]:
+    """One function per variant; each call is one step."""
+    optimizer = lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9)  # noqa: E731
+    steps = {"unsplit": training(model, model, x, y)}
+    inner = InMemory(*splitfed.split(model, at))
+    steps["in memory"] = training(nn.ModuleList([inner.half, inner.body]), inner, x, y)
+    for name, graphs in (("kept", 8), ("recomputed", 0)):
+        half, body = splitfed.split(model, at)
+        store = splitfed.GradientStore(folder / name, sync="process")
+        client = splitfed.SplitClient(half, splitfed.SplitServer(body, store, keep_graphs=graphs), "a")
+        accumulator = splitfed.Accumulator(body, store, optimizer, keep_versions=2)
+        steps[name] = training(client, client, x, y)
+        steps[f"commit after {name}"] = accumulator.step
+    return steps
+
+
+class InMemory:
+    """Both halves in one process, the body's graph held between forward and backward."""
+
+    def __init__(self, half: nn.Module, body: nn.Module) -> None:
+        layers = list(half.children())
+        hole = next(i for i, module in enumerate(layers) if isinstance(module, splitfed.CutPoint))
+        self.half, self.body = half, body
+        self.bottom, self.head = nn.Sequential(*layers[:hole]), nn.Sequential(*layers[hole + 1 :])
+        self.inputs = self.outputs = torch.empty(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The whole model's outputs, with a cut graph."""
+        activations = self.bottom(x)
+        self.inputs = activations.detach().requires_grad_()
+        self.outputs = self.body(self.inputs)
+        received = self.outputs.detach().requires_grad_()
+        received.register_hook(lambda grad: self._back(activations, grad))
+        return self.head(received)
+
+    def _back(self, activations: Tensor, grad: Tensor) -> None:
+        torch.autograd.backward(self.outputs, grad)
+        torch.autograd.backward(activations, self.inputs.grad)
+
+
+def training(module: nn.Module, call: Any, x: Tensor, y: Tensor) -> Step:
+    """A training step of `module`, called through `call`."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(call(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    lines = ["| model | variant | min (ms) | median (ms) | ratio to unsplit |", "|---|---|---|---|---|"]
+    for model, rows in result["milliseconds"].items():
+        for name, row in rows.items():
+            lines.append(f"| {model} | {name} | {row['min']:.2f} | {row['median']:.2f} | {row['ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""Models of many kinds, each with a place to cut it and an input: what the transparency tests run on.
+
+Small, in float32, in train mode, with p > 0 wherever there is dropout. A process that serves a case's backward builds the
+same body from this file and the seed.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, where to cut it, and an input."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    at: str | list[str]
+    inputs: Callable[[], Inputs]
+    draws: bool = False
+    """Whether the model has dropout."""
+    fans_out: bool = False
+    """Whether an activation is used on both sides of the cut, and several times in the body."""
+
+    @property
+    def raw(self) -> bool:
+        """Whether the reference must equal the raw model too."""
+        return not self.draws and not self.fans_out
+
+    def model(self) -> nn.Module:
+        """The model, always with the same weights, in train mode."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.build().train()
+
+
+class Calls(nn.Module):
+    """Submodules, and a function that calls them: a model whose forward stands where it is used."""
+
+    def __init__(self, forward: Callable[..., Any], **parts: nn.Module) -> None:
+        super().__init__()
+        self.run = forward
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the function makes of the submodules."""
+        return self.run(self, *args, **kwargs)
+
+
+class Pair(NamedTuple):
+    """What a body may return."""
+
+    left: Tensor
+    right: Tensor
+
+
+def rand(*shape: int) -> Callable[[], Inputs]:
+    """Inputs of one float tensor of this shape."""
+    return lambda: ((torch.randn(*shape),), {})
+
+
+def sandwich(body: nn.Module, width: int = 8) -> nn.Module:
+    """`body` `(N, width)` -> `(N, width)` between a bottom and a head."""
+    return Calls(
+        lambda m, x: m.head(m.body(m.bottom(x))), bottom=nn.Linear(6, width), body=body, head=nn.Linear(width, 3)
+    )
+
+
+def conv_block(channels: int) -> nn.Sequential:
+    """Convolution, BatchNorm and ReLU `(N, channels, H, W)`."""
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+
+
+def pooled(*layers: nn.Module) -> nn.Sequential:
+    """Layers over images `(N, 2, H, W)` of which the last has 4 channels, and a head `(N, 3)`."""
+    return nn.Sequential(nn.Conv2d(2, 4, 3), *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+
+
+def lstm() -> nn.Module:
+    """A recurrent body whose state, a tuple, comes from the client and goes back to it."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        state = m.start.weight.view(2, 2, 1, 8).expand(2, 2, len(x), 8)
+        out, (hidden, cell) = m.body(m.bottom(x), (state[0].contiguous(), state[1].tanh()))
+        return m.head(torch.cat([out[:, -1], hidden[-1], cell[0]], dim=1))
+
+    body = nn.LSTM(8, 8, num_layers=2, batch_first=True, dropout=0.3)
+    return Calls(forward, bottom=nn.Linear(6, 8), start=nn.Embedding(4, 8), body=body, head=nn.Linear(24, 3))
+
+
+def transformer() -> nn.Module:
+    """A transformer layer that gets its padding mask by keyword."""
+
+    def forward(m: Any, x: Tensor, *, padding: Tensor) -> Tensor:
+        return m.head(m.body(m.bottom(x), src_key_padding_mask=padding, is_causal=False))
+
+    body = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, dropout=0.2, batch_first=True)
+    return Calls(forward, bottom=nn.Linear(6, 8), body=body, head=nn.Linear(8, 3))
+
+
+def control_flow() -> nn.Module:
+    """A body whose path depends on the data and on a plain integer."""
+
+    def path(m: Any, x: Tensor, times: int, scale: float | None) -> Tensor:
+        for _ in range(times):
+            x = m.up(x) if bool(x.sum() > 0) else -m.down(x)
+        return x if scale is None else x * scale
+
+    body = Calls(path, up=nn.Linear(8, 8), down=nn.Linear(8, 8))
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.body(m.bottom(x), 1 + int(x[0, 0] > 0), scale=0.5 if x[0, 1] > 0 else None))
+
+    return Calls(forward, bottom=nn.Linear(6, 8), body=body, head=nn.Linear(8, 3))
+
+
+def densenet() -> nn.Module:
+    """MONAI's DenseNet121, narrow and with fewer blocks; the first is the body."""
+    from monai.networks.nets.densenet import DenseNet121
+
+    narrow = {"init_features": 8, "growth_rate": 4, "block_config": (6, 2)}
+    return DenseNet121(spatial_dims=2, in_channels=1, out_channels=3, dropout_prob=0.2, **narrow)
+
+
+def unet() -> nn.Module:
+    """MONAI's UNet; its inner levels are the body."""
+    from monai.networks.nets.unet import UNet
+
+    channels, strides = (4, 8, 16), (2, 2)
+    return UNet(2, 1, 2, channels=channels, strides=strides, num_res_units=1, norm="batch", dropout=0.2)
+
+
+def hugging_face(kind: str) -> nn.Module:
+    """A tiny BERT or GPT-2 of random weights, from its config alone."""
+    if kind == "bert":
+        from transformers import BertConfig, BertModel
+
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+        model: nn.Module = BertModel(BertConfig(vocab_size=20, **sizes, use_cache=False))
+    else:
+        from transformers import GPT2Config, GPT2Model
+
+        model = GPT2Model(GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=2, n_head=2, use_cache=False))
+    return Calls(
+        lambda m, embedded, mask: m.model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state, model=model
+    )
+
+
+def words() -> Inputs:
+    """Embedded words `(N, length, 16)` and the mask of those that count."""
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[0, 3:] = 0
+    return (torch.randn(2, 5, 16), mask), {}
+
+
+def residual() -> nn.Module:
+    """A residual block that begins with an in-place ReLU."""
+
+    def block(m: Any, x: Tensor) -> Tensor:
+        x = m.relu(x)
+        return x + m.convolutions(x)
+
+    return pooled(Calls(block, relu=nn.ReLU(inplace=True), convolutions=conv_block(4)))
+
+
+def tied() -> nn.Module:
+    """Two layers of the body with one weight."""
+    body = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    body[2].weight = body[0].weight
+    return sandwich(body)
+
+
+def twice(body: nn.Module) -> nn.Module:
+    """A body that is called twice in a step."""
+    model = sandwich(body)
+    model.run = lambda m, x: m.head(m.body(m.body(m.bottom(x)).tanh()))
+    return model
+
+
+def container(make: Callable[[Tensor, Tensor], Any], read: Callable[[Any], Tensor]) -> nn.Module:
+    """A body that returns a container of two tensors, of which the head reads what it needs."""
+    body = Calls(lambda m, x: make(m.left(x), m.right(x)), left=nn.Linear(8, 8), right=nn.Linear(8, 8))
+    model = sandwich(body)
+    model.run = lambda m, x: m.head(read(m.body(m.bottom(x))))
+    return model
+
+
+def model_output() -> nn.Module:
+    """A body that returns a transformers ModelOutput, one of whose fields is None."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    return container(
+        lambda a, b: BaseModelOutput(last_hidden_state=a, hidden_states=(b, a)),
+        lambda out: out.last_hidden_state + out["hidden_states"][0],
+    )
+
+
+def channels_last() -> Inputs:
+    """Images `(N, 2, 8, 8)` whose channels lie innermost."""
+    return (torch.randn(2, 2, 8, 8).contiguous(memory_format=torch.channels_last),), {}
+
+
+def frozen() -> nn.Module:
+    """A bottom that doesn't train."""
+    model = sandwich(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3)))
+    model.bottom.requires_grad_(False)
+    return model
+
+
+def two_cuts() -> nn.Module:
+    """Two parts in the body, with the client's layers before, between and after them."""
+    parts = {"low": nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3)), "high": nn.Sequential(nn.Linear(8, 8), nn.Tanh())}
+    clients = {"bottom": nn.Linear(6, 8), "middle": nn.Linear(8, 8), "head": nn.Linear(8, 3)}
+    return Calls(lambda m, x: m.head(m.high(m.middle(m.low(m.bottom(x))).relu())), **parts, **clients)
+
+
+def attention() -> nn.Module:
+    """Attention whose query, key and value are one tensor."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.bottom(x)
+        return m.head(m.body(x, x, x, need_weights=False)[0])
+
+    body = nn.MultiheadAttention(8, 2, dropout=0.2, batch_first=True)
+    return Calls(forward, bottom=nn.Linear(6, 8), body=body, head=nn.Linear(8, 3))
+
+
+def fan_out() -> nn.Module:
+    """An activation that the body uses twice and the client a third time."""
+    model = sandwich(Calls(lambda m, x: m.left(x) * x.tanh(), left=nn.Linear(8, 8)))
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.bottom(x)
+        return m.head(m.body(x) + x)
+
+    model.run = forward
+    return model
+
+
+def embedding() -> nn.Module:
+    """A body that begins with an embedding: the bottom is empty, and its inputs are integers."""
+    return nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+CASES = [
+    Case("mlp", lambda: sandwich(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))), "body", rand(4, 6)),
+    Case("conv_batchnorm", lambda: pooled(conv_block(4)), "1", rand(2, 2, 8, 8)),
+    Case("dropout", lambda: sandwich(nn.Sequential(nn.Dropout(0.4), nn.Linear(8, 8))), "body", rand(4, 6), draws=True),
+    Case("lstm", lstm, "body", rand(3, 5, 6), draws=True),
+    Case(
+        "transformer",
+        transformer,
+        "body",
+        lambda: ((torch.randn(2, 5, 6),), {"padding": torch.arange(5) >= torch.tensor([[5], [3]])}),
+        draws=True,
+    ),
+    Case("control_flow", control_flow, "body", rand(4, 6)),
+    Case("densenet_block", densenet, "features.denseblock1", rand(2, 1, 32, 32), draws=True),
+    Case("unet", unet, "model.1.submodule", rand(2, 1, 16, 16), draws=True),
+    Case("bert_layer", lambda: hugging_face("bert"), "model.encoder.layer.0", words, draws=True),
+    Case("gpt2_layer", lambda: hugging_face("gpt2"), "model.h.1", words, draws=True),
+    Case("inplace_relu", residual, "1", rand(2, 2, 8, 8)),
+    Case("tied", tied, "body", rand(4, 6)),
+    Case("twice", lambda: twice(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))), "body", rand(4, 6)),
+    Case("twice_dropout", lambda: twice(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3))), "body", rand(4, 6), draws=True),
+    Case("two_cuts", two_cuts, ["low", "high"], rand(4, 6), draws=True),
+    Case("slice", lambda: pooled(conv_block(4), nn.Dropout2d(0.3), conv_block(4)), "1:4", rand(2, 2, 8, 8), draws=True),
+    Case("namedtuple", lambda: container(Pair, lambda out: out.left * out.right), "body", rand(4, 6)),
+    Case(
+        "dict",
+        lambda: container(lambda a, b: {"a": [a], "b": b, "step": 3}, lambda out: out["a"][0] * out["step"] - out["b"]),
+        "body",
+        rand(4, 6),
+    ),
+    Case("model_output", model_output, "body", rand(4, 6)),
+    Case("channels_last", lambda: pooled(conv_block(4)).to(memory_format=torch.channels_last), "1", channels_last),
+    Case("embedding", embedding, "0:4", lambda: ((torch.randint(0, 9, (4, 3)),), {})),
+    Case("frozen_bottom", frozen, "body", rand(4, 6), draws=True),
+    Case("attention", attention, "body", rand(2, 5, 6), draws=True),
+    Case("fan_out", fan_out, "body", rand(4, 6), fans_out=True),
+]
+BY_NAME = collections.OrderedDict((case.name, case) for case in CASES)

@@ -1,0 +1,156 @@
+"""What the documentation says is what happens: its code runs, its links lead somewhere, and no public name is missing."""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import splitfed
+from splitfed import errors
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+_BLOCK = re.compile(r"^( *)```([a-z]*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
+    """The code blocks of a page in one language, each with the number of its first line."""
+    text = page.read_text("utf-8")
+    for found in _BLOCK.finditer(text):
+        if found[2] == language:
+            yield text.count("\n", 0, found.start(3)) + 1, textwrap.dedent(found[3])
+
+
+def run(code: str, name: str, line: int, namespace: dict[str, Any]) -> None:
+    """Run a block; a traceback shows its own line of the page."""
+    exec(compile("\n" * (line - 1) + code, name, "exec"), namespace)
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    return _BLOCK.sub("", page.read_text("utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments that a page's headings can be linked by."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page, one after another in one namespace and an empty folder, run as they stand."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for line, code in blocks(page, "python"):
+        run(code, str(page), line, namespace)
+
+
+def test_pages_with_code_are_found() -> None:
+    """README, quickstart and recipes have code, so the test above tests something."""
+    for name in ("README.md", "docs/quickstart.md", "docs/recipes.md", "docs/exactness.md"):
+        assert list(blocks(ROOT / name, "python")), name
+
+
+def test_readme_leads_with_the_diff_and_a_runnable_block() -> None:
+    """The diff comes within the first 15 lines, and a block that can be copied and run as it is within the first 45."""
+    ((line, _),) = blocks(README, "diff")
+    assert line <= 15
+    first, code = next(blocks(README, "python"))
+    assert first <= 45
+    assert "import splitfed" in code
+    assert "print(" in code
+
+
+def test_readme_diff_changes_where_it_trains_and_not_what_comes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sides of the README's diff run, and end in the same weights, bit for bit."""
+    monkeypatch.chdir(tmp_path)
+    ((_, diff),) = blocks(README, "diff")
+    ends = []
+    for dropped in "-+":
+        code = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith(dropped))
+        torch.manual_seed(0)
+        layers = nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)
+        loader = [(torch.randn(8, 64), torch.randint(0, 10, (8,))) for _ in range(5)]
+        namespace: dict[str, Any] = {"model": nn.Sequential(*layers), "loader": loader}
+        run("import torch\nfrom torch.nn.functional import cross_entropy\n" + code, "README diff", 1, namespace)
+        ends.append(namespace)
+    split, raw = ends
+    assert split["store"].latest_version() == 5
+    whole: dict[str, Tensor] = splitfed.join(split["client"], split["store"].load_weights()).state_dict()
+    for name, tensor in raw["model"].state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    """A link without a scheme names a file of the repository and, after '#', one of its headings."""
+    for target in _LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, fragment = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert found.is_relative_to(ROOT), target
+        assert not fragment or fragment in anchors(found), target
+
+
+def test_every_public_name_is_mentioned() -> None:
+    """Each name of `splitfed.__all__` stands in the README or in `docs/`, as code."""
+    text = "\n".join(page.read_text("utf-8") for page in PAGES)
+    code = "\n".join([*re.findall(r"`[^`\n]+`", text), *(found[3] for found in _BLOCK.finditer(text))])
+    assert [name for name in splitfed.__all__ if not re.search(rf"\b{name}\b", code)] == []
+
+
+def test_every_error_has_its_row() -> None:
+    """The table in `docs/exactness.md` has each error once, with the status that the class carries."""
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", (ROOT / "docs/exactness.md").read_text("utf-8"), re.MULTILINE)
+    tree = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.SplitFedError)]
+    assert sorted(rows) == sorted((kind.__name__, str(kind.status)) for kind in tree)
+
+
+def test_every_key_of_a_store_is_in_its_layout(tmp_path: Path) -> None:
+    """A run with an unfinished batch, frozen parameters and client halves leaves no key whose folder the page doesn't have."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].requires_grad_(False)
+    half, body = splitfed.split(model, "1:3")
+    store = splitfed.GradientStore(tmp_path)
+    client = splitfed.SplitClient(half, splitfed.SplitServer(body, store), client_id="a")
+    client.pull()
+    accumulator = splitfed.Accumulator(body, store, optimizer=lambda params: torch.optim.Adam(params))
+    for _ in range(2):
+        (client(torch.ones(3, 4)).sum() + client(torch.ones(3, 4)).sum()).backward()
+        accumulator.step()
+    client(torch.ones(3, 4)).sum().backward()
+    client.push(num_samples=3)
+    unfinished = client(torch.ones(3, 4))
+    page = (ROOT / "docs/store.md").read_text("utf-8")
+    found = {part for key in store.blobs.list("") for part in re.sub(r"[0-9a-f]{16,}|\d{6,}", "#", key).split("/")}
+    assert {"grad", "forward", "weights", "optimizer", "applied", "commit", "clients", "client"} <= found
+    for part in found - {"a"}:
+        assert part.partition("#")[0] in page, part
+    assert unfinished.requires_grad
+
+
+def test_examples_are_all_listed() -> None:
+    """Each script in `examples/` is linked from its index, and each link there is a script."""
+    scripts = {path.name for path in (ROOT / "examples").glob("*.py")}
+    linked = {target for target in _LINK.findall(prose(ROOT / "examples/README.md")) if target.endswith(".py")}
+    assert scripts == linked
+    for path in (ROOT / "examples").glob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), path.name
+        assert len(path.read_text("utf-8").splitlines()) < 120, path.name
