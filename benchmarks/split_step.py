@@ -1,7 +1,5 @@
 """How much a split step costs over the unsplit one, taken alternately in one run.
 
-    python benchmarks/split_step.py --output runs/bench --docs docs/benchmarks.md
-
 Variants, for each model, all with the same input, loss and client optimizer (SGD with momentum):
 
     unsplit      forward, loss, backward, optimizer step of the whole model
@@ -15,8 +13,6 @@ A split step ends when the gradient is on file and the client's optimizer has st
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -26,34 +22,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import resnet18, tiny
 from torch import Tensor, nn
 
 import splitfed
+from benchmarks.models import resnet18, tiny
 
 Step = Callable[[], Any]
 
 
-def main() -> None:
-    """Time both models, print a table, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="where benchmark.json goes")
-    parser.add_argument("--docs", type=Path, help="write the table into this page, between its markers")
-    parser.add_argument("--rounds", type=int, default=30, help="timed rounds of ResNet-18; tiny takes 20 times as many")
-    args = parser.parse_args()
+def run(rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Milliseconds and ratios of both models, by model and variant.
+
+    Args:
+        rounds: Timed rounds of ResNet-18; tiny takes 20 times as many.
+    """
     cases = {
-        "tiny": (tiny(), "2", torch.randn(64, 784), 20 * args.rounds),
-        "resnet18": (resnet18(), "2:7", torch.randn(32, 3, 32, 32), args.rounds),
+        "tiny": (tiny(), "2", torch.randn(64, 784), 20 * rounds),
+        "resnet18": (resnet18(), "2:7", torch.randn(32, 3, 32, 32), rounds),
     }
-    found = {name: time_case(*case) for name, case in cases.items()}
-    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "milliseconds": found}
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "benchmark.json").write_text(json.dumps(result, indent=1))
-    table = as_table(result)
-    print(table)
-    if args.docs:
-        head, _, rest = args.docs.read_text().partition("<!-- table -->")
-        args.docs.write_text(f"{head}<!-- table -->\n{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
+    return {name: time_case(*case) for name, case in cases.items()}
 
 
 def time_case(model: nn.Module, at: str, x: Tensor, rounds: int) -> dict[str, dict[str, float]]:
@@ -134,14 +121,10 @@ def training(module: nn.Module, call: Any, x: Tensor, y: Tensor) -> Step:
     return step
 
 
-def as_table(result: dict[str, Any]) -> str:
+def as_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
     """The figures as a Markdown table."""
     lines = ["| model | variant | min (ms) | median (ms) | ratio to unsplit |", "|---|---|---|---|---|"]
-    for model, rows in result["milliseconds"].items():
+    for model, rows in found.items():
         for name, row in rows.items():
             lines.append(f"| {model} | {name} | {row['min']:.2f} | {row['median']:.2f} | {row['ratio']:.2f} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

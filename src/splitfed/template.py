@@ -195,7 +195,7 @@ def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
 
 
 def _modes(module: nn.Module) -> dict[bool, list[bool]]:
-    """Its own mode keeps the flags that it was given (a frozen BatchNorm stays so); the other is what `train()` sets."""
+    """Its own mode keeps the flags it was given (a frozen BatchNorm stays so); the other is what `train()` sets."""
     found = {module.training: [m.training for m in module.modules()]}
     module.train(not module.training)
     found[module.training] = [m.training for m in module.modules()]

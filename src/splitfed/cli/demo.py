@@ -22,9 +22,10 @@ same model is trained unsplit on all digits in one place, with the same optimize
 
 Writes history.jsonl (a row per round), curves.png and summary.json, and replaces an older demo's there."""
 
+_FIGURES = {"round": (5, "d"), "loss": (8, ".4f"), "accuracy": (8, ".4f")}
 _COLUMNS = {
-    "federated": {"round": "5d", "loss": "8.4f", "accuracy": "8.4f", "version": "7d", "gradients_folded": "16d"},
-    "centralised": {"round": "5d", "loss": "8.4f", "accuracy": "8.4f"},
+    "federated": _FIGURES | {"version": (7, "d"), "gradients_folded": (16, "d")},
+    "centralised": _FIGURES,
 }
 
 
@@ -94,7 +95,7 @@ class Terminal:
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._bar: Any = None
-        self._columns: dict[str, str] = {}
+        self._columns: dict[str, tuple[int, str]] = {}
 
     def __enter__(self) -> Terminal:
         return self
@@ -110,9 +111,7 @@ class Terminal:
         # disable=None: off unless standard error is a terminal.
         self._bar = tqdm(total=num_batches, desc=phase, unit="batch", leave=False, disable=self._quiet or None)
         self._columns = _COLUMNS[phase]
-        heads = (
-            f"{name.replace('_', ' '):>{form.rstrip('d').partition('.')[0]}}" for name, form in self._columns.items()
-        )
+        heads = (f"{name.replace('_', ' '):>{width}}" for name, (width, _) in self._columns.items())
         self._print(f"\n{phase}\n{'  '.join(heads)}")
 
     def batch(self) -> None:
@@ -121,7 +120,7 @@ class Terminal:
 
     def row(self, row: Row) -> None:
         """Add a row to the table."""
-        self._print("  ".join(f"{row[name]:{form}}" for name, form in self._columns.items()))
+        self._print("  ".join(f"{row[name]:{width}{kind}}" for name, (width, kind) in self._columns.items()))
 
     def _print(self, line: str) -> None:
         if not self._quiet:

@@ -12,11 +12,12 @@ from the old weights. A folder where these names are taken by anything but a dem
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -48,9 +49,7 @@ def run(settings: Settings, output: Path, directory: Path | None, screen: Screen
     start = time.perf_counter()
     digits = data.load(directory)
     prepare(output, settings)
-    # The seeds of dropout masks come from torch's default generator; the caller's is put back at the end.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+    with _reproducible(settings.seed):
         initial = model.build(settings.seed)
         store = GradientStore(output / _STORE, sync="process")
         history = []
@@ -67,6 +66,23 @@ def run(settings: Settings, output: Path, directory: Path | None, screen: Screen
     summary = _summarise(settings, history, pooled) | {name: round(value, 2) for name, value in seconds.items()}
     _write(output / "summary.json", summary)
     return summary
+
+
+@contextlib.contextmanager
+def _reproducible(seed: int) -> Iterator[None]:
+    """Seed torch, and compute on one thread; put both back at the end.
+
+    The seeds of dropout masks come from torch's default generator. Sums over several threads would have other bits on a
+    machine with another number of cores, and the model is too small to gain by them.
+    """
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def prepare(output: Path, settings: Settings) -> None:

@@ -1,0 +1,35 @@
+"""`python -m benchmarks`: run the benchmarks, print the tables, write the figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from benchmarks import split_step
+
+MARKS = ("<!-- table -->", "<!-- end -->")
+
+
+def main() -> None:
+    """Time, print a table, write `benchmark.json`, and fill in the page of the docs if asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="where benchmark.json goes")
+    parser.add_argument("--docs", type=Path, help="write the table into this page, between its markers")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds of the large model")
+    args = parser.parse_args()
+    found = split_step.run(args.rounds)
+    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "milliseconds": found}
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "benchmark.json").write_text(json.dumps(result, indent=1))
+    table = split_step.as_table(found)
+    print(table)
+    if args.docs:
+        head, _, rest = args.docs.read_text().partition(MARKS[0])
+        args.docs.write_text(f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+
+
+if __name__ == "__main__":
+    main()
