@@ -1,45 +1,12 @@
-"""Models of many kinds, each with a place to cut it and an input: what the transparency tests run on.
-
-Small, in float32, in train mode, with p > 0 wherever there is dropout. A process that serves a case's backward builds the
-same body from this file and the seed.
-"""
+"""Models of many kinds to be cut: small, in float32, with p > 0 wherever there is dropout."""
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, where to cut it, and an input."""
-
-    name: str
-    build: Callable[[], nn.Module]
-    at: str | list[str]
-    inputs: Callable[[], Inputs]
-    draws: bool = False
-    """Whether the model has dropout."""
-    fans_out: bool = False
-    """Whether an activation is used on both sides of the cut, and several times in the body."""
-
-    @property
-    def raw(self) -> bool:
-        """Whether the reference must equal the raw model too."""
-        return not self.draws and not self.fans_out
-
-    def model(self) -> nn.Module:
-        """The model, always with the same weights, in train mode."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return self.build().train()
 
 
 class Calls(nn.Module):
@@ -63,16 +30,19 @@ class Pair(NamedTuple):
     right: Tensor
 
 
-def rand(*shape: int) -> Callable[[], Inputs]:
-    """Inputs of one float tensor of this shape."""
-    return lambda: ((torch.randn(*shape),), {})
-
-
 def sandwich(body: nn.Module, width: int = 8) -> nn.Module:
     """`body` `(N, width)` -> `(N, width)` between a bottom and a head."""
     return Calls(
         lambda m, x: m.head(m.body(m.bottom(x))), bottom=nn.Linear(6, width), body=body, head=nn.Linear(width, 3)
     )
+
+
+def noisy() -> nn.Module:
+    """BatchNorm and dropout in the body, dropout at the client too; `(N, 6)` -> `(N, 3)`."""
+    model = sandwich(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 8)))
+    model.noise = nn.Dropout(0.1)
+    model.run = lambda m, x: m.head(m.noise(m.body(m.bottom(x))))
+    return model
 
 
 def conv_block(channels: int) -> nn.Sequential:
@@ -155,13 +125,6 @@ def hugging_face(kind: str) -> nn.Module:
     )
 
 
-def words() -> Inputs:
-    """Embedded words `(N, length, 16)` and the mask of those that count."""
-    mask = torch.ones(2, 5, dtype=torch.long)
-    mask[0, 3:] = 0
-    return (torch.randn(2, 5, 16), mask), {}
-
-
 def residual() -> nn.Module:
     """A residual block that begins with an in-place ReLU."""
 
@@ -204,11 +167,6 @@ def model_output() -> nn.Module:
     )
 
 
-def channels_last() -> Inputs:
-    """Images `(N, 2, 8, 8)` whose channels lie innermost."""
-    return (torch.randn(2, 2, 8, 8).contiguous(memory_format=torch.channels_last),), {}
-
-
 def frozen() -> nn.Module:
     """A bottom that doesn't train."""
     model = sandwich(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3)))
@@ -249,43 +207,3 @@ def fan_out() -> nn.Module:
 def embedding() -> nn.Module:
     """A body that begins with an embedding: the bottom is empty, and its inputs are integers."""
     return nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
-
-
-CASES = [
-    Case("mlp", lambda: sandwich(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))), "body", rand(4, 6)),
-    Case("conv_batchnorm", lambda: pooled(conv_block(4)), "1", rand(2, 2, 8, 8)),
-    Case("dropout", lambda: sandwich(nn.Sequential(nn.Dropout(0.4), nn.Linear(8, 8))), "body", rand(4, 6), draws=True),
-    Case("lstm", lstm, "body", rand(3, 5, 6), draws=True),
-    Case(
-        "transformer",
-        transformer,
-        "body",
-        lambda: ((torch.randn(2, 5, 6),), {"padding": torch.arange(5) >= torch.tensor([[5], [3]])}),
-        draws=True,
-    ),
-    Case("control_flow", control_flow, "body", rand(4, 6)),
-    Case("densenet_block", densenet, "features.denseblock1", rand(2, 1, 32, 32), draws=True),
-    Case("unet", unet, "model.1.submodule", rand(2, 1, 16, 16), draws=True),
-    Case("bert_layer", lambda: hugging_face("bert"), "model.encoder.layer.0", words, draws=True),
-    Case("gpt2_layer", lambda: hugging_face("gpt2"), "model.h.1", words, draws=True),
-    Case("inplace_relu", residual, "1", rand(2, 2, 8, 8)),
-    Case("tied", tied, "body", rand(4, 6)),
-    Case("twice", lambda: twice(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))), "body", rand(4, 6)),
-    Case("twice_dropout", lambda: twice(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3))), "body", rand(4, 6), draws=True),
-    Case("two_cuts", two_cuts, ["low", "high"], rand(4, 6), draws=True),
-    Case("slice", lambda: pooled(conv_block(4), nn.Dropout2d(0.3), conv_block(4)), "1:4", rand(2, 2, 8, 8), draws=True),
-    Case("namedtuple", lambda: container(Pair, lambda out: out.left * out.right), "body", rand(4, 6)),
-    Case(
-        "dict",
-        lambda: container(lambda a, b: {"a": [a], "b": b, "step": 3}, lambda out: out["a"][0] * out["step"] - out["b"]),
-        "body",
-        rand(4, 6),
-    ),
-    Case("model_output", model_output, "body", rand(4, 6)),
-    Case("channels_last", lambda: pooled(conv_block(4)).to(memory_format=torch.channels_last), "1", channels_last),
-    Case("embedding", embedding, "0:4", lambda: ((torch.randint(0, 9, (4, 3)),), {})),
-    Case("frozen_bottom", frozen, "body", rand(4, 6), draws=True),
-    Case("attention", attention, "body", rand(2, 5, 6), draws=True),
-    Case("fan_out", fan_out, "body", rand(4, 6), fans_out=True),
-]
-BY_NAME = collections.OrderedDict((case.name, case) for case in CASES)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from bodies import Inputs
+from cases import Inputs
 from torch import Tensor, nn
 
 import splitfed
@@ -87,13 +86,15 @@ class Split:
         optimizer: Optimizer = adam,
         client_id: str = "a",
         loss_scale: Any = 1.0,
+        loss_fn: Any = None,
         **settings: Any,
     ) -> None:
         self.at = at
         self.half, self.body = splitfed.split(model, at)
         self.store = splitfed.GradientStore(str(url), sync="process")
         self.servers = [
-            splitfed.SplitServer(self.body, self.store, keep_graphs=keep_graphs) for _ in range(replicas)
+            splitfed.SplitServer(self.body, self.store, keep_graphs=keep_graphs, loss_fn=loss_fn)
+            for _ in range(replicas)
         ]
         self.wire = wire(*self.servers)
         self.client = splitfed.SplitClient(self.half, self.wire, client_id, loss_scale=loss_scale)
@@ -120,6 +121,11 @@ class Split:
     def stored(self, kind: str) -> list[str]:
         """Keys of the body's lineage of one kind, such as 'forward'."""
         return self.store.blobs.list(f"body/{kind}")
+
+
+def pair(model: nn.Module, url: str | Path, **settings: Any) -> tuple[Split, nn.Module]:
+    """A model that is cut at "body", and its reference."""
+    return Split(model, "body", url, **settings), splitfed.reference(model, "body")
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,17 @@ def step(module: nn.Module, inputs: Inputs, parameters: Callable[[], dict[str, T
     return Step([t.detach().clone() for t in trees.flatten(outputs)[1]], [t.grad for t in wanted], found)
 
 
+def assert_step(split: Split, reference: nn.Module, inputs: Inputs) -> Step:
+    """A step of the client has the bits of one of the reference, and leaves torch's generator where that does."""
+    rewind = replay_rng()
+    got = step(split.client, inputs, split.gradients)
+    after = torch.get_rng_state()
+    rewind()
+    assert_equal(got, step(reference, inputs))
+    assert torch.equal(after, torch.get_rng_state())
+    return got
+
+
 def assert_equal(got: Step, expected: Step) -> None:
     """Every bit of two steps is the same."""
     for what in ("outputs", "inputs"):
@@ -207,8 +224,3 @@ def replay_rng() -> Callable[[], None]:
     """Remember torch's generator; calling the result puts it back there."""
     state = torch.get_rng_state()
     return lambda: torch.set_rng_state(state)
-
-
-def batches(count: int, draw: Callable[[], Any]) -> list[Any]:
-    """So many draws."""
-    return [draw() for _ in itertools.repeat(None, count)]

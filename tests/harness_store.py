@@ -189,11 +189,15 @@ def hooked(url: str, hook: Hook) -> GradientStore:
 
 
 class Nth:
-    """A hook that does `act(operation, key, perform)` at the n-th operation while `armed`, and counts them."""
+    """A hook that does `act(operation, key, perform)` at the n-th operation while `armed`, and counts them.
 
-    def __init__(self, n: int = -1, act: Hook = lambda operation, key, perform: perform()) -> None:
+    With `at`, such as "create body/commit", only operations on keys that begin so are counted.
+    """
+
+    def __init__(self, n: int = -1, act: Hook = lambda operation, key, perform: perform(), at: str = "") -> None:
         self.n = n
         self.act = act
+        self.at = at
         self.count = 0
         self.log: list[tuple[str, str]] = []
         self._armed = False
@@ -209,7 +213,7 @@ class Nth:
 
     def __call__(self, operation: str, key: str, perform: Perform) -> Any:
         """One operation."""
-        if not self._armed:
+        if not self._armed or not f"{operation} {key}".startswith(self.at):
             return perform()
         here, self.count = self.count, self.count + 1
         self.log.append((operation, key))

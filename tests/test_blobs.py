@@ -590,6 +590,60 @@ def test_a_write_that_fails_half_way_leaves_nothing(local: LocalBlobs) -> None:
     assert local.create("large", [b"fits"])
 
 
+def test_errors_of_the_system_name_the_key(local: LocalBlobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system refuses becomes a StoreError with the key and the system's own words."""
+    local.create("a/b", [b"1"])
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    calls: dict[str, Callable[[str], object]] = {
+        "open": local.get,
+        "unlink": local.delete,
+        "scandir": local.list,
+        "mkdir": lambda key: local.put(f"{key}/c", [b"1"]),
+    }
+    for name, call in calls.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, broken)
+            with pytest.raises(StoreError, match=r"'a/b.*Input/output error"):
+                call("a/b")
+
+
+def test_a_directory_that_never_stays_is_given_up(local: LocalBlobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the directory vanishes each time the write ends in "try again", not in an endless loop."""
+    monkeypatch.setattr(os, "mkdir", lambda *args, **kwargs: None)
+    for write in (local.create, local.put):
+        with pytest.raises(BusyError, match="'a/b'"):
+            write("a/b", [b"1"])
+
+
+def test_a_directory_above_the_root_may_be_another_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent of the root that we may not read stops no durable create; one of our own directories does."""
+    real, closed = files.sync_directory, [str(tmp_path)]
+
+    def sync_directory(path: str) -> None:
+        if path in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        real(path)
+
+    monkeypatch.setattr(files, "sync_directory", sync_directory)
+    local = LocalBlobs(tmp_path / "store")
+    assert local.create("a/b", [b"1"])
+    closed.append(f"{tmp_path}/store")
+    with pytest.raises(StoreError, match=r"'c/d'.*Permission denied"):
+        local.create("c/d", [b"1"])
+
+
+def test_memory_of_directories_is_bounded(local: LocalBlobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many directories are written to, only so many are remembered."""
+    monkeypatch.setattr("splitfed.blobs.local._MAX_MADE", 5)
+    for number in range(20):
+        assert local.create(f"clients/{number}/x", [b"1"])
+        assert len(local._made) <= 5
+    assert len(local.list("clients")) == 20
+
+
 def test_partial_writes_are_continued(local: LocalBlobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that takes a few bytes at a time, or refuses more than so many, gets all of them in order."""
     real = os.writev
@@ -643,7 +697,7 @@ def test_durable_means_file_and_directories(way: Way, tmp_path: Path, monkeypatc
         assert calls == expected
     calls.clear()
     assert local.create("a/b/1", [b"1"]) is False
-    assert calls[-2:] == ["file", "store/a/b"], "what another process may have left unsynced is synced before we say so"
+    assert calls == ["file", "file", "store/a/b"], "what another process left unsynced is synced before we say so"
 
 
 def test_without_hard_links_it_creates_under_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,7 @@ def test_lazy_conjugates_are_resolved() -> None:
     numbers = torch.tensor([1 + 2j, 3 - 4j])
     assert round_trip(numbers.conj()).tolist() == [1 - 2j, 3 + 4j]
     assert round_trip(numbers.conj().imag).tolist() == [-2, 4]
+    assert round_trip(numbers[:1].conj().imag).tolist() == [-2]
     assert codec.canonical(numbers.conj().imag).tolist() == [-2, 4]
     assert codec.crc32(numbers.conj()) == codec.crc32(torch.tensor([1 - 2j, 3 + 4j]))
 

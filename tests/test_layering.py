@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "transport": "messages",
     "connection": "errors messages transport",
     "passes": "messages connection",
-    "calls": "errors messages trees seeding cutpoint connection passes",
+    "calls": "errors messages trees seeding cutpoint boundary connection passes",
     "onetrip": "errors messages seeding cutpoint calls",
     "syncing": "errors messages template connection",
     "client": "errors ids cutpoint transport connection passes calls onetrip syncing",

@@ -1,9 +1,7 @@
-"""Training loops as people write them, unchanged around a SplitClient: what they commit is what the plain loop computes."""
+"""Training loops as people write them, around a SplitClient: what they commit is what the plain loop computes."""
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,18 +9,16 @@ from typing import Any
 import pytest
 import torch
 from bodies import Calls, sandwich
-from harness import Split, adam, assert_close, assert_equal, assert_same, gradients, replay_rng, sgd, step
+from harness import adam, assert_close, assert_same, assert_step, gradients, pair, replay_rng, sgd
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-import splitfed
 
-
-def model(dtype: torch.dtype = torch.float32, *, dropout: float = 0.3) -> nn.Module:
+def model(dtype: torch.dtype = torch.float32) -> nn.Module:
     """A bottom, a body with dropout, and a head; `(N, 6)` -> `(N, 3)`."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        body = [nn.Linear(8, 8), nn.Dropout(dropout), nn.ReLU(inplace=True), nn.Linear(8, 8)]
+        body = [nn.Linear(8, 8), nn.Dropout(0.3), nn.ReLU(inplace=True), nn.Linear(8, 8)]
         return sandwich(nn.Sequential(*body)).to(dtype)
 
 
@@ -33,7 +29,7 @@ def data(count: int, size: int = 8, dtype: torch.dtype = torch.float32) -> list[
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_grad_scaler_under_autocast(dtype: torch.dtype, tmp_path: Path) -> None:
-    """GradScaler and autocast: the bits of the plain loop, since scales are powers of two, and steps that overflow are skipped."""
+    """GradScaler with autocast: the plain loop's bits (scales are powers of two); steps that overflow don't count."""
     size = 2.0**127 if dtype == torch.float16 else 2.0**16
 
     def train(net: nn.Module, optimizer: Any, scaler: Any, committed: Callable[[], Any]) -> None:
@@ -50,8 +46,7 @@ def test_grad_scaler_under_autocast(dtype: torch.dtype, tmp_path: Path) -> None:
     scalers = [
         torch.amp.GradScaler("cpu", init_scale=size, backoff_factor=2.0**-60, growth_interval=2) for _ in range(2)
     ]
-    split = Split(model(), "body", tmp_path, optimizer=sgd, loss_scale=scalers[0].get_scale)
-    reference = splitfed.reference(model(), "body")
+    split, reference = pair(model(), tmp_path, optimizer=sgd, loss_scale=scalers[0].get_scale)
     rewind = replay_rng()
     commits: list[Any] = []
     scales: list[float] = []
@@ -81,13 +76,10 @@ def accelerator() -> Iterator[Any]:
     GradientState._reset_state()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "atol"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["float32", "float64"]
-)
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["float32", "float64"])
 def test_accelerate_with_accumulation(accelerator: Any, dtype: torch.dtype, atol: float, tmp_path: Path) -> None:
-    """Accelerate over 4 batches a step: a plain loop adds them in their dtype and the commit in float64, hence a tolerance."""
-    split = Split(model(dtype), "body", tmp_path, loss_scale=1 / 4, min_batches=4)
-    reference = splitfed.reference(model(dtype), "body")
+    """Accelerate, 4 batches a step, up to rounding: the plain loop adds in their dtype, the commit in float64."""
+    split, reference = pair(model(dtype), tmp_path, loss_scale=1 / 4, min_batches=4)
     client, local = accelerator.prepare(split.client, adam(split.client.parameters()))
     plain = adam(reference.parameters())
     batches = data(8, dtype=dtype)
@@ -111,13 +103,12 @@ def test_accelerate_with_accumulation(accelerator: Any, dtype: torch.dtype, atol
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["loss_scale", "as_it_is"])
 def test_summed_loss(scaled: bool, tmp_path: Path) -> None:
-    """A summed loss commits the sum's gradient, or the mean's with loss_scale=len(batch): equal bits, 8 is a power of two."""
-    split = Split(model(), "body", tmp_path, optimizer=sgd, loss_scale=(lambda: 8) if scaled else 1.0)
-    reference = splitfed.reference(model(), "body")
-    sides = [[p for n, p in reference.named_parameters() if n.startswith("body") is body] for body in (False, True)]
-    rates = (2.0**-5, 2.0**-1 / (8 if scaled else 1))
-    plain = torch.optim.SGD([{"params": side, "lr": rate} for side, rate in zip(sides, rates, strict=True)])
-    local = torch.optim.SGD(split.client.parameters(), lr=rates[0])
+    """A summed loss commits its gradient, or the mean's with loss_scale=len(batch): equal bits, 8 is a power of two."""
+    rate = 2.0**-6
+    body = (lambda p: torch.optim.SGD(p, lr=8 * rate)) if scaled else (lambda p: torch.optim.SGD(p, lr=rate))
+    split, reference = pair(model(), tmp_path, optimizer=body, loss_scale=(lambda: 8) if scaled else 1.0)
+    plain = torch.optim.SGD(reference.parameters(), lr=rate)
+    local = torch.optim.SGD(split.client.parameters(), lr=rate)
     for x, y in data(4):
         rewind = replay_rng()
         for net, optimizer in ((split.client, local), (reference, plain)):
@@ -131,9 +122,8 @@ def test_summed_loss(scaled: bool, tmp_path: Path) -> None:
 
 
 def test_accumulation_over_batches_of_unequal_size(tmp_path: Path) -> None:
-    """Micro-batches weighted nᵢ/N in the loop, and said so with client.batch(loss_scale=...), commit the plain loop's weights."""
-    split = Split(model(torch.float64), "body", tmp_path)
-    reference = splitfed.reference(model(torch.float64), "body")
+    """Micro-batches weighted nᵢ/N within client.batch(loss_scale=nᵢ/N) commit the plain loop's weights, to 1e-12."""
+    split, reference = pair(model(torch.float64), tmp_path)
     parts = [data(1, size, torch.float64)[0] for size in (5, 2, 9)]
     rewind = replay_rng()
     for x, y in parts:
@@ -153,10 +143,9 @@ def test_accumulation_over_batches_of_unequal_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep_graphs", [0, 8])
 def test_a_second_pass_through_a_retained_graph_is_a_second_batch(keep_graphs: int, tmp_path: Path) -> None:
-    """backward(retain_graph=True) and backward() again: twice the gradient at the client, two equal batches that wait."""
-    split = Split(model(), "body", tmp_path, keep_graphs=keep_graphs)
-    reference = splitfed.reference(model(), "body")
-    (x, y), = data(1)
+    """backward(retain_graph=True), then backward(): twice the gradient at the client, and two equal batches wait."""
+    split, reference = pair(model(), tmp_path, keep_graphs=keep_graphs)
+    ((x, y),) = data(1)
     rewind = replay_rng()
     loss = mse_loss(split.client(x), y)
     loss.backward(retain_graph=True)
@@ -173,61 +162,6 @@ def test_a_second_pass_through_a_retained_graph_is_a_second_batch(keep_graphs: i
     assert len(split.waiting()) == 2
 
 
-def checkpointed(where: str, use_reentrant: bool) -> nn.Module:
-    """A model that recomputes a part of its client half, with the cut inside or beside of it."""
-    from torch.utils.checkpoint import checkpoint
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        def bottom(x: Tensor) -> Tensor:
-            return m.noise(m.bottom(x))
-
-        def across(x: Tensor) -> Tensor:
-            return m.head(m.body(bottom(x)))
-
-        if where == "around_the_cut":
-            return checkpoint(across, x, use_reentrant=use_reentrant)
-        if where == "before_the_cut":
-            return m.head(m.body(checkpoint(bottom, x, use_reentrant=use_reentrant)))
-        if where == "after_the_cut":
-            return checkpoint(m.head, m.body(bottom(x)), use_reentrant=use_reentrant)
-        return across(x)
-
-    net = model()
-    net.noise = nn.Dropout(0.2)
-    net.run = forward
-    return net
-
-
-@pytest.mark.parametrize("commit_between", [False, True], ids=["", "commit_between"])
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
-@pytest.mark.parametrize("where", ["around_the_cut", "before_the_cut", "after_the_cut"])
-@pytest.mark.parametrize("keep_graphs", [0, 8])
-def test_checkpoint(where: str, use_reentrant: bool, commit_between: bool, keep_graphs: int, tmp_path: Path) -> None:
-    """torch.utils.checkpoint in the client half meets the same masks and version: the bits of the reference without it."""
-    split = Split(checkpointed(where, use_reentrant), "body", tmp_path, keep_graphs=keep_graphs)
-    other = splitfed.SplitClient(split.half, split.wire, "b")
-    reference = splitfed.reference(checkpointed("", False), "body")
-    inputs = ((torch.randn(8, 6),), {})
-    if commit_between:
-        step(other, inputs)
-    rewind = replay_rng()
-    x = inputs[0][0].clone().requires_grad_()
-    outputs = split.client(x)
-    if commit_between:
-        assert split.accumulator.step() is not None
-    split.client.zero_grad()
-    outputs.pow(2).mean().backward()
-    after = torch.get_rng_state()
-    rewind()
-    own = inputs[0][0].clone().requires_grad_()
-    expected = reference(own)
-    expected.pow(2).mean().backward()
-    assert torch.equal(after, torch.get_rng_state())
-    assert torch.equal(outputs, expected)
-    assert torch.equal(x.grad, own.grad)
-    assert_same(split.gradients(), gradients(reference))
-
-
 def uses(kind: str) -> nn.Module:
     """A model whose body has two outputs, which the client uses in some unusual way."""
 
@@ -239,8 +173,8 @@ def uses(kind: str) -> nn.Module:
             return m.head(left)
         return m.head(left) + m.head(right.detach())
 
-    body = Calls(lambda m, x: (m.left(x), m.noise(m.right(x))), left=nn.Linear(8, 8), right=nn.Linear(8, 8), noise=nn.Dropout())
-    net = sandwich(body)
+    parts = {"left": nn.Linear(8, 8), "right": nn.Linear(8, 8), "noise": nn.Dropout()}
+    net = sandwich(Calls(lambda m, x: (m.left(x), m.noise(m.right(x))), **parts))
     net.run = forward
     return net
 
@@ -248,19 +182,14 @@ def uses(kind: str) -> nn.Module:
 @pytest.mark.parametrize("kind", ["double", "unused", "detached"])
 def test_unusual_uses_of_outputs(kind: str, tmp_path: Path) -> None:
     """An output used twice, not at all, or detached: the reference's gradients, none where the reference has none."""
-    net = uses(kind)
-    split, reference = Split(net, "body", tmp_path), splitfed.reference(net, "body")
-    inputs = ((torch.randn(8, 6),), {})
-    rewind = replay_rng()
-    got = step(split.client, inputs, split.gradients)
-    rewind()
-    assert_equal(got, step(reference, inputs))
+    split, reference = pair(uses(kind), tmp_path)
+    got = assert_step(split, reference, ((torch.randn(8, 6),), {}))
     assert ("body.right.weight" in got.parameters) is (kind == "double")
 
 
 def test_a_step_whose_backward_never_comes(tmp_path: Path) -> None:
     """A forward without a backward counts nowhere, holds up nothing, and its record goes with the next request."""
-    split, reference = Split(model(), "body", tmp_path), splitfed.reference(model(), "body")
+    split, reference = pair(model(), tmp_path)
     local, plain = adam(split.client.parameters()), adam(reference.parameters())
     for number, (x, y) in enumerate(data(5)):
         rewind = replay_rng()

@@ -12,8 +12,8 @@ from typing import Any
 import harness
 import pytest
 import torch
-from bodies import BY_NAME, CASES, Case
-from harness import Apart, Split, Step, Wire, assert_equal, assert_same, fresh, replay_rng, scalar, step
+from cases import BY_NAME, CASES, Case
+from harness import Apart, Split, Step, Wire, assert_equal, assert_same, assert_step, fresh, replay_rng, scalar, step
 from torch import nn
 
 import splitfed
@@ -56,13 +56,9 @@ def test_training_has_the_bits_of_the_reference(case: Case, mode: str, tmp_path:
     local = harness.adam(trainable) if trainable else None
     for number in range(STEPS):
         inputs = case.inputs()
-        rewind = replay_rng()
-        got = step(split.client, inputs, split.gradients)
-        after = torch.get_rng_state()
-        rewind()
-        assert torch.equal(after, torch.get_rng_state()) is not case.draws
-        assert_equal(got, step(unsplit.module, inputs))
-        assert torch.equal(after, torch.get_rng_state())
+        before = torch.get_rng_state()
+        assert_step(split, unsplit.module, inputs)
+        assert torch.equal(before, torch.get_rng_state()) is not case.draws
         if local is not None:
             local.step()
         commit = split.accumulator.step()
@@ -111,7 +107,7 @@ def test_split_then_join_is_the_identity(case: Case) -> None:
 
 
 def test_dropout_on_ones_shows_its_mask_in_the_gradient(tmp_path: Path) -> None:
-    """With an identity around the dropout and ones for input, the gradient is the output: forward and backward drop alike."""
+    """Identities around the dropout, ones for input: the gradient is the output, as forward and backward drop alike."""
     body = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 64, bias=False))
     model = nn.Sequential(nn.Identity(), body)
     with torch.no_grad():
@@ -175,7 +171,7 @@ def child() -> Iterator[Any]:
 
 
 def test_a_process_started_after_the_forward_serves_the_backward(child: Any, tmp_path: Path) -> None:
-    """Of every body: its backward has the reference's bits in a process that never saw the forward and keeps no graphs."""
+    """Every body's backward has the reference's bits in a process that never saw the forward and keeps no graphs."""
     forwards = []
     for case in CASES:
         split = Split(case.model(), case.at, tmp_path / case.name, wire=OtherProcess)
@@ -195,5 +191,7 @@ def test_a_process_started_after_the_forward_serves_the_backward(child: Any, tmp
         reference = splitfed.reference(case.model(), case.at)
         assert_equal(got, step(reference, inputs))
         buffers = dict(reference.named_buffers())
-        assert_same({name: tensor for name, tensor in split.state().items() if name in buffers},
-                    {name: tensor for name, tensor in reference.state_dict().items() if name in buffers})
+        assert_same(
+            {name: tensor for name, tensor in split.state().items() if name in buffers},
+            {name: tensor for name, tensor in reference.state_dict().items() if name in buffers},
+        )

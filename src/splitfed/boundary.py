@@ -28,6 +28,16 @@ def uncached() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
+@contextmanager
+def unhooked() -> Iterator[None]:
+    """Keep saved-tensor hooks (as torch.utils.checkpoint sets them around the client's code) out of the body's graph."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):
+        yield
+
+
 def enter(tensor: Tensor) -> Tensor:
     """`tensor` as a body gets it: not a leaf, in memory of its own."""
     if not tensor.requires_grad:

@@ -47,6 +47,7 @@ class Session:
         self.num_samples = num_samples
         self.scope = scope
         self.version = version
+        self.buffers_counted = False
         self._previous: int | None = None
         self._made: list[tuple[int, int | None, tuple[int, ...]]] = []
         """(seed, previous call, CRCs) of each cut call."""
@@ -99,6 +100,7 @@ class Session:
         return ForwardRequest(
             client_id=self.connection.client_id,
             incarnation=self.connection.incarnation,
+            process=self.connection.process,
             call=self.connection.number("call"),
             cut=point.name,
             inputs=(args, kwargs),

@@ -8,6 +8,7 @@ the next.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import warnings
 import weakref
@@ -45,6 +46,7 @@ class Connection:
         self.client_id = client_id
         self.loss_scale = loss_scale
         self.incarnation: int | None = None
+        self.process = os.urandom(16).hex()
         self.seen = 0
         self.num_samples = 0.0
         """Samples of the batches stored since it was last set to zero."""

@@ -8,6 +8,7 @@ few are remembered.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -69,8 +70,9 @@ class CutPoint(nn.Module):
             NotConnectedError: the half wasn't called through a `SplitClient`.
             UnsupportedError: called inside of a functorch transform.
         """
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break()
+        return _eager(self, args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch._C._are_functorch_transforms_active():
             raise UnsupportedError(
                 "a cut point can't run inside of torch.func transforms (vmap, grad, jvp ...): its gradients "
@@ -98,3 +100,13 @@ class CutPoint(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without the callers: a copy has made no calls."""
         return {**self.__dict__, "_callers": deque(maxlen=REMEMBERED)}
+
+
+def _eager(point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a cut point outside of `torch.compile`: the graph breaks here, and nothing beneath is traced."""
+    dynamo = sys.modules.get("torch._dynamo")
+    call = CutPoint._call if dynamo is None else dynamo.disable(CutPoint._call)
+    return call(point, args, kwargs)
+
+
+_eager._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -52,7 +52,9 @@ class Halves:
         if request.base_version < 0:
             self._versions.initialise(request.fingerprint, request.gradients)
             return PushAnswer(request.incarnation, "published")
-        incarnation = self._store.open_client(client_id) if request.incarnation is None else request.incarnation
+        incarnation = request.incarnation
+        if incarnation is None:
+            incarnation = self._store.open_client(client_id, request.process)
         self._store.check_client(client_id, incarnation)
         fingerprint = self._versions.fingerprint()
         check_tensors(fingerprint, request.gradients, "trainable")

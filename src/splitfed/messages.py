@@ -32,6 +32,8 @@ class ForwardRequest:
     client_id: str
     incarnation: int | None
     """The client's process; `None` at its first recorded call: the server opens one and answers it."""
+    process: str
+    """What that process calls itself: a repeated first request opens nothing new."""
     call: int
     """Number of this call within the incarnation."""
     cut: str
@@ -164,6 +166,7 @@ class PushRequest:
 
     client_id: str
     incarnation: int | None
+    process: str
     seq: int
     base_version: int
     """-1 publishes version 0: `gradients` then holds the weights, and nothing happens if it exists."""

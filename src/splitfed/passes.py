@@ -32,6 +32,9 @@ class Scope:
 class Origin(Protocol):
     """One `client(...)` call, as a batch sees it."""
 
+    buffers_counted: bool
+    """Whether an earlier pass has taken its buffers: a retained graph passes again, but ran forward once."""
+
     @property
     def num_samples(self) -> float:
         """What the call counts."""
@@ -180,12 +183,14 @@ class Pass:
             )
         if seal is not None:
             self._sealed = True
+            for counted in self._parts:
+                counted.origin.buffers_counted = True
             connection.note_status(answer.status, seal.num_samples)
         return answer
 
 
 def _chains(parts: list[Any]) -> tuple[tuple[Chain, ...], float]:
-    """The chains of a batch, one for each `client(...)` call in it, and the weight of the batch."""
+    """The chains of a batch, one for each `client(...)` call that it is the first to reach, and its weight."""
     last: dict[int, tuple[Any, int]] = {}
     for number, call in enumerate(parts):
         held = last.get(id(call.origin))
@@ -199,7 +204,8 @@ def _chains(parts: list[Any]) -> tuple[tuple[Chain, ...], float]:
         share = origin.num_samples
         if origin.scope is not None and origin.scope.num_samples is not None:
             share = origin.scope.num_samples * origin.num_samples / natural[id(origin.scope)]
-        chains.append(Chain(share, number))
+        if not origin.buffers_counted:
+            chains.append(Chain(share, number))
     scopes = {id(origin.scope): origin.scope for origin, _ in last.values()}
     for key, scope in scopes.items():
         total += natural[key] if scope is None or scope.num_samples is None else scope.num_samples

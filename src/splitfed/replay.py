@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from splitfed import codec, trees
-from splitfed.boundary import enter, fresh, uncached
+from splitfed.boundary import enter, fresh, uncached, unhooked
 from splitfed.errors import BodyError, InputError, ReplayError, SplitFedError, UnsupportedError
 from splitfed.messages import ForwardRecord
 from splitfed.seeding import compute_lock, seeded
@@ -141,7 +141,7 @@ def run(model: Model, call: ForwardRecord, *, grad: bool, finish: Callable[[Any]
         args, kwargs = trees.unflatten(spec, entered)
         versions = [tensor._version for tensor in entered]
         draws = stack.enter_context(seeded(call.seed, () if model.device.type == "cpu" else (model.device,)))
-        with uncached(), _autocast(call.autocast, model.device), _as_body_error():
+        with unhooked(), uncached(), _autocast(call.autocast, model.device), _as_body_error():
             outputs = parts[0](*args, **kwargs)
             for part in parts[1:]:
                 outputs = part(outputs)
@@ -196,7 +196,8 @@ def backward(done: Run, grad_outputs: Sequence[Tensor | None]) -> tuple[list[Ten
     if not pairs or not targets:
         return [None] * len(done.leaves), {}
     gradients = [codec.canonical(g.detach().to(t.device)) for t, g in pairs]
-    with compute_lock, torch.inference_mode(False), _as_body_error():
+    device = pairs[0][0].device
+    with compute_lock, torch.inference_mode(False), _autocast(None, device), _as_body_error():
         found = list(torch.autograd.grad([t for t, _ in pairs], targets, gradients, allow_unused=True))
     inputs = [found.pop(0) if leaf.requires_grad else None for leaf in done.leaves]
     return inputs, {name: g for name, g in zip(done.parameters, found, strict=True) if g is not None}

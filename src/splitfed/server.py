@@ -105,7 +105,7 @@ class SplitServer:
         check_client_id(request.client_id)
         incarnation = request.incarnation
         if request.grad and incarnation is None:
-            incarnation = self.store.open_client(request.client_id)
+            incarnation = self.store.open_client(request.client_id, request.process)
         self._tidy(request.client_id, incarnation, request.housekeeping)
         version = self._runner.version(request)
         call, done = self._runner.run(request, version)
@@ -168,7 +168,7 @@ class SplitServer:
         ahead, incarnation = request.forward, request.forward.incarnation
         counts = ahead.grad and ahead.training
         if counts and incarnation is None:
-            incarnation = self.store.open_client(check_client_id(ahead.client_id))
+            incarnation = self.store.open_client(check_client_id(ahead.client_id), ahead.process)
         self._tidy(check_client_id(ahead.client_id), incarnation, ahead.housekeeping)
         version = self._runner.version(ahead)
         batch = BatchId(ahead.client_id, incarnation or 0, request.seq)

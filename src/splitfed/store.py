@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class GradientStore:
     Opening one does no I/O; the first use does. It may be shared between threads, and used after a fork.
     """
 
-    def __init__(self, url: str | os.PathLike[str], *, sync: str = "power", **storage_options: Any) -> None:
+    def __init__(self, url: str | os.PathLike[str], *, sync: Literal["power", "process"] = "power", **storage_options: Any) -> None:
         if sync not in ("power", "process"):
             raise InputError(
                 f"sync={sync!r} isn't known: expected 'power' (fsync) or 'process' (survives SIGKILL only)"
@@ -150,14 +150,27 @@ class GradientStore:
         """The short name of version 0's numerics class."""
         return class_id(self._format["numerics"]) if self._format else ""
 
-    def open_client(self, client_id: str) -> int:
-        """A new incarnation for a client's process; the ones before it can't count any more."""
-        folder = layout.client(client_id)
-        taken = [int(key.rpartition("/")[2]) for key in self.blobs.list(folder)]
+    def open_client(self, client_id: str, process: str) -> int:
+        """The incarnation of a client's process: its own if it has one, else a new one, and those before can't count.
+
+        Args:
+            client_id: The client.
+            process: What the process calls itself; a random string, so that a repeated request opens nothing new.
+        """
+        mine = json.dumps({"process": process}).encode()
+        taken = [int(key.rpartition("/")[2]) for key in self.blobs.list(layout.client(client_id))]
+        for incarnation in sorted(taken, reverse=True):
+            if self._process(client_id, incarnation) == mine:
+                return incarnation
         incarnation = max(taken, default=0) + 1
-        while not self.blobs.create(layout.client(client_id, incarnation), [b"{}"]):
+        while not self.blobs.create(layout.client(client_id, incarnation), [mine]):
+            if self._process(client_id, incarnation) == mine:
+                return incarnation
             incarnation += 1
         return incarnation
+
+    def _process(self, client_id: str, incarnation: int) -> bytes:
+        return bytes(self.blobs.get(layout.client(client_id, incarnation)) or b"")
 
     def check_client(self, client_id: str, incarnation: int) -> None:
         """Refuse a process that isn't its client's newest.

@@ -42,6 +42,7 @@ class HalfSync:
                 PushRequest(
                     client_id=self._connection.client_id,
                     incarnation=self._connection.incarnation,
+                    process=self._connection.process,
                     seq=0,
                     base_version=-1,
                     fingerprint=template.fingerprint(),
@@ -80,6 +81,7 @@ class HalfSync:
             PushRequest(
                 client_id=self._connection.client_id,
                 incarnation=self._connection.incarnation,
+                process=self._connection.process,
                 seq=self._connection.number("push"),
                 base_version=self.version,
                 fingerprint=None,

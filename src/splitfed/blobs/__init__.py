@@ -34,13 +34,14 @@ def open_blobs(url: str | os.PathLike[str], *, fsync: bool = True, **storage_opt
     text = os.fspath(url)
     match = _PROTOCOL.fullmatch(text) if isinstance(url, str) else None
     protocol, rest = (match[1].lower(), match[2]) if match else ("", text)
-    if isinstance(url, str) and "://" in text and ("::" in text or not match):
+    odd = isinstance(url, str) and "://" in text and match is None
+    if "::" in text and (match or odd):
         raise InputError("a chained URL (with '::') caches or wraps what the store must see: expected a plain one")
     if protocol in ("file", "local"):
         rest = unquote(rest) if os.name != "nt" else re.sub(r"^/(?=[A-Za-z]:)", "", unquote(rest))
         if not os.path.isabs(rest):
             raise InputError(f"{text!r} isn't absolute: expected {protocol}:///absolute/path, or a plain path")
-    if not text or "\0" in rest:
+    if odd or not text or "\0" in rest:
         raise InputError(f"store URL {text[:80]!r} isn't one: expected a directory or a URL such as s3://bucket/run")
     if protocol not in ("", "file", "local", "memory"):
         from splitfed.blobs.remote import RemoteBlobs

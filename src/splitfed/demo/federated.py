@@ -1,9 +1,9 @@
 """The federated run: owners train their halves in turn through stateless replicas, and only files connect these.
 
 An owner's loop is the reader's own training loop with `client` where the model was. The body is committed each time
-that as many batches wait as there are owners, and once more for what is left at the end of a pass. Then the halves are
-averaged by sample count: every owner pushes start − end, and SGD with rate 1 applies the mean (FedAvg, McMahan et al.
-2017, arXiv 1602.05629). Owners take turns batch by batch, so the schedule and its bits follow from the seed alone.
+that `min_batches` wait, and once more for what is left at the end of a pass. Then the halves are averaged by sample
+count: every owner pushes start − end, and SGD with rate 1 applies the mean (FedAvg, McMahan et al. 2017,
+arXiv 1602.05629). Owners take turns batch by batch, so the schedule and its bits follow from the seed alone.
 """
 
 from __future__ import annotations
@@ -75,9 +75,13 @@ class Federation:
             Owner(number, half, replicas, (digits.train_images[part], digits.train_labels[part]), settings)
             for number, part in enumerate(deal(digits.train_labels, settings))
         ]
-        steps = settings.rounds * self.batches_per_round // settings.clients
+        steps = settings.rounds * self.batches_per_round // settings.min_batches
         self._body = Accumulator(
-            body, store, optimizer=recipe.optimizer, lr_scheduler=recipe.schedule(steps), min_batches=settings.clients
+            body,
+            store,
+            optimizer=recipe.optimizer,
+            lr_scheduler=recipe.schedule(steps),
+            min_batches=settings.min_batches,
         )
         self._rest = Accumulator(body, store, optimizer=recipe.optimizer, lr_scheduler=recipe.schedule(steps))
         self._halves = Accumulator(

@@ -23,13 +23,16 @@ _RATE = 4e-3
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a run is told; `alpha` is the Dirichlet concentration of the label skew, `None` for an even deal."""
+    """What a run is told, apart from where the digits are and where to write."""
 
     clients: int = 5
     rounds: int = 10
     replicas: int = 2
     alpha: float | None = None
+    """The Dirichlet concentration of the label skew; `None` for an even deal."""
     seed: int = 0
+    min_batches: int = 2
+    """The body is committed when so many batches wait."""
 
 
 def optimizer(parameters: Iterable[Any]) -> Optimizer:

@@ -1,0 +1,310 @@
+"""Training by real processes: owners, server replicas and accumulators, a transport between them, and a hand that kills.
+
+The transport is the smallest that does: one request per connection over a Unix socket, in the package's own packing. A
+replica's listening socket belongs to the test's process, so that whoever comes while the replica is dead waits in its
+backlog for the next one. An owner whose replica dies under its request asks the next.
+
+Processes are forked from a server that has imported torch once; a SIGKILL is no less real for that.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import shutil
+import socket
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+from harness import Wire
+from harness_store import adam, bits, commits, drain, halving, hooked
+from torch import nn
+
+from splitfed import messages
+from splitfed.accumulator import Accumulator
+from splitfed.client import SplitClient
+from splitfed.cutting import split
+from splitfed.errors import SplitFedError
+from splitfed.ids import BatchId
+from splitfed.packing import pack, unpack
+from splitfed.server import SplitServer
+from splitfed.store import GradientStore
+
+AT = "1:5"
+METHODS = {
+    "forward": (messages.ForwardRequest, messages.ForwardAnswer),
+    "backward": (messages.BackwardRequest, messages.BackwardAnswer),
+}
+TRIES = 100
+CONTEXT = multiprocessing.get_context("forkserver")
+# The first optimizer of a process imports torch._dynamo: once, here, and not in every process.
+CONTEXT.set_forkserver_preload(["torch._dynamo", "splitfed.accumulator", "splitfed.client", "splitfed.server"])
+
+
+def model() -> nn.Module:
+    """A model whose body has parameters, running statistics and dropout."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = [nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU()]
+        return nn.Sequential(nn.Linear(6, 8), *body, nn.Linear(8, 3))
+
+
+def new_accumulator(store: GradientStore, **settings: Any) -> Accumulator:
+    """Adam with a schedule, clipped: a commit that counted twice, or in another order, shows in every later bit."""
+    settings = {"lr_scheduler": halving, "clip_norm": 1.0, "keep_versions": 4_096, "lock_seconds": 0.0, **settings}
+    return Accumulator(split(model(), AT)[1], store, adam, **settings)
+
+
+class Owner:
+    """A data owner in a loop: its half, optimizer, random numbers and data are functions of its name alone."""
+
+    def __init__(self, name: str, server: Any) -> None:
+        self.client = SplitClient(split(model(), AT)[0], server, name)
+        self.steps = 0
+        self._optimizer = torch.optim.SGD(self.client.parameters(), lr=0.05, momentum=0.9)
+        self._seed = zlib.crc32(name.encode())
+        with torch.random.fork_rng():
+            torch.manual_seed(self._seed)
+            self._random = torch.get_rng_state()
+
+    def step(self) -> None:
+        """Train on the next batch, under the owner's own generator."""
+        generator = torch.Generator().manual_seed(self._seed + self.steps)
+        x = torch.randn(5, 6, generator=generator)
+        y = torch.randint(0, 3, (5,), generator=generator)
+        self.steps += 1
+        with torch.random.fork_rng():
+            torch.set_rng_state(self._random)
+            try:
+                self._optimizer.zero_grad()
+                nn.functional.cross_entropy(self.client(x), y).backward()
+                self._optimizer.step()
+            finally:
+                self._random = torch.get_rng_state()
+
+    def bits(self) -> dict[str, bytes]:
+        """Its half, to compare."""
+        return bits(self.client.state_dict())
+
+
+class Noting(Wire):
+    """Notes every batch that was acknowledged, and the version that its forward ran at."""
+
+    def __init__(self, *servers: Any) -> None:
+        super().__init__(*servers)
+        self.acknowledged: dict[BatchId, int] = {}
+
+    def send(self, method: str, request: Any) -> Any:
+        """Pass it on; note what is sealed."""
+        answer = self.deliver(method, request)
+        if method == "backward" and request.seal is not None:
+            self.acknowledged[BatchId(request.client_id, request.incarnation, request.seq)] = request.version
+        return answer
+
+    def deliver(self, method: str, request: Any) -> Any:
+        """To a server in this process."""
+        return super().send(method, request)
+
+
+class Remote(Noting):
+    """Asks replicas in turn, each request another one, and the next one when one dies under it."""
+
+    turn = 0
+
+    def deliver(self, method: str, request: Any) -> Any:
+        """Over a socket, as often as it takes.
+
+        Raises:
+            SplitFedError: what the replica raised, by its class.
+        """
+        data = b"".join(pack(request))
+        for _ in range(TRIES):
+            self.turn += 1
+            with suppress(EOFError, OSError):
+                return self._ask(self.servers[self.turn % len(self.servers)], method, data)
+        raise AssertionError(f"{TRIES} replicas in a row died under a {method}")
+
+    def _ask(self, address: str, method: str, data: bytes) -> Any:
+        with socket.socket(socket.AF_UNIX) as stream:
+            stream.connect(address)
+            with Connection(stream.detach()) as connection:
+                connection.send_bytes(method.encode())
+                connection.send_bytes(data)
+                refused, answer = connection.recv_bytes(), connection.recv_bytes()
+        if refused:
+            raise RuntimeError(f"{refused.decode()}: {answer.decode()}")
+        return unpack(METHODS[method][1], answer)
+
+
+def serve(listener: socket.socket, url: str) -> None:
+    """The main function of a replica: one request after the other, for ever."""
+    torch.set_num_threads(1)
+    server = SplitServer(split(model(), AT)[1], GradientStore(url, sync="process"))
+    while True:
+        stream, _ = listener.accept()
+        with Connection(stream.detach()) as connection, suppress(EOFError, OSError):
+            method = connection.recv_bytes().decode()
+            request = unpack(METHODS[method][0], connection.recv_bytes())
+            try:
+                answer = "", b"".join(pack(getattr(server, method)(request)))
+            except SplitFedError as error:
+                answer = type(error).__name__, str(error).encode()
+            connection.send_bytes(answer[0].encode())
+            connection.send_bytes(answer[1])
+
+
+def accumulate(url: str) -> None:
+    """The main function of an accumulator."""
+    torch.set_num_threads(1)
+    new_accumulator(GradientStore(url, sync="process")).run(poll=0.002)
+
+
+def own(name: str, steps: int, addresses: list[str], report: Connection) -> None:
+    """The main function of an owner: it reports each acknowledged batch, and at the end its half."""
+    torch.set_num_threads(1)
+    remote = Remote(*addresses)
+    owner = Owner(name, remote)
+    with report:
+        for _ in range(steps):
+            owner.step()
+            report.send((remote.acknowledged, None))
+            remote.acknowledged = {}
+        report.send(({}, owner.bits()))
+
+
+@dataclass
+class Outcome:
+    """What a run leaves besides its store."""
+
+    acknowledged: dict[BatchId, int] = field(default_factory=dict)
+    """The version that the forward of each acknowledged batch ran at."""
+    halves: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    kills: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Company:
+    """Processes by role, which start anew when they are killed."""
+
+    def __init__(self) -> None:
+        self._roles: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {}
+        self._running: dict[str, Any] = {}
+
+    def start(self, role: str, main: Callable[..., None], *args: Any) -> None:
+        """Begin a role."""
+        self._roles[role] = main, args
+        self._running[role] = CONTEXT.Process(target=main, args=args, daemon=True)
+        self._running[role].start()
+
+    def kill(self, role: str, *, anew: bool = True) -> None:
+        """SIGKILL its process; another one takes over."""
+        process = self._running.pop(role)
+        assert process.is_alive(), f"{role} had ended by itself with exit code {process.exitcode}"
+        process.kill()
+        process.join()
+        assert process.exitcode == -9
+        process.close()
+        if anew:
+            self.start(role, self._roles[role][0], *self._roles[role][1])
+
+    def disband(self) -> None:
+        """Kill what still runs."""
+        for role in [*self._running]:
+            with suppress(AssertionError):
+                self.kill(role, anew=False)
+
+
+def train(url: str, *, owners: int, steps: int, kills: int, seed: int, limit: float) -> Outcome:
+    """Let owners train through two replicas and two accumulators, of which one is killed at each of `kills` random moments.
+
+    Args:
+        url: The store.
+        owners: How many there are.
+        steps: Batches of each.
+        kills: How many SIGKILLs.
+        seed: Seeds who is killed and when.
+        limit: Fail when it takes longer, in seconds.
+    """
+    chance, outcome, began = random.Random(seed), Outcome(), time.monotonic()
+    moments = sorted(chance.sample(range(1, owners * steps), kills))
+    company, folder = Company(), tempfile.mkdtemp(prefix="sf")
+    listeners: list[socket.socket] = []
+    try:
+        for replica in range(2):
+            listeners.append(socket.socket(socket.AF_UNIX))
+            listeners[-1].bind(f"{folder}/{replica}")
+            listeners[-1].listen(64)
+            company.start(f"server {replica}", serve, listeners[-1], url)
+            company.start(f"accumulator {replica}", accumulate, url)
+        victims = ["server 0", "server 1", "accumulator 0", "accumulator 1"]
+        reports: dict[Any, str] = {}
+        for name in [f"owner-{number}" for number in range(owners)]:
+            reading, writing = CONTEXT.Pipe(duplex=False)
+            company.start(name, own, name, steps, [f"{folder}/0", f"{folder}/1"], writing)
+            writing.close()
+            reports[reading] = name
+        while reports:
+            ready = wait(list(reports), timeout=limit - (time.monotonic() - began))
+            assert ready, f"nothing happened any more: {len(outcome.acknowledged)} batches, killed {outcome.kills}"
+            for reading in ready:
+                acknowledged, half = reading.recv()
+                outcome.acknowledged |= acknowledged
+                if half is not None:
+                    outcome.halves[reports.pop(reading)] = half
+                    reading.close()
+            while moments and len(outcome.acknowledged) >= moments[0]:
+                moments.pop(0)
+                time.sleep(chance.uniform(0, 0.01))  # anywhere within a request or commit, not just behind one
+                outcome.kills.append(chance.choice(victims))
+                company.kill(outcome.kills[-1])
+    finally:
+        company.disband()
+        for listener in listeners:
+            listener.close()
+        shutil.rmtree(folder)
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def replay(store: GradientStore, versions: Mapping[BatchId, int], url: str) -> tuple[GradientStore, dict[str, Owner]]:
+    """Run the recorded schedule once more, serially, in this process.
+
+    Every batch runs at the version that it ran at, and every commit folds the batches that it folded.
+
+    Args:
+        store: Whose commit records are the schedule.
+        versions: The version that each batch ran at.
+        url: Where to replay.
+
+    Returns:
+        The store of the replay, and its owners.
+    """
+    allowed: set[tuple[str, int]] = set()
+
+    def gate(operation: str, key: str, perform: Callable[[], Any]) -> Any:
+        answer = perform()
+        if operation == "list" and key == "body/grad":
+            found = [(again.lineage().keys.parse_gradient(name), name) for name in answer]
+            return [name for batch, name in found if batch is not None and (batch.client_id, batch.seq) in allowed]
+        return answer
+
+    again = hooked(url, gate)
+    schedule = commits(store)
+    by_owner = {(batch.client_id, batch.seq): version for batch, version in versions.items()}
+    server, accumulator = SplitServer(split(model(), AT)[1], again), new_accumulator(again)
+    owners = {name: Owner(name, server) for name in sorted({batch.client_id for batch in versions})}
+    for commit in schedule[1:]:
+        for name, owner in owners.items():
+            while by_owner.get((name, owner.steps)) == commit.version - 1:
+                owner.step()
+        allowed |= {(batch.client_id, batch.seq) for batch in commit.folded}
+        (made,) = drain(accumulator)
+        assert {(batch.client_id, batch.seq) for batch in made.folded} == {(b.client_id, b.seq) for b in commit.folded}
+    return again, owners

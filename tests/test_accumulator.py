@@ -1,0 +1,369 @@
+"""The accumulator: what waits becomes the next version, by hand-worked numbers, and a new process goes on where one was."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from harness_store import (
+    Nth,
+    Point,
+    adam,
+    again,
+    batch,
+    bits,
+    check_counted_once,
+    commits,
+    drain,
+    halving,
+    hooked,
+    meanwhile,
+    net,
+    noisy,
+    record,
+    refuse,
+    sgd,
+)
+from torch import nn
+
+from splitfed.accumulator import Accumulator
+from splitfed.errors import ExpiredError, InputError, StoreError, UnsupportedError
+from splitfed.policies import inverse_sqrt
+from splitfed.store import GradientStore
+
+
+@pytest.fixture
+def store(store_url: str) -> GradientStore:
+    """An empty store."""
+    return GradientStore(store_url, sync="process")
+
+
+def w(store: GradientStore, name: str = "w") -> list[float]:
+    """A parameter of the newest version, as another process reads it."""
+    return again(store).load_weights()[name].tolist()
+
+
+def test_the_mean_is_weighted_by_samples(store: GradientStore) -> None:
+    """w − (1·[1, 2] + 3·[5, 10])/4 = −[4, 8] at rate 1."""
+    accumulator = Accumulator(Point(), store, sgd())
+    store.pile().create(batch(0), record([1.0, 2.0], num_samples=1))
+    store.pile().create(batch(0, "b"), record([5.0, 10.0], num_samples=3))
+    commit = accumulator.step()
+    assert commit is not None
+    assert (commit.version, commit.kind, commit.num_batches, commit.num_samples) == (1, "fold", 2, 4.0)
+    assert w(store) == [-4.0, -8.0]
+
+
+def test_the_loss_scale_is_divided_out(store: GradientStore) -> None:
+    """A loss that was multiplied by 1024 moves the weights as if it hadn't been."""
+    accumulator = Accumulator(Point(), store, sgd())
+    store.pile().create(batch(0), record([1024.0, -512.0], loss_scale=1024.0))
+    accumulator.step()
+    assert w(store) == [-1.0, 0.5]
+
+
+def test_a_commit_comes_about_when_min_batches_wait_and_folds_all(store: GradientStore) -> None:
+    """Nothing at two of three; four at once when a fourth is there too."""
+    accumulator = Accumulator(Point(), store, sgd(), min_batches=3)
+    for seq in range(2):
+        store.pile().create(batch(seq), record())
+        assert accumulator.step() is None
+    assert store.latest_version() == 0
+    for seq in range(2, 4):
+        store.pile().create(batch(seq), record())
+    commit = accumulator.step()
+    assert commit is not None
+    assert commit.num_batches == 4
+    assert accumulator.step() is None
+
+
+def test_what_is_too_old_is_counted_as_stale_and_isnt_folded(store: GradientStore) -> None:
+    """At head 3 with max_staleness 1, bases 3 and 2 are folded, 1 and 0 are stale; all are closed."""
+    accumulator = Accumulator(Point(), store, sgd(), max_staleness=1)
+    for seq in range(3):
+        store.pile().create(batch(seq), record([0.0, 0.0], base_version=seq))
+        accumulator.step()
+    for base in range(4):
+        store.pile().create(batch(base, "b"), record([1.0 + base] * 2, base_version=base))
+    commit = accumulator.step()
+    assert commit is not None
+    assert list(commit.folded) == [batch(2, "b"), batch(3, "b")]
+    assert list(commit.stale) == [batch(0, "b"), batch(1, "b")]
+    assert (commit.num_stale, dict(commit.staleness)) == (2, {0: 1, 1: 1})
+    assert w(store) == [-3.5, -3.5]
+    check_counted_once(store, [*map(batch, range(3)), *(batch(seq, "b") for seq in range(4))])
+
+
+def test_a_stale_gradient_weighs_less_in_the_numerator_only(store: GradientStore) -> None:
+    """At head 3: −(1·6·1 + 1·6·½)/(1 + 1) = −4.5, with s(3) = 1/√4 for the base of 0."""
+    accumulator = Accumulator(Point(), store, sgd(), staleness_weight=inverse_sqrt)
+    for seq in range(3):
+        store.pile().create(batch(seq), record([0.0, 0.0], base_version=seq))
+        accumulator.step()
+    store.pile().create(batch(3), record([6.0, 6.0], base_version=3))
+    store.pile().create(batch(4), record([6.0, 6.0], base_version=0))
+    accumulator.step()
+    assert w(store) == [-4.5, -4.5]
+
+
+def test_the_mean_is_clipped_to_a_global_norm(store: GradientStore) -> None:
+    """[3, 4] has norm 5; clipped to 1 it is [0.6, 0.8]. What is below the norm isn't touched."""
+    accumulator = Accumulator(Point(), store, sgd(), clip_norm=1.0)
+    store.pile().create(batch(0), record([3.0, 4.0]))
+    accumulator.step()
+    assert w(store) == pytest.approx([-0.6, -0.8], rel=1e-5)
+    store.pile().create(batch(1), record([0.25, 0.25]))
+    accumulator.step()
+    assert w(store) == pytest.approx([-0.85, -1.05], rel=1e-5)
+
+
+def test_param_groups_have_rates_of_their_own(store: GradientStore) -> None:
+    """`w` at rate 1, `slow` at 0.125."""
+
+    def groups(body: nn.Module) -> list[dict[str, Any]]:
+        return [{"params": [body.w]}, {"params": [body.slow], "lr": 0.125}]
+
+    accumulator = Accumulator(Point(slow=torch.zeros(2)), store, sgd(), param_groups=groups)
+    for seq in range(2):
+        store.pile().create(batch(seq), record(gradients={"w": torch.ones(2), "slow": torch.ones(2)}))
+        accumulator.step()
+    assert (w(store), w(store, "slow")) == ([-2.0, -2.0], [-0.25, -0.25])
+
+
+def test_the_schedule_steps_once_per_commit_in_whatever_process(store: GradientStore) -> None:
+    """StepLR(2, ½) from rate 1: steps of 1, 1, ½, ½, ¼, each by an accumulator built anew."""
+    seen = []
+    for seq in range(5):
+        accumulator = Accumulator(Point(), again(store), sgd(), lr_scheduler=halving)
+        store.pile().create(batch(seq), record([1.0, 1.0], base_version=seq))
+        accumulator.step()
+        seen.append(w(store)[0])
+    assert seen == [-1.0, -2.0, -2.5, -3.0, -3.25]
+
+
+def test_a_parameter_that_no_batch_reached_keeps_no_gradient(store: GradientStore) -> None:
+    """Adam with weight decay would move it on a gradient of zero: it stays, and Adam has no state for it."""
+    factory = lambda params: torch.optim.AdamW(params, lr=0.1, weight_decay=0.5)  # noqa: E731
+    accumulator = Accumulator(Point(unused=torch.ones(2)), store, factory)
+    for seq in range(3):
+        store.pile().create(batch(seq), record())
+        accumulator.step()
+    assert w(store, "unused") == [1.0, 1.0]
+    assert w(store) != [0.0, 0.0]
+    assert sorted(again(store).lineage().optimizer(3)["optimizer"]["state"]["state"]) == [0]
+
+
+def test_a_parameter_that_some_batches_reached_counts_zero_for_the_others(store: GradientStore) -> None:
+    """(1·4 + 3·0)/4 = 1."""
+    accumulator = Accumulator(Point(some=torch.zeros(1)), store, sgd())
+    store.pile().create(batch(0), record(gradients={"w": torch.ones(2), "some": torch.tensor([4.0])}, num_samples=1))
+    store.pile().create(batch(1), record(gradients={"w": torch.ones(2)}, num_samples=3))
+    accumulator.step()
+    assert w(store, "some") == [-1.0]
+
+
+def test_frozen_parameters_are_never_changed_nor_expected(store: GradientStore) -> None:
+    """They are in every version, bit for bit, and a gradient of one is refused."""
+    frozen = torch.tensor([0.1, 0.2])
+    accumulator = Accumulator(Point(frozen=frozen), store, adam)
+    store.pile().create(batch(0), record())
+    store.pile().create(batch(1), record(gradients={"frozen": torch.ones(2)}))
+    with pytest.warns(UserWarning, match="a/1/1 is rejected.*frozen"):
+        accumulator.step()
+    assert torch.equal(again(store).load_weights(1)["frozen"], frozen)
+
+
+@pytest.mark.parametrize("scheduler", [None, halving])
+def test_a_new_process_goes_on_exactly_where_one_stopped(store_url: str, scheduler: Any) -> None:
+    """Six commits by one accumulator, or by one for each commit: the same bits in weights, buffers and optimizer."""
+
+    def run(url: str, anew: bool) -> dict[str, str]:
+        store = GradientStore(url, sync="process")
+        accumulator = Accumulator(net(), store, adam, lr_scheduler=scheduler, clip_norm=0.5)
+        for seq in range(6):
+            for client in "ab":
+                store.pile().create(batch(seq, client), noisy(net(), batch(seq, client), seq))
+            if anew:
+                store = again(store)
+                accumulator = Accumulator(net(seed=9), store, adam, lr_scheduler=scheduler, clip_norm=0.5)
+            assert accumulator.step() is not None
+        return dict(commits(store)[6].files)
+
+    assert run(store_url, anew=True) == run(store_url + "-one", anew=False)
+
+
+def test_another_optimizer_on_an_existing_store_is_refused(store: GradientStore) -> None:
+    """Its state isn't the stored one: the error says what was and what is; no version is made."""
+    accumulator = Accumulator(Point(), store, adam)
+    store.pile().create(batch(0), record())
+    accumulator.step()
+    store.pile().create(batch(1), record())
+    with pytest.raises(InputError, match="Adam.*expected SGD"):
+        Accumulator(Point(), again(store), sgd()).step()
+    assert store.latest_version() == 1
+
+
+def test_two_accumulators_race_and_the_loser_continues(store_url: str) -> None:
+    """The other commits between this one's look and its own create: a conflict is counted, then the rest is folded."""
+    quick = GradientStore(store_url, sync="process")
+    other = Accumulator(Point(), quick, sgd(), lock_seconds=0)
+
+    def overtake() -> None:
+        assert other.step() is not None
+        quick.pile().create(batch(1), record([2.0, 2.0], base_version=0))
+
+    hook = Nth(0, meanwhile(overtake), at="create body/commit")
+    mine = Accumulator(Point(), hooked(store_url, hook), sgd(), lock_seconds=0)
+    quick.pile().create(batch(0), record([1.0, 1.0]))
+    with hook.armed():
+        commit = mine.step()
+    assert commit is not None
+    assert (mine.num_conflicts, other.num_conflicts) == (1, 0)
+    assert (commit.version, list(commit.folded), dict(commit.staleness)) == (2, [batch(1)], {1: 1})
+    assert w(quick) == [-3.0, -3.0]
+
+
+def test_a_loser_that_finds_nothing_left_makes_no_version(store_url: str) -> None:
+    """All that it had folded is counted: `None`, as if it had come later."""
+    quick = GradientStore(store_url, sync="process")
+    other = Accumulator(Point(), quick, sgd(), lock_seconds=0)
+    hook = Nth(0, meanwhile(other.step), at="create body/commit")
+    mine = Accumulator(Point(), hooked(store_url, hook), sgd(), lock_seconds=0)
+    quick.pile().create(batch(0), record())
+    with hook.armed():
+        assert mine.step() is None
+    assert mine.num_conflicts == 1
+    assert quick.latest_version() == 1
+
+
+def test_retention_keeps_a_window_of_versions(store: GradientStore) -> None:
+    """Of eight versions with keep_versions=3 the last three can be read, once the next commit has swept."""
+    accumulator = Accumulator(Point(), store, sgd(), keep_versions=3)
+    for seq in range(8):
+        store.pile().create(batch(seq), record(base_version=seq))
+        accumulator.step()
+    assert [len(again(store).load_weights(version)) for version in (6, 7, 8)] == [1, 1, 1]
+    for version in range(5):
+        with pytest.raises(ExpiredError):
+            again(store).load_weights(version)
+
+
+def test_run_commits_until_it_is_told_to_stop(store: GradientStore) -> None:
+    """It waits for batches, reports each commit, and ends by its event or by `stop()`."""
+    accumulator, made, twice = Accumulator(Point(), store, sgd()), [], threading.Event()
+
+    def report(commit: Any) -> None:
+        made.append(commit.version)
+        store.pile().create(batch(len(made)), record()) if len(made) < 3 else twice.set()
+
+    store.pile().create(batch(0), record())
+    thread = threading.Thread(target=lambda: made.append(-accumulator.run(poll=0.001, on_commit=report)))
+    thread.start()
+    assert twice.wait(60)
+    accumulator.stop()
+    thread.join(60)
+    assert made == [1, 2, 3, -3]
+    store.pile().create(batch(9), record())
+    assert accumulator.run() == 0, "a stop holds for a run that begins later"
+    stop = threading.Event()
+    stop.set()
+    assert Accumulator(Point(), store, sgd()).run(stop) == 0
+
+
+def test_the_lock_of_another_accumulator_is_waited_for_but_not_relied_on(store: GradientStore) -> None:
+    """Who holds it for ever costs `lock_seconds`, no more."""
+    accumulator = Accumulator(Point(), store, sgd(), lock_seconds=0.01)
+    store.pile().create(batch(0), record())
+    with again(store).blobs.lock("body/commit", 10) as held:
+        assert held
+        assert accumulator.step() is not None
+
+
+def test_duplicates_that_were_found_are_reported_once(store_url: str) -> None:
+    """Two counted batches that wait again are dropped and told of in the next commit, though steps in between made none."""
+    store = GradientStore(store_url, sync="process")
+    accumulator = Accumulator(Point(), store, sgd())
+    for seq in range(2):
+        store.pile().create(batch(seq), record())
+    accumulator.step()
+    for seq in range(2):
+        store.pile().create(batch(seq), record())
+    assert accumulator.step() is None
+    assert store.pile().waiting() == []
+    store.pile().create(batch(2), record())
+    commit = accumulator.step()
+    assert commit is not None
+    assert commit.num_duplicates == 2
+
+
+@pytest.mark.parametrize("operation", ["list body/grad", "get body/grad", "create body/weights", "create body/applied"])
+def test_storage_that_fails_is_loud_and_a_later_step_continues(store_url: str, operation: str) -> None:
+    """Nothing is lost, nothing counts twice."""
+    hook = Nth(0, refuse, at=operation)
+    store = hooked(store_url, hook)
+    accumulator = Accumulator(Point(), store, sgd())
+    store.pile().create(batch(0), record())
+    with hook.armed():
+        with pytest.raises(StoreError, match="refused"):
+            accumulator.step()
+        assert accumulator.step() is not None
+    check_counted_once(store, [batch(0)])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"min_batches": 0}, "min_batches is 0"),
+        ({"min_batches": 1.5}, "min_batches is 1.5"),
+        ({"min_batches": True}, "min_batches is True"),
+        ({"max_staleness": -1}, "max_staleness is -1"),
+        ({"keep_versions": 1}, "keep_versions is 1: expected an integer of at least 2"),
+        ({"keep_versions": 5, "max_staleness": 4}, "keep_versions is 5: expected an integer of at least 6"),
+        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"clip_norm": -1.0}, "clip_norm"),
+        ({"clip_norm": float("nan")}, "clip_norm"),
+        ({"lineage": "../body"}, "lineage"),
+        ({"buffer_rules": {"nothing": "mean"}}, "fits no buffer"),
+    ],
+)
+def test_settings_out_of_their_range_are_refused_before_anything_is_written(
+    store: GradientStore, setting: dict[str, Any], message: str
+) -> None:
+    """The error says what was given and what is expected; the store stays empty."""
+    with pytest.raises(InputError, match=message):
+        Accumulator(Point(), store, sgd(), **setting)
+    assert store.blobs.list("") == []
+
+
+def test_the_window_is_wide_enough_for_the_staleness_that_is_allowed(store: GradientStore) -> None:
+    """16 versions by default, more if max_staleness needs them."""
+    assert Accumulator(Point(), store, sgd()).keep_versions == 16
+    assert Accumulator(Point(), store, sgd(), max_staleness=30).keep_versions == 32
+    assert Accumulator(Point(), store, sgd(), max_staleness=4, keep_versions=6).keep_versions == 6
+
+
+def test_what_isnt_a_store_or_an_optimizer_is_refused(store: GradientStore) -> None:
+    """Each has its own error, at construction."""
+    with pytest.raises(InputError, match="GradientStore"):
+        Accumulator(Point(), "runs/demo", sgd())  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="LBFGS"):
+        Accumulator(Point(), store, torch.optim.LBFGS)
+    assert store.blobs.list("") == []
+
+
+def test_the_body_that_was_given_isnt_changed(store: GradientStore) -> None:
+    """Neither its weights nor its gradients; it may go on living elsewhere."""
+    body = net()
+    before = bits(body.state_dict())
+    accumulator = Accumulator(body, store, adam)
+    store.pile().create(batch(0), noisy(body, batch(0), 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accumulator.step()
+    assert bits(body.state_dict()) == before
+    assert all(parameter.grad is None for parameter in body.parameters())
+    assert bits(again(store).load_weights()) != before
+    assert len(drain(accumulator)) == 0

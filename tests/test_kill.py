@@ -1,0 +1,55 @@
+"""Kill any server or accumulator at any moment: the same schedule ends in the same bits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from harness_store import again, check_counted_once, commits, drain
+from processes import Outcome, new_accumulator, replay, train
+
+from splitfed.store import GradientStore
+
+
+def check(url: str, outcome: Outcome, batches: int) -> None:
+    """Each acknowledged batch counts once, and the bits are those of a serial replay of the schedule on record."""
+    store = GradientStore(url, sync="process")
+    drain(new_accumulator(store))
+    assert len(outcome.acknowledged) == batches
+    check_counted_once(store, outcome.acknowledged)
+    record = commits(store)
+    assert sum(len(commit.folded) for commit in record) == batches, "and all of them were folded"
+    replayed, owners = replay(store, outcome.acknowledged, f"memory://{Path(url).name}-{id(outcome)}")
+    for commit, expected in zip(record, commits(replayed), strict=True):
+        same = [commit.files.get(kind) == expected.files.get(kind) for kind in ("weights", "optimizer")]
+        assert all(same), f"version {commit.version} differs from its replay in weights or optimizer: {same}"
+    assert {name: owner.bits() for name, owner in owners.items()} == outcome.halves
+    assert again(store).blobs.list("body/grad") == []
+
+
+def run(tmp_path: Path, *, steps: int, kills: int, seed: int, limit: float) -> None:
+    """Three owners; the figures are shown when it fails."""
+    url = (tmp_path / "store").as_uri()
+    print(f"seed {seed}")
+    outcome = train(url, owners=3, steps=steps, kills=kills, seed=seed, limit=limit)
+    print(f"{len(outcome.acknowledged)} batches, {len(outcome.kills)} kills in {outcome.seconds:.1f} s: {outcome.kills}")
+    assert len(outcome.kills) == kills
+    check(url, outcome, 3 * steps)
+
+
+def test_sixty_batches_and_six_kills(tmp_path: Path) -> None:
+    """Every acknowledged batch counts once, and the final bits are those of the serial replay."""
+    run(tmp_path, steps=20, kills=6, seed=6, limit=60)
+
+
+def test_three_hundred_batches_and_twenty_kills(tmp_path: Path) -> None:
+    """The same for longer: 300 batches, 20 SIGKILLs of servers and accumulators."""
+    run(tmp_path, steps=100, kills=20, seed=20, limit=120)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_three_thousand_batches_and_a_hundred_kills(tmp_path: Path) -> None:
+    """The same, each time at other moments."""
+    run(tmp_path, steps=1_000, kills=100, seed=int.from_bytes(os.urandom(4), "little"), limit=3_000)

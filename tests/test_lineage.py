@@ -1,0 +1,299 @@
+"""Adding a version: one winner, everything that it names written before, and nothing left of the losers."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import pytest
+import torch
+from harness_store import (
+    Crash,
+    Nth,
+    Point,
+    adam,
+    again,
+    batch,
+    bits,
+    check_counted_once,
+    commits,
+    crash,
+    deny,
+    drain,
+    hooked,
+    lose_reply,
+    meanwhile,
+    net,
+    record,
+    refuse,
+    sgd,
+)
+from torch import nn
+
+from splitfed.accumulator import Accumulator
+from splitfed.applied import BatchSet
+from splitfed.commits import Commit
+from splitfed.errors import ArchitectureError, ExpiredError, InputError, StoreError
+from splitfed.lineage import Lineage
+from splitfed.store import GradientStore
+from splitfed.template import Template
+
+KINDS = ("weights", "optimizer", "applied")
+
+
+@pytest.fixture
+def store(store_url: str) -> GradientStore:
+    """A store whose version 0 is a `Point` at the origin."""
+    store = GradientStore(store_url, sync="process")
+    Accumulator(Point(), store, sgd())
+    return store
+
+
+def at(value: float) -> dict[str, torch.Tensor]:
+    """The state of a `Point`."""
+    return {"w": torch.full((2,), value)}
+
+
+def publish(lineage: Lineage, version: int, value: float) -> Commit | None:
+    """Try to make a version by hand."""
+    return lineage.publish(Commit(version, "fold", "", {}), at(value), {"lr": value}, BatchSet([batch(version)]))
+
+
+def files(store: GradientStore) -> set[tuple[int, str]]:
+    """(version, nonce) of all that lies there besides records."""
+    lineage = store.lineage()
+    keys = [key for kind in KINDS for key in store.blobs.list(f"body/{kind}")]
+    return {found for found in map(lineage.keys.parse_versioned, keys) if found is not None}
+
+
+def begin(store: GradientStore, module: nn.Module) -> None:
+    """Begin a lineage, or find that it was begun."""
+    template = Template(module)
+    store.lineage().initialise(template.fingerprint(), template.state(module))
+
+
+def test_the_first_writer_of_version_0_wins(store_url: str) -> None:
+    """The second brings the same architecture with other weights: the first one's stay, and nothing of his is left."""
+    first, second = (GradientStore(store_url, sync="process") for _ in range(2))
+    begin(first, net(seed=1))
+    begin(second, net(seed=2))
+    assert bits(second.load_weights()) == bits(net(seed=1).state_dict())
+    assert len(files(first)) == 1
+
+
+def test_eight_threads_begin_one_store(store_url: str) -> None:
+    """Whoever wins, all read the same version 0, and it is one of theirs, whole."""
+    modules = [net(seed) for seed in range(8)]
+    together = threading.Barrier(8)
+    read = []
+
+    def race(module: nn.Module) -> None:
+        store = GradientStore(store_url, sync="process")
+        together.wait()
+        begin(store, module)
+        read.append(bits(store.load_weights(0)))
+
+    threads = [threading.Thread(target=race, args=(module,)) for module in modules]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(read) == 8
+    assert all(found == read[0] for found in read)
+    assert read[0] in [bits(module.state_dict()) for module in modules]
+    assert len(files(GradientStore(store_url))) == 1, "the losers' files are gone"
+
+
+def test_a_loser_of_version_0_leaves_no_frozen_file(store_url: str) -> None:
+    """His frozen parameters are others' than the store's: nobody will ever read them."""
+    one, two = Point(frozen=torch.ones(2)), Point(frozen=torch.zeros(2))
+    first = GradientStore(store_url, sync="process")
+    hook = Nth(0, meanwhile(lambda: begin(first, one)), at="create body/frozen-")
+    second = hooked(store_url, hook)
+    with hook.armed():
+        begin(second, two)
+    assert bits(second.load_weights()) == bits(one.state_dict())
+    assert len([key for key in first.blobs.list("body") if "frozen-" in key]) == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "tensors"),
+    [
+        (nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), ["0.weight", r"float32 \(4, 3\)", r"\(5, 3\)"]),
+        (net().double(), ["0.weight", "float32", "float64"]),
+        (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), ["2.weight", "got nothing"]),
+        (nn.Sequential(*net(), nn.Linear(2, 2)), ["3.weight", "the store has nothing"]),
+        (net()[0].requires_grad_(False) and nn.Sequential(net()[0].requires_grad_(False), *net()[1:]), ["trainable", "frozen"]),
+    ],
+    ids=["shape", "dtype", "missing", "more", "frozen"],
+)
+def test_another_architecture_is_refused_by_the_names_of_its_tensors(
+    store_url: str, other: nn.Module, tensors: list[str]
+) -> None:
+    """The error says which tensors differ and how; the store is as it was."""
+    store = GradientStore(store_url, sync="process")
+    begin(store, net())
+    with pytest.raises(ArchitectureError, match=".*".join(tensors)):
+        Accumulator(other, again(store), sgd())
+    assert bits(again(store).load_weights()) == bits(net().state_dict())
+
+
+def test_what_a_commit_names_is_written_before_it(store_url: str) -> None:
+    """The record is created after its files and before the hint: a reader of the record finds all of it."""
+    hook = Nth()
+    store = hooked(store_url, hook)
+    Accumulator(Point(), store, sgd())
+    with hook.armed():
+        publish(store.lineage(), 1, 1.0)
+    written = [re.sub("-.*", "", key) for operation, key in hook.log if operation in ("create", "put")]
+    assert written == [
+        "body/weights/0000000001",
+        "body/optimizer/0000000001",
+        "body/applied/0000000001",
+        "body/commit/0000000001.json",
+        "body/head",
+    ]
+
+
+def test_of_two_that_publish_one_version_the_first_wins(store: GradientStore) -> None:
+    """The loser hears `None`, the winner's state stands, and the loser's files are gone."""
+    mine, theirs = store.lineage(), again(store).lineage()
+    won = publish(theirs, 1, 1.0)
+    assert publish(mine, 1, 2.0) is None
+    assert won is not None
+    assert again(store).load_weights(1)["w"].tolist() == [1.0, 1.0]
+    assert files(store) == {(0, commits(store)[0].nonce), (1, won.nonce)}
+
+
+@pytest.mark.parametrize("fault", [deny, lose_reply])
+def test_a_lost_reply_to_the_commit_is_recognised_by_its_nonce(store_url: str, fault: object) -> None:
+    """The storage made it, and says "it exists" or nothing at all: the nonce in the record tells that one has won."""
+    hook = Nth(0, fault, at="create body/commit")  # type: ignore[arg-type]
+    store = hooked(store_url, hook)
+    Accumulator(Point(), store, sgd())
+    with hook.armed():
+        made = publish(store.lineage(), 1, 1.0)
+    assert hook.count == 1
+    assert made is not None
+    assert made.nonce == commits(store)[1].nonce
+    assert again(store).load_weights(1)["w"].tolist() == [1.0, 1.0]
+    assert files(store) >= {(1, made.nonce)}
+
+
+def test_a_commit_that_was_refused_is_an_error_and_its_files_stay_for_the_next_sweep(store_url: str) -> None:
+    """Whether it came about can't be told yet, so they may be those that the record will name: nobody touches them."""
+    hook = Nth(0, refuse, at="create body/commit")
+    store = hooked(store_url, hook)
+    Accumulator(Point(), store, sgd())
+    with hook.armed(), pytest.raises(StoreError):
+        publish(store.lineage(), 1, 1.0)
+    assert store.latest_version() == 0
+    assert {version for version, _ in files(store)} == {0, 1}
+    won = publish(again(store).lineage(), 1, 2.0)
+    assert won is not None
+    again(store).lineage().sweep(keep=16)
+    assert files(store) == {(0, commits(store)[0].nonce), (1, won.nonce)}
+
+
+def test_a_sweep_never_touches_what_lies_beyond_the_head(store_url: str) -> None:
+    """Another accumulator's files for the next version may be named by its commit any moment."""
+    hook = Nth(0, crash, at="create body/commit")
+    slow = hooked(store_url, hook)
+    Accumulator(Point(), slow, sgd())
+    with hook.armed(), pytest.raises(Crash):
+        publish(slow.lineage(), 1, 1.0)
+    before = files(slow)
+    again(slow).lineage().sweep(keep=1)
+    assert files(slow) == before
+
+
+def test_a_sweep_keeps_the_newest_versions_and_every_record(store: GradientStore) -> None:
+    """Of ten versions the last three are readable; records are never deleted."""
+    for version in range(1, 10):
+        publish(store.lineage(), version, float(version))
+    again(store).lineage().sweep(keep=3)
+    assert {version for version, _ in files(store)} == {7, 8, 9}
+    assert [commit.version for commit in commits(store)] == list(range(10))
+    with pytest.raises(ExpiredError, match="weights of version 6.*retention window.*newest is 9"):
+        again(store).load_weights(6)
+    assert again(store).load_weights(7)["w"].tolist() == [7.0, 7.0]
+
+
+def test_a_sweep_drops_forwards_and_parts_of_versions_that_left_and_counts_them(store: GradientStore) -> None:
+    """They can't be replayed any more; those within the window stay."""
+    for version in range(1, 4):
+        publish(store.lineage(), version, 1.0)
+    for version in range(4):
+        store.pile().put_part(version, batch(0), 0, record(kind="part"))
+        store.pile().put_part(version, batch(1), 0, record(kind="part"))
+    assert store.lineage().sweep(keep=2) == 4
+    assert [store.pile().part(version, batch(0), 0) is not None for version in range(4)] == [False, False, True, True]
+    assert store.lineage().sweep(keep=2) == 0
+
+
+def test_rollback_makes_a_new_version_of_an_old_state(store: GradientStore) -> None:
+    """Weights and optimizer are those of version 1; what was folded since is listed as lost and doesn't count again."""
+    accumulator = Accumulator(Point(), store, adam)
+    for seq in range(3):
+        store.pile().create(batch(seq), record(base_version=seq))
+        accumulator.step()
+    old = bits(store.load_weights(1))
+    assert store.rollback(1) == ["a/1/1", "a/1/2"]
+    assert store.latest_version() == 4
+    assert bits(again(store).load_weights(4)) == old
+    assert commits(store)[4].kind == "rollback"
+    for seq in range(3):  # late duplicates of what was lost
+        store.pile().create(batch(seq), record(base_version=seq))
+    assert drain(Accumulator(Point(), again(store), adam)) == []
+    check_counted_once(store, [batch(0), batch(1), batch(2)])
+
+
+def test_training_goes_on_after_a_rollback_as_it_would_have_at_that_version(store_url: str) -> None:
+    """The optimizer's state is the old one too: the next commit has the bits of a run that never went further."""
+
+    def run(url: str, detour: bool) -> dict[str, bytes]:
+        store = GradientStore(url, sync="process")
+        accumulator = Accumulator(Point(), store, adam)
+        for seq in range(4):
+            if seq == 2 and detour:
+                store.pile().create(batch(99), record([7.0, -7.0]))
+                accumulator.step()
+                store.rollback(2)
+            store.pile().create(batch(seq), record([1.0 + seq, -1.0]))
+            accumulator.step()
+        return bits(store.load_weights())
+
+    assert run(store_url, detour=True) == run(store_url + "-straight", detour=False)
+
+
+@pytest.mark.parametrize("version", [-1, 1, 2, 99])
+def test_rollback_to_what_isnt_older_is_refused(store: GradientStore, version: int) -> None:
+    """The head is version 1."""
+    publish(store.lineage(), 1, 1.0)
+    with pytest.raises(InputError, match="from 0 to 0"):
+        store.rollback(version)
+
+
+def test_a_second_rollback_doesnt_list_again_what_was_lost_before(store: GradientStore) -> None:
+    """After 0, 1, 2 and back to 1, going back to 0 loses batch 0 only: batch 1 was lost already."""
+    accumulator = Accumulator(Point(), store, sgd())
+    for seq in range(2):
+        store.pile().create(batch(seq), record(base_version=seq))
+        accumulator.step()
+    assert store.rollback(1) == ["a/1/1"]
+    assert store.rollback(0) == ["a/1/0"]
+
+
+def test_a_rollback_that_loses_the_race_says_try_again(store_url: str) -> None:
+    """A commit came in between: nothing was rolled back, and the commit stands."""
+    quick = GradientStore(store_url, sync="process")
+    hook = Nth(0, lambda operation, key, perform: (other.step(), perform())[1], at="create body/weights")
+    slow = hooked(store_url, hook)
+    accumulator = Accumulator(Point(), slow, sgd())
+    slow.pile().create(batch(0), record())
+    accumulator.step()
+    quick.pile().create(batch(1), record(base_version=1))
+    other = Accumulator(Point(), quick, sgd())
+    with hook.armed(), pytest.raises(StoreError, match="try the rollback again"):
+        slow.rollback(0)
+    assert [commit.kind for commit in commits(slow)] == ["initial", "fold", "fold"]

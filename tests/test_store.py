@@ -1,0 +1,239 @@
+"""The door to all state: opening, versions, waiting batches, clients and their processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from harness_store import Point, again, batch, bits, folder, net, record, sgd
+
+from splitfed import layout
+from splitfed.accumulator import Accumulator
+from splitfed.errors import (
+    CorruptedError,
+    FormatError,
+    IdError,
+    InputError,
+    MissingError,
+    SplitFedError,
+    StoreCapabilityError,
+    SupersededError,
+)
+from splitfed.store import GradientStore
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def store(store_url: str) -> GradientStore:
+    """An empty store."""
+    return GradientStore(store_url, sync="process")
+
+
+def test_opening_does_no_io(tmp_path: Path) -> None:
+    """A store that nobody uses leaves no trace."""
+    GradientStore(tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sync_is_one_of_two() -> None:
+    """A typing error doesn't silently mean no durability."""
+    with pytest.raises(InputError, match="'power'.*'process'"):
+        GradientStore("runs", sync="fsync")
+
+
+@pytest.mark.parametrize("url", ["", "file://relative/path", "a\0b"])
+def test_what_isnt_a_url_is_refused(url: str) -> None:
+    """Before anything is written anywhere."""
+    with pytest.raises(InputError):
+        GradientStore(url)
+
+
+def test_a_path_a_string_and_a_url_name_one_store(tmp_path: Path) -> None:
+    """Three spellings, one set of versions."""
+    Accumulator(Point(), GradientStore(tmp_path / "s", sync="process"), sgd())
+    for url in (str(tmp_path / "s"), (tmp_path / "s").as_uri()):
+        assert GradientStore(url).latest_version() == 0
+
+
+def test_an_empty_store_says_who_begins_it(store: GradientStore) -> None:
+    """Reading before anybody wrote is MissingError with what to do."""
+    with pytest.raises(MissingError, match="SplitServer or Accumulator begins it"):
+        store.latest_version()
+    with pytest.raises(MissingError):
+        store.load_weights()
+    assert store.waiting() == []
+
+
+def test_load_weights_gives_what_version_0_was(store: GradientStore) -> None:
+    """All keys of `state_dict()`, bit for bit, buffers included."""
+    body = net()
+    Accumulator(body, store, sgd())
+    assert bits(again(store).load_weights()) == bits(body.state_dict())
+
+
+def test_weights_that_were_handed_out_may_be_changed(store: GradientStore) -> None:
+    """They are copies: writing to them reaches neither the cache nor the file."""
+    Accumulator(net(), store, sgd())
+    before = bits(store.load_weights())
+    for tensor in store.load_weights().values():
+        tensor.zero_()
+    assert bits(store.load_weights()) == before
+    assert bits(again(store).load_weights()) == before
+
+
+def test_lineages_have_versions_of_their_own(store: GradientStore) -> None:
+    """The body's commits don't move the client's lineage, nor that of one client."""
+    for lineage in ("body", "client", "body@a"):
+        Accumulator(Point(), store, sgd(), lineage=lineage)
+    store.pile("client").create(batch(0), record())
+    assert Accumulator(Point(), store, sgd(), lineage="client").step() is not None
+    assert [store.latest_version(name) for name in ("body", "client", "body@a")] == [0, 1, 0]
+    with pytest.raises(IdError):
+        store.latest_version("heads")
+
+
+def test_waiting_leaves_out_what_is_counted(store: GradientStore) -> None:
+    """A gradient that a crashed clean-up left behind doesn't wait."""
+    accumulator = Accumulator(Point(), store, sgd())
+    store.pile().create(batch(0), record())
+    accumulator.step()
+    store.pile().create(batch(0), record())
+    store.pile().create(batch(1), record())
+    assert store.pile().waiting() == [batch(0), batch(1)]
+    assert store.waiting() == [batch(1)]
+
+
+def test_each_process_of_a_client_gets_a_number_and_only_the_newest_counts(store: GradientStore) -> None:
+    """1, 2, 3; a request of an older one is SupersededError, and so is one of a process that was never opened."""
+    assert [store.open_client("a"), store.open_client("a"), store.open_client("b")] == [1, 2, 1]
+    store.check_client("a", 2)
+    store.check_client("b", 1)
+    with pytest.raises(SupersededError, match="newer process than its number 1"):
+        store.check_client("a", 1)
+    with pytest.raises(SupersededError, match="never opened"):
+        store.check_client("b", 2)
+    with pytest.raises(SupersededError):
+        store.check_client("nobody", 1)
+
+
+def test_a_process_is_superseded_for_a_store_that_knew_it(store: GradientStore) -> None:
+    """What a replica remembers of a client doesn't hide that another replica opened a newer process."""
+    number = store.open_client("a")
+    store.check_client("a", number)
+    again(store).open_client("a")
+    with pytest.raises(SupersededError):
+        store.check_client("a", number)
+
+
+def test_eight_threads_open_eight_processes(store: GradientStore) -> None:
+    """Numbers are created once: nobody shares one."""
+    together, numbers = threading.Barrier(8), []
+
+    def open_client() -> None:
+        together.wait()
+        numbers.append(store.open_client("a"))
+
+    threads = [threading.Thread(target=open_client) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(numbers) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_foreign_names_among_the_clients_are_ignored(store: GradientStore) -> None:
+    """A note that somebody left in the folder doesn't keep a client out."""
+    store.open_client("a")
+    store.blobs.create("clients/a/notes.txt", [b"x"])
+    assert store.open_client("a") == 2
+
+
+@pytest.mark.parametrize("client_id", ["..", "a/b", "a\0", "*", "x" * 300, ""])
+def test_hostile_client_ids_are_refused(store: GradientStore, client_id: str) -> None:
+    """Ids can't escape the store's root."""
+    for act in (store.open_client, lambda id_: store.check_client(id_, 1)):
+        with pytest.raises(IdError):
+            act(client_id)
+    assert store.blobs.list("") == []
+
+
+def test_the_first_to_begin_writes_the_format_once(store: GradientStore) -> None:
+    """It holds the format's version and the numerics class of version 0."""
+    store.begin(CPU)
+    first = bytes(store.blobs.get(layout.FORMAT) or b"")
+    again(store).begin(CPU)
+    assert bytes(store.blobs.get(layout.FORMAT) or b"") == first
+    assert json.loads(first)["format"] == 1
+    assert json.loads(first)["numerics"]["torch"] == torch.__version__
+    assert store.blobs.list("probe") == []
+
+
+def test_another_numerics_class_says_so(store: GradientStore) -> None:
+    """Two threads round otherwise than one: the process is warned with what differs, and carries on under its own name."""
+    own = store.begin(CPU)
+    torch.set_num_threads(2)
+    with pytest.warns(UserWarning, match=r"numerics class.*'threads': \(1, 2\)"):
+        other = again(store).begin(CPU)
+    assert other != own
+    assert store.numerics() == own
+
+
+@pytest.mark.parametrize("data", [b'{"format": 2, "numerics": {}}', b"{}", b"[]", b"null", b"\xff", b'{"format": 1}', b'{"format'])
+def test_a_store_of_another_format_is_refused(store: GradientStore, data: bytes) -> None:
+    """A later format, or something that isn't one: our own error, before anything is computed."""
+    store.blobs.create(layout.FORMAT, [data])
+    with pytest.raises(FormatError):
+        store.begin(CPU)
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"[]", b"{", b"3", b'{"w": 3}'])
+def test_a_fingerprint_that_isnt_one_raises_our_own_error(store: GradientStore, data: bytes) -> None:
+    """Foreign bytes never surface as the error of a parser."""
+    store.blobs.create("body/fingerprint.json", [data])
+    with pytest.raises(SplitFedError):
+        Accumulator(Point(), store, sgd())
+
+
+@pytest.mark.parametrize("hint", [b"x", b"", b"-1", b"77", b"9999999999999999", b"\xb2"])
+def test_the_head_file_is_a_hint_only(store: GradientStore, hint: bytes) -> None:
+    """Whatever it says, readers find the newest commit."""
+    accumulator = Accumulator(Point(), store, sgd())
+    store.pile().create(batch(0), record())
+    accumulator.step()
+    store.blobs.delete("body/head")
+    if hint:
+        store.blobs.put("body/head", [hint])
+    assert again(store).latest_version() == 1
+
+
+def test_a_backend_without_an_atomic_create_is_refused_before_it_is_used(store: GradientStore) -> None:
+    """The probe races for keys when a store is begun; one that lets two win is StoreCapabilityError."""
+    store.blobs.create = lambda key, parts, durable=True: True  # type: ignore[method-assign]
+    with pytest.raises(StoreCapabilityError):
+        Accumulator(Point(), store, sgd())
+
+
+def test_a_pickle_planted_as_weights_is_never_loaded(tmp_path: Path) -> None:
+    """Its hash isn't the commit's, and nothing here could run it: CorruptedError, no side effect."""
+    store = GradientStore(tmp_path / "store", sync="process")
+    Accumulator(Point(), store, sgd())
+    (path,) = (folder(store) / "body" / "weights").iterdir()
+    path.unlink()
+    path.write_bytes(pickle.dumps(_Bomb(str(tmp_path / "pwned"))))
+    with pytest.raises(CorruptedError):
+        again(store).load_weights()
+    assert not (tmp_path / "pwned").exists()
+
+
+class _Bomb:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> object:
+        return os.mkdir, (self.path,)
