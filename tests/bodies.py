@@ -204,6 +204,29 @@ def fan_out() -> nn.Module:
     return model
 
 
+def spectral() -> nn.Module:
+    """A body, called twice, whose outputs in train mode depend on buffers that each call moves on."""
+    return twice(nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Tanh()))
+
+
+def odd_outputs() -> nn.Module:
+    """Outputs of all kinds: views, one tensor twice, integers, booleans, a scalar, an empty one, an input and None."""
+
+    def body(m: Any, x: Tensor) -> dict[str, Any]:
+        h = m.lin(x)
+        views = {"transposed": h.t(), "expanded": h[:1].expand(5, 8), "every_other": h[:, ::2], "empty": h[:0]}
+        return {"h": (h, h), "best": h.argmax(1), "mask": h > 0, "sum": h.sum(), "input": x, "nothing": None, **views}
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        out = m.body(m.bottom(x))
+        h = out["h"][0] + out["transposed"].t() * out["mask"] + out["expanded"][0] + out["input"] * out["sum"]
+        return m.head(h.relu_() + out["best"][:, None]) + out["every_other"].sum() + out["empty"].sum()
+
+    model = sandwich(Calls(body, lin=nn.Linear(8, 8)))
+    model.run = forward
+    return model
+
+
 def embedding() -> nn.Module:
     """A body that begins with an embedding: the bottom is empty, and its inputs are integers."""
     return nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))

@@ -92,6 +92,8 @@ CASES = [
         rand(4, 6),
     ),
     Case("model_output", bodies.model_output, "body", rand(4, 6)),
+    Case("odd_outputs", bodies.odd_outputs, "body", rand(4, 6)),
+    Case("spectral_norm", bodies.spectral, "body", rand(4, 6)),
     Case("channels_last", lambda: pooled(conv_block(4)).to(memory_format=torch.channels_last), "1", channels_last),
     Case("embedding", bodies.embedding, "0:4", lambda: ((torch.randint(0, 9, (4, 3)),), {})),
     Case("frozen_bottom", bodies.frozen, "body", rand(4, 6), draws=True),

@@ -139,7 +139,11 @@ def check_counted_once(store: GradientStore, issued: Iterable[BatchId]) -> None:
     seen: list[BatchId] = [*store.waiting()]
     for commit in commits(store):
         seen += [*commit.folded, *commit.stale, *commit.rejected, *commit.skipped]
-    assert sorted(seen) == sorted(issued)
+    expected = sorted(issued)
+    assert sorted(seen) == expected, (
+        f"lost: {[str(b) for b in expected if b not in seen]}; strange: {[str(b) for b in seen if b not in expected]}; "
+        f"twice: {sorted({str(b) for b in seen if seen.count(b) > 1})}"
+    )
 
 
 class Crash(BaseException):

@@ -30,7 +30,7 @@ def uncached() -> Iterator[None]:
 
 @contextmanager
 def unhooked() -> Iterator[None]:
-    """Keep saved-tensor hooks (as torch.utils.checkpoint sets them around the client's code) out of the body's graph."""
+    """Keep saved-tensor hooks (torch.utils.checkpoint sets them around the client's code) out of the body's graph."""
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         yield
         return

@@ -12,7 +12,7 @@ the outputs proves it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,18 @@ from splitfed.errors import InPlaceError, ReplayError, UnsupportedError
 from splitfed.messages import ForwardAnswer, ForwardRequest
 from splitfed.passes import Passes, Scope
 from splitfed.seeding import Seed
+
+
+@dataclass(slots=True, eq=False)
+class _Made:
+    """A cut call of a session, as far as a recompute must know it."""
+
+    seed: int
+    crcs: tuple[int, ...]
+    before: _Made | None
+    """The call before it, whose buffers it continues."""
+    number: int | None
+    """Its record's number; `None` until it is run with grad (a reentrant checkpoint runs without it first)."""
 
 
 class Session:
@@ -48,21 +60,19 @@ class Session:
         self.scope = scope
         self.version = version
         self.buffers_counted = False
-        self._previous: int | None = None
-        self._made: list[tuple[int, int | None, tuple[int, ...]]] = []
-        """(seed, previous call, CRCs) of each cut call."""
+        self._made: list[_Made] = []
 
     def call(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a cut call of this session."""
         if torch._C._current_graph_task_id() == -1:
             self.passes.give_up()
         seed = Seed()
-        request, tensors = self.request(point, args, kwargs, seed, self._previous)
+        before = self._made[-1] if self._made else None
+        request, tensors = self.request(point, args, kwargs, seed, before)
         with self.connection.housekeeping() as notes, uncached():
             answer = self.connection.transport.forward(replace(request, housekeeping=notes))
-        self._note(request, answer, seed)
-        if request.grad:
-            self._previous = request.call
+        self._note(answer, seed)
+        self._made.append(_Made(request.seed, answer.crcs, before, request.call if request.grad else None))
         return self._connect(request, answer, tensors)
 
     def recompute(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], earlier: Sequence[Any]) -> Any:
@@ -73,13 +83,16 @@ class Session:
         """
         seed = Seed()
         candidates = [
-            (session, made) for session in earlier for made in reversed(session._made) if made[0] == seed.value
+            (session, made) for session in earlier for made in reversed(session._made) if made.seed == seed.value
         ]
-        for session, (_, previous, crcs) in candidates:
-            request, tensors = session.request(point, args, kwargs, seed, previous)
-            answer = session.connection.transport.forward(request)
-            if answer.crcs == crcs:
-                session._note(request, answer, seed)
+        for session, made in candidates:
+            request, tensors = session.request(point, args, kwargs, seed, made.before)
+            with uncached():
+                answer = session.connection.transport.forward(request)
+            if answer.crcs == made.crcs:
+                session._note(answer, seed)
+                if request.grad and made.number is None:
+                    made.number = request.call
                 return session._connect(request, answer, tensors)
             if request.grad:
                 session.connection.release(RecordedCall(session, request, answer.version))
@@ -91,7 +104,7 @@ class Session:
         )
 
     def request(
-        self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], seed: Seed, previous: int | None
+        self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], seed: Seed, before: _Made | None
     ) -> tuple[ForwardRequest, list[Tensor]]:
         """The request for a cut call, and its distinct input tensors."""
         _, tensors = trees.flatten((args, kwargs))
@@ -111,15 +124,14 @@ class Session:
             autocast=None if autocast is None else autocast.removeprefix("torch."),
             version=self.version,
             seen=self.connection.seen,
-            previous=previous,
+            previous=None if before is None else before.number,
         ), tensors
 
-    def _note(self, request: ForwardRequest, answer: ForwardAnswer, seed: Seed) -> None:
+    def _note(self, answer: ForwardAnswer, seed: Seed) -> None:
         if not answer.drew:
             seed.put_back()
         self.connection.opened(answer.incarnation, answer.version)
         self.version = answer.version
-        self._made.append((request.seed, request.previous, answer.crcs))
 
     def _connect(self, request: ForwardRequest, answer: ForwardAnswer, tensors: list[Tensor]) -> Any:
         """The outputs, as autograd should see them."""

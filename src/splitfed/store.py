@@ -43,7 +43,9 @@ class GradientStore:
     Opening one does no I/O; the first use does. It may be shared between threads, and used after a fork.
     """
 
-    def __init__(self, url: str | os.PathLike[str], *, sync: Literal["power", "process"] = "power", **storage_options: Any) -> None:
+    def __init__(
+        self, url: str | os.PathLike[str], *, sync: Literal["power", "process"] = "power", **storage_options: Any
+    ) -> None:
         if sync not in ("power", "process"):
             raise InputError(
                 f"sync={sync!r} isn't known: expected 'power' (fsync) or 'process' (survives SIGKILL only)"
