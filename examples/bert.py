@@ -1,6 +1,6 @@
 """A Hugging Face BERT whose middle layer runs on the server; embeddings, head and labels stay with the owner.
 
-The model is made from a config with random weights: nothing is downloaded. The model's class, its loss, its masks and its
+The model is made from a config with random weights: nothing is downloaded. Its class, its loss, its masks and its
 dropout are used as they are. The task is made up too: which of two marker tokens comes first? Run it:
 
     python examples/bert.py

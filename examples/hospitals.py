@@ -1,8 +1,8 @@
 """Two hospitals learn to tell malignant from benign tumours; records and diagnoses stay where they are.
 
-One is a referral centre with mostly malignant cases, the other screens and sees mostly benign ones. Each round both train their
-halves through the server, then the halves are averaged by number of patients (FedAvg). The joint model is compared
-with what each hospital reaches alone, and with training on all records in one place, which it is to come near. Run it:
+One is a referral centre with mostly malignant cases, the other screens and sees mostly benign ones. Each round both
+train their halves through the server, then the halves are averaged by number of patients (FedAvg). The joint model is
+compared with what each reaches alone, and with training on all records in one place, which it is to come near. Run it:
 
     python examples/hospitals.py
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -73,10 +74,9 @@ def train_together(model: nn.Module, hospitals: list[Records], rounds: int, stor
     store = splitfed.GradientStore(store_url, sync="process")
     server = splitfed.SplitServer(body, store)
     bodies = splitfed.Accumulator(body, store, optimizer=sgd)
-    # FedAvg is the same commit on the lineage "client": SGD with rate 1 applies the mean of what the halves have learned.
-    halves = splitfed.Accumulator(
-        half, store, lineage="client", optimizer=lambda params: torch.optim.SGD(params, lr=1.0), min_batches=len(hospitals)
-    )
+    # FedAvg is the same commit on the lineage "client": SGD with rate 1 applies the mean of what the halves learned.
+    average = functools.partial(torch.optim.SGD, lr=1.0)
+    halves = splitfed.Accumulator(half, store, optimizer=average, lineage="client", min_batches=len(hospitals))
     names = ("referral-centre", "screening")
     clients = [splitfed.SplitClient(copy.deepcopy(half), server, client_id=name) for name in names]
     for _ in range(rounds):

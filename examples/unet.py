@@ -1,7 +1,7 @@
 """A MONAI UNet whose inner levels run on the server; images, masks and the outer levels stay with the clinic.
 
-The cut is a submodule in the middle of the network: the skip connection around it stays at the clinic, so only the small inner
-feature maps cross. The images are synthetic: a disc under heavy noise, to be marked pixel by pixel. Run it:
+The cut is a submodule in the middle of the network: the skip connection around it stays at the clinic, so only the
+small inner feature maps cross. The images are synthetic: a disc under heavy noise, to be marked pixel by pixel. Run it:
 
     python examples/unet.py
 
@@ -88,7 +88,8 @@ def main() -> None:
         with torch.no_grad():
             outputs = whole(images)
             assert torch.equal(outputs, client.eval()(images))
-        print(f"dice: {dice(outputs, masks):.3f} on 64 new images; a threshold on the pixels gives {dice(images - 0.5, masks):.3f}")
+        print(f"dice: {dice(outputs, masks):.3f} on 64 new images")
+        print(f"dice of a threshold on the pixels: {dice(images - 0.5, masks):.3f}")
 
 
 if __name__ == "__main__":

@@ -167,6 +167,16 @@ def model_output() -> nn.Module:
     )
 
 
+def memory_order() -> nn.Module:
+    """Channels-last convolutions and, at both sides, sums over all elements: their bits depend on the memory's order."""
+
+    def summed(m: Any, x: Tensor) -> Tensor:
+        return m.block(x) * x.exp().sum() / x.numel()
+
+    model = pooled(Calls(summed, block=conv_block(4)), Calls(summed, block=nn.Conv2d(4, 4, 1)))
+    return model.to(memory_format=torch.channels_last)
+
+
 def frozen() -> nn.Module:
     """A bottom that doesn't train."""
     model = sandwich(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3)))

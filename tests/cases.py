@@ -27,13 +27,14 @@ class Case:
     inputs: Callable[[], Inputs]
     draws: bool = False
     """Whether the model has dropout."""
-    fans_out: bool = False
-    """Whether an activation is used on both sides of the cut, and several times in the body."""
+    grouped: bool = False
+    """Whether the cut groups a sum: an activation used by the client and several times in the body, or a parameter that
+    each of several calls uses more than once."""
 
     @property
     def raw(self) -> bool:
         """Whether the reference must equal the raw model too."""
-        return not self.draws and not self.fans_out
+        return not self.draws and not self.grouped
 
     def model(self) -> nn.Module:
         """The model, always with the same weights, in train mode."""
@@ -93,11 +94,11 @@ CASES = [
     ),
     Case("model_output", bodies.model_output, "body", rand(4, 6)),
     Case("odd_outputs", bodies.odd_outputs, "body", rand(4, 6)),
-    Case("spectral_norm", bodies.spectral, "body", rand(4, 6)),
-    Case("channels_last", lambda: pooled(conv_block(4)).to(memory_format=torch.channels_last), "1", channels_last),
+    Case("spectral_norm", bodies.spectral, "body", rand(4, 6), grouped=True),
+    Case("channels_last", bodies.memory_order, "1", channels_last),
     Case("embedding", bodies.embedding, "0:4", lambda: ((torch.randint(0, 9, (4, 3)),), {})),
     Case("frozen_bottom", bodies.frozen, "body", rand(4, 6), draws=True),
     Case("attention", bodies.attention, "body", rand(2, 5, 6), draws=True),
-    Case("fan_out", bodies.fan_out, "body", rand(4, 6), fans_out=True),
+    Case("fan_out", bodies.fan_out, "body", rand(4, 6), grouped=True),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -1,4 +1,4 @@
-"""What the tests of the store share: small bodies, batches made by hand, and storage that fails at a chosen operation."""
+"""What tests of the store share: small bodies, batches made by hand, and storage that fails at a chosen operation."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def noisy(body: nn.Module, id_: BatchId, base_version: int) -> GradientRecord:
     generator = torch.Generator().manual_seed(hash((sum(id_.client_id.encode()), *id_[1:])) % 2**31)
     gradients = {n: torch.randn(p.shape, generator=generator) for n, p in body.named_parameters()}
     bases = {n: b.clone() for n, b in body.named_buffers()}
-    values = {n: b + (1 if b.dtype == torch.int64 else torch.rand(b.shape, generator=generator)) for n, b in bases.items()}
+    values = {
+        n: b + (1 if b.dtype == torch.int64 else torch.rand(b.shape, generator=generator)) for n, b in bases.items()
+    }
     update = {"values": values, "bases": bases, "num_samples": 1.0 + id_.seq}
     return record(
         gradients=gradients, base_version=base_version, num_samples=1.0 + id_.seq, buffers=[update] if bases else []
@@ -118,7 +120,9 @@ def again(store: GradientStore) -> GradientStore:
 
 def bits(weights: dict[str, Tensor]) -> dict[str, bytes]:
     """Weights as bytes, so that `==` compares every bit."""
-    return {name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in weights.items()}
+    return {
+        name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in weights.items()
+    }
 
 
 def spoil(store: GradientStore, key: str) -> None:
@@ -254,4 +258,3 @@ def meanwhile(action: Callable[[], Any]) -> Hook:
         return perform()
 
     return act
-

@@ -1,4 +1,4 @@
-"""Training by real processes: owners, server replicas and accumulators, a transport between them, and a hand that kills.
+"""Training by real processes: owners, replicas and accumulators, a transport between them, and a hand that kills.
 
 The transport is the smallest that does: one request per connection over a Unix socket, in the package's own packing. A
 replica's listening socket belongs to the test's process, so that whoever comes while the replica is dead waits in its
@@ -222,7 +222,7 @@ class Company:
 
 
 def train(url: str, *, owners: int, steps: int, kills: int, seed: int, limit: float) -> Outcome:
-    """Let owners train through two replicas and two accumulators, of which one is killed at each of `kills` random moments.
+    """Let owners train through two replicas and two accumulators; at each of `kills` random moments one is killed.
 
     Args:
         url: The store.

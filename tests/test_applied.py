@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ def test_runs_are_sorted_apart_and_as_few_as_possible(ids: set[BatchId]) -> None
     for incarnations in BatchSet(ids).to_json().values():
         for runs in incarnations.values():
             assert all(low <= high for low, high in runs)
-            assert all(one[1] + 1 < next_[0] for one, next_ in zip(runs, runs[1:], strict=False))
+            assert all(one[1] + 1 < other[0] for one, other in pairwise(runs))
 
 
 def test_ten_thousand_batches_in_a_row_are_one_interval() -> None:

@@ -112,13 +112,24 @@ def test_both_models_learn(folder: Path, tmp_path: Path) -> None:
 def test_a_rerun_begins_anew_and_ends_in_the_same_bits(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same folder again: the older run is replaced, not continued; the seed gives the same figures."""
-    for figures in (first := [], again := []):
-        assert demo(folder, tmp_path / "new" / "run", "--rounds", "1", "--alpha", "0.5", "--quiet") == 0
-        figures += [{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path / "new" / "run")]
-    assert first == again
-    assert len(first) == 1
+    """The same folder again: the older run is replaced, not continued; the number of replicas changes no bit."""
+    runs, output = [], tmp_path / "new" / "run"
+    for replicas in ("2", "1", "3"):
+        more = ["--rounds", "1", "--alpha", "0.5", "--replicas", replicas, "--quiet"]
+        assert demo(folder, output, *more) == 0
+        runs.append([{name: value for name, value in row.items() if name != "seconds"} for row in rows(output)])
+    assert len(runs[0]) == 1
+    assert runs[0] == runs[1] == runs[2]
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_centralised_run_depends_on_its_seed_alone(folder: Path, tmp_path: Path) -> None:
+    """Whatever the federated run before it was told, the yardstick is the same."""
+    yardsticks = []
+    for more in (["--alpha", "0.5"], ["--replicas", "1"]):
+        assert demo(folder, tmp_path, "--rounds", "1", "--quiet", *more) == 0
+        yardsticks.append(json.loads((tmp_path / "summary.json").read_text())["centralised"])
+    assert yardsticks[0] == yardsticks[1]
 
 
 def test_label_skew_leaves_no_gradient_behind(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the documentation says is what happens: its code runs, its links lead somewhere, and no public name is missing."""
+"""What the documentation says is what happens: its code runs, its links lead somewhere, and no name is missing."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_every_error_has_its_row() -> None:
 
 
 def test_every_key_of_a_store_is_in_its_layout(tmp_path: Path) -> None:
-    """A run with an unfinished batch, frozen parameters and client halves leaves no key whose folder the page doesn't have."""
+    """A run with frozen parameters, client halves and an open batch leaves no key that the page doesn't have."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     model[1].requires_grad_(False)

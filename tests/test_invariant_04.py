@@ -1,4 +1,4 @@
-"""Invariant 4, Exactly once: each batch counts in at most one commit, and an acknowledged one in exactly one, whatever fails."""
+"""Invariant 4, Exactly once: a batch counts in at most one commit, and an acknowledged one in exactly one."""
 
 from __future__ import annotations
 
@@ -6,41 +6,17 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import harness_store as h
 import pytest
 import torch
 from harness import Wire
-from harness_store import (
-    Crash,
-    Hook,
-    Nth,
-    Point,
-    adam,
-    again,
-    batch,
-    check_counted_once,
-    commits,
-    crash,
-    deny,
-    drain,
-    halving,
-    hooked,
-    lose_reply,
-    meanwhile,
-    net,
-    noisy,
-    record,
-    refuse,
-    sgd,
-)
+from harness_store import Nth, again, batch, check_counted_once, commits, drain, hooked, net, noisy, record
 from processes import AT, Noting, Owner, model, new_accumulator
 
 from splitfed.accumulator import Accumulator
-from splitfed.applied import MAX_GAPS, BatchSet
 from splitfed.cutting import split
-from splitfed.errors import AlreadyAppliedError, BusyError, DigestError, StoreError
-from splitfed.ids import BatchId
+from splitfed.errors import AlreadyAppliedError, DigestError, StoreError
 from splitfed.messages import BackwardRequest
-from splitfed.sealing import Sealer
 from splitfed.server import SplitServer
 from splitfed.store import GradientStore
 
@@ -50,7 +26,7 @@ ISSUED = [batch(seq, client) for seq in range(4) for client in CLIENTS] + [batch
 
 def committing(store: GradientStore) -> Accumulator:
     """Adam, a schedule, clipping and a narrow window: whatever goes wrong shows in the bits or in the files."""
-    return Accumulator(net(), store, adam, lr_scheduler=halving, clip_norm=1.0, keep_versions=2, lock_seconds=0)
+    return Accumulator(net(), store, h.adam, lr_scheduler=h.halving, clip_norm=1.0, keep_versions=2, lock_seconds=0)
 
 
 def issue(store: GradientStore, seq: int) -> None:
@@ -61,7 +37,7 @@ def issue(store: GradientStore, seq: int) -> None:
 
 @pytest.fixture(scope="module")
 def before() -> GradientStore:
-    """Two commits made; for the third wait three batches, one given up, one rejected, and two that are counted already."""
+    """Two commits made; for the third wait three batches, one given up, one rejected, and three counted already."""
     store = GradientStore(f"memory://{uuid.uuid4()}")
     accumulator = committing(store)
     for seq in range(2):
@@ -98,7 +74,7 @@ def fourth(store: GradientStore) -> dict[str, str]:
     return dict(record_[4].files)
 
 
-def disturbed(before: GradientStore, url: str, act: Hook) -> Iterator[tuple[str, GradientStore]]:
+def disturbed(before: GradientStore, url: str, act: h.Hook) -> Iterator[tuple[str, GradientStore]]:
     """The third commit, disturbed at its first operation, at its second, and so on to the last."""
     for n in range(1_000):
         hook = Nth(n, act)
@@ -107,7 +83,7 @@ def disturbed(before: GradientStore, url: str, act: Hook) -> Iterator[tuple[str,
         with hook.armed():
             try:
                 accumulator.step()
-            except Crash:
+            except h.Crash:
                 store = again(store)
             except StoreError:
                 drain(accumulator)  # the same accumulator goes on
@@ -117,9 +93,9 @@ def disturbed(before: GradientStore, url: str, act: Hook) -> Iterator[tuple[str,
         yield f"{hook.log[n][0]} {hook.log[n][1]}", store
 
 
-@pytest.mark.parametrize("act", [crash, refuse, lose_reply, deny])
-def test_a_fault_at_any_operation_of_a_commit_changes_no_bit(before: GradientStore, act: Hook) -> None:
-    """Killed before it, refused, done but unanswered, created but said to exist: the fourth commit is that of a calm run."""
+@pytest.mark.parametrize("act", [h.crash, h.refuse, h.lose_reply, h.deny])
+def test_a_fault_at_any_operation_of_a_commit_changes_no_bit(before: GradientStore, act: h.Hook) -> None:
+    """Killed before it, refused, done but unanswered, created but said to exist: what follows is as in a calm run."""
     expected = fourth(GradientStore(copied(before, f"memory://{uuid.uuid4()}")))
     for where, store in disturbed(before, f"memory://{uuid.uuid4()}", act):
         assert fourth(store) == expected, where
@@ -128,15 +104,15 @@ def test_a_fault_at_any_operation_of_a_commit_changes_no_bit(before: GradientSto
 def test_a_crash_at_any_operation_of_a_commit_to_files_changes_no_bit(before: GradientStore, tmp_path: Any) -> None:
     """The same on a local store."""
     expected = fourth(GradientStore(copied(before, f"memory://{uuid.uuid4()}")))
-    for where, store in disturbed(before, (tmp_path / "store").as_uri(), crash):
+    for where, store in disturbed(before, (tmp_path / "store").as_uri(), h.crash):
         assert fourth(store) == expected, where
 
 
 def test_a_retry_at_any_operation_of_a_commit_counts_once(before: GradientStore) -> None:
-    """A duplicate of a batch that is being folded comes to another replica, which has just found it not to be counted yet."""
+    """A duplicate of a batch that is being folded comes to another replica, which has just found it uncounted."""
     expected = fourth(GradientStore(copied(before, f"memory://{uuid.uuid4()}")))
     late: list[GradientStore] = []
-    act = meanwhile(lambda: late[-1].pile().create(batch(2, "b"), noisy(net(), batch(2, "b"), 2)))
+    act = h.meanwhile(lambda: late[-1].pile().create(batch(2, "b"), noisy(net(), batch(2, "b"), 2)))
     for n in range(60):
         url = copied(before, f"memory://{uuid.uuid4()}")
         late.append(GradientStore(url))
@@ -234,31 +210,3 @@ def test_the_same_number_with_other_gradients_is_refused_by_any_replica() -> Non
         made.servers[1].backward(other)
     assert made.servers[1].backward(request).status == "stored"
     check_counted_once(store, [batch(0)])
-
-
-def holes(store: GradientStore, count: int) -> Sealer:
-    """A client whose numbers 0, 2, 4 ... are counted, as a server meets it."""
-    lineage = store.lineage()
-    head, commit = lineage.head(), lineage.commit(lineage.head())
-    kept = BatchSet(batch(seq) for seq in range(0, 2 * count + 1, 2))
-    made = type(commit)(head + 1, "fold", "", {}, folded=kept)
-    assert lineage.publish(made, lineage.state(head), None, kept) is not None
-    return Sealer(again(store).lineage(), store.pile(), "n")
-
-
-def test_a_client_with_too_many_holes_is_told_to_wait_and_others_arent(store_url: str) -> None:
-    """The table stays small: more than 1,024 holes are BusyError; exactly as many are fine."""
-    store = GradientStore(store_url, sync="process")
-    Accumulator(Point(), store, sgd())
-    assert holes(store, MAX_GAPS).store(batch(5_000), record()) == "stored"
-    sealer = holes(store, MAX_GAPS + 1)
-    with pytest.raises(BusyError, match="client 'a' has more than 1024 holes"):
-        sealer.store(batch(5_001), record())
-    assert sealer.store(BatchId("b", 1, 0), record()) == "stored"
-
-
-def test_a_batch_that_fills_a_hole_is_taken_however_many_there_are(store_url: str) -> None:
-    """Else they could never close, and the client would be told to wait for ever."""
-    store = GradientStore(store_url, sync="process")
-    Accumulator(Point(), store, sgd())
-    assert holes(store, MAX_GAPS + 1).store(batch(1), record()) == "stored"

@@ -38,7 +38,7 @@ def whole(store: GradientStore) -> int:
 
 @pytest.mark.parametrize("size", [2, BIG], ids=["small", "mapped"])
 def test_a_reader_at_any_moment_of_a_commit_sees_a_whole_version(store_url: str, size: int) -> None:
-    """Before each operation of three commits everything is that of the old version or all of the new; never less than seen."""
+    """Before each operation of three commits all is of the old version, or all of the new; never less than seen."""
     seen: list[int] = []
 
     def look(operation: str, key: str, perform: h.Perform) -> object:
@@ -80,7 +80,7 @@ current: list[str] = []
 
 
 def test_a_rival_that_commits_at_any_moment_leaves_one_winner() -> None:
-    """Whoever wins: one version, both batches in it, and no file that it doesn't name; the loser counts a conflict."""
+    """Whoever wins: one version, both batches in it, no file that it doesn't name; a loser counts a conflict."""
     conflicts = 0
     for where, store, mine in race(h.meanwhile(lambda: rivals[current[0]].step())):
         record_ = commits(store)
@@ -96,7 +96,7 @@ def test_a_rival_that_commits_at_any_moment_leaves_one_winner() -> None:
 
 
 def test_a_rival_that_gets_another_batch_at_any_moment_loses_none() -> None:
-    """A third batch comes in and the rival folds what it sees; afterwards all three count once, in whatever versions."""
+    """A third batch comes in and the rival folds what it sees; afterwards all three count once, in any versions."""
 
     def rival() -> None:
         GradientStore(current[0]).pile().create(batch(2), record([3.0, 3.0]))
@@ -143,7 +143,7 @@ def test_a_loser_that_finds_nothing_left_makes_no_version(store_url: str) -> Non
 
 
 def test_a_commit_that_was_made_is_returned_whatever_others_do_meanwhile(store_url: str) -> None:
-    """Others make two more versions before this one has cleaned up: its commit came about, and isn't called a conflict."""
+    """Others make three more versions before this one has cleaned up: its commit came about, and is no conflict."""
     quick = GradientStore(store_url, sync="process")
     other = Accumulator(Point(), quick, sgd(), keep_versions=2, lock_seconds=0)
 
@@ -186,7 +186,7 @@ def test_eight_threads_begin_one_store(store_url: str) -> None:
 
 
 def test_a_storm_of_readers_sees_whole_versions(store_url: str) -> None:
-    """Four threads share one store and read while commits go on: each sees one value in all places, the version's own."""
+    """Four threads share one store while commits go on: each sees one value in all places, the version's own."""
     store = GradientStore(store_url, sync="process")
     accumulator = Accumulator(Point(BIG), again(store), sgd(), keep_versions=2)
     done, wrong, together = threading.Event(), [], threading.Barrier(5)

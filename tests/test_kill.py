@@ -33,7 +33,9 @@ def run(tmp_path: Path, *, steps: int, kills: int, seed: int, limit: float) -> N
     url = (tmp_path / "store").as_uri()
     print(f"seed {seed}")
     outcome = train(url, owners=3, steps=steps, kills=kills, seed=seed, limit=limit)
-    print(f"{len(outcome.acknowledged)} batches, {len(outcome.kills)} kills in {outcome.seconds:.1f} s: {outcome.kills}")
+    print(
+        f"{len(outcome.acknowledged)} batches, {len(outcome.kills)} kills in {outcome.seconds:.1f} s: {outcome.kills}"
+    )
     assert len(outcome.kills) == kills
     check(url, outcome, 3 * steps)
 

@@ -17,7 +17,24 @@ CLIENT_IDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", fullmatch=True)
 NUMBERS = st.integers(0, MAX_NUMBER)
 SMALL = st.integers(0, 10**8 - 1)
 BATCHES = st.builds(BatchId, CLIENT_IDS, SMALL, st.integers(0, 10**10 - 1))
-HOSTILE = ["", ".", "..", "a/b", "/a", "a\\b", "a\0b", "*", "a b", "?versionId=1", "a::b", "é", "a%00b", "~", "-a", "x" * 300]
+HOSTILE = [
+    "",
+    ".",
+    "..",
+    "a/b",
+    "/a",
+    "a\\b",
+    "a\0b",
+    "*",
+    "a b",
+    "?versionId=1",
+    "a::b",
+    "é",
+    "a%00b",
+    "~",
+    "-a",
+    "x" * 300,
+]
 
 
 @given(BATCHES)
@@ -76,7 +93,14 @@ def test_lineages_lie_apart(lineage: str) -> None:
     """All that a lineage has lies beneath its name, and another lineage doesn't parse it."""
     keys, other = Keys(lineage), Keys("body@other")
     batch = BatchId("a", 1, 0)
-    made = [keys.fingerprint, keys.head, keys.lock, keys.gradient(batch), keys.commit(1), keys.versioned("weights", 1, "a")]
+    made = [
+        keys.fingerprint,
+        keys.head,
+        keys.lock,
+        keys.gradient(batch),
+        keys.commit(1),
+        keys.versioned("weights", 1, "a"),
+    ]
     assert all(check_key(key).startswith(f"{lineage}/") for key in made)
     assert other.parse_gradient(keys.gradient(batch)) is None
     assert other.parse_versioned(keys.versioned("weights", 1, "a")) is None
@@ -143,7 +167,9 @@ def test_what_isnt_the_key_of_a_batch_isnt_taken_for_one(key: str) -> None:
     assert KEYS.parse_gradient(key) is None
 
 
-@pytest.mark.parametrize("key", ["body/weights", "body/weights/1-a.safetensors", "body/weights/0000000001.safetensors", "body/head"])
+@pytest.mark.parametrize(
+    "key", ["body/weights", "body/weights/1-a.safetensors", "body/weights/0000000001.safetensors", "body/head"]
+)
 def test_what_isnt_a_versions_file_isnt_taken_for_one(key: str) -> None:
     """A sweep deletes only what it can name."""
     assert KEYS.parse_versioned(key) is None

@@ -3,31 +3,11 @@
 from __future__ import annotations
 
 import re
-import threading
 
+import harness_store as h
 import pytest
 import torch
-from harness_store import (
-    Crash,
-    Nth,
-    Point,
-    adam,
-    again,
-    batch,
-    bits,
-    check_counted_once,
-    commits,
-    crash,
-    deny,
-    drain,
-    hooked,
-    lose_reply,
-    meanwhile,
-    net,
-    record,
-    refuse,
-    sgd,
-)
+from harness_store import Nth, Point, again, batch, bits, commits, hooked, record, sgd
 from torch import nn
 
 from splitfed.accumulator import Accumulator
@@ -75,40 +55,17 @@ def begin(store: GradientStore, module: nn.Module) -> None:
 def test_the_first_writer_of_version_0_wins(store_url: str) -> None:
     """The second brings the same architecture with other weights: the first one's stay, and nothing of his is left."""
     first, second = (GradientStore(store_url, sync="process") for _ in range(2))
-    begin(first, net(seed=1))
-    begin(second, net(seed=2))
-    assert bits(second.load_weights()) == bits(net(seed=1).state_dict())
+    begin(first, h.net(seed=1))
+    begin(second, h.net(seed=2))
+    assert bits(second.load_weights()) == bits(h.net(seed=1).state_dict())
     assert len(files(first)) == 1
-
-
-def test_eight_threads_begin_one_store(store_url: str) -> None:
-    """Whoever wins, all read the same version 0, and it is one of theirs, whole."""
-    modules = [net(seed) for seed in range(8)]
-    together = threading.Barrier(8)
-    read = []
-
-    def race(module: nn.Module) -> None:
-        store = GradientStore(store_url, sync="process")
-        together.wait()
-        begin(store, module)
-        read.append(bits(store.load_weights(0)))
-
-    threads = [threading.Thread(target=race, args=(module,)) for module in modules]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(read) == 8
-    assert all(found == read[0] for found in read)
-    assert read[0] in [bits(module.state_dict()) for module in modules]
-    assert len(files(GradientStore(store_url))) == 1, "the losers' files are gone"
 
 
 def test_a_loser_of_version_0_leaves_no_frozen_file(store_url: str) -> None:
     """His frozen parameters are others' than the store's: nobody will ever read them."""
     one, two = Point(frozen=torch.ones(2)), Point(frozen=torch.zeros(2))
     first = GradientStore(store_url, sync="process")
-    hook = Nth(0, meanwhile(lambda: begin(first, one)), at="create body/frozen-")
+    hook = Nth(0, h.meanwhile(lambda: begin(first, one)), at="create body/frozen-")
     second = hooked(store_url, hook)
     with hook.armed():
         begin(second, two)
@@ -119,11 +76,17 @@ def test_a_loser_of_version_0_leaves_no_frozen_file(store_url: str) -> None:
 @pytest.mark.parametrize(
     ("other", "tensors"),
     [
-        (nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), ["0.weight", r"float32 \(4, 3\)", r"\(5, 3\)"]),
-        (net().double(), ["0.weight", "float32", "float64"]),
+        (
+            nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)),
+            ["0.weight", r"float32 \(4, 3\)", r"\(5, 3\)"],
+        ),
+        (h.net().double(), ["0.weight", "float32", "float64"]),
         (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), ["2.weight", "got nothing"]),
-        (nn.Sequential(*net(), nn.Linear(2, 2)), ["3.weight", "the store has nothing"]),
-        (net()[0].requires_grad_(False) and nn.Sequential(net()[0].requires_grad_(False), *net()[1:]), ["trainable", "frozen"]),
+        (nn.Sequential(*h.net(), nn.Linear(2, 2)), ["3.weight", "the store has nothing"]),
+        (
+            h.net()[0].requires_grad_(False) and nn.Sequential(h.net()[0].requires_grad_(False), *h.net()[1:]),
+            ["trainable", "frozen"],
+        ),
     ],
     ids=["shape", "dtype", "missing", "more", "frozen"],
 )
@@ -132,10 +95,10 @@ def test_another_architecture_is_refused_by_the_names_of_its_tensors(
 ) -> None:
     """The error says which tensors differ and how; the store is as it was."""
     store = GradientStore(store_url, sync="process")
-    begin(store, net())
+    begin(store, h.net())
     with pytest.raises(ArchitectureError, match=".*".join(tensors)):
         Accumulator(other, again(store), sgd())
-    assert bits(again(store).load_weights()) == bits(net().state_dict())
+    assert bits(again(store).load_weights()) == bits(h.net().state_dict())
 
 
 def test_what_a_commit_names_is_written_before_it(store_url: str) -> None:
@@ -165,7 +128,7 @@ def test_of_two_that_publish_one_version_the_first_wins(store: GradientStore) ->
     assert files(store) == {(0, commits(store)[0].nonce), (1, won.nonce)}
 
 
-@pytest.mark.parametrize("fault", [deny, lose_reply])
+@pytest.mark.parametrize("fault", [h.deny, h.lose_reply])
 def test_a_lost_reply_to_the_commit_is_recognised_by_its_nonce(store_url: str, fault: object) -> None:
     """The storage made it, and says "it exists" or nothing at all: the nonce in the record tells that one has won."""
     hook = Nth(0, fault, at="create body/commit")  # type: ignore[arg-type]
@@ -182,7 +145,7 @@ def test_a_lost_reply_to_the_commit_is_recognised_by_its_nonce(store_url: str, f
 
 def test_a_commit_that_was_refused_is_an_error_and_its_files_stay_for_the_next_sweep(store_url: str) -> None:
     """Whether it came about can't be told yet, so they may be those that the record will name: nobody touches them."""
-    hook = Nth(0, refuse, at="create body/commit")
+    hook = Nth(0, h.refuse, at="create body/commit")
     store = hooked(store_url, hook)
     Accumulator(Point(), store, sgd())
     with hook.armed(), pytest.raises(StoreError):
@@ -197,10 +160,10 @@ def test_a_commit_that_was_refused_is_an_error_and_its_files_stay_for_the_next_s
 
 def test_a_sweep_never_touches_what_lies_beyond_the_head(store_url: str) -> None:
     """Another accumulator's files for the next version may be named by its commit any moment."""
-    hook = Nth(0, crash, at="create body/commit")
+    hook = Nth(0, h.crash, at="create body/commit")
     slow = hooked(store_url, hook)
     Accumulator(Point(), slow, sgd())
-    with hook.armed(), pytest.raises(Crash):
+    with hook.armed(), pytest.raises(h.Crash):
         publish(slow.lineage(), 1, 1.0)
     before = files(slow)
     again(slow).lineage().sweep(keep=1)
@@ -214,7 +177,7 @@ def test_a_sweep_keeps_the_newest_versions_and_every_record(store: GradientStore
     again(store).lineage().sweep(keep=3)
     assert {version for version, _ in files(store)} == {7, 8, 9}
     assert [commit.version for commit in commits(store)] == list(range(10))
-    with pytest.raises(ExpiredError, match="weights of version 6.*retention window.*newest is 9"):
+    with pytest.raises(ExpiredError, match=r"weights of version 6.*retention window.*newest is 9"):
         again(store).load_weights(6)
     assert again(store).load_weights(7)["w"].tolist() == [7.0, 7.0]
 
@@ -233,7 +196,7 @@ def test_a_sweep_drops_forwards_and_parts_of_versions_that_left_and_counts_them(
 
 def test_rollback_makes_a_new_version_of_an_old_state(store: GradientStore) -> None:
     """Weights and optimizer are those of version 1; what was folded since is listed as lost and doesn't count again."""
-    accumulator = Accumulator(Point(), store, adam)
+    accumulator = Accumulator(Point(), store, h.adam)
     for seq in range(3):
         store.pile().create(batch(seq), record(base_version=seq))
         accumulator.step()
@@ -244,8 +207,8 @@ def test_rollback_makes_a_new_version_of_an_old_state(store: GradientStore) -> N
     assert commits(store)[4].kind == "rollback"
     for seq in range(3):  # late duplicates of what was lost
         store.pile().create(batch(seq), record(base_version=seq))
-    assert drain(Accumulator(Point(), again(store), adam)) == []
-    check_counted_once(store, [batch(0), batch(1), batch(2)])
+    assert h.drain(Accumulator(Point(), again(store), h.adam)) == []
+    h.check_counted_once(store, [batch(0), batch(1), batch(2)])
 
 
 def test_training_goes_on_after_a_rollback_as_it_would_have_at_that_version(store_url: str) -> None:
@@ -253,7 +216,7 @@ def test_training_goes_on_after_a_rollback_as_it_would_have_at_that_version(stor
 
     def run(url: str, detour: bool) -> dict[str, bytes]:
         store = GradientStore(url, sync="process")
-        accumulator = Accumulator(Point(), store, adam)
+        accumulator = Accumulator(Point(), store, h.adam)
         for seq in range(4):
             if seq == 2 and detour:
                 store.pile().create(batch(99), record([7.0, -7.0]))

@@ -6,15 +6,19 @@ import threading
 
 import pytest
 import torch
-from harness_store import Hooked, batch, lose_reply, plant, record
+from harness_store import Hooked, Point, again, batch, lose_reply, plant, record, sgd
 from hypothesis import given
 from hypothesis import strategies as st
 
+from splitfed.accumulator import Accumulator
+from splitfed.applied import MAX_GAPS, BatchSet
 from splitfed.blobs import open_blobs
-from splitfed.errors import DigestError, FormatError, StoreError
+from splitfed.errors import BusyError, DigestError, FormatError, StoreError
+from splitfed.ids import BatchId
 from splitfed.layout import Keys
 from splitfed.messages import ForwardRecord
 from splitfed.pile import Pile
+from splitfed.sealing import Sealer
 from splitfed.store import GradientStore
 
 FORWARD = ForwardRecord("", ((torch.ones(2),), {}), (True,), True, 7, None, None, (((2,), "float32", True),), (5,), "n")
@@ -155,7 +159,12 @@ def test_forwards_and_parts_come_back_until_they_are_dropped(pile: Pile) -> None
     assert (kept.seed, kept.crcs, kept.requires_grad) == (7, (5,), (True,))
     assert part is not None
     assert part.kind == "part"
-    for other in (pile.forward(2, "a", 1, 0), pile.forward(3, "a", 2, 0), pile.part(3, batch(0), 0), pile.part(2, batch(0), 1)):
+    for other in (
+        pile.forward(2, "a", 1, 0),
+        pile.forward(3, "a", 2, 0),
+        pile.part(3, batch(0), 0),
+        pile.part(2, batch(0), 1),
+    ):
         assert other is None
     assert pile.waiting() == [], "neither waits to be folded"
     pile.drop_forward(3, "a", 1, 0)
@@ -198,3 +207,31 @@ def test_sixteen_threads_create_one_batch_once(pile: Pile) -> None:
     found = pile.read(batch(0))
     assert found is not None
     assert found.gradients["w"][0] == found.gradients["w"][1]
+
+
+def holes(store: GradientStore, count: int) -> Sealer:
+    """A client whose numbers 0, 2, 4 ... are counted, as a server meets it."""
+    lineage = store.lineage()
+    head, commit = lineage.head(), lineage.commit(lineage.head())
+    kept = BatchSet(batch(seq) for seq in range(0, 2 * count + 1, 2))
+    made = type(commit)(head + 1, "fold", "", {}, folded=kept)
+    assert lineage.publish(made, lineage.state(head), None, kept) is not None
+    return Sealer(again(store).lineage(), store.pile(), "n")
+
+
+def test_a_client_with_too_many_holes_is_told_to_wait_and_others_arent(store_url: str) -> None:
+    """The table stays small: more than 1,024 holes are BusyError; exactly as many are fine."""
+    store = GradientStore(store_url, sync="process")
+    Accumulator(Point(), store, sgd())
+    assert holes(store, MAX_GAPS).store(batch(5_000), record()) == "stored"
+    sealer = holes(store, MAX_GAPS + 1)
+    with pytest.raises(BusyError, match="client 'a' has more than 1024 holes"):
+        sealer.store(batch(5_001), record())
+    assert sealer.store(BatchId("b", 1, 0), record()) == "stored"
+
+
+def test_a_batch_that_fills_a_hole_is_taken_however_many_there_are(store_url: str) -> None:
+    """Else they could never close, and the client would be told to wait for ever."""
+    store = GradientStore(store_url, sync="process")
+    Accumulator(Point(), store, sgd())
+    assert holes(store, MAX_GAPS + 1).store(batch(1), record()) == "stored"

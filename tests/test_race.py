@@ -81,7 +81,7 @@ def read(url: str, done: threading.Event, seen: list[int]) -> None:
 
 
 def test_eight_threads_and_four_processes_on_one_store(tmp_path: Path) -> None:
-    """Each batch counts once, no read is torn, and the bits are those of the recorded schedule; all that with conflicts."""
+    """Each batch counts once, no read is torn, and the bits are those of the recorded schedule; with conflicts."""
     url, deadline = (tmp_path / "store").as_uri(), time.monotonic() + 120
     store = GradientStore(url, sync="process")
     Accumulator(body(), store, adam)

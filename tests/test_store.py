@@ -43,7 +43,7 @@ def test_opening_does_no_io(tmp_path: Path) -> None:
 
 def test_sync_is_one_of_two() -> None:
     """A typing error doesn't silently mean no durability."""
-    with pytest.raises(InputError, match="'power'.*'process'"):
+    with pytest.raises(InputError, match=r"'power'.*'process'"):
         GradientStore("runs", sync="fsync")
 
 
@@ -175,7 +175,7 @@ def test_the_first_to_begin_writes_the_format_once(store: GradientStore) -> None
 
 
 def test_another_numerics_class_says_so(store: GradientStore) -> None:
-    """Two threads round otherwise than one: the process is warned with what differs, and carries on under its own name."""
+    """Two threads round otherwise than one: the process is warned of what differs, and carries on under its name."""
     own = store.begin(CPU)
     torch.set_num_threads(2)
     with pytest.warns(UserWarning, match=r"numerics class.*'threads': \(1, 2\)"):
@@ -184,7 +184,9 @@ def test_another_numerics_class_says_so(store: GradientStore) -> None:
     assert store.numerics() == own
 
 
-@pytest.mark.parametrize("data", [b'{"format": 2, "numerics": {}}', b"{}", b"[]", b"null", b"\xff", b'{"format": 1}', b'{"format'])
+@pytest.mark.parametrize(
+    "data", [b'{"format": 2, "numerics": {}}', b"{}", b"[]", b"null", b"\xff", b'{"format": 1}', b'{"format']
+)
 def test_a_store_of_another_format_is_refused(store: GradientStore, data: bytes) -> None:
     """A later format, or something that isn't one: our own error, before anything is computed."""
     store.blobs.create(layout.FORMAT, [data])

@@ -70,7 +70,7 @@ def test_training_has_the_bits_of_the_reference(case: Case, mode: str, tmp_path:
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if case.raw])
 def test_the_reference_is_the_raw_model(case: Case) -> None:
-    """Where the body draws nothing and nothing fans out across the cut, the reference has the bits of the raw model."""
+    """Where the body draws nothing and the cut groups no sum, the reference has the bits of the raw model."""
     raw, reference = case.model(), splitfed.reference(case.model(), case.at)
     assert list(raw.state_dict()) == list(reference.state_dict())
     inputs = case.inputs()

@@ -10,7 +10,9 @@ die at any moment; a new one continues from the store alone.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +23,7 @@ from splitfed import optimizers
 from splitfed.applied import BatchSet
 from splitfed.buffers import Rule, merge_buffers
 from splitfed.commits import Commit
-from splitfed.errors import InputError, MissingError
+from splitfed.errors import InputError, MissingError, StoreError
 from splitfed.folding import Folded, Sorted, fold, sort_batches
 from splitfed.ids import BatchId
 from splitfed.optimizers import Groups, OptimizerFactory, SchedulerFactory
@@ -108,10 +110,11 @@ class Accumulator:
         merge_buffers(
             self._template.blueprint, {name: state[name] for name in self._template.buffers}, [], buffer_rules
         )
+        self._versions, self._pile = store.lineage(lineage), store.pile(lineage)
         store.begin(where)
-        self._versions = store.lineage(lineage)
-        self._pile = store.pile(lineage)
         self._versions.initialise(self._template.fingerprint(), state)
+        self._unreported: Counter[str] = Counter()
+        """What was cleaned up since the last commit of this accumulator, for the next one's record."""
         self._headers: dict[BatchId, dict[str, object]] = {}
 
     def step(self) -> Commit | None:
@@ -178,6 +181,7 @@ class Accumulator:
         counted = [batch for batch in piled if batch in applied]
         waiting = [batch for batch in piled if batch not in applied]
         self._pile.drop(counted)
+        self._unreported["duplicates"] += len(counted)
         if len(waiting) < self.min_batches:
             return None
         found = sort_batches(waiting, self._header, head, self.max_staleness)
@@ -186,14 +190,21 @@ class Accumulator:
         folded = fold(found, self._pile, self._versions.fingerprint(), head, self._weight, self.store.numerics())
         if not found.ready:
             return None
-        commit = self._publish(head, found, folded, applied, len(counted))
-        closed = self._versions.applied(self._versions.head())
-        self._pile.drop(batch for batch in found.closed if batch in closed)
-        self._headers = {batch: header for batch, header in self._headers.items() if batch not in closed}
+        commit = self._publish(head, found, folded, applied)
+        self._clean(found.closed)
         return commit
 
-    def _publish(self, head: int, found: Sorted, folded: Folded, applied: BatchSet, duplicates: int) -> Commit:
+    def _clean(self, closed: list[BatchId]) -> None:
+        """Take what was closed off the pile, as far as the head of now says so; what stays is found as counted later."""
+        for batch in closed:
+            self._headers.pop(batch, None)
+        with contextlib.suppress(StoreError, MissingError):
+            counted = self._versions.applied(self._versions.head())
+            self._pile.drop(batch for batch in closed if batch in counted)
+
+    def _publish(self, head: int, found: Sorted, folded: Folded, applied: BatchSet) -> Commit:
         parent = self._versions.commit(head)
+        self._unreported["expired"] += self._versions.sweep(self.keep_versions)
         live = self._stepper.take(self._versions, head)
         self._stepper.step(live, folded.mean.mean())
         state = self._template.state(live.module)
@@ -210,11 +221,12 @@ class Accumulator:
             num_samples=folded.mean.num_samples,
             staleness=dict(sorted(folded.staleness.items())),
             folded=BatchSet(found.ready),
+            older={version: BatchSet(batches) for version, batches in sorted(folded.older.items())},
             stale=BatchSet(found.stale),
             rejected=BatchSet(found.rejected),
             skipped=BatchSet(found.skipped),
-            num_duplicates=duplicates,
-            num_expired=self._versions.sweep(self.keep_versions),
+            num_duplicates=self._unreported["duplicates"],
+            num_expired=self._unreported["expired"],
             num_foreign=folded.num_foreign,
         )
         optimizer = optimizers.capture(live.optimizer, live.scheduler)
@@ -222,6 +234,7 @@ class Accumulator:
         if made is None:
             raise MissingError(f"version {head + 1} was made by another accumulator")
         self._stepper.keep(live, made.nonce)
+        self._unreported.clear()
         return made
 
     def _header(self, batch: BatchId) -> Mapping[str, Any]:

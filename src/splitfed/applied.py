@@ -58,6 +58,11 @@ class BatchSet:
         """How many holes the numbers of a client's processes have."""
         return sum(len(runs) - 1 for runs in self._intervals.get(client_id, {}).values())
 
+    def fills_gap(self, batch: BatchId) -> bool:
+        """Whether a batch lies in one of the holes of its process."""
+        runs = self._intervals.get(batch.client_id, {}).get(batch.incarnation, [])
+        return bool(runs) and batch.seq < runs[-1][1] and batch not in self
+
     def to_json(self) -> dict[str, dict[str, Intervals]]:
         """As plain JSON: client id, incarnation, [first, last] of each run."""
         return {c: {str(i): runs for i, runs in sorted(held.items())} for c, held in sorted(self._intervals.items())}

@@ -28,11 +28,15 @@ class Commit:
     """SHA-256 of the weights, optimizer and applied files that belong to it, by kind."""
     frozen: str | None = None
     """SHA-256 of the parameters that never train."""
+    restored: int | None = None
+    """The version whose state a rollback made anew."""
     num_samples: float = 0.0
     """Σ nᵢ of the folded batches, in examples."""
     staleness: Mapping[int, int] = field(default_factory=dict)
     """How many batches were folded at each staleness."""
     folded: BatchSet = field(default_factory=BatchSet)
+    older: Mapping[int, BatchSet] = field(default_factory=dict)
+    """Those of them that were computed at another version than the last, by that version: the rest of the schedule."""
     stale: BatchSet = field(default_factory=BatchSet)
     """Too old by the policy: not folded, closed."""
     rejected: BatchSet = field(default_factory=BatchSet)
@@ -73,6 +77,7 @@ class Commit:
         fields: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
         for name, value in fields.items():
             fields[name] = value.to_json() if isinstance(value, BatchSet) else value
+        fields["older"] = {version: batches.to_json() for version, batches in self.older.items()}
         return json.dumps(fields, separators=(",", ":")).encode()
 
     @classmethod
@@ -86,6 +91,7 @@ class Commit:
             fields = json.loads(bytes(data))
             for name in ("folded", "stale", "rejected", "skipped"):
                 fields[name] = BatchSet.from_json(fields[name])
+            fields["older"] = {int(version): BatchSet.from_json(ids) for version, ids in fields["older"].items()}
             fields["staleness"] = {int(age): int(count) for age, count in fields["staleness"].items()}
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from splitfed import codec
 from splitfed.averaging import StreamingMean
 from splitfed.buffers import BufferUpdate
-from splitfed.errors import ArchitectureError, FormatError, InputError, MissingError
-from splitfed.ids import BatchId
+from splitfed.errors import ArchitectureError, FormatError, IdError, InputError, MissingError
+from splitfed.ids import BatchId, check_number, positive
 from splitfed.messages import GradientRecord
 from splitfed.pile import Pile
 from splitfed.template import Fingerprint, check_tensors
@@ -52,8 +53,8 @@ def sort_batches(
     for batch in batches:
         try:
             header = headers(batch)
-            kind, age = header["kind"], head - int(header["base_version"])
-        except (FormatError, TypeError, ValueError) as error:
+            kind, age = header["kind"], head - check_number("base version", header["base_version"])
+        except (FormatError, IdError, KeyError) as error:
             _reject(found, batch, f"its file is unreadable ({error})")
             continue
         if kind == "skip":
@@ -76,6 +77,8 @@ class Folded:
     mean: StreamingMean
     updates: list[BufferUpdate]
     staleness: Counter[int]
+    older: dict[int, list[BatchId]]
+    """Batches computed at another version than the head, by version."""
     num_foreign: int
 
 
@@ -100,7 +103,7 @@ def fold(
     Raises:
         MissingError: a batch has gone meanwhile; ordinarily another accumulator has won this version.
     """
-    folded = Folded(StreamingMean(), [], Counter(), 0)
+    folded = Folded(StreamingMean(), [], Counter(), {}, 0)
     for batch in list(found.ready):
         try:
             record = pile.read(batch)
@@ -115,23 +118,43 @@ def fold(
                 weight=weight(age),
                 loss_scale=record.loss_scale,
             )
-        except (FormatError, ArchitectureError, InputError, KeyError, TypeError) as error:
+        except (FormatError, ArchitectureError, InputError, KeyError, TypeError, AttributeError) as error:
             found.ready.remove(batch)
             _reject(found, batch, f"it doesn't fit ({error})")
             found.rejected.sort()
             continue
         folded.updates.extend(updates)
         folded.staleness[age] += 1
+        if age:
+            folded.older.setdefault(record.base_version, []).append(batch)
         folded.num_foreign += record.numerics != numerics
     return folded
 
 
 def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpdate]:
+    """The buffer updates of a record, all of which was checked: its file may come from anywhere.
+
+    Raises:
+        ArchitectureError: tensors that aren't the lineage's.
+        InputError: numbers out of their range, or a gradient that isn't finite.
+    """
+    positive("num_samples", record.num_samples)
     check_tensors(fingerprint, record.gradients, "trainable")
+    if not all(codec.all_finite(gradient) for gradient in record.gradients.values()):
+        raise InputError("a gradient isn't finite")
+    if abs(record.loss_scale) < 1 and not all(
+        codec.all_finite(g / record.loss_scale) for g in record.gradients.values()
+    ):
+        raise InputError(f"a gradient isn't finite any more once divided by its loss scale {record.loss_scale}")
+    updates = []
     for entry in record.buffers:
-        check_tensors(fingerprint, entry["values"], "buffer")
-        check_tensors(fingerprint, entry["bases"], "buffer")
-    return [BufferUpdate(entry["values"], entry["bases"], entry["num_samples"]) for entry in record.buffers]
+        values, bases = entry["values"], entry["bases"]
+        check_tensors(fingerprint, values, "buffer")
+        check_tensors(fingerprint, bases, "buffer")
+        if set(values) != set(bases):
+            raise InputError(f"buffers {sorted(set(values) ^ set(bases))} have no value or no base")
+        updates.append(BufferUpdate(values, bases, positive("num_samples", entry["num_samples"])))
+    return updates
 
 
 def _reject(found: Sorted, batch: BatchId, why: str) -> None:

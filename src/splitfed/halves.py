@@ -8,10 +8,10 @@ samples, and whoever accumulates the `client` lineage with SGD at rate 1 applies
 from __future__ import annotations
 
 from splitfed.errors import ArchitectureError
-from splitfed.ids import BatchId, check_client_id
+from splitfed.ids import BatchId, check_client_id, positive
 from splitfed.messages import GradientRecord, PullAnswer, PullRequest, PushAnswer, PushRequest
 from splitfed.packing import digest
-from splitfed.sealing import Sealer, positive
+from splitfed.sealing import Sealer
 from splitfed.store import GradientStore
 from splitfed.template import check_tensors
 

@@ -1,4 +1,4 @@
-"""Ids that may become keys, and the id of a batch.
+"""Ids that may become keys, the id of a batch, and the numbers that go with it.
 
 A client id is a path component of the store and part of a URL, so its pattern is strict and checked before anything is
 built from it: no separator, no dot at the front, no wildcard, no query, ASCII only, at most 64 characters. Incarnations
@@ -7,10 +7,11 @@ and sequence numbers are plain integers, zero-padded in keys so that a listing s
 
 from __future__ import annotations
 
+import math
 import re
 from typing import NamedTuple
 
-from splitfed.errors import IdError
+from splitfed.errors import IdError, InputError
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _LINEAGE = re.compile(r"body|client|body@[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -61,4 +62,15 @@ def check_number(name: str, value: object) -> int:
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_NUMBER:
         raise IdError(f"{name} {str(value)[:40]!r} isn't allowed: expected an integer from 0 to {MAX_NUMBER}")
+    return value
+
+
+def positive(name: str, value: float) -> float:
+    """Return `value` if it is a finite number above 0.
+
+    Raises:
+        InputError: it isn't.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+        raise InputError(f"{name} is {value!r}: expected a finite number above 0")
     return value

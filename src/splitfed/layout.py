@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 
+from splitfed.errors import IdError
 from splitfed.ids import BatchId, check_client_id, check_lineage, check_number
 
 FORMAT = "format.json"
@@ -33,7 +34,7 @@ _TRANSIENT = re.compile(r"(forward|part)/(\d{10,12})/")
 def client(client_id: str, incarnation: int | None = None) -> str:
     """The key of a client's process, or the folder of all of them."""
     folder = f"clients/{check_client_id(client_id)}"
-    return folder if incarnation is None else f"{folder}/{check_number('incarnation', incarnation):08d}"
+    return folder if incarnation is None else f"{folder}/{_padded('incarnation', incarnation, 8)}"
 
 
 class Keys:
@@ -52,36 +53,41 @@ class Keys:
 
     def commit(self, version: int) -> str:
         """The commit that made `version`."""
-        return f"{self.root}/commit/{check_number('version', version):010d}.json"
+        return f"{self.root}/commit/{_padded('version', version)}.json"
 
     def versioned(self, kind: str, version: int, nonce: str) -> str:
         """A file of one commit: 'weights', 'optimizer' or 'applied'."""
-        return f"{self.root}/{kind}/{version:010d}-{nonce}.{'json' if kind == 'applied' else 'safetensors'}"
+        return (
+            f"{self.root}/{kind}/{_padded('version', version)}-{nonce}.{'json' if kind == 'applied' else 'safetensors'}"
+        )
 
     def gradient(self, batch: BatchId) -> str:
         """A batch that waits."""
-        check_number("seq", batch.seq)
-        return f"{self.gradients}/{_own(batch.client_id, batch.incarnation)}-{batch.seq:010d}"
+        return f"{self.gradients}/{_batch(batch)}"
 
     def forward(self, version: int, client_id: str, incarnation: int, call: int) -> str:
         """What a forward ran on."""
         owner = _own(client_id, incarnation)
-        return f"{self.root}/forward/{check_number('version', version):010d}/{owner}-{check_number('call', call):010d}"
+        return f"{self.root}/forward/{_padded('version', version)}/{owner}-{_padded('call', call)}"
 
     def part(self, version: int, batch: BatchId, part: int) -> str:
         """One call's share of a batch."""
-        check_number("part", part)
-        owner = _own(batch.client_id, batch.incarnation)
-        return f"{self.root}/part/{check_number('version', version):010d}/{owner}-{batch.seq:010d}-{part:06d}"
+        return f"{self.root}/part/{_padded('version', version)}/{_batch(batch)}-{_padded('part', part, 6)}"
 
     def pin(self, batch: BatchId) -> str:
         """The version that a one-trip loss call runs at."""
-        return f"{self.root}/pin/{_own(batch.client_id, batch.incarnation)}-{batch.seq:010d}"
+        return f"{self.root}/pin/{_batch(batch)}"
 
     def parse_gradient(self, key: str) -> BatchId | None:
         """The batch whose gradient lies at `key`; `None` for anything else."""
         found = _GRADIENT.fullmatch(key.removeprefix(f"{self.root}/"))
-        return BatchId(found[1], int(found[2]), int(found[3])) if found else None
+        if found is None:
+            return None
+        try:
+            batch = BatchId(found[1], int(found[2]), int(found[3]))
+            return batch if self.gradient(batch) == key else None  # not one that is spelled otherwise
+        except IdError:
+            return None
 
     def parse_versioned(self, key: str) -> tuple[int, str] | None:
         """(version, nonce) of a file of a commit; `None` for anything else."""
@@ -94,5 +100,13 @@ class Keys:
         return int(found[2]) if found else None
 
 
+def _padded(name: str, value: int, width: int = 10) -> str:
+    return f"{check_number(name, value):0{width}d}"
+
+
 def _own(client_id: str, incarnation: int) -> str:
-    return f"{check_client_id(client_id)}/{check_number('incarnation', incarnation):08d}"
+    return f"{check_client_id(client_id)}/{_padded('incarnation', incarnation, 8)}"
+
+
+def _batch(batch: BatchId) -> str:
+    return f"{_own(batch.client_id, batch.incarnation)}-{_padded('seq', batch.seq)}"

@@ -9,6 +9,7 @@ The trap: after an ambiguous create, one's own files may be the ones that the re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import uuid
@@ -51,7 +52,9 @@ class Lineage(Versions):
             parts = codec.encode({name: state[name] for name in frozen})
             name = sha256(parts)
             self.blobs.create(self.keys.frozen(name), parts)
-        self.publish(Commit(0, "initial", "", {}, name), state, None, BatchSet())
+        made = self.publish(Commit(0, "initial", "", {}, name), state, None, BatchSet())
+        if made is None and name is not None and self.commit(0).frozen != name:
+            self.blobs.delete(self.keys.frozen(name))
 
     def publish(self, commit: Commit, state: Mapping[str, Tensor], optimizer: Any, applied: BatchSet) -> Commit | None:
         """Make `commit.version` from these; the record's nonce, files and time are filled in here.
@@ -85,7 +88,8 @@ class Lineage(Versions):
             for kind in files:
                 self.blobs.delete(self.keys.versioned(kind, commit.version, nonce))
             return None
-        self.blobs.put(self.keys.head, [str(commit.version).encode()])
+        with contextlib.suppress(StoreError):  # a hint only
+            self.blobs.put(self.keys.head, [str(commit.version).encode()])
         return winner
 
     def sweep(self, keep: int) -> int:
@@ -126,13 +130,24 @@ class Lineage(Versions):
         head = self.head()
         if not 0 <= version < head:
             raise InputError(f"can't roll back to version {version}: expected one from 0 to {head - 1}")
-        lost = [str(batch) for v in range(version + 1, head + 1) for batch in self.commit(v).folded]
+        kept = set(self._folds(version))
+        lost = [str(batch) for v in self._folds(head) if v not in kept for batch in self.commit(v).folded]
         state = self.checked_state(version)
-        commit = Commit(head + 1, "rollback", "", {}, self.commit(version).frozen)
+        commit = Commit(head + 1, "rollback", "", {}, self.commit(version).frozen, restored=version)
         made = self.publish(commit, state, self.optimizer(version), self.applied(head))
         if made is None:
             raise StoreError(f"version {head + 1} was committed meanwhile: try the rollback again")
         return made, lost
+
+    def _folds(self, version: int) -> list[int]:
+        """The commits whose folds are in the state of a version, oldest first; a rollback leaves out what it undid."""
+        found = []
+        while version > 0:
+            commit = self.commit(version)
+            if commit.restored is None:
+                found.append(version)
+            version = version - 1 if commit.restored is None else commit.restored
+        return found[::-1]
 
     def _frozen_names(self) -> list[str]:
         return [name for name, entry in self.fingerprint().items() if entry.get("role") == "frozen"]

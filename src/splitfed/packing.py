@@ -72,6 +72,21 @@ def peek(cls: type, data: memoryview | bytes | bytearray, fields: Iterable[str])
     return {name: trees.unflatten(found.get(name), []) for name in fields}
 
 
+def read_json(data: bytes | memoryview | None, what: str) -> dict[str, Any]:
+    """The JSON object in `data`.
+
+    Raises:
+        FormatError: there is none.
+    """
+    try:
+        found = json.loads(bytes(data or b""))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{what} isn't readable JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{what} isn't a JSON object: expected {{...}}, got {str(found)[:40]}")
+    return found
+
+
 def digest(said: object, tensors: Iterable[Tensor | None]) -> str:
     """SHA-256 of what a request says: a retry has the same, another request another.
 

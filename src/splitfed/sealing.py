@@ -16,11 +16,13 @@ from torch import Tensor
 from splitfed import codec
 from splitfed.applied import MAX_GAPS
 from splitfed.errors import BusyError, ExpiredError, InputError
-from splitfed.ids import BatchId
+from splitfed.ids import BatchId, positive
 from splitfed.messages import Chain, GradientRecord, Housekeeping, Seal
 from splitfed.packing import digest
 from splitfed.pile import Pile
 from splitfed.versions import Versions
+
+_STATUS = {"gradient": "stored", "rejected": "rejected", "skip": "rejected"}
 
 
 class Sealer:
@@ -57,10 +59,10 @@ class Sealer:
                 f"loss_scale of batch {batch} is {record.loss_scale}: expected a finite number other than 0"
             )
         if self._is_applied(batch):
-            return "stored"
+            return self._versions.outcome(batch)
         if not all(codec.all_finite(gradient) for gradient in record.gradients.values()):
             record = replace(record, kind="rejected", gradients={}, buffers=[])
-        return {"gradient": "stored", "skip": "rejected"}.get(kind := self._pile.create(batch, record), kind)
+        return _STATUS[self._pile.create(batch, record)]
 
     def seal(self, batch: BatchId, own: int, seal: Seal, share: GradientRecord | None) -> str:
         """Make a batch of its parts and, last, the share of the call that rides along as part number `own`.
@@ -76,7 +78,7 @@ class Sealer:
             part = self._pile.part(version, batch, number)
             if part is None:
                 if self.is_known(batch):
-                    return "stored"
+                    return self._outcome(batch)
                 raise ExpiredError(
                     f"part {number} of batch {batch} has left the store, so the batch is lost and counts nowhere: "
                     "go on with the next one"
@@ -112,26 +114,19 @@ class Sealer:
             if not self.is_known(batch):
                 self._pile.create(batch, GradientRecord("skip", 0, 0.0, 1.0, "", self._numerics, {}, []))
 
+    def _outcome(self, batch: BatchId) -> str:
+        waiting = self._pile.peek(batch)
+        return self._versions.outcome(batch) if waiting is None else _STATUS.get(str(waiting["kind"]), "stored")
+
     def _is_applied(self, batch: BatchId) -> bool:
         applied = self._versions.applied(self._versions.head())
-        if applied.gaps(batch.client_id) > MAX_GAPS:
+        if applied.gaps(batch.client_id) > MAX_GAPS and batch not in applied and not applied.fills_gap(batch):
             raise BusyError(
                 f"client {batch.client_id!r} has more than {MAX_GAPS} holes in its sequence of batches: earlier "
                 "ones are still "
                 "under way or lost. Try again after the next commit"
             )
         return batch in applied
-
-
-def positive(name: str, value: float) -> float:
-    """Return `value` if it is a finite number above 0.
-
-    Raises:
-        InputError: it isn't.
-    """
-    if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name} is {value!r}: expected a finite number above 0")
-    return value
 
 
 def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -84,9 +84,8 @@ class SplitServer:
         state = self._template.state(body)
         first = next((t.device for t in state.values()), torch.device("cpu"))
         self.device = torch.device(device) if device is not None else first
+        self._versions, self._pile = store.lineage(lineage), store.pile(lineage)
         self._numerics = store.begin(self.device)
-        self._versions = store.lineage(lineage)
-        self._pile = store.pile(lineage)
         self._versions.initialise(self._template.fingerprint(), state)
         self._sealer = Sealer(self._versions, self._pile, self._numerics)
         self._halves = Halves(store, self._numerics)

@@ -21,6 +21,7 @@ from splitfed.errors import FormatError, InputError, MissingError, SupersededErr
 from splitfed.ids import BatchId
 from splitfed.lineage import Lineage
 from splitfed.numerics import class_id, numerics_class
+from splitfed.packing import read_json
 from splitfed.pile import Pile
 
 FORMAT_VERSION = 1
@@ -130,8 +131,8 @@ class GradientStore:
                 self.blobs.probe()
                 header = {"format": FORMAT_VERSION, "numerics": own}
                 self.blobs.create(layout.FORMAT, [json.dumps(header, indent=1).encode()])
-            found = json.loads(bytes(self.blobs.get(layout.FORMAT) or b"{}"))
-            if found.get("format") != FORMAT_VERSION:
+            found = read_json(self.blobs.get(layout.FORMAT), layout.FORMAT)
+            if found.get("format") != FORMAT_VERSION or not isinstance(found.get("numerics"), dict):
                 raise FormatError(
                     f"{self.url} has format {found.get('format')!r}, expected {FORMAT_VERSION}: use the splitfed "
                     "that wrote it"
@@ -152,15 +153,16 @@ class GradientStore:
         """The short name of version 0's numerics class."""
         return class_id(self._format["numerics"]) if self._format else ""
 
-    def open_client(self, client_id: str, process: str) -> int:
+    def open_client(self, client_id: str, process: str | None = None) -> int:
         """The incarnation of a client's process: its own if it has one, else a new one, and those before can't count.
 
         Args:
             client_id: The client.
             process: What the process calls itself; a random string, so that a repeated request opens nothing new.
         """
-        mine = json.dumps({"process": process}).encode()
-        taken = [int(key.rpartition("/")[2]) for key in self.blobs.list(layout.client(client_id))]
+        mine = json.dumps({"process": process or os.urandom(16).hex()}).encode()
+        names = [key.rpartition("/")[2] for key in self.blobs.list(layout.client(client_id))]
+        taken = [int(name) for name in names if name.isdecimal() and name.isascii()]
         for incarnation in sorted(taken, reverse=True):
             if self._process(client_id, incarnation) == mine:
                 return incarnation

@@ -7,7 +7,6 @@ at an old version for long. What is cached here can't change: records, and the f
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -20,8 +19,9 @@ from splitfed.blobs import Blobs, Buffer
 from splitfed.cache import Bounded
 from splitfed.commits import Commit
 from splitfed.errors import CorruptedError, ExpiredError, FormatError, MissingError
+from splitfed.ids import BatchId
 from splitfed.layout import Keys
-from splitfed.packing import unpack_tree
+from splitfed.packing import read_json, unpack_tree
 from splitfed.template import Fingerprint
 
 T = TypeVar("T")
@@ -45,7 +45,8 @@ class Versions:
         self._states: Bounded[int, dict[str, Tensor]] = Bounded(CACHED)
         self._applied: Bounded[int, BatchSet] = Bounded(CACHED)
         self._frozen: dict[str, dict[str, Tensor]] = {}
-        self._corrupt: dict[int, CorruptedError] = {}
+        self._suspect: set[int] = set()
+        """Versions whose weights a check in the background found changed."""
 
     def fingerprint(self) -> Fingerprint:
         """The architecture that this lineage was begun with.
@@ -59,7 +60,9 @@ class Versions:
                 f"the store has no lineage {self.name!r} yet: a SplitServer or Accumulator begins it with its "
                 "module's weights"
             )
-        fingerprint: Fingerprint = json.loads(bytes(data))
+        fingerprint: Fingerprint = read_json(data, self.keys.fingerprint)
+        if not all(isinstance(entry, dict) for entry in fingerprint.values()):
+            raise FormatError(f"{self.keys.fingerprint} isn't a fingerprint: expected an object for each tensor")
         return fingerprint
 
     def head(self) -> int:
@@ -67,7 +70,7 @@ class Versions:
         version = self._head
         if version < 0:
             hint = self.blobs.get(self.keys.head)
-            version = int(bytes(hint)) if hint is not None and bytes(hint).isdigit() else -1
+            version = int(bytes(hint)) if hint is not None and bytes(hint).isdigit() and len(hint) <= 12 else -1
             if version >= 0 and self._find(version) is None:
                 version = -1
         while self._find(version + 1) is not None:
@@ -95,17 +98,32 @@ class Versions:
             ExpiredError: its weights have left the retention window.
             CorruptedError: they aren't what was committed.
         """
+        if version in self._suspect:
+            self.checked_state(version)
         return self._cached(self._states, version, self._load_state)
 
     def checked_state(self, version: int) -> dict[str, Tensor]:
         """As `state`, with the hash checked before the answer: for what will be built upon or handed out."""
         self._file(version, "weights")
-        return self.state(version)
+        if version in self._suspect:  # restored from a copy meanwhile
+            self._suspect.discard(version)
+            self._states.pop(version)
+        return self._cached(self._states, version, self._load_state)
 
     def weights(self, version: int) -> dict[str, Tensor]:
         """A version's tensors under all their names, as the module's `state_dict()` has them; copies."""
         copies = {name: tensor.clone() for name, tensor in self.checked_state(version).items()}
         return {name: copies[entry.get("tied", name)] for name, entry in self.fingerprint().items()}
+
+    def outcome(self, batch: BatchId) -> str:
+        """What became of a counted batch: 'stored', or 'rejected'. Searches the records, newest first."""
+        for version in range(self.head(), 0, -1):
+            commit = self.commit(version)
+            if batch in commit.folded or batch in commit.stale:
+                return "stored"
+            if batch in commit.rejected or batch in commit.skipped:
+                return "rejected"
+        return "stored"
 
     def optimizer(self, version: int) -> Any:
         """The state of optimizer and scheduler at a version, or `None` if none has stepped."""
@@ -125,13 +143,11 @@ class Versions:
         return found
 
     def _cached(self, cache: Bounded[int, T], version: int, load: Callable[[int], T]) -> T:
-        if version in self._corrupt:
-            raise self._corrupt[version]
         found = cache.get(version)
         return cache.put(version, load(version)) if found is None else found
 
     def _load_applied(self, version: int) -> BatchSet:
-        return BatchSet.from_json(json.loads(bytes(self._file(version, "applied"))))
+        return BatchSet.from_json(read_json(self._file(version, "applied"), f"the applied table of version {version}"))
 
     def _load_state(self, version: int) -> dict[str, Tensor]:
         commit, data = self.commit(version), self._file(version, "weights", wait=False)
@@ -168,18 +184,17 @@ class Versions:
         return data
 
     def _verify(self, commit: Commit, kind: str, data: Buffer, loud: bool = True) -> None:
-        if sha256([data]) != commit.files[kind]:
-            error = self._corrupted(commit.version, kind)
-            if loud:
-                raise error
+        if sha256([data]) == commit.files[kind]:
+            return
+        if loud:
+            raise self._corrupted(commit.version, kind)
+        self._suspect.add(commit.version)
 
     def _corrupted(self, version: int, kind: str) -> CorruptedError:
-        self._corrupt[version] = CorruptedError(
-            f"the {kind} of version {version} of lineage {self.name!r} aren't what was committed: the file was "
-            "changed from "
-            "outside. Restore it from a copy, or go back with GradientStore.rollback()"
+        return CorruptedError(
+            f"the {kind} of version {version} of lineage {self.name!r} aren't what was committed: the file was changed "
+            "from outside. Restore it from a copy, or go back with GradientStore.rollback()"
         )
-        return self._corrupt[version]
 
 
 def sha256(parts: list[Any]) -> str:

@@ -49,8 +49,8 @@ def run(settings: Settings, output: Path, directory: Path | None, screen: Screen
     start = time.perf_counter()
     digits = data.load(directory)
     prepare(output, settings)
+    initial = model.build(settings.seed)
     with _reproducible(settings.seed):
-        initial = model.build(settings.seed)
         store = GradientStore(output / _STORE, sync="process")
         history = []
         with (output / "history.jsonl").open("w", encoding="utf-8") as file:
@@ -58,7 +58,8 @@ def run(settings: Settings, output: Path, directory: Path | None, screen: Screen
                 history.append(row | {"seconds": round(time.perf_counter() - start, 2)})
                 file.write(json.dumps(history[-1]) + "\n")
                 file.flush()
-        halfway = time.perf_counter()
+    halfway = time.perf_counter()
+    with _reproducible(settings.seed):
         pooled = list(centralised.train(settings, digits, initial, screen))
     plots.curves(output / "curves.png", history, pooled)
     end = time.perf_counter()

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from splitfed.demo.screen import Row
 
@@ -32,10 +32,12 @@ def curves(path: Path, history: Sequence[Row], pooled: Sequence[Row]) -> None:
     left, right = figure.subplots(1, 2)
     for axes, name in ((left, "accuracy"), (right, "loss")):
         _draw(axes, name, history, pooled)
-    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    left.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    right.set_ylim(bottom=0)
     figure.suptitle(
-        f"Split over data owners, {history[-1]['accuracy']:.1%} right; "
-        f"all data in one place, {pooled[-1]['accuracy']:.1%}",
+        f"{history[-1]['accuracy']:.1%} of the test digits right, split over data owners; "
+        f"{pooled[-1]['accuracy']:.1%} with all data in one place",
         x=0.01,
         ha="left",
         color=_INK,
@@ -53,12 +55,13 @@ def _draw(axes: Axes, name: str, history: Sequence[Row], pooled: Sequence[Row]) 
     axes.set_title(f"Test {name}", loc="left", color=_INK, fontsize=11)
     axes.set_xlabel("round (one pass over the training digits)", color=_FAINT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.set_xlim(0.7, len(history) + 0.3)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=_FAINT, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)
-    axes.legend(frameon=False, labelcolor=_INK, reverse=True)
-    if name == "loss":
-        axes.set_ylim(bottom=0)
+    axes.legend(
+        frameon=False, labelcolor=_INK, reverse=True, loc="lower right" if name == "accuracy" else "upper right"
+    )

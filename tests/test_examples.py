@@ -1,0 +1,90 @@
+"""The examples run as a newcomer would run them, in processes of their own, and reach what they say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from splitfed import GradientStore
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = {
+    "quickstart.py": ["--epochs", "4"],
+    "hospitals.py": [],
+    "bert.py": ["--steps", "100"],
+    "unet.py": ["--steps", "60"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each example has its store, under its own name."""
+    return tmp_path_factory.mktemp("stores")
+
+
+@pytest.fixture(scope="module")
+def ended(folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
+    """All examples, run two at a time; warnings in them are errors."""
+
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "error", str(EXAMPLES / name), *SMALL[name], "--store", str(folder / name)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SMALL, pool.map(run, SMALL), strict=True))
+
+
+@pytest.fixture
+def printed(request: pytest.FixtureRequest, ended: dict[str, subprocess.CompletedProcess[str]]) -> str:
+    """What the example that a test is named after has printed."""
+    result = ended[request.node.name.removeprefix("test_") + ".py"]
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def figures(pattern: str, printed: str) -> list[float]:
+    """The numbers that a pattern's one group finds."""
+    return [float(found) for found in re.findall(pattern, printed)]
+
+
+def test_all_examples_are_here() -> None:
+    """A new script in `examples/` needs its test."""
+    assert sorted(SMALL) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+def test_quickstart(printed: str, folder: Path) -> None:
+    """14 batches per owner and epoch make 14 commits; after 4 epochs both owners are right on 88 % or more."""
+    assert figures(r"epoch \d: .* version (\d+)", printed) == [14, 28, 42, 56]
+    right = figures(r"accuracy of owner-[ab]: ([\d.]+)", printed)
+    assert len(right) == 2
+    assert min(right) >= 0.88
+    store = GradientStore(folder / "quickstart.py")
+    assert store.latest_version() == 56
+    assert store.waiting() == []
+
+
+def test_hospitals(printed: str) -> None:
+    """Together the hospitals come near the pooled model, as neither does alone."""
+    assert "body at version 72, halves at version 8" in printed
+    referral, screening, together, pooled = figures(r"accuracy .*: ([\d.]+)", printed)
+    assert together >= max(0.92, pooled - 0.04)
+    assert together > max(referral, screening)
+
+
+def test_bert(printed: str) -> None:
+    """The cut is exact, and with a layer on the server BERT learns which marker comes first."""
+    table = [line for line in printed.splitlines() if line.startswith(("outputs", "input", "parameter g", "buffers"))]
+    assert [line.split()[-1] for line in table] == ["equal"] * 4
+    (right,) = figures(r"accuracy: ([\d.]+)", printed)
+    assert right >= 0.85
+
+
+def test_unet(printed: str) -> None:
+    """The split network marks discs far better than a threshold does."""
+    found, threshold = figures(r"dice.* ([\d.]{5})", printed)
+    assert found >= 0.7 > threshold + 0.2
