@@ -168,7 +168,7 @@ def model_output() -> nn.Module:
 
 
 def memory_order() -> nn.Module:
-    """Channels-last convolutions and, at both sides, sums over all elements: their bits depend on the memory's order."""
+    """Channels-last convolutions and, at both sides, sums of all elements: their bits depend on the order in memory."""
 
     def summed(m: Any, x: Tensor) -> Tensor:
         return m.block(x) * x.exp().sum() / x.numel()

@@ -210,10 +210,14 @@ class Nth:
         self.log: list[tuple[str, str]] = []
         self._armed = False
 
+    def arm(self) -> None:
+        """Count operations from now on."""
+        self._armed = True
+
     @contextmanager
     def armed(self) -> Iterator[Nth]:
         """Count operations within; those outside go through."""
-        self._armed = True
+        self.arm()
         try:
             yield self
         finally:

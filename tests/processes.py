@@ -254,7 +254,10 @@ def train(url: str, *, owners: int, steps: int, kills: int, seed: int, limit: fl
             ready = wait(list(reports), timeout=limit - (time.monotonic() - began))
             assert ready, f"nothing happened any more: {len(outcome.acknowledged)} batches, killed {outcome.kills}"
             for reading in ready:
-                acknowledged, half = reading.recv()
+                try:
+                    acknowledged, half = reading.recv()
+                except EOFError:
+                    raise AssertionError(f"{reports[reading]} died: its traceback is on stderr") from None
                 outcome.acknowledged |= acknowledged
                 if half is not None:
                     outcome.halves[reports.pop(reading)] = half

@@ -38,7 +38,7 @@ def plain(commit: Commit) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, BatchSet) else value for name, value in fields.items()}
 
 
-@pytest.mark.parametrize("commit", [FULL, Commit(0, "initial", "ab", {})], ids=["full", "empty"])
+@pytest.mark.parametrize("commit", [FULL, Commit(0, "initial", "ab", {"weights": "c0", "applied": "c1"})], ids=["full", "empty"])
 def test_a_record_is_read_as_it_was_written(commit: Commit) -> None:
     """Every field survives, staleness with integers as keys."""
     assert plain(Commit.from_json(commit.to_json())) == plain(commit)

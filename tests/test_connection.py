@@ -141,7 +141,11 @@ def test_the_loss_scale_is_a_number_or_asked_for(value: Any, scale: float) -> No
     assert connection(value).scale() == scale
 
 
-@pytest.mark.parametrize("value", [0, math.nan, math.inf, lambda: 0.0, "two", None, lambda: None], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [0, math.nan, math.inf, lambda: 0.0, "two", None, lambda: None],
+    ids="zero nan inf asked_zero text none asked_none".split(),
+)
 def test_a_loss_scale_that_isnt_one_is_refused(value: Any) -> None:
     """Finite and not zero, since gradients are divided by it."""
     with pytest.raises(InputError, match=r"loss_scale is .*expected a finite number other than 0"):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from splitfed.errors import IdError
-from splitfed.ids import MAX_NUMBER, BatchId, check_client_id, check_lineage, check_number
+from splitfed.errors import IdError, InputError
+from splitfed.ids import MAX_NUMBER, BatchId, check_client_id, check_lineage, check_number, positive
 
 HOSTILE = {
     "empty": "",
@@ -122,3 +122,18 @@ def test_batch_ids_sort_as_numbers_do_and_print_as_they_are_written() -> None:
     """By client, then process, then sequence number: 10 comes after 9."""
     ids = [BatchId("b", 1, 0), BatchId("a", 2, 0), BatchId("a", 1, 10), BatchId("a", 1, 9)]
     assert [str(batch) for batch in sorted(ids)] == ["a/1/9", "a/1/10", "a/2/0", "b/1/0"]
+
+
+@pytest.mark.parametrize("value", [1, 0.25, 5e-324, 1e308])
+def test_a_weight_is_any_finite_number_above_zero(value: float) -> None:
+    """Examples, tokens, or fractions of them."""
+    assert positive("num_samples", value) == value
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 0.0, float("nan"), float("inf"), True, "1", None, 10**400], ids=lambda v: repr(v)[:9]
+)
+def test_what_weighs_nothing_is_refused(value: Any) -> None:
+    """It could undo other batches, or be no number at all."""
+    with pytest.raises(InputError, match=r"num_samples is .*: expected a finite number above 0"):
+        positive("num_samples", value)

@@ -114,6 +114,28 @@ def test_all_calls_of_one_client_call_run_at_one_version(tmp_path: Path) -> None
     assert torch.equal(split.client(inputs[0][0]), splitfed.join(split.half, split.store.load_weights(1))(inputs[0][0]))
 
 
+def test_clients_in_threads_of_one_process_keep_their_seeds(tmp_path: Path) -> None:
+    """Torch's generator is the process's, yet a client's draw never disturbs a body that runs in another thread."""
+    split = Split(model(), "1", tmp_path, keep_graphs=0)
+    errors: list[Exception] = []
+
+    def work(name: str) -> None:
+        client = splitfed.SplitClient(splitfed.split(model(), "1")[0], split.wire, name)
+        try:
+            for _ in range(20):
+                client(torch.ones(4, 8)).sum().backward()
+        except splitfed.SplitFedError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(split.waiting()) == 80
+
+
 def test_evaluation_at_a_version(tmp_path: Path) -> None:
     """client.at(version) evaluates with that version's weights, older ones too, and ends with the block."""
     split = Split(model(), "1", tmp_path)

@@ -7,11 +7,16 @@ import uuid
 
 import harness_store as h
 import pytest
+import torch
 from harness_store import Hook, Nth, Point, again, batch, bits, check_counted_once, commits, drain, hooked, record, sgd
 from torch import nn
 
 from splitfed.accumulator import Accumulator
+from splitfed.client import SplitClient
+from splitfed.cutpoint import CutPoint
 from splitfed.errors import ExpiredError
+from splitfed.sealing import Sealer
+from splitfed.server import SplitServer
 from splitfed.store import GradientStore
 from splitfed.template import Template
 
@@ -160,6 +165,33 @@ def test_a_commit_that_was_made_is_returned_whatever_others_do_meanwhile(store_u
     check_counted_once(quick, [batch(seq) for seq in range(4)])
     assert commit is not None
     assert mine.num_conflicts == 0
+
+
+def overtaken(url: str, at: str) -> GradientStore:
+    """A store whose first operation `at` is preceded by three commits of somebody else, who keeps two versions."""
+    quick = GradientStore(url, sync="process")
+    other = Accumulator(Point(), quick, sgd(), keep_versions=2)
+
+    def overtake() -> None:
+        for seq in range(3):
+            quick.pile().create(batch(seq, "b"), record())
+            assert other.step() is not None
+
+    hook = Nth(0, h.meanwhile(overtake), at=at)
+    store = hooked(url, hook)
+    hook.arm()
+    return store
+
+
+def test_a_replica_that_is_overtaken_looks_again(store_url: str) -> None:
+    """The head that it found has left the window when it reads on: it answers at the new one, and gives nothing up."""
+    sealer_store = overtaken(f"{store_url}-backward", "get body/applied")
+    sealer = Sealer(sealer_store.lineage(), sealer_store.pile(), "n")
+    assert sealer.store(batch(0), record()) == "stored"
+    assert overtaken(f"{store_url}-waiting", "get body/applied").waiting() == []
+    server = SplitServer(Point(), overtaken(f"{store_url}-forward", "get body/weights"))
+    with torch.no_grad():
+        assert SplitClient(nn.Sequential(CutPoint()), server, "a")(torch.zeros(2)).tolist() == [-3.0, -3.0]
 
 
 def test_eight_threads_begin_one_store(store_url: str) -> None:

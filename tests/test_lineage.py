@@ -18,8 +18,6 @@ from splitfed.lineage import Lineage
 from splitfed.store import GradientStore
 from splitfed.template import Template
 
-KINDS = ("weights", "optimizer", "applied")
-
 
 @pytest.fixture
 def store(store_url: str) -> GradientStore:
@@ -29,21 +27,16 @@ def store(store_url: str) -> GradientStore:
     return store
 
 
-def at(value: float) -> dict[str, torch.Tensor]:
-    """The state of a `Point`."""
-    return {"w": torch.full((2,), value)}
-
-
 def publish(lineage: Lineage, version: int, value: float) -> Commit | None:
     """Try to make a version by hand."""
-    return lineage.publish(Commit(version, "fold", "", {}), at(value), {"lr": value}, BatchSet([batch(version)]))
+    state = {"w": torch.full((2,), value)}
+    return lineage.publish(Commit(version, "fold", "", {}), state, {"lr": value}, BatchSet([batch(version)]))
 
 
 def files(store: GradientStore) -> set[tuple[int, str]]:
     """(version, nonce) of all that lies there besides records."""
-    lineage = store.lineage()
-    keys = [key for kind in KINDS for key in store.blobs.list(f"body/{kind}")]
-    return {found for found in map(lineage.keys.parse_versioned, keys) if found is not None}
+    keys = [key for kind in ("weights", "optimizer", "applied") for key in store.blobs.list(f"body/{kind}")]
+    return {found for found in map(store.lineage().keys.parse_versioned, keys) if found is not None}
 
 
 def begin(store: GradientStore, module: nn.Module) -> None:
@@ -73,30 +66,24 @@ def test_a_loser_of_version_0_leaves_no_frozen_file(store_url: str) -> None:
     assert len([key for key in first.blobs.list("body") if "frozen-" in key]) == 1
 
 
-@pytest.mark.parametrize(
-    ("other", "tensors"),
-    [
-        (
-            nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)),
-            ["0.weight", r"float32 \(4, 3\)", r"\(5, 3\)"],
-        ),
-        (h.net().double(), ["0.weight", "float32", "float64"]),
-        (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), ["2.weight", "got nothing"]),
-        (nn.Sequential(*h.net(), nn.Linear(2, 2)), ["3.weight", "the store has nothing"]),
-        (
-            h.net()[0].requires_grad_(False) and nn.Sequential(h.net()[0].requires_grad_(False), *h.net()[1:]),
-            ["trainable", "frozen"],
-        ),
-    ],
-    ids=["shape", "dtype", "missing", "more", "frozen"],
-)
+FIRST, *REST = h.net()
+OTHERS = {
+    "shape": (nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), r"0.weight.*\(4, 3\).*\(5, 3\)"),
+    "dtype": (h.net().double(), "0.weight.*float32.*float64"),
+    "missing": (h.net()[:2], "2.weight.*got nothing"),
+    "more": (nn.Sequential(*h.net(), nn.Linear(2, 2)), "3.weight.*the store has nothing"),
+    "frozen": (nn.Sequential(FIRST.requires_grad_(False), *REST), "0.weight.*trainable.*got frozen"),
+}
+
+
+@pytest.mark.parametrize(("other", "tensors"), OTHERS.values(), ids=OTHERS)
 def test_another_architecture_is_refused_by_the_names_of_its_tensors(
-    store_url: str, other: nn.Module, tensors: list[str]
+    store_url: str, other: nn.Module, tensors: str
 ) -> None:
     """The error says which tensors differ and how; the store is as it was."""
     store = GradientStore(store_url, sync="process")
     begin(store, h.net())
-    with pytest.raises(ArchitectureError, match=".*".join(tensors)):
+    with pytest.raises(ArchitectureError, match=tensors):
         Accumulator(other, again(store), sgd())
     assert bits(again(store).load_weights()) == bits(h.net().state_dict())
 
@@ -205,7 +192,7 @@ def test_rollback_makes_a_new_version_of_an_old_state(store: GradientStore) -> N
     assert store.latest_version() == 4
     assert bits(again(store).load_weights(4)) == old
     assert commits(store)[4].kind == "rollback"
-    for seq in range(3):  # late duplicates of what was lost
+    for seq in range(3):  # late duplicates
         store.pile().create(batch(seq), record(base_version=seq))
     assert h.drain(Accumulator(Point(), again(store), h.adam)) == []
     h.check_counted_once(store, [batch(0), batch(1), batch(2)])

@@ -47,7 +47,7 @@ def write_and_commit(url: str, name: str, deadline: float) -> tuple[int, int]:
         for _ in range(2):
             store.pile().create(batch(seq, name), gradient(batch(seq, name)))
             creates += 1
-        if seq % 3 == 2:
+        if seq % 2:
             accumulator.step()
         assert time.monotonic() < deadline, f"{name} is at batch {seq} of {BATCHES}"
     return creates, accumulator.num_conflicts

@@ -25,7 +25,7 @@ from splitfed.buffers import Rule, merge_buffers
 from splitfed.commits import Commit
 from splitfed.errors import InputError, MissingError, StoreError
 from splitfed.folding import Folded, Sorted, fold, sort_batches
-from splitfed.ids import BatchId
+from splitfed.ids import BatchId, positive
 from splitfed.optimizers import Groups, OptimizerFactory, SchedulerFactory
 from splitfed.policies import constant
 from splitfed.stepping import Stepper
@@ -90,8 +90,8 @@ class Accumulator:
         self.keep_versions = (
             max(KEEP_VERSIONS, least) if keep_versions is None else _at_least("keep_versions", keep_versions, least)
         )
-        if clip_norm is not None and not clip_norm > 0:
-            raise InputError(f"clip_norm is {clip_norm!r}: expected a norm above 0")
+        if clip_norm is not None:
+            positive("clip_norm", clip_norm)
         self.store = store
         self.num_conflicts = 0
         """How often another accumulator won the version that this one had computed."""
@@ -195,7 +195,7 @@ class Accumulator:
         return commit
 
     def _clean(self, closed: list[BatchId]) -> None:
-        """Take what was closed off the pile, as far as the head of now says so; what stays is found as counted later."""
+        """Take what was closed off the pile, as far as the head of now says so; what stays is found counted later."""
         for batch in closed:
             self._headers.pop(batch, None)
         with contextlib.suppress(StoreError, MissingError):

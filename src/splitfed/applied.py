@@ -39,6 +39,9 @@ class BatchSet:
                 for low, high in runs:
                     yield from (BatchId(client_id, incarnation, seq) for seq in range(low, high + 1))
 
+    def __repr__(self) -> str:
+        return f"BatchSet({self.to_json()})"
+
     def __len__(self) -> int:
         runs = (run for incarnations in self._intervals.values() for runs in incarnations.values() for run in runs)
         return sum(high - low + 1 for low, high in runs)

@@ -75,7 +75,9 @@ class Session:
         self._made.append(_Made(request.seed, answer.crcs, before, request.call if request.grad else None))
         return self._connect(request, answer, tensors)
 
-    def recompute(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], earlier: Sequence[Any]) -> Any:
+    def recompute(
+        self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], earlier: Sequence[Any], alone: bool
+    ) -> Any:
         """Answer a cut call made again inside of a backward pass, for the session that made it first.
 
         Raises:
@@ -85,6 +87,9 @@ class Session:
         candidates = [
             (session, made) for session in earlier for made in reversed(session._made) if made.seed == seed.value
         ]
+        if not candidates and not alone:
+            seed.put_back()
+            return NotImplemented
         for session, made in candidates:
             request, tensors = session.request(point, args, kwargs, seed, made.before)
             with uncached():

@@ -58,6 +58,10 @@ class SplitClient(nn.Module):
         self, client_half: nn.Module, server: Transport, client_id: str, *, loss_scale: LossScale = 1.0
     ) -> None:
         check_client_id(client_id)
+        if not isinstance(client_half, nn.Module):
+            raise InputError(
+                f"client_half is a {type(client_half).__name__}: expected an nn.Module, the half of split()"
+            )
         if isinstance(client_half, SplitClient):
             raise InputError("client_half is a SplitClient already: pass the half that it wraps, client.client_half")
         if not any(isinstance(module, CutPoint) for module in client_half.modules()):

@@ -93,6 +93,12 @@ class Commit:
                 fields[name] = BatchSet.from_json(fields[name])
             fields["older"] = {int(version): BatchSet.from_json(ids) for version, ids in fields["older"].items()}
             fields["staleness"] = {int(age): int(count) for age, count in fields["staleness"].items()}
-            return cls(**fields)
+            found = cls(**fields)
+            texts = [found.kind, found.nonce, *found.files.values()]
+            if not {"weights", "applied"} <= set(found.files) or not all(type(text) is str for text in texts):
+                raise FormatError(f"this commit record names no whole version: {str(found.files)[:80]}")
+            return found
+        except FormatError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FormatError(f"this isn't a commit record: {error}") from error

@@ -32,9 +32,12 @@ class Caller(Protocol):
         ...
 
     def recompute(
-        self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], earlier: Sequence[Caller]
+        self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], earlier: Sequence[Caller], alone: bool
     ) -> Any:
-        """Answer a call made again inside of a backward pass, for whichever caller made it first."""
+        """Answer a call made again inside of a backward pass, for whichever caller made it first.
+
+        `NotImplemented` if nobody did, and it isn't `alone` but has a caller of its own.
+        """
         ...
 
 
@@ -48,6 +51,8 @@ class Origin:
     template: Template
     places: tuple[tuple[str, str], ...]
     """(position in the `nn.Sequential`, or '' for the cut point's own place; name of the part in the body)."""
+    training: bool
+    """The mode that the cut was in; in that mode its parts keep modes of their own."""
 
 
 class CutPoint(nn.Module):
@@ -80,13 +85,14 @@ class CutPoint(nn.Module):
                 "Use loss.backward() or torch.autograd.grad"
             )
         caller = active_caller.get()
+        if torch._C._current_graph_task_id() != -1 and self._callers:
+            found = self._callers[-1].recompute(self, args, kwargs, list(reversed(self._callers)), caller is None)
+            if found is not NotImplemented:
+                return found
         if caller is not None:
             if caller not in self._callers:
                 self._callers.append(caller)
             return caller.call(self, args, kwargs)
-        if torch._C._current_graph_task_id() != -1 and self._callers:
-            earlier = list(reversed(self._callers))
-            return earlier[0].recompute(self, args, kwargs, earlier)
         raise NotConnectedError(
             "this client half was called by itself, so its cut point has no server: wrap it, "
             "client = SplitClient(client_half, server, client_id=...), and call client(...); "

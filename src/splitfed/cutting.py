@@ -87,6 +87,7 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
     parts = {name: whole.get_submodule(name) for cut in cuts for name in cut.parts}
     if not isinstance(at, str):
         body: nn.Module = CutBody(parts)
+        body.training = any(whole.get_submodule(cut.owner).training for cut in cuts)
     elif cuts[0].positions:
         body = nn.Sequential(OrderedDict(zip(cuts[0].positions, parts.values(), strict=True)))
         body.training = whole.get_submodule(cuts[0].owner).training
@@ -95,13 +96,13 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
     points = []
     for cut in cuts:
         points.append(CutPoint("" if isinstance(at, str) else ",".join(cut.parts)))
-        points[-1].training = whole.get_submodule(cut.parts[0]).training
+        points[-1].training = whole.get_submodule(cut.owner).training
         half = _swap(half, cut, points[-1])
     _check_apart(half, body)
     template = Template(body)
     for cut, point in zip(cuts, points, strict=True):
         names = (cut.positions or ("",)) if isinstance(at, str) else tuple(cut.parts)
-        point.origin = Origin(template, tuple(zip(cut.positions or ("",), names, strict=True)))
+        point.origin = Origin(template, tuple(zip(cut.positions or ("",), names, strict=True)), point.training)
     return half, body
 
 
@@ -126,7 +127,7 @@ def join(client_half: nn.Module, weights: Mapping[str, Tensor] | nn.Module) -> n
         spots = list(_places(whole, point))
         for position, name in point.origin.places if point.origin else (("", point.name),):
             part = body.get_submodule(name)
-            if part.training != point.training:
+            if point.training != (point.origin.training if point.origin else part.training):
                 part.train(point.training)
             for owner, leaf in spots:
                 owner._modules[position or leaf] = part
@@ -141,7 +142,10 @@ def find_cuts(model: nn.Module, at: str | Sequence[str]) -> list[Cut]:
         UnknownCutError: there is no such submodule or slice.
         CutError: two cuts overlap, or there are none.
     """
-    cuts = [_find(model, name) for name in ([at] if isinstance(at, str) else at)]
+    wanted: list[Any] = list(at) if isinstance(at, list | tuple) else [at]
+    if not all(isinstance(name, str) for name in wanted) or wanted == [""] != [at]:
+        raise CutError(f"{at!r} names no cut: expected the name of a submodule, such as 'encoder', or a list of them")
+    cuts = [_find(model, name) for name in wanted]
     names = [name for cut in cuts for name in cut.parts]
     if not names:
         raise CutError("no cut was named: expected the name of a submodule, such as 'encoder', or a list of them")
@@ -168,6 +172,9 @@ def _find(model: nn.Module, at: str) -> Cut:
         raise UnknownCutError(
             f"{at!r} slices {name or 'the model'!r}, which is a {kind}: only an nn.Sequential has slices"
         )
+    if type(sequence).forward is not nn.Sequential.forward:
+        kind = type(sequence).__name__
+        raise CutError(f"{at!r} slices a {kind}, whose forward is its own: its layers may not run one after another")
     start, _, stop = last.partition(":")
     try:
         positions = tuple(sequence._modules)[slice(int(start) if start else None, int(stop) if stop else None)]
@@ -197,27 +204,30 @@ def _places(model: nn.Module, child: nn.Module) -> Iterator[tuple[nn.Module, str
 
 
 def _check_apart(half: nn.Module, body: nn.Module) -> None:
-    """Refuse tensors and modules of the body that the client half still reaches, registered or as plain attributes."""
-    held = {id(tensor): name for name, tensor in [*body.named_parameters(), *body.named_buffers()]}
-    held |= {id(module): f"{name} ({type(module).__name__})" for name, module in body.named_modules()}
-    for prefix, owner in half.named_modules():
-        hidden = {k: v for k, v in vars(owner).items() if k not in ("_modules", "_parameters", "_buffers")}
-        for leaf, value in [*owner._parameters.items(), *owner._buffers.items(), *_unpack(hidden)]:
-            if id(value) in held:
-                raise SharedParameterError(
-                    f"{held[id(value)]!r} of the body is also reached from the client half as "
-                    f"{f'{prefix}.{leaf}'.lstrip('.')!r}: "
-                    "move the cut so that both uses are on one side, or untie them"
-                )
+    """Refuse tensors and modules that both sides reach, registered or as plain attributes."""
+    for side, other, what in ((half, body, "the client half"), (body, half, "the body")):
+        held = {id(tensor): name for name, tensor in [*other.named_parameters(), *other.named_buffers()]}
+        held |= {id(m): name or "it all" for name, m in other.named_modules() if not isinstance(m, CutPoint)}
+        for prefix, owner in side.named_modules():
+            hidden = {k: v for k, v in vars(owner).items() if k not in ("_modules", "_parameters", "_buffers")}
+            for leaf, value in _reached({**owner._parameters, **owner._buffers, **hidden}):
+                if id(value) in held:
+                    raise SharedParameterError(
+                        f"{held[id(value)]!r} of the other side of the cut is also reached from {what} as "
+                        f"{f'{prefix}.{leaf}'.lstrip('.')!r}: move the cut so that both uses are on one side, "
+                        "or untie them"
+                    )
 
 
-def _unpack(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _reached(values: Mapping[str, Any], depth: int = 4) -> Iterator[tuple[str, Any]]:
+    """What a module's attributes hold, directly or in containers."""
     for name, value in values.items():
         yield name, value
-        if isinstance(value, list | tuple):
-            yield from ((name, item) for item in value)
-        elif isinstance(value, dict):
-            yield from ((name, item) for item in value.values())
+        inner: Any = value if isinstance(value, dict) else {}
+        if isinstance(value, list | tuple | set):
+            inner = {str(i): item for i, item in enumerate(value)}
+        if depth:
+            yield from ((f"{name}.{step}", item) for step, item in _reached(inner, depth - 1))
 
 
 def _build(points: Sequence[CutPoint], weights: Mapping[str, Tensor]) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from splitfed.errors import ArchitectureError
 from splitfed.ids import BatchId, check_client_id, positive
+from splitfed.kinds import check_kinds
 from splitfed.messages import GradientRecord, PullAnswer, PullRequest, PushAnswer, PushRequest
 from splitfed.packing import digest
 from splitfed.sealing import Sealer
@@ -48,7 +49,7 @@ class Halves:
             ArchitectureError: the half isn't the lineage's.
             SupersededError: the client has a newer process.
         """
-        client_id = check_client_id(request.client_id)
+        client_id = check_client_id(check_kinds(request).client_id)
         if request.base_version < 0:
             self._versions.initialise(request.fingerprint, request.gradients)
             return PushAnswer(request.incarnation, "published")

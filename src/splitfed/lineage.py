@@ -111,6 +111,11 @@ class Lineage(Versions):
         if oldest <= 0:
             return 0
         dropped = 0
+        for key in self.blobs.list(f"{self.name}/pin"):
+            pinned = bytes(self.blobs.get(key) or b"")
+            if pinned.isdigit() and int(pinned) < oldest:
+                self.blobs.delete(key)
+                dropped += 1
         for kind in ("forward", "part"):
             versions = {self.keys.parse_transient(key) for key in self.blobs.list(f"{self.name}/{kind}")}
             expired = [v for v in versions if v is not None and v < oldest]

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from splitfed import codec, trees
-from splitfed.errors import FormatError
+from splitfed.errors import ContainerError, FormatError, SplitFedError
+from splitfed.kinds import check_kinds
 from splitfed.messages import Chain, ForwardRequest, Housekeeping, Seal
 
 M = TypeVar("M")
@@ -48,7 +49,11 @@ def pack_tree(kind: str, tree: Any) -> list[memoryview | bytes]:
     """
     spec, tensors = trees.flatten(tree)
     named = {f"{index:06d}": tensor for index, tensor in enumerate(tensors)}
-    return codec.encode(named, {"kind": kind, "spec": json.dumps(spec, separators=(",", ":"))})
+    try:
+        text = json.dumps(spec, separators=(",", ":"))
+    except ValueError as error:
+        raise ContainerError(f"the {kind} holds a value that can't travel: {error}") from error
+    return codec.encode(named, {"kind": kind, "spec": text})
 
 
 def unpack_tree(kind: str, data: memoryview | bytes | bytearray) -> Any:
@@ -68,8 +73,13 @@ def peek(cls: type, data: memoryview | bytes | bytearray, fields: Iterable[str])
         FormatError: as `unpack`, or such a field holds tensors.
     """
     spec = _spec(cls.__name__, codec.read_metadata(data))
-    found = dict(spec["d"]) if isinstance(spec, dict) and "d" in spec else {}
-    return {name: trees.unflatten(found.get(name), []) for name in fields}
+    try:
+        found = dict(spec["d"])
+        return {name: trees.unflatten(found.get(name), []) for name in fields}
+    except (TypeError, ValueError, KeyError) as error:
+        if isinstance(error, SplitFedError):
+            raise
+        raise FormatError(f"the {cls.__name__} has a malformed spec: {error}") from error
 
 
 def read_json(data: bytes | memoryview | None, what: str) -> dict[str, Any]:
@@ -134,4 +144,4 @@ def _rebuild(cls: type[M], values: Any) -> M:
             values[name] = _rebuild(nested, values[name])
         elif isinstance(values.get(name), tuple):
             values[name] = tuple(_rebuild(nested, item) for item in values[name])
-    return cls(**values)
+    return check_kinds(cls(**values))

@@ -183,7 +183,7 @@ class Pass:
             )
         if seal is not None:
             self._sealed = True
-            for counted in self._parts:
+            for counted in self._parts if answer.status == "stored" else ():
                 counted.origin.buffers_counted = True
             connection.note_status(answer.status, seal.num_samples)
         return answer

@@ -42,7 +42,7 @@ class Model:
         self.version = version
         self.device = device
         self.module = template.build(state, device)
-        named = dict(self.module.named_parameters())
+        named = {name.replace("_orig_mod.", ""): p for name, p in self.module.named_parameters()}
         self.parameters = {name: named[name] for name in template.trainable}
         self.buffers: dict[str, Tensor] = {}
         self._slots: list[tuple[str, nn.Module, str]] = []
@@ -59,7 +59,12 @@ class Model:
                 transient_buffers(self.module), transient_buffers(pristine), strict=True
             )
         ]
-        self._versions = [(p, p._version) for p in named.values()]
+        self._held = [
+            (owner._parameters, leaf, parameter, parameter._version)
+            for owner in self.module.modules()
+            for leaf, parameter in owner._parameters.items()
+            if parameter is not None
+        ]
         self._transient_versions = [None if t[2] is None else t[2]._version for t in self._transient]
         self._modes = template.modes
 
@@ -82,8 +87,20 @@ class Model:
                 self._transient_versions[i] = None if renewed is None else renewed._version
 
     def end_buffers(self) -> dict[str, Tensor]:
-        """The buffers as the last run left them."""
-        return {name: owner._buffers[leaf].detach() for name, owner, leaf in self._slots}  # type: ignore[union-attr]
+        """The buffers as the last run left them.
+
+        Raises:
+            UnsupportedError: the body took one away.
+        """
+        found: dict[str, Tensor] = {}
+        for name, owner, leaf in self._slots:
+            buffer = owner._buffers.get(leaf)
+            if buffer is None:
+                raise UnsupportedError(
+                    f"the body takes its buffer {name!r} away in forward: it must have a value at the end"
+                )
+            found[name] = buffer.detach()
+        return found
 
     def check_parameters(self) -> None:
         """Refuse a body that wrote to its own parameters.
@@ -91,7 +108,7 @@ class Model:
         Raises:
             UnsupportedError: it did.
         """
-        if any(parameter._version != version for parameter, version in self._versions):
+        if any(held.get(leaf) is not p or p._version != version for held, leaf, p, version in self._held):
             raise UnsupportedError("the body changes its own parameters in forward: keep what it changes in buffers")
 
 
@@ -199,6 +216,9 @@ def backward(done: Run, grad_outputs: Sequence[Tensor | None]) -> tuple[list[Ten
     device = pairs[0][0].device
     with compute_lock, torch.inference_mode(False), _autocast(None, device), _as_body_error():
         found = list(torch.autograd.grad([t for t, _ in pairs], targets, gradients, allow_unused=True))
+    for name, g in zip([*["an input"] * (len(targets) - len(done.parameters)), *done.parameters], found, strict=True):
+        if g is not None and g.layout is not torch.strided:
+            raise UnsupportedError(f"the gradient of {name!r} is sparse: build its layer with sparse=False")
     inputs = [found.pop(0) if leaf.requires_grad else None for leaf in done.leaves]
     return inputs, {name: g for name, g in zip(done.parameters, found, strict=True) if g is not None}
 

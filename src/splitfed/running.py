@@ -16,7 +16,7 @@ from torch import Tensor
 from splitfed import replay
 from splitfed.buffers import same_bits
 from splitfed.cache import Bounded
-from splitfed.errors import ExpiredError, StoreError
+from splitfed.errors import ExpiredError, StoreError, UnsupportedError
 from splitfed.messages import ForwardRecord, ForwardRequest, GradientRecord
 from splitfed.pile import Pile
 from splitfed.replay import Model, Run
@@ -89,7 +89,12 @@ class Runner:
             crcs=(),
             numerics=self._numerics,
         )
-        return call, replay.run(self._model(version), call, grad=request.grad, finish=finish)
+        try:
+            return call, replay.run(self._model(version), call, grad=request.grad, finish=finish)
+        except UnsupportedError:  # it may have written to its weights
+            self._models.pop(version)
+            self._versions.forget(version)
+            raise
 
     def keep(self, key: CallKey, call: ForwardRecord, done: Run) -> None:
         """Record a call that has run, and keep its graph at hand."""

@@ -27,16 +27,20 @@ compute_lock = threading.RLock()
 class Seed:
     """A seed drawn from the client's generator, and the way back to before the draw."""
 
-    __slots__ = ("_before", "value")
+    __slots__ = ("_after", "_before", "value")
 
     def __init__(self) -> None:
-        self._before = torch.default_generator.get_state()
-        drawn = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+        with compute_lock:
+            self._before = torch.default_generator.get_state()
+            drawn = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+            self._after = torch.default_generator.get_state()
         self.value = int.from_bytes(hashlib.sha256(drawn.to_bytes(8, "little", signed=True)).digest()[:8], "little")
 
     def put_back(self) -> None:
-        """Leave the generator as if nothing had been drawn."""
-        torch.default_generator.set_state(self._before)
+        """Leave the generator as if nothing had been drawn, unless another thread has drawn from it since."""
+        with compute_lock:
+            if torch.equal(torch.default_generator.get_state(), self._after):
+                torch.default_generator.set_state(self._before)
 
 
 class Draws:

@@ -20,7 +20,8 @@ from splitfed import replay, trees
 from splitfed.boundary import fresh
 from splitfed.errors import AlreadyAppliedError, ExpiredError, InputError, SplitFedError
 from splitfed.halves import Halves
-from splitfed.ids import BatchId, check_client_id
+from splitfed.ids import BatchId, check_client_id, check_number
+from splitfed.kinds import check_kinds
 from splitfed.messages import (
     BackwardAnswer,
     BackwardRequest,
@@ -101,6 +102,7 @@ class SplitServer:
             BodyError: the body raised.
             InputError: the call doesn't fit the body.
         """
+        check_kinds(request)
         check_client_id(request.client_id)
         incarnation = request.incarnation
         if request.grad and incarnation is None:
@@ -132,7 +134,14 @@ class SplitServer:
             DigestError: the batch was sent before with other content.
             InputError: a gradient of the wrong shape or dtype, or a weight that isn't positive.
         """
-        batch = BatchId(check_client_id(request.client_id), request.incarnation, request.seq)
+        check_kinds(request)
+        batch = BatchId(
+            check_client_id(request.client_id),
+            check_number("incarnation", request.incarnation),
+            check_number("seq", request.seq),
+        )
+        for name in ("part", "version") if request.call is None else ("part", "version", "call"):
+            check_number(name, getattr(request, name))
         self.store.check_client(batch.client_id, batch.incarnation)
         self._tidy(batch.client_id, batch.incarnation, request.housekeeping)
         if request.call is None:
@@ -164,6 +173,7 @@ class SplitServer:
         """
         if self.loss_fn is None:
             raise InputError("this server computes no loss: give it one, SplitServer(body, store, loss_fn=...)")
+        check_kinds(request)
         ahead, incarnation = request.forward, request.forward.incarnation
         counts = ahead.grad and ahead.training
         if counts and incarnation is None:

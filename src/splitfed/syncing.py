@@ -28,6 +28,8 @@ class HalfSync:
         self._connection = connection
         self._template: Template | None = None
         self._start: dict[str, Tensor] = {}
+        self._unanswered: PushRequest | None = None
+        """A push whose reply was lost: the next one sends it again first, under its own number."""
 
     def pull(self) -> int:
         """Copy the newest client half in place; publish this one if there is none.
@@ -70,30 +72,35 @@ class HalfSync:
             raise InputError(
                 "this half has no version yet: call client.pull() before training and client.push() after it"
             )
+        if self._unanswered is None:
+            self._unanswered = self._update(num_samples)
+        answer = self._connection.transport.push(self._unanswered)
+        self._connection.opened(answer.incarnation, 0)
+        self._connection.note_status(answer.status, 0)
+        self._unanswered = None
+        self._begin()
+
+    def _update(self, num_samples: float | None) -> PushRequest:
         samples = self._connection.num_samples if num_samples is None else num_samples
         if not samples > 0:
             raise InputError(
                 f"the update would count {samples} samples: train before push(), or give push(num_samples=...)"
             )
-        state = self._state()
-        changed = {n: state[n] for n in self._template.buffers if not state[n].equal(self._start[n])}
-        answer = self._connection.transport.push(
-            PushRequest(
-                client_id=self._connection.client_id,
-                incarnation=self._connection.incarnation,
-                process=self._connection.process,
-                seq=self._connection.number("push"),
-                base_version=self.version,
-                fingerprint=None,
-                gradients={name: self._start[name] - state[name] for name in self._template.trainable},
-                values=changed,
-                bases={name: self._start[name] for name in changed},
-                num_samples=samples,
-            )
+        names = self._template or Template(self._half)
+        state = {name: tensor.clone() for name, tensor in self._state().items()}
+        changed = {n: state[n] for n in names.buffers if not state[n].equal(self._start[n])}
+        return PushRequest(
+            client_id=self._connection.client_id,
+            incarnation=self._connection.incarnation,
+            process=self._connection.process,
+            seq=self._connection.number("push"),
+            base_version=self.version or 0,
+            fingerprint=None,
+            gradients={name: self._start[name] - state[name] for name in names.trainable},
+            values=changed,
+            bases={name: self._start[name] for name in changed},
+            num_samples=samples,
         )
-        self._connection.opened(answer.incarnation, 0)
-        self._connection.note_status(answer.status, 0)
-        self._begin()
 
     def _ask(self) -> PullAnswer:
         return self._connection.transport.pull(PullRequest(self._connection.client_id))

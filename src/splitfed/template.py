@@ -113,9 +113,19 @@ def compare(expected: Fingerprint, got: Fingerprint, what: str) -> None:
     shown = "; ".join(f"{n}: the store has {_entry(expected, n)}, got {_entry(got, n)}" for n in names[:8])
     more = f"; and {len(names) - 8} more" if len(names) > 8 else ""
     raise ArchitectureError(
-        f"{what} isn't the one that this store was begun with: {len(names)} of {len(expected)} tensors differ: "
+        f"{what} isn't the one that this store was begun with: {len(names)} of "
+        f"{len({*expected, *got})} tensors differ: "
         f"{shown}{more}. "
         "Use the same architecture, dtype and frozen parameters, or another store"
+    )
+
+
+def is_entry(entry: object) -> bool:
+    """Whether this is what a fingerprint says of one tensor."""
+    if not isinstance(entry, dict):
+        return False
+    return set(entry) in ({"tied"}, {"role", "shape", "dtype"}) and all(
+        isinstance(value, list if key == "shape" else str) for key, value in entry.items()
     )
 
 

@@ -73,7 +73,7 @@ def unflatten(spec: Spec, tensors: list[Tensor]) -> Any:
     """
     try:
         return _unflatten(spec, tensors, 0)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
         if isinstance(error, FormatError | ContainerError):
             raise
         raise FormatError(f"a tree's spec is malformed: {error}") from error
@@ -116,7 +116,7 @@ def _unflatten(spec: Spec, tensors: list[Tensor], depth: int) -> Any:
     if spec is None or isinstance(spec, bool | int | float | str):
         return spec
     if depth > MAX_DEPTH or not isinstance(spec, dict) or len(spec) != 1:
-        raise FormatError(f"a tree's spec is malformed: {str(spec)[:60]!r} at depth {depth}")
+        raise FormatError(f"a tree's spec is malformed: a {type(spec).__name__} that is no spec, at depth {depth}")
     ((kind, body),) = spec.items()
 
     def inner(child: Spec) -> Any:

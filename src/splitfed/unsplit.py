@@ -39,17 +39,18 @@ def reference(model: nn.Module, at: str | Sequence[str]) -> nn.Module:
     """
     whole = deep_copy(unwrap(model))
     for cut in find_cuts(whole, at):
-        parts = [whole.get_submodule(name) for name in cut.parts]
-        _wrap(parts[0], lambda *args, _parts=parts, **kwargs: _across(_parts, args, kwargs))
-        for part in parts[1:]:
-            _wrap(part, lambda value: value)
+        first, *rest = (whole.get_submodule(name) for name in cut.parts)
+        first.__dict__["_rest"] = rest  # no submodules of it, but copied with it
+        _wrap(first, lambda part, *args, **kwargs: _across([part, *part._rest], args, kwargs))
+        for part in rest:
+            _wrap(part, lambda part, value: value)
     return whole
 
 
 def _wrap(module: nn.Module, call: Call) -> None:
     """Change what calling this one module does: by a class of its own, so that names, hooks and type checks stay."""
     kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {"__call__": lambda self, *a, **k: call(*a, **k), "_plain": kind})
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call, "_plain": kind})
 
 
 def _across(parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

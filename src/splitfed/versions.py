@@ -22,7 +22,7 @@ from splitfed.errors import CorruptedError, ExpiredError, FormatError, MissingEr
 from splitfed.ids import BatchId
 from splitfed.layout import Keys
 from splitfed.packing import read_json, unpack_tree
-from splitfed.template import Fingerprint
+from splitfed.template import Fingerprint, is_entry
 
 T = TypeVar("T")
 CACHED = 4
@@ -61,7 +61,7 @@ class Versions:
                 "module's weights"
             )
         fingerprint: Fingerprint = read_json(data, self.keys.fingerprint)
-        if not all(isinstance(entry, dict) for entry in fingerprint.values()):
+        if not all(map(is_entry, fingerprint.values())):
             raise FormatError(f"{self.keys.fingerprint} isn't a fingerprint: expected an object for each tensor")
         return fingerprint
 
@@ -114,6 +114,10 @@ class Versions:
         """A version's tensors under all their names, as the module's `state_dict()` has them; copies."""
         copies = {name: tensor.clone() for name, tensor in self.checked_state(version).items()}
         return {name: copies[entry.get("tied", name)] for name, entry in self.fingerprint().items()}
+
+    def forget(self, version: int) -> None:
+        """Read a version's tensors from the store again next time: someone wrote to the ones in memory."""
+        self._states.pop(version)
 
     def outcome(self, batch: BatchId) -> str:
         """What became of a counted batch: 'stored', or 'rejected'. Searches the records, newest first."""

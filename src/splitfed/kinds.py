@@ -1,0 +1,113 @@
+"""Of what kind each field of a message must be: a request or a record may come from anywhere.
+
+Annotations say it too, but nothing enforces them at run time. What is checked here is the kind alone; whether a number
+is in its range, or an id may become a key, is checked where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from splitfed import messages as m
+from splitfed.errors import FormatError
+
+M = TypeVar("M")
+Kind = Callable[[Any], bool]
+
+
+def _is(*kinds: type) -> Kind:
+    return lambda value: type(value) in kinds
+
+
+def _maybe(kind: Kind) -> Kind:
+    return lambda value: value is None or kind(value)
+
+
+def _tuple(kind: Kind) -> Kind:
+    return lambda value: isinstance(value, tuple) and all(map(kind, value))
+
+
+def _instance(kind: type) -> Kind:
+    return lambda value: isinstance(value, kind)
+
+
+def _tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(type(k) is str and isinstance(v, Tensor) for k, v in value.items())
+
+
+def _seed(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**64
+
+
+def _output(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], tuple) and type(value[1]) is str
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(type(number) is int for number in value)
+
+
+_INT, _STR, _BOOL, _NUMBER = _is(int), _is(str), _is(bool), _is(int, float)
+_CALL: dict[str, Kind] = {
+    "cut": _STR,
+    "inputs": lambda value: isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict),
+    "requires_grad": _tuple(_BOOL),
+    "training": _BOOL,
+    "seed": _seed,
+    "autocast": _maybe(_STR),
+}
+KINDS: dict[type, dict[str, Kind]] = {
+    m.Housekeeping: {"released": _tuple(_pair), "abandoned": _tuple(_INT), "answered": _tuple(_INT)},
+    m.ForwardRequest: _CALL
+    | {"process": _STR, "call": _INT, "grad": _BOOL, "version": _maybe(_INT), "seen": _INT, "previous": _maybe(_INT)}
+    | {"housekeeping": _instance(m.Housekeeping)},
+    m.ForwardRecord: _CALL
+    | {"buffers": _maybe(_tensors), "outputs": _tuple(_output), "crcs": _tuple(_INT), "numerics": _STR},
+    m.Chain: {"num_samples": _NUMBER, "last_part": _INT},
+    m.Seal: {
+        "parts": _tuple(_pair),
+        "num_samples": _NUMBER,
+        "loss_scale": _NUMBER,
+        "chains": _tuple(_instance(m.Chain)),
+    },
+    m.BackwardRequest: {
+        "grad_outputs": _tuple(_maybe(_instance(Tensor))),
+        "seal": _maybe(_instance(m.Seal)),
+        "housekeeping": _instance(m.Housekeeping),
+    },
+    m.LossRequest: {"forward": _instance(m.ForwardRequest), "num_samples": _NUMBER},
+    m.PushRequest: {
+        "process": _STR,
+        "base_version": _INT,
+        "gradients": _tensors,
+        "values": _tensors,
+        "bases": _tensors,
+    },
+}
+NESTED = ("housekeeping", "seal", "forward")
+
+
+def check_kinds(message: M) -> M:
+    """Return a message if each of its fields is of its kind; messages within it are looked into.
+
+    Raises:
+        FormatError: one isn't; the message names it.
+    """
+    for name, kind in KINDS.get(type(message), {}).items():
+        value = getattr(message, name)
+        if not kind(value):
+            shown = (
+                f"{value!r:.60}"
+                if value is None or isinstance(value, int | float | str)
+                else f"a {type(value).__name__}"
+            )
+            raise FormatError(f"{type(message).__name__}.{name} is {shown}: not of the kind that it must be")
+        if name in NESTED and value is not None:
+            check_kinds(value)
+        if name == "chains":
+            for chain in value:
+                check_kinds(chain)
+    return message
