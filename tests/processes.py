@@ -16,7 +16,7 @@ import socket
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -276,14 +276,23 @@ def train(url: str, *, owners: int, steps: int, kills: int, seed: int, limit: fl
     return outcome
 
 
-def replay(store: GradientStore, versions: Mapping[BatchId, int], url: str) -> tuple[GradientStore, dict[str, Owner]]:
-    """Run the recorded schedule once more, serially, in this process.
+def versions(store: GradientStore) -> dict[BatchId, int]:
+    """The version that the forward of each folded batch ran at, as the commit records have it."""
+    found: dict[BatchId, int] = {}
+    for commit in commits(store):
+        found |= dict.fromkeys(commit.folded, commit.version - 1)
+        for version, batches in commit.older.items():
+            found |= dict.fromkeys(batches, version)
+    return found
+
+
+def replay(store: GradientStore, url: str) -> tuple[GradientStore, dict[str, Owner]]:
+    """Run the schedule that a store has on record once more, serially, in this process.
 
     Every batch runs at the version that it ran at, and every commit folds the batches that it folded.
 
     Args:
         store: Whose commit records are the schedule.
-        versions: The version that each batch ran at.
         url: Where to replay.
 
     Returns:
@@ -299,13 +308,13 @@ def replay(store: GradientStore, versions: Mapping[BatchId, int], url: str) -> t
         return answer
 
     again = hooked(url, gate)
-    schedule = commits(store)
-    by_owner = {(batch.client_id, batch.seq): version for batch, version in versions.items()}
+    # A first request whose reply was lost may have opened another process, so ids are compared without its number.
+    ran_at = {(batch.client_id, batch.seq): version for batch, version in versions(store).items()}
     server, accumulator = SplitServer(split(model(), AT)[1], again), new_accumulator(again)
-    owners = {name: Owner(name, server) for name in sorted({batch.client_id for batch in versions})}
-    for commit in schedule[1:]:
+    owners = {name: Owner(name, server) for name in sorted({name for name, _ in ran_at})}
+    for commit in commits(store)[1:]:
         for name, owner in owners.items():
-            while by_owner.get((name, owner.steps)) == commit.version - 1:
+            while ran_at.get((name, owner.steps)) == commit.version - 1:
                 owner.step()
         allowed |= {(batch.client_id, batch.seq) for batch in commit.folded}
         (made,) = drain(accumulator)

@@ -84,6 +84,17 @@ def test_it_leaves_no_trace() -> None:
     assert not any(left.values())
 
 
+def test_a_model_that_changes_its_input_in_place() -> None:
+    """Each of the compared steps gets inputs of its own, and so does the caller."""
+
+    def forward(m: Any, ids: Tensor) -> Tensor:
+        return m.body(m.embedding(ids.add_(1)))
+
+    ids = torch.tensor([0, 1])
+    assert check(Calls(forward, embedding=nn.Embedding(5, 8), body=nn.Linear(8, 8)), "body", ids).ok
+    assert ids.tolist() == [0, 1]
+
+
 def test_a_model_in_eval_mode_is_checked_as_one_that_trains() -> None:
     """In eval mode a server stores no gradient, which is as promised and no difference."""
     assert check(sandwich(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))).eval()).ok

@@ -22,6 +22,7 @@ FULL = Commit(
     num_samples=96.5,
     staleness={0: 3, 2: 1},
     folded=BatchSet([batch(0), batch(1), batch(5), batch(0, "b", 2)]),
+    older={4: BatchSet([batch(5)])},
     stale=BatchSet([batch(2)]),
     rejected=BatchSet([batch(3), batch(4)]),
     skipped=BatchSet([batch(6), batch(7), batch(9)]),
@@ -35,10 +36,13 @@ FULL = Commit(
 def plain(commit: Commit) -> dict[str, Any]:
     """All fields, comparable."""
     fields = {name: getattr(commit, name) for name in Commit.__dataclass_fields__}
+    fields["older"] = {version: list(batches) for version, batches in commit.older.items()}
     return {name: list(value) if isinstance(value, BatchSet) else value for name, value in fields.items()}
 
 
-@pytest.mark.parametrize("commit", [FULL, Commit(0, "initial", "ab", {"weights": "c0", "applied": "c1"})], ids=["full", "empty"])
+@pytest.mark.parametrize(
+    "commit", [FULL, Commit(0, "initial", "ab", {"weights": "c0", "applied": "c1"})], ids=["full", "empty"]
+)
 def test_a_record_is_read_as_it_was_written(commit: Commit) -> None:
     """Every field survives, staleness with integers as keys."""
     assert plain(Commit.from_json(commit.to_json())) == plain(commit)
@@ -76,7 +80,7 @@ def test_what_isnt_a_record_is_refused_with_our_own_error(data: bytes) -> None:
         Commit.from_json(data)
 
 
-@pytest.mark.parametrize("name", [*LISTS, "staleness", "version", "files", "kind", "nonce"])
+@pytest.mark.parametrize("name", [*LISTS, "staleness", "older", "version", "files", "kind", "nonce"])
 def test_a_field_that_is_missing_is_refused(name: str) -> None:
     """Nothing is made up for what a record ought to say."""
     fields = json.loads(FULL.to_json())
@@ -85,7 +89,7 @@ def test_a_field_that_is_missing_is_refused(name: str) -> None:
         Commit.from_json(json.dumps(fields).encode())
 
 
-@pytest.mark.parametrize("name", [*LISTS, "staleness"])
+@pytest.mark.parametrize("name", [*LISTS, "staleness", "older"])
 @pytest.mark.parametrize("value", [None, 3, "a", [1], {"x": "y"}])
 def test_a_field_of_another_kind_is_refused(name: str, value: object) -> None:
     """Lists of batches and counts by staleness are checked before anyone relies on them."""

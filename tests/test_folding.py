@@ -126,6 +126,19 @@ def test_rejected_batches_alone_make_no_commit_and_are_counted_in_the_next() -> 
     assert [len(commit.folded) for commit in commits(store)] == [0, 1]
 
 
+def test_a_batch_that_proves_unfit_when_it_is_read_makes_no_commit_alone() -> None:
+    """Its header is in order, its tensors aren't: warned of at once, and on record with the first batch that fits."""
+    store, accumulator = opened()
+    plant(store, batch(0, "m"), record([1.0, 1.0, 1.0]))
+    with pytest.warns(UserWarning, match="m/1/0 is rejected"):
+        assert accumulator.step() is None
+    assert store.latest_version() == 0
+    store.pile().create(batch(0), record())
+    with pytest.warns(UserWarning, match="m/1/0 is rejected"):
+        (commit,) = drain(accumulator)
+    assert (list(commit.folded), list(commit.rejected)) == ([batch(0)], [batch(0, "m")])
+
+
 GOOD = b"".join(pack(record()))
 
 

@@ -24,7 +24,7 @@ from harness_store import (
     noisy,
     record,
 )
-from processes import AT, CONTEXT, Noting, Owner, model, new_accumulator, replay
+from processes import AT, CONTEXT, Noting, Owner, model, new_accumulator, replay, versions
 
 from splitfed.accumulator import Accumulator
 from splitfed.cutting import split
@@ -94,7 +94,8 @@ def test_a_free_running_schedule_ends_in_the_same_bits_when_it_is_replayed(runs:
     check_counted_once(store, wire.acknowledged)
     record_ = commits(store)
     assert max(age for commit in record_ for age in commit.staleness) >= 2, "the schedule is worth replaying"
-    replayed, twins = replay(store, wire.acknowledged, memory())
+    assert versions(store) == wire.acknowledged
+    replayed, twins = replay(store, memory())
     for commit, expected in zip(record_, commits(replayed), strict=True):
         assert (commit.files["weights"], commit.files.get("optimizer")) == (
             expected.files["weights"],
@@ -145,6 +146,23 @@ def test_the_version_of_each_forward_is_on_record() -> None:
         return on_record(store)
 
     assert run("a", "b") != run("b", "a")
+
+
+def test_the_version_of_a_stale_batch_is_on_record_too() -> None:
+    """It moved its owner's half, if not the body: without its version the owner's later batches can't be replayed."""
+
+    def run(base: int) -> str:
+        store = GradientStore(memory())
+        accumulator = Accumulator(Point(), store, adam, max_staleness=0)
+        for seq in range(2):
+            store.pile().create(batch(seq), record(base_version=seq))
+            accumulator.step()
+        store.pile().create(batch(0, "b"), record(base_version=base))
+        store.pile().create(batch(2), record(base_version=2))
+        accumulator.step()
+        return on_record(store)
+
+    assert run(0) != run(1)
 
 
 def test_the_version_that_a_rollback_went_back_to_is_on_record() -> None:

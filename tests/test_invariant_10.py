@@ -9,7 +9,7 @@ from typing import Any
 import harness_store as h
 import pytest
 import torch
-from harness_store import Nth, Point, again, batch, check_counted_once, commits, hooked, record, sgd
+from harness_store import Nth, Point, again, batch, check_counted_once, commits, drain, hooked, record, sgd
 from processes import AT, Noting, Owner, model, new_accumulator
 
 from splitfed.accumulator import Accumulator
@@ -143,7 +143,7 @@ def test_a_batch_whose_version_left_raises_from_the_users_backward() -> None:
     with pytest.raises(ExpiredError, match="counts nowhere"):
         held.backward()
     trained(client)
-    h.drain(accumulator)
+    drain(accumulator)
     last = commits(store)[-1]
     assert ([str(id_) for id_ in last.folded], [str(id_) for id_ in last.skipped]) == (["a/1/1"], ["a/1/0"])
 
@@ -160,6 +160,19 @@ def test_orphaned_forwards_and_parts_are_counted_when_they_expire() -> None:
         accumulator.step()
     assert sum(commit.num_expired for commit in commits(store)) == 3 + 2, "three of a's, two that nobody confirmed"
     assert len(graphs) == 3
+
+
+def test_one_trip_calls_that_nobody_confirmed_are_counted_when_they_expire(store_url: str) -> None:
+    """The version that such a batch is pinned to is forgotten with that version, and not before."""
+    store = GradientStore(store_url, sync="process")
+    accumulator = Accumulator(Point(), store, sgd(), keep_versions=2)
+    expired = []
+    for seq in range(4):
+        assert store.pile().pin(batch(seq), seq) == seq
+        store.pile().create(batch(seq), record(base_version=seq))
+        expired.append([commit.num_expired for commit in drain(accumulator)])
+    assert expired == [[0], [0], [1], [1]]
+    assert len(store.blobs.list("body/pin")) == 2
 
 
 def test_what_a_loser_dropped_is_counted_by_whoever_commits(store_url: str) -> None:

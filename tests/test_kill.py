@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness_store import again, check_counted_once, commits, drain
-from processes import Outcome, new_accumulator, replay, train
+from processes import Outcome, new_accumulator, replay, train, versions
 
 from splitfed.store import GradientStore
 
@@ -20,7 +20,8 @@ def check(url: str, outcome: Outcome, batches: int) -> None:
     check_counted_once(store, outcome.acknowledged)
     record = commits(store)
     assert sum(len(commit.folded) for commit in record) == batches, "and all of them were folded"
-    replayed, owners = replay(store, outcome.acknowledged, f"memory://{Path(url).name}-{id(outcome)}")
+    assert versions(store) == outcome.acknowledged, "the record says of each batch the version that its owner saw"
+    replayed, owners = replay(store, f"memory://{Path(url).name}-{id(outcome)}")
     for commit, expected in zip(record, commits(replayed), strict=True):
         same = [commit.files.get(kind) == expected.files.get(kind) for kind in ("weights", "optimizer")]
         assert all(same), f"version {commit.version} differs from its replay in weights or optimizer: {same}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bodies import Calls, sandwich
+from bodies import sandwich
 from harness import Split, Wire, sgd
 from harness_requests import Site, ahead, back
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from splitfed.errors import (
     SharedParameterError,
     SplitFedError,
     UnknownCutError,
-    UnsupportedError,
 )
 from splitfed.messages import BackwardAnswer, BackwardRequest, LossRequest, PullRequest, PushRequest
 from splitfed.packing import pack, pack_tree, unpack, unpack_tree
@@ -116,16 +115,6 @@ def test_a_body_on_a_different_dtype_than_what_arrives() -> None:
     made.client.to(torch.float64)
     with pytest.raises(splitfed.BodyError, match=r"RuntimeError.*(dtype|Double)"):
         made.client(x().double())
-
-
-def test_a_body_that_writes_to_its_parameters() -> None:
-    """Refused at its first forward; the version that it wrote to stays what it was, for every reader of the store."""
-    net = sandwich(Calls(lambda m, given: m.layer(given), layer=nn.Linear(8, 8)))
-    net.body.run = lambda m, given: m.layer(given) + m.layer.weight.detach().mul_(0.5).sum()
-    made = Split(net, "body", memory(), optimizer=sgd)
-    with pytest.raises(UnsupportedError, match="changes its own parameters in forward"):
-        made.client(x())
-    assert torch.equal(made.store.load_weights(0)["layer.weight"], made.body.layer.weight)
 
 
 WRONG: list[tuple[str, str, Any]] = [

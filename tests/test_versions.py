@@ -199,6 +199,17 @@ def test_a_file_restored_from_a_copy_is_read_again(store_url: str) -> None:
     assert reader.load_weights(2)["w"].tolist() == [-2.0, -2.0]
 
 
+def test_a_head_whose_weights_were_deleted_is_an_error_and_no_endless_loop(store_url: str) -> None:
+    """Nobody has won a race, so an accumulator doesn't begin again; what waits goes on waiting."""
+    store = trained(store_url, 2)
+    store.blobs.delete(key(store, 2, "weights"))
+    store.pile().create(batch(2), record(base_version=2))
+    accumulator = Accumulator(Point(), again(store), sgd())
+    with pytest.raises(ExpiredError, match=r"weights of version 2"):
+        accumulator.step()
+    assert (accumulator.num_conflicts, store.waiting()) == (0, [batch(2)])
+
+
 def test_changed_optimizer_state_doesnt_keep_readers_from_the_weights(store_url: str) -> None:
     """Each file stands for itself: a server needs no optimizer, whoever found that out in its process."""
     store = trained(store_url, 2)

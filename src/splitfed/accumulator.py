@@ -117,8 +117,11 @@ class Accumulator:
         """What was cleaned up since the last commit of this accumulator, for the next one's record."""
         self._headers: dict[BatchId, dict[str, object]] = {}
 
-    def step(self) -> Commit | None:
+    def step(self, min_batches: int | None = None) -> Commit | None:
         """Fold what waits into the next version.
+
+        Args:
+            min_batches: In place of the accumulator's own for this once; 1 folds what is left at the end of a round.
 
         Returns:
             The commit, or `None` while fewer than `min_batches` wait.
@@ -127,11 +130,12 @@ class Accumulator:
             StoreError: the storage failed; nothing is lost, and a later step continues.
             CorruptedError: the version to build upon was changed from outside.
         """
+        least = self.min_batches if min_batches is None else _at_least("min_batches", min_batches, 1)
         with self.store.blobs.lock(self._versions.keys.lock, self._lock_seconds):
             while True:
                 head = self._versions.head()
                 try:
-                    return self._try(head)
+                    return self._try(head, least)
                 except MissingError:
                     if self._versions.head() == head:
                         raise
@@ -170,7 +174,7 @@ class Accumulator:
         """End `run()`, also one that begins later; a commit under way is finished."""
         self._stop.set()
 
-    def _try(self, head: int) -> Commit | None:
+    def _try(self, head: int, least: int) -> Commit | None:
         """One attempt: the commit, or `None` if too few wait.
 
         Raises:
@@ -182,10 +186,10 @@ class Accumulator:
         waiting = [batch for batch in piled if batch not in applied]
         self._pile.drop(counted)
         self._unreported["duplicates"] += len(counted)
-        if len(waiting) < self.min_batches:
+        if len(waiting) < least:
             return None
         found = sort_batches(waiting, self._header, head, self.max_staleness)
-        if len(found.ready) < self.min_batches:
+        if len(found.ready) < least:
             return None
         folded = fold(found, self._pile, self._versions.fingerprint(), head, self._weight, self.store.numerics())
         if not found.ready:

@@ -83,7 +83,6 @@ class Federation:
             lr_scheduler=recipe.schedule(steps),
             min_batches=settings.min_batches,
         )
-        self._rest = Accumulator(body, store, optimizer=recipe.optimizer, lr_scheduler=recipe.schedule(steps))
         self._halves = Accumulator(
             half,
             store,
@@ -134,7 +133,7 @@ class Federation:
             losses.append(loss)
             commits.append(self._body.step())
             screen.batch()
-        commits.append(self._rest.step())
+        commits.append(self._body.step(min_batches=1))
         return losses, [commit for commit in commits if commit is not None]
 
     def _average(self) -> None:

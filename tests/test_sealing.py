@@ -1,0 +1,145 @@
+"""Closing a batch: what its parts add up to, and parts that aren't what a server put there."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from bodies import sandwich
+from harness import Split
+from harness_requests import ONES, SEAL, Site, X, ahead, back
+from torch import Tensor, nn
+
+from splitfed import packing
+from splitfed.errors import DigestError, ExpiredError, SplitFedError
+from splitfed.ids import BatchId
+from splitfed.messages import Chain, GradientRecord, Housekeeping, Seal
+
+CLOSE = Seal(((0, 0), (0, 1)), 5.0, 0.5, (Chain(2.0, 0), Chain(3.0, 1)))
+
+
+def two_parts() -> Site:
+    """Two calls of one batch, on x and 2x, both sent and not yet sealed."""
+    site = Site(f"memory://{uuid.uuid4()}")
+    site.forward()
+    site.server.forward(ahead(incarnation=1, call=1, inputs=((2 * X,), {})))
+    assert site.server.backward(back(part=0, seal=None)).status == "part"
+    assert site.other.backward(back(part=1, call=1, seal=None)).status == "part"
+    return site
+
+
+def waiting(site: Site) -> GradientRecord:
+    """The one batch that waits."""
+    (batch,) = site.store.waiting()
+    found = site.store.pile().read(batch)
+    assert found is not None
+    return found
+
+
+def test_parts_add_up_once_they_are_sealed() -> None:
+    """∂Σ2x/∂w + ∂Σ2(2x)/∂w = 3 · the column sums (4, 2) of x; samples, scale and the parts' files as the seal says."""
+    site = two_parts()
+    assert site.store.waiting() == []
+    answer = site.other.backward(back(part=2, call=None, grad_outputs=(), seal=CLOSE))
+    assert (answer.status, answer.grad_inputs) == ("stored", ())
+    record = waiting(site)
+    assert record.gradients["weight"].tolist() == [[12, 6], [12, 6]]
+    assert (record.num_samples, record.loss_scale) == (5, 0.5)
+    assert [update["num_samples"] for update in record.buffers] == [2, 3]
+    assert site.store.blobs.list("body/part") == []
+    assert site.commit().num_samples == 5
+    assert site.store.load_weights()["weight"].tolist() == [[2 - 24, -12], [-24, 2 - 12]]
+
+
+def test_a_seal_may_ride_along_with_the_last_part() -> None:
+    """The same sum in one request less."""
+    site = Site(f"memory://{uuid.uuid4()}")
+    site.forward()
+    site.server.forward(ahead(incarnation=1, call=1, inputs=((2 * X,), {})))
+    site.server.backward(back(part=0, seal=None))
+    seal = replace(CLOSE, parts=((0, 0),))
+    assert site.other.backward(back(part=1, call=1, seal=seal)).status == "stored"
+    assert waiting(site).gradients["weight"].tolist() == [[12, 6], [12, 6]]
+
+
+def test_a_repeated_seal_answers_as_before() -> None:
+    """Its parts are gone by then; before the commit and after it."""
+    site = two_parts()
+    close = back(part=2, call=None, grad_outputs=(), seal=CLOSE)
+    for _ in range(2):
+        assert site.server.backward(close).status == "stored"
+    site.commit()
+    assert site.other.backward(close).status == "stored"
+    assert site.store.waiting() == []
+
+
+def test_a_part_that_was_never_sent_loses_the_batch() -> None:
+    """Loudly; what was sent counts nowhere."""
+    site = two_parts()
+    seal = replace(CLOSE, parts=(*CLOSE.parts, (0, 7)))
+    with pytest.raises(ExpiredError, match=r"part 7 of batch a/1/0 .*counts nowhere"):
+        site.server.backward(back(part=8, call=None, grad_outputs=(), seal=seal))
+    assert site.store.waiting() == []
+
+
+def test_a_part_sent_again_with_other_content_is_refused() -> None:
+    """A retry is a success, anything else is not it."""
+    site = two_parts()
+    assert site.other.backward(back(part=0, seal=None)).status == "part"
+    with pytest.raises(DigestError, match="part 0 of batch a/1/0 was sent before with other content"):
+        site.server.backward(back(part=0, seal=None, grad_outputs=(ONES * 2,)))
+
+
+def test_one_part_that_isnt_finite_rejects_the_batch() -> None:
+    """The sum isn't finite either."""
+    site = two_parts()
+    site.server.forward(ahead(incarnation=1, call=2))
+    assert site.server.backward(back(part=2, call=2, seal=None, grad_outputs=(ONES * float("nan"),))).status == "part"
+    seal = replace(CLOSE, parts=(*CLOSE.parts, (0, 2)))
+    assert site.server.backward(back(part=3, call=None, grad_outputs=(), seal=seal)).status == "rejected"
+    assert (waiting(site).kind, waiting(site).gradients) == ("rejected", {})
+
+
+def test_numbers_that_were_given_up_are_closed_once() -> None:
+    """A batch that is known already stays what it is."""
+    site = Site(f"memory://{uuid.uuid4()}")
+    site.forward()
+    site.server.backward(back(seal=SEAL))
+    for call in (1, 2):
+        site.server.forward(ahead(incarnation=1, call=call, housekeeping=Housekeeping(abandoned=(0, 1))))
+    kinds = {str(batch): site.store.pile().peek(batch) for batch in site.store.waiting()}
+    assert {name: found and found["kind"] for name, found in kinds.items()} == {"a/1/0": "gradient", "a/1/1": "skip"}
+    assert BatchId("a", 1, 1) in site.commit().skipped
+
+
+PARTS: list[tuple[str, Any]] = [
+    ("gradients", [1]),
+    ("gradients", {"weight": 1}),
+    ("buffers", []),
+    ("buffers", 5),
+    ("base_version", "x"),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), PARTS, ids=str)
+def test_a_part_that_was_changed(field: str, value: Any) -> None:
+    """A batch of two calls, the first of whose parts isn't what was put there when the second seals it."""
+    net = sandwich(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+    net.run = lambda m, given: m.head(m.body(hooked(m.body(m.bottom(given)))))
+    made = Split(net, "body", f"memory://{uuid.uuid4()}")
+
+    def tamper(grad: Tensor) -> None:
+        (key,) = made.stored("part")
+        record = packing.unpack(GradientRecord, made.store.blobs.get(key) or b"")
+        made.store.blobs.put(key, packing.pack(replace(record, **{field: value})))
+
+    def hooked(h: Tensor) -> Tensor:
+        h.register_hook(tamper)
+        return h
+
+    with pytest.raises(SplitFedError):
+        made.client(torch.randn(4, 6)).sum().backward()
+    assert made.waiting() == []
