@@ -231,8 +231,7 @@ def test_another_process_for_each_commit_gives_the_same_bits(tmp_path: Path) -> 
         process.start()
         process.join()
         assert process.exitcode == 0
-    store = GradientStore(url)
-    assert dict(commits(store)[3].files) == in_one_go(3, **settings())
+    assert dict(commits(GradientStore(url))[3].files) == in_one_go(3, **settings())
 
 
 def test_arrival_and_listing_order_change_no_bit(store_url: str) -> None:

@@ -19,6 +19,7 @@ def check(url: str, outcome: Outcome, batches: int) -> None:
     assert len(outcome.acknowledged) == batches
     check_counted_once(store, outcome.acknowledged)
     record = commits(store)
+    print(f"{len(record) - 1} commits")
     assert sum(len(commit.folded) for commit in record) == batches, "and all of them were folded"
     assert versions(store) == outcome.acknowledged, "the record says of each batch the version that its owner saw"
     replayed, owners = replay(store, f"memory://{Path(url).name}-{id(outcome)}")

@@ -67,7 +67,7 @@ BACK = BackwardRequest(
 SHARE = {"values": {"mean": T}, "bases": {"mean": T + 1}, "num_samples": 8.0}
 MESSAGES = [
     AHEAD,
-    ForwardAnswer(1, 7, {"out": T}, (True,), False, (0,), (2**32 - 1,)),
+    ForwardAnswer(1, 7, {"out": T}, (True,), False, {0: T}, (2**32 - 1,)),
     BACK,
     dataclasses.replace(BACK, call=None, grad_outputs=()),
     dataclasses.replace(BACK, seal=None, housekeeping=Housekeeping()),

@@ -43,7 +43,7 @@ def test_forward_and_backward(store_url: str) -> None:
     answer = site.forward()
     assert answer.outputs.tolist() == (2 * X).tolist()
     assert (answer.incarnation, answer.version, answer.requires_grad) == (1, 0, (True,))
-    assert (answer.drew, answer.changed) == (False, ())
+    assert (answer.drew, answer.changed) == (False, {})
     grads = site.other.backward(back())
     assert grads.status == "stored"
     assert grads.grad_inputs[0].tolist() == [[2, 2], [2, 2]]  # type: ignore[union-attr]

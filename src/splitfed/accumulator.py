@@ -203,7 +203,7 @@ class Accumulator:
         for batch in closed:
             self._headers.pop(batch, None)
         with contextlib.suppress(StoreError, MissingError):
-            counted = self._versions.applied(self._versions.head())
+            counted = self._versions.counted()
             self._pile.drop(batch for batch in closed if batch in counted)
 
     def _publish(self, head: int, found: Sorted, folded: Folded, applied: BatchSet) -> Commit:
@@ -225,7 +225,7 @@ class Accumulator:
             num_samples=folded.mean.num_samples,
             staleness=dict(sorted(folded.staleness.items())),
             folded=BatchSet(found.ready),
-            older={version: BatchSet(batches) for version, batches in sorted(folded.older.items())},
+            older={version: BatchSet(batches) for version, batches in sorted(found.older.items())},
             stale=BatchSet(found.stale),
             rejected=BatchSet(found.rejected),
             skipped=BatchSet(found.skipped),

@@ -146,12 +146,16 @@ class Session:
         if request.grad:
             recorded = RecordedCall(self, request, answer.version)
             if any(answer.requires_grad):
-                crossed = _Cross.apply(recorded, answer.requires_grad, outputs, _dummy(), *tensors)  # type: ignore[no-untyped-call]
+                crossed = _Cross.apply(recorded, answer.requires_grad, outputs, dummy(), *tensors)  # type: ignore[no-untyped-call]
                 outputs = list(crossed)
             else:
                 self.connection.release(recorded)
-            for index in answer.changed:
+            for index in (i for i in answer.changed if tensors[i].requires_grad):
                 recorded.guard(index, tensors[index])
+        for index, value in answer.changed.items():
+            if not (request.grad and tensors[index].requires_grad):
+                with torch.no_grad():
+                    tensors[index].copy_(value)  # nothing but its values can tell other uses
         return trees.unflatten(spec, outputs)
 
 
@@ -178,8 +182,6 @@ class RecordedCall:
     def guard(self, index: int, tensor: Tensor) -> None:
         """Watch an input that the body changed in place, unlike the client's copy: no other use may count on it."""
         torch.autograd.graph.increment_version(tensor)
-        if not tensor.requires_grad:
-            return
 
         def check(grad: Tensor) -> None:
             own = self._answered[index] if self._answered else None
@@ -240,6 +242,6 @@ def refuse_second_order() -> None:
         )
 
 
-def _dummy() -> Tensor:
+def dummy() -> Tensor:
     """Requires grad, so that autograd runs the backward even if nothing before the cut requires it."""
     return torch.empty(0, requires_grad=True)

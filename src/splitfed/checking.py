@@ -134,6 +134,7 @@ def _disturb(half: nn.Module, server: SplitServer, args: tuple[Any, ...], kwargs
     state = torch.get_rng_state()
     buffers = {name: buffer.clone() for name, buffer in half.named_buffers()}
     with torch.no_grad():
+        args, kwargs = _own((args, kwargs))
         SplitClient(half, server, "other")(*args, **kwargs)
         for name, buffer in half.named_buffers():
             buffer.copy_(buffers[name])

@@ -131,12 +131,7 @@ class SplitClient(nn.Module):
         *inputs, target = args
         session = LossSession(self._connection, self._passes, self._samples(inputs, kwargs), self._scope, self._pinned)
         session.target = target
-        found = self._run(session, tuple(inputs), kwargs)
-        if session.value is None or found is not session.value:
-            raise CutError(
-                "client.loss() needs a client half that ends at its cut, and this one computes further: call client(x)"
-            )
-        return session.value
+        return session.finish(lambda: self._run(session, tuple(inputs), kwargs))
 
     @contextmanager
     def at(self, version: int) -> Iterator[SplitClient]:

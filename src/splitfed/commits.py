@@ -36,7 +36,7 @@ class Commit:
     """How many batches were folded at each staleness."""
     folded: BatchSet = field(default_factory=BatchSet)
     older: Mapping[int, BatchSet] = field(default_factory=dict)
-    """Those of them that were computed at another version than the last, by that version: the rest of the schedule."""
+    """Closed batches that were computed at another version than the last, by that version: the rest of the schedule."""
     stale: BatchSet = field(default_factory=BatchSet)
     """Too old by the policy: not folded, closed."""
     rejected: BatchSet = field(default_factory=BatchSet)

@@ -125,12 +125,15 @@ class Connection:
             InputError: it isn't a finite number other than zero.
         """
         value = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
-        value = float(value)
-        if not math.isfinite(value) or value == 0:
+        try:
+            found = float(value)
+        except (TypeError, ValueError):
+            found = math.nan
+        if not math.isfinite(found) or found == 0:
             raise InputError(
                 f"loss_scale is {value!r}: expected a finite number other than 0, or a function that returns one"
             )
-        return value
+        return found
 
     def note_status(self, status: str, num_samples: float) -> None:
         """Count a batch, or warn, once, that one was rejected."""

@@ -31,6 +31,8 @@ class Sorted:
     stale: list[BatchId] = field(default_factory=list)
     rejected: list[BatchId] = field(default_factory=list)
     skipped: list[BatchId] = field(default_factory=list)
+    older: dict[int, list[BatchId]] = field(default_factory=dict)
+    """Those computed at another version than the head, by version."""
 
     @property
     def closed(self) -> list[BatchId]:
@@ -57,6 +59,8 @@ def sort_batches(
         except (FormatError, IdError, KeyError) as error:
             _reject(found, batch, f"its file is unreadable ({error})")
             continue
+        if age > 0 and kind != "skip":
+            found.older.setdefault(head - age, []).append(batch)
         if kind == "skip":
             found.skipped.append(batch)
         elif kind == "rejected":
@@ -77,8 +81,6 @@ class Folded:
     mean: StreamingMean
     updates: list[BufferUpdate]
     staleness: Counter[int]
-    older: dict[int, list[BatchId]]
-    """Batches computed at another version than the head, by version."""
     num_foreign: int
 
 
@@ -103,7 +105,7 @@ def fold(
     Raises:
         MissingError: a batch has gone meanwhile; ordinarily another accumulator has won this version.
     """
-    folded = Folded(StreamingMean(), [], Counter(), {}, 0)
+    folded = Folded(StreamingMean(), [], Counter(), 0)
     for batch in list(found.ready):
         try:
             record = pile.read(batch)
@@ -125,8 +127,6 @@ def fold(
             continue
         folded.updates.extend(updates)
         folded.staleness[age] += 1
-        if age:
-            folded.older.setdefault(record.base_version, []).append(batch)
         folded.num_foreign += record.numerics != numerics
     return folded
 

@@ -8,13 +8,13 @@ samples, and whoever accumulates the `client` lineage with SGD at rate 1 applies
 from __future__ import annotations
 
 from splitfed.errors import ArchitectureError
-from splitfed.ids import BatchId, check_client_id, positive
+from splitfed.ids import BatchId, check_client_id, check_number, positive
 from splitfed.kinds import check_kinds
 from splitfed.messages import GradientRecord, PullAnswer, PullRequest, PushAnswer, PushRequest
 from splitfed.packing import digest
 from splitfed.sealing import Sealer
 from splitfed.store import GradientStore
-from splitfed.template import check_tensors
+from splitfed.template import check_tensors, check_whole
 
 LINEAGE = "client"
 
@@ -50,7 +50,10 @@ class Halves:
             SupersededError: the client has a newer process.
         """
         client_id = check_client_id(check_kinds(request).client_id)
-        if request.base_version < 0:
+        if request.base_version != -1:
+            check_number("base_version", request.base_version)
+        else:
+            check_whole(request.fingerprint, request.gradients)
             self._versions.initialise(request.fingerprint, request.gradients)
             return PushAnswer(request.incarnation, "published")
         incarnation = request.incarnation

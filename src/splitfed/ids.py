@@ -7,8 +7,8 @@ and sequence numbers are plain integers, zero-padded in keys so that a listing s
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from typing import NamedTuple
 
 from splitfed.errors import IdError, InputError
@@ -71,6 +71,6 @@ def positive(name: str, value: float) -> float:
     Raises:
         InputError: it isn't.
     """
-    if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise InputError(f"{name} is {value!r}: expected a finite number above 0")
     return value

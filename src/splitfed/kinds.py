@@ -42,6 +42,15 @@ def _seed(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**64
 
 
+def _update(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and {"values", "bases", "num_samples"} <= set(value)
+        and _tensors(value["values"])
+        and _tensors(value["bases"])
+    )
+
+
 def _output(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], tuple) and type(value[1]) is str
 
@@ -66,6 +75,16 @@ KINDS: dict[type, dict[str, Kind]] = {
     | {"housekeeping": _instance(m.Housekeeping)},
     m.ForwardRecord: _CALL
     | {"buffers": _maybe(_tensors), "outputs": _tuple(_output), "crcs": _tuple(_INT), "numerics": _STR},
+    m.GradientRecord: {
+        "kind": _STR,
+        "base_version": _INT,
+        "num_samples": _NUMBER,
+        "loss_scale": _NUMBER,
+        "digest": _STR,
+        "numerics": _STR,
+        "gradients": _tensors,
+        "buffers": lambda value: isinstance(value, list | tuple) and all(map(_update, value)),
+    },
     m.Chain: {"num_samples": _NUMBER, "last_part": _INT},
     m.Seal: {
         "parts": _tuple(_pair),

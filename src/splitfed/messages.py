@@ -68,8 +68,8 @@ class ForwardAnswer:
     """For each distinct tensor of `outputs`."""
     drew: bool
     """Whether the body drew random numbers; if not, the client puts its generator back."""
-    changed: tuple[int, ...]
-    """Places in the list of input tensors that the body changed in place."""
+    changed: Mapping[int, Tensor]
+    """The input tensors that the body changed in place, by place: their new values."""
     crcs: tuple[int, ...]
 
 

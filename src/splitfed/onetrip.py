@@ -6,42 +6,67 @@ costs one request. The gradient counts when it is answered, at the forward: `bac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from splitfed.calls import Session, refuse_second_order
+from splitfed.calls import Session, dummy, refuse_second_order
 from splitfed.cutpoint import CutPoint
-from splitfed.errors import CutError
+from splitfed.errors import CutError, SplitFedError
 from splitfed.messages import LossAnswer, LossRequest
 from splitfed.seeding import Seed
 
 
 class LossSession(Session):
-    """One `client.loss(...)` call."""
+    """One `client.loss(...)` call.
+
+    The request is made in the cut call, and sent once the half has ended with it: were it sent at once, the gradient of
+    a half that computes further would be counted before anybody could see that it is a wrong one.
+    """
 
     target: Any = None
-    value: Tensor | None = None
+    _pending: tuple[LossRequest, list[Tensor], Seed] | None = None
 
     def call(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Send activations and labels; answer the loss in place of the outputs.
+        """Make the request, and answer a stand-in for the loss.
 
         Raises:
             CutError: the half has more than one cut call.
         """
-        if self.value is not None:
+        if self._pending is not None:
             raise CutError("client.loss() needs a client half that ends at its one cut, and this one calls several")
         seed = Seed()
         ahead, tensors = self.request(point, args, kwargs, seed, None)
+        samples = self.num_samples if self.scope is None or self.scope.num_samples is None else self.scope.num_samples
+        self._pending = LossRequest(ahead, 0, self.target, samples), tensors, seed
+        self._stand_in = torch.empty(0)
+        return self._stand_in
+
+    def finish(self, run: Callable[[], Any]) -> Tensor:
+        """Run the half, send activations and labels, and return the loss.
+
+        Raises:
+            CutError: the half doesn't end at its one cut.
+        """
+        try:
+            ended = self._ends_at_cut(run)
+        except BaseException:
+            if self._pending is not None:
+                self._pending[2].put_back()
+            raise
+        if not ended or self._pending is None:
+            raise _further()
+        request, tensors, seed = self._pending
+        ahead = request.forward
         counts = ahead.grad and ahead.training
         seq = self.connection.number("batch") if counts else 0
-        samples = self.num_samples if self.scope is None or self.scope.num_samples is None else self.scope.num_samples
         try:
             with self.connection.housekeeping() as notes:
                 answer = self.connection.transport.loss(
-                    LossRequest(replace(ahead, housekeeping=notes), seq, self.target, samples)
+                    replace(request, seq=seq, forward=replace(ahead, housekeeping=notes))
                 )
         except BaseException:
             if counts:
@@ -49,22 +74,37 @@ class LossSession(Session):
             raise
         if counts:
             self.connection.answered(seq)
-            self.connection.note_status(answer.status, samples)
+            self.connection.note_status(answer.status, request.num_samples)
         if not answer.drew:
             seed.put_back()
         self.connection.opened(answer.incarnation, answer.version)
         value = answer.loss.to(tensors[0].device) if tensors else answer.loss
         if ahead.grad:
-            value = _Loss.apply(answer, value, *tensors)  # type: ignore[no-untyped-call]
-        self.value = value
+            value = _Loss.apply(answer, value, dummy(), *tensors)  # type: ignore[no-untyped-call]
         return value
+
+    def _ends_at_cut(self, run: Callable[[], Any]) -> bool:
+        try:
+            return run() is getattr(self, "_stand_in", None)
+        except SplitFedError:
+            raise
+        except Exception as error:
+            if self._pending is None:
+                raise
+            raise _further() from error
+
+
+def _further() -> CutError:
+    return CutError(
+        "client.loss() needs a client half that ends at its cut, and this one computes further: call client(x)"
+    )
 
 
 class _Loss(torch.autograd.Function):
     """The loss forward; the gradients that came with it, times the incoming one, backward."""
 
     @staticmethod
-    def forward(ctx: Any, answer: LossAnswer, value: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, answer: LossAnswer, value: Tensor, dummy: Tensor, *tensors: Tensor) -> Tensor:
         """The loss, as it came."""
         ctx.grads = [
             None if grad is None else grad.to(tensor.device)
@@ -76,4 +116,4 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         """The gradients of the inputs."""
         refuse_second_order()
-        return None, None, *(None if own is None else own * grads[0] for own in ctx.grads)
+        return None, None, None, *(None if own is None else own * grads[0] for own in ctx.grads)

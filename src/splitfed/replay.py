@@ -102,13 +102,17 @@ class Model:
             found[name] = buffer.detach()
         return found
 
+    def is_spoilt(self) -> bool:
+        """Whether the body wrote to its own parameters."""
+        return any(held.get(leaf) is not p or p._version != version for held, leaf, p, version in self._held)
+
     def check_parameters(self) -> None:
         """Refuse a body that wrote to its own parameters.
 
         Raises:
             UnsupportedError: it did.
         """
-        if any(held.get(leaf) is not p or p._version != version for held, leaf, p, version in self._held):
+        if self.is_spoilt():
             raise UnsupportedError("the body changes its own parameters in forward: keep what it changes in buffers")
 
 
@@ -129,7 +133,7 @@ class Run:
     bases: Mapping[str, Tensor]
     """At its version, before any call of the same `client(...)`."""
     drew: bool
-    changed: tuple[int, ...]
+    changed: dict[int, Tensor]
     crcs: tuple[int, ...]
 
 
@@ -175,7 +179,7 @@ def run(model: Model, call: ForwardRecord, *, grad: bool, finish: Callable[[Any]
         buffers=buffers,
         bases=model.buffers,
         drew=draws.drew,
-        changed=tuple(i for i, (t, v) in enumerate(zip(entered, versions, strict=True)) if t._version != v),
+        changed={i: t for i, (t, v) in enumerate(zip(entered, versions, strict=True)) if t._version != v},
         crcs=tuple(codec.crc32(tensor) for tensor in live),
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from splitfed import replay
 from splitfed.buffers import same_bits
 from splitfed.cache import Bounded
-from splitfed.errors import ExpiredError, StoreError, UnsupportedError
+from splitfed.errors import ExpiredError, StoreError
 from splitfed.messages import ForwardRecord, ForwardRequest, GradientRecord
 from splitfed.pile import Pile
 from splitfed.replay import Model, Run
@@ -73,6 +73,16 @@ class Runner:
             )
         return head
 
+    def run_newest(self, request: ForwardRequest) -> tuple[int, ForwardRecord, Run]:
+        """Run a call at the version that it asks for; the newest is looked up again if it expires meanwhile."""
+        while True:
+            version = self.version(request)
+            try:
+                return version, *self.run(request, version)
+            except ExpiredError:
+                if request.version is not None or self._versions.head() == version:
+                    raise
+
     def run(
         self, request: ForwardRequest, version: int, finish: Callable[[Any], Any] | None = None
     ) -> tuple[ForwardRecord, Run]:
@@ -89,12 +99,7 @@ class Runner:
             crcs=(),
             numerics=self._numerics,
         )
-        try:
-            return call, replay.run(self._model(version), call, grad=request.grad, finish=finish)
-        except UnsupportedError:  # it may have written to its weights
-            self._models.pop(version)
-            self._versions.forget(version)
-            raise
+        return call, self._run(call, version, grad=request.grad, finish=finish)
 
     def keep(self, key: CallKey, call: ForwardRecord, done: Run) -> None:
         """Record a call that has run, and keep its graph at hand."""
@@ -137,6 +142,15 @@ class Runner:
                 )
         return found
 
+    def _run(self, call: ForwardRecord, version: int, *, grad: bool, finish: Callable[[Any], Any] | None = None) -> Run:
+        model = self._model(version)
+        try:
+            return replay.run(model, call, grad=grad, finish=finish)
+        finally:
+            if model.is_spoilt():  # it shares memory with the version: nobody may read what it wrote
+                self._models.pop(version)
+                self._versions.forget(version)
+
     def _handed_on(self, request: ForwardRequest, version: int) -> dict[str, Tensor] | None:
         """What an earlier call of the same `client(...)` left in the buffers, where it isn't the version's."""
         if request.previous is None or request.incarnation is None:
@@ -153,7 +167,7 @@ class Runner:
         return _changed(held[1])
 
     def _replay(self, record: ForwardRecord, version: int) -> Run:
-        again = replay.run(self._model(version), record, grad=True)
+        again = self._run(record, version, grad=True)
         kind = "the same" if record.numerics == self._numerics else "another"
         replay.check_replay(record, again, f"the forward was computed in {kind} numerics class")
         return again

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from splitfed import codec
 from splitfed.applied import MAX_GAPS
-from splitfed.errors import BusyError, ExpiredError, InputError
+from splitfed.errors import BusyError, ExpiredError, FormatError, InputError
 from splitfed.ids import BatchId, positive
 from splitfed.messages import Chain, GradientRecord, Housekeeping, Seal
 from splitfed.packing import digest
@@ -76,6 +76,8 @@ class Sealer:
         parts: dict[int, GradientRecord] = {}
         for version, number in seal.parts:
             part = self._pile.part(version, batch, number)
+            if part is not None and len(part.buffers) != 1:
+                raise FormatError(f"part {number} of batch {batch} isn't one call's share: {len(part.buffers)} of them")
             if part is None:
                 if self.is_known(batch):
                     return self._outcome(batch)
@@ -119,7 +121,7 @@ class Sealer:
         return self._versions.outcome(batch) if waiting is None else _STATUS.get(str(waiting["kind"]), "stored")
 
     def _is_applied(self, batch: BatchId) -> bool:
-        applied = self._versions.applied(self._versions.head())
+        applied = self._versions.counted()
         if applied.gaps(batch.client_id) > MAX_GAPS and batch not in applied and not applied.fills_gap(batch):
             raise BusyError(
                 f"client {batch.client_id!r} has more than {MAX_GAPS} holes in its sequence of batches: earlier "

@@ -108,8 +108,7 @@ class SplitServer:
         if request.grad and incarnation is None:
             incarnation = self.store.open_client(request.client_id, request.process)
         self._tidy(request.client_id, incarnation, request.housekeeping)
-        version = self._runner.version(request)
-        call, done = self._runner.run(request, version)
+        version, call, done = self._runner.run_newest(request)
         if request.grad and incarnation is not None:
             self._runner.keep((version, request.client_id, incarnation, request.call), call, done)
         spec, tensors = trees.flatten(done.outputs)
@@ -119,7 +118,7 @@ class SplitServer:
             outputs=trees.unflatten(spec, [fresh(tensor) for tensor in tensors]),
             requires_grad=tuple(tensor.requires_grad for tensor in tensors),
             drew=done.drew,
-            changed=done.changed,
+            changed={place: fresh(tensor) for place, tensor in done.changed.items()},
             crcs=done.crcs,
         )
 
@@ -195,8 +194,8 @@ class SplitServer:
         grad_inputs, gradients = replay.backward(done, [one])
         status = "uncounted"
         if counts:
-            said = (batch, version, ahead.call, ahead.cut, ahead.seed, ahead.autocast, request.num_samples)
-            sent = trees.flatten((ahead.inputs, request.target))[1]
+            spec, sent = trees.flatten((ahead.inputs, request.target))
+            said = (batch, version, ahead.call, ahead.cut, ahead.seed, ahead.autocast, request.num_samples, spec)
             share = self._runner.share(done, gradients, digest(said, sent), request.num_samples)
             status = self._sealer.store(batch, share)
         return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)

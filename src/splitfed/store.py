@@ -92,8 +92,7 @@ class GradientStore:
         """The batches that wait for a commit, in canonical order."""
         versions, pile = self.lineage(lineage), self.pile(lineage)
         found = pile.waiting()
-        head = versions.head()
-        applied = versions.applied(head) if head >= 0 else ()
+        applied = versions.counted() if versions.head() >= 0 else ()
         return [batch for batch in found if batch not in applied]
 
     def rollback(self, version: int, lineage: str = "body") -> list[str]:

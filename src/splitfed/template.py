@@ -129,6 +129,28 @@ def is_entry(entry: object) -> bool:
     )
 
 
+def check_whole(fingerprint: object, tensors: Mapping[str, Tensor]) -> None:
+    """Check that tensors are all those of a fingerprint, and that it is one: either may come from anywhere.
+
+    Raises:
+        ArchitectureError: they aren't.
+    """
+    if not isinstance(fingerprint, dict) or not fingerprint or not all(map(is_entry, fingerprint.values())):
+        raise ArchitectureError("this isn't a fingerprint: expected an object for each tensor")
+    own = {name: entry for name, entry in fingerprint.items() if "tied" not in entry}
+    if (
+        any(entry["tied"] not in own for entry in fingerprint.values() if "tied" in entry)
+        or own.keys() != tensors.keys()
+    ):
+        raise ArchitectureError(
+            f"the tensors aren't those of the fingerprint: {sorted(own.keys() ^ tensors.keys())[:8]}"
+        )
+    for name, tensor in tensors.items():
+        if own[name]["role"] not in ("trainable", "frozen", "buffer"):
+            raise ArchitectureError(f"tensor {name[:80]!r} has the unknown role {own[name]['role'][:20]!r}")
+        check_tensors(fingerprint, {name: tensor}, own[name]["role"])
+
+
 def check_tensors(fingerprint: Fingerprint, tensors: Mapping[str, Tensor], role: str) -> None:
     """Check that tensors are those of a fingerprint in one role ('trainable' or 'buffer').
 

@@ -115,9 +115,23 @@ class Versions:
         copies = {name: tensor.clone() for name, tensor in self.checked_state(version).items()}
         return {name: copies[entry.get("tied", name)] for name, entry in self.fingerprint().items()}
 
+    def counted(self) -> BatchSet:
+        """The batches counted by now.
+
+        The head and its table are two reads: commits in between may take the table away, and then it is asked again.
+        """
+        while True:
+            head = self.head()
+            try:
+                return self.applied(head)
+            except ExpiredError:
+                if self.head() == head:
+                    raise
+
     def forget(self, version: int) -> None:
         """Read a version's tensors from the store again next time: someone wrote to the ones in memory."""
         self._states.pop(version)
+        self._frozen.clear()
 
     def outcome(self, batch: BatchId) -> str:
         """What became of a counted batch: 'stored', or 'rejected'. Searches the records, newest first."""
