@@ -96,6 +96,26 @@ def test_a_recompute_counts_no_buffers(use_reentrant: bool, calls: int, tmp_path
     assert_same(*({name: state[name] for name in buffers} for state in (split.state(), reference.state_dict())))
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
+def test_a_checkpoint_around_the_client_stays_at_its_version(use_reentrant: bool, tmp_path: Path) -> None:
+    """The recompute calls client(...) anew, after a commit: the gradients are those of the first call's version."""
+    split = Split(model("", False), "body", tmp_path)
+    reference = splitfed.reference(model("", False), "body")
+    step(splitfed.SplitClient(split.half, split.wire, "b"), ((torch.randn(8, 6),), {}))
+    split.client.zero_grad()
+    given, rewind, found = torch.randn(8, 6), replay_rng(), []
+    for net in (split.client, reference):
+        rewind()
+        x = given.clone().requires_grad_()
+        outputs = net(x) if net is reference else checkpoint(net, x, use_reentrant=use_reentrant)
+        if net is split.client:
+            assert split.accumulator.step() is not None
+        outputs.pow(2).mean().backward()
+        found.append({"outputs": outputs.detach(), "input": x.grad})
+    assert_same(*found)
+    assert_same(split.gradients(), gradients(reference))
+
+
 def test_a_recompute_that_differs_is_refused(tmp_path: Path) -> None:
     """Without the generator's state a recompute can't meet the same masks: an error says so, and nothing counts."""
     split, _ = pair(sandwich(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3))), tmp_path)
