@@ -214,7 +214,7 @@ class SplitServer:
         return self._halves.push(request)
 
     def _tidy(self, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:
-        if incarnation is not None and housekeeping is not _NOTHING:
+        if incarnation is not None:
             for version, call in housekeeping.released:
                 self._runner.forget((version, client_id, incarnation, call))
             self._sealer.tidy(client_id, incarnation, housekeeping)
@@ -231,9 +231,6 @@ class SplitServer:
             "counts nowhere; "
             "the loop may go on"
         )
-
-
-_NOTHING = Housekeeping()
 
 
 def _check_gradients(record: ForwardRecord, grad_outputs: Sequence[Tensor | None]) -> None:
