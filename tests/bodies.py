@@ -240,3 +240,9 @@ def odd_outputs() -> nn.Module:
 def embedding() -> nn.Module:
     """A body that begins with an embedding: the bottom is empty, and its inputs are integers."""
     return nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def sample(dtype: torch.dtype) -> Tensor:
+    """The numbers 0 to 23 as a 2 × 3 × 4 tensor of this type, as far as it can hold them."""
+    numbers = torch.arange(24).reshape(2, 3, 4)
+    return numbers % 2 == 0 if dtype is torch.bool else numbers.to(torch.float32).to(dtype)

@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("idx")
     for i, (name, array) in enumerate(zip(NAMES, [*bars(200, 0), *bars(50, 1)], strict=True)):
         raw = idx(array)
-        path.joinpath(name + ".gz" * (i % 2)).write_bytes(gzip.compress(raw) if i % 2 else raw)
+        path.joinpath(name + ".gz" * (i % 2)).write_bytes(gzip.compress(raw, mtime=0) if i % 2 else raw)
     return path
 
 
@@ -238,7 +238,7 @@ def test_idx_files_are_read_plain_and_gzipped(folder: Path, tmp_path: Path) -> N
         (NAMES[1], idx(torch.zeros(9)), InputError, "has 200 train images but 9 labels"),
         (NAMES[3], idx(torch.full((50,), 10)), FormatError, "go up to 10: expected digits"),
         (NAMES[2] + ".gz", b"\x1f\x8b\x08", FormatError, "isn't a whole gzip file"),
-        (NAMES[2] + ".gz", gzip.compress(bytes(1000))[:20], FormatError, "isn't a whole gzip file"),
+        (NAMES[2] + ".gz", gzip.compress(bytes(1000), mtime=0)[:20], FormatError, "isn't a whole gzip file"),
         (NAMES[2] + ".gz", b"plain", FormatError, "isn't a whole gzip file"),
     ],
 )

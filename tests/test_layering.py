@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "cutting": "errors template cutpoint",
     "boundary": "codec",
     "unsplit": "trees seeding template cutting boundary",
-    "replay": "errors messages trees codec seeding template boundary",
+    "model": "errors template boundary",
+    "replay": "errors messages trees codec seeding boundary model",
     # The client side.
     "transport": "messages",
     "connection": "errors messages transport",
@@ -62,12 +63,12 @@ MAY_IMPORT = {
     "pile": "errors ids messages packing blobs layout",
     "store": "errors ids numerics packing blobs layout lineage pile",
     # The server: forward and backward.
-    "sealing": "errors ids messages codec packing applied versions pile",
+    "sealing": "errors ids messages numerics packing applied versions pile",
     "halves": "errors ids kinds messages packing template store sealing",
-    "running": "errors messages cache template replay buffers versions pile",
+    "running": "errors messages cache template model replay buffers versions pile",
     "server": "errors ids kinds messages trees packing template boundary replay store sealing halves running",
     # The accumulator: stored gradients become the next version.
-    "folding": "errors ids codec messages template averaging buffers pile",
+    "folding": "errors ids numerics messages template averaging buffers pile",
     "stepping": "template optimizers versions",
     "accumulator": "errors ids template buffers policies optimizers applied commits store folding stepping",
     # What stands on top of both sides.

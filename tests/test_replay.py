@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from bodies import Calls
+from harness_replay import X, body, call, linear, model
 from torch import Tensor, nn
 
 from splitfed import replay
-from splitfed.errors import BodyError, InputError, ReplayError, SplitFedError, UnsupportedError
-from splitfed.messages import ForwardRecord
-from splitfed.replay import Model
-from splitfed.template import Template
-
-CPU = torch.device("cpu")
-X = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
-
-
-def model(body: nn.Module) -> Model:
-    """A body at version 0, with weights of its own."""
-    template = Template(body)
-    return Model(template, {name: t.clone() for name, t in template.state(body).items()}, 0, CPU)
-
-
-def call(*args: Any, **changes: Any) -> ForwardRecord:
-    """A call of the body in train mode."""
-    inputs = (args or (X,), {})
-    flags = tuple(isinstance(arg, Tensor) and arg.is_floating_point() for arg in inputs[0])
-    return replace(ForwardRecord("", inputs, flags, True, 7, None, None, (), (), "here"), **changes)
-
-
-def body(forward: Any, **parts: nn.Module) -> nn.Module:
-    """A body whose forward is a function of itself and its arguments."""
-    return Calls(forward, **parts)
-
-
-def linear(value: float = 2.0) -> nn.Linear:
-    """`x -> value · x` on two features."""
-    layer = nn.Linear(2, 2, bias=False)
-    with torch.no_grad():
-        layer.weight.copy_(torch.eye(2) * value)
-    return layer
+from splitfed.errors import BodyError, InputError, ReplayError
 
 
 def test_a_run_gives_outputs_gradients_and_their_graph() -> None:
@@ -88,78 +55,6 @@ def test_the_grad_mode_is_the_clients(grad: bool) -> None:
     assert seen == [grad]
     assert done.outputs.requires_grad is grad
     assert not done.outputs.is_inference()
-
-
-@pytest.mark.parametrize("how", ["in_place", "assigned"])
-def test_each_run_begins_with_the_versions_buffers(how: str) -> None:
-    """A recompute counts nothing again, and runs of one version don't see each other."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        if how == "in_place":
-            m.count += 1
-        else:
-            m.count = m.count + 1
-        return x + m.count
-
-    holder = body(forward)
-    holder.register_buffer("count", torch.tensor(10.0))
-    made = model(holder)
-    runs = [replay.run(made, call(), grad=True) for _ in range(2)]
-    assert [float(done.buffers["count"]) for done in runs] == [11, 11]
-    assert [float(done.bases["count"]) for done in runs] == [10, 10]
-    handed_on = replay.run(made, call(buffers={"count": torch.tensor(11.0)}), grad=True)
-    assert float(handed_on.buffers["count"]) == 12
-    assert handed_on.outputs.tolist() == (X + 12).tolist()
-
-
-@pytest.mark.parametrize("how", ["in_place", "assigned", "removed"])
-def test_buffers_that_arent_kept_begin_anew_each_time(how: str) -> None:
-    """A scratch buffer holds nothing over from one run to the next."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        out = x + m.scratch
-        if how == "in_place":
-            m.scratch += 1
-        else:
-            m.scratch = m.scratch + 1 if how == "assigned" else None
-        return out
-
-    scratching = body(forward)
-    scratching.register_buffer("scratch", torch.zeros(1), persistent=False)
-    made = model(scratching)
-    assert [replay.run(made, call(), grad=False).outputs.tolist() for _ in range(3)] == [X.tolist()] * 3
-
-
-def test_a_buffer_that_is_taken_away_is_refused() -> None:
-    """It belongs to the version, so it must have a value when the run ends."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        m.count = None
-        return x
-
-    losing = body(forward)
-    losing.register_buffer("count", torch.zeros(1))
-    with pytest.raises(SplitFedError, match="count"):
-        replay.run(model(losing), call(), grad=True)
-
-
-@pytest.mark.parametrize("how", ["in_place", "assigned"])
-def test_a_body_that_writes_to_its_parameters_is_refused(how: str) -> None:
-    """What changes in forward belongs in buffers: the message says so."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            if how == "in_place":
-                m.layer.weight.mul_(0.5)
-            else:
-                m.layer.weight = nn.Parameter(m.layer.weight * 0.5)
-        return m.layer(x)
-
-    made = model(body(forward, layer=linear()))
-    with pytest.raises(
-        UnsupportedError, match="changes its own parameters in forward: keep what it changes in buffers"
-    ):
-        replay.run(made, call(), grad=True)
 
 
 def test_dropout_is_a_function_of_the_seed() -> None:

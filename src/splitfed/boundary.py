@@ -67,6 +67,8 @@ def fresh(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     kept = codec.canonical(moved)
     if kept is not tensor and kept.data_ptr() != tensor.data_ptr():
         return kept
+    if kept.is_contiguous():
+        return kept.clone()
     strided = [i for i, (n, s) in enumerate(zip(kept.shape, kept.stride(), strict=True)) if s == 0 and n > 1]
     base = kept
     for dim in strided:

@@ -12,7 +12,7 @@ the outputs proves it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from splitfed.boundary import uncached
 from splitfed.connection import Connection
 from splitfed.cutpoint import CutPoint
 from splitfed.errors import InPlaceError, ReplayError, UnsupportedError
-from splitfed.messages import ForwardAnswer, ForwardRequest
+from splitfed.messages import ForwardAnswer, ForwardRequest, Housekeeping
 from splitfed.passes import Passes, Scope
 from splitfed.seeding import Seed
 
@@ -68,9 +68,9 @@ class Session:
             self.passes.give_up()
         seed = Seed()
         before = self._made[-1] if self._made else None
-        request, tensors = self.request(point, args, kwargs, seed, before)
         with self.connection.housekeeping() as notes, uncached():
-            answer = self.connection.transport.forward(replace(request, housekeeping=notes))
+            request, tensors = self.request(point, args, kwargs, seed, before, notes)
+            answer = self.connection.transport.forward(request)
         self._note(answer, seed)
         self._made.append(_Made(request.seed, answer.crcs, before, request.call if request.grad else None))
         return self._connect(request, answer, tensors)
@@ -109,7 +109,13 @@ class Session:
         )
 
     def request(
-        self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], seed: Seed, before: _Made | None
+        self,
+        point: CutPoint,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        seed: Seed,
+        before: _Made | None,
+        notes: Housekeeping = Housekeeping(),  # noqa: B008 -- frozen
     ) -> tuple[ForwardRequest, list[Tensor]]:
         """The request for a cut call, and its distinct input tensors."""
         _, tensors = trees.flatten((args, kwargs))
@@ -130,6 +136,7 @@ class Session:
             version=self.version,
             seen=self.connection.seen,
             previous=None if before is None else before.number,
+            housekeeping=notes,
         ), tensors
 
     def _note(self, answer: ForwardAnswer, seed: Seed) -> None:

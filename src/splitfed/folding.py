@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from splitfed import codec
 from splitfed.averaging import StreamingMean
 from splitfed.buffers import BufferUpdate
 from splitfed.errors import ArchitectureError, FormatError, IdError, InputError, MissingError
 from splitfed.ids import BatchId, check_number, positive
 from splitfed.messages import GradientRecord
+from splitfed.numerics import all_finite
 from splitfed.pile import Pile
 from splitfed.template import Fingerprint, check_tensors
 
@@ -140,10 +140,10 @@ def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpd
     """
     positive("num_samples", record.num_samples)
     check_tensors(fingerprint, record.gradients, "trainable")
-    if not all(codec.all_finite(gradient) for gradient in record.gradients.values()):
+    if not all(all_finite(gradient) for gradient in record.gradients.values()):
         raise InputError("a gradient isn't finite")
     if abs(record.loss_scale) < 1 and not all(
-        codec.all_finite(g / record.loss_scale) for g in record.gradients.values()
+        all_finite(g / record.loss_scale) for g in record.gradients.values()
     ):
         raise InputError(f"a gradient isn't finite any more once divided by its loss scale {record.loss_scale}")
     updates = []

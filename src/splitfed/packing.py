@@ -19,6 +19,7 @@ from splitfed.kinds import check_kinds
 from splitfed.messages import Chain, ForwardRequest, Housekeeping, Seal
 
 M = TypeVar("M")
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 _NESTED: dict[str, type] = {"housekeeping": Housekeeping, "seal": Seal, "chains": Chain, "forward": ForwardRequest}
 
@@ -50,7 +51,7 @@ def pack_tree(kind: str, tree: Any) -> list[memoryview | bytes]:
     spec, tensors = trees.flatten(tree)
     named = {f"{index:06d}": tensor for index, tensor in enumerate(tensors)}
     try:
-        text = json.dumps(spec, separators=(",", ":"))
+        text = _to_json(spec)
     except ValueError as error:
         raise ContainerError(f"the {kind} holds a value that can't travel: {error}") from error
     return codec.encode(named, {"kind": kind, "spec": text})
@@ -104,10 +105,10 @@ def digest(said: object, tensors: Iterable[Tensor | None]) -> str:
         said: Its plain fields, housekeeping apart; anything whose `repr` tells them apart.
         tensors: What it carries.
     """
-    kept = {f"{index:06d}": tensor for index, tensor in enumerate(tensors) if tensor is not None}
-    hasher = hashlib.sha256(repr(said).encode())
-    for part in codec.encode(kept):
-        hasher.update(part)
+    contents = [("", b"") if tensor is None else codec.content(tensor) for tensor in tensors]
+    hasher = hashlib.sha256(repr((said, [text for text, _ in contents])).encode())
+    for _, memory in contents:
+        hasher.update(memory)
     return hasher.hexdigest()
 
 

@@ -4,8 +4,7 @@ A run depends on nothing but what is written down: the version's weights, the in
 grad mode, the autocast dtype and the buffers it starts from. Each run gets buffers of its own, so a recompute never
 counts BatchNorm twice, and two runs of one version don't see each other. `torch.autograd.grad` writes no `.grad`.
 
-The trap: a body that keeps state in Python, or writes to its parameters, can't be pinned. The second is refused
-here; the first shows as a recompute whose outputs have another CRC.
+The trap: a body that keeps state in Python can't be pinned; it shows as a recompute whose outputs have another CRC.
 """
 
 from __future__ import annotations
@@ -19,101 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from splitfed import codec, trees
-from splitfed.boundary import enter, fresh, uncached, unhooked
+from splitfed.boundary import enter, uncached, unhooked
 from splitfed.errors import BodyError, InputError, ReplayError, SplitFedError, UnsupportedError
 from splitfed.messages import ForwardRecord
+from splitfed.model import Model
 from splitfed.seeding import compute_lock, seeded
-from splitfed.template import Template, transient_buffers
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-class Model:
-    """A body at one version, ready to run; immutable in effect, since every run starts from the version's buffers.
-
-    Args:
-        template: The body's structure.
-        state: Its tensors by first name; they aren't copied.
-        version: What they are the state of.
-        device: Where it computes.
-    """
-
-    def __init__(self, template: Template, state: Mapping[str, Tensor], version: int, device: torch.device) -> None:
-        self.version = version
-        self.device = device
-        self.module = template.build(state, device)
-        named = {name.replace("_orig_mod.", ""): p for name, p in self.module.named_parameters()}
-        self.parameters = {name: named[name] for name in template.trainable}
-        self.buffers: dict[str, Tensor] = {}
-        self._slots: list[tuple[str, nn.Module, str]] = []
-        for prefix, owner in self.module.named_modules(remove_duplicate=False):
-            for leaf, buffer in owner._buffers.items():
-                name = f"{prefix}.{leaf}".lstrip(".").replace("_orig_mod.", "")
-                if buffer is not None and name in template.names:
-                    self.buffers.setdefault(template.names[name], buffer)
-                    self._slots.append((template.names[name], owner, leaf))
-        pristine = template.blueprint
-        self._transient = [
-            (owner, leaf, owner._buffers[leaf], source._buffers[leaf])
-            for (owner, leaf), (source, _) in zip(
-                transient_buffers(self.module), transient_buffers(pristine), strict=True
-            )
-        ]
-        self._held = [
-            (owner._parameters, leaf, parameter, parameter._version)
-            for owner in self.module.modules()
-            for leaf, parameter in owner._parameters.items()
-            if parameter is not None
-        ]
-        self._transient_versions = [None if t[2] is None else t[2]._version for t in self._transient]
-        self._modes = template.modes
-
-    def prepare(self, training: bool, buffers: Mapping[str, Tensor] | None) -> None:
-        """Set the mode and give the coming run buffers of its own."""
-        for module, mode in zip(self.module.modules(), self._modes[training], strict=True):
-            module.training = mode
-        own = {
-            name: fresh((buffers or self.buffers).get(name, base), self.device) for name, base in self.buffers.items()
-        }
-        for name, owner, leaf in self._slots:
-            owner._buffers[leaf] = own[name]
-        for i, (owner, leaf, kept, source) in enumerate(self._transient):
-            if owner._buffers.get(leaf) is not kept or (
-                kept is not None and kept._version != self._transient_versions[i]
-            ):
-                renewed = None if source is None else fresh(source, self.device)
-                owner._buffers[leaf] = renewed
-                self._transient[i] = (owner, leaf, renewed, source)
-                self._transient_versions[i] = None if renewed is None else renewed._version
-
-    def end_buffers(self) -> dict[str, Tensor]:
-        """The buffers as the last run left them.
-
-        Raises:
-            UnsupportedError: the body took one away.
-        """
-        found: dict[str, Tensor] = {}
-        for name, owner, leaf in self._slots:
-            buffer = owner._buffers.get(leaf)
-            if buffer is None:
-                raise UnsupportedError(
-                    f"the body takes its buffer {name!r} away in forward: it must have a value at the end"
-                )
-            found[name] = buffer.detach()
-        return found
-
-    def is_spoilt(self) -> bool:
-        """Whether the body wrote to its own parameters."""
-        return any(held.get(leaf) is not p or p._version != version for held, leaf, p, version in self._held)
-
-    def check_parameters(self) -> None:
-        """Refuse a body that wrote to its own parameters.
-
-        Raises:
-            UnsupportedError: it did.
-        """
-        if self.is_spoilt():
-            raise UnsupportedError("the body changes its own parameters in forward: keep what it changes in buffers")
 
 
 @dataclass(slots=True, eq=False)
@@ -123,6 +34,8 @@ class Run:
     version: int
     outputs: Any
     """The tree that the body returned; live."""
+    spec: Any
+    """That tree without its tensors."""
     tensors: list[Tensor]
     """Its distinct tensors."""
     leaves: list[Tensor]
@@ -153,26 +66,24 @@ def run(model: Model, call: ForwardRecord, *, grad: bool, finish: Callable[[Any]
     """
     parts = _parts(model.module, call.cut)
     spec, tensors = trees.flatten(call.inputs)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(compute_lock)
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(grad))
+    draws = seeded(call.seed, () if model.device.type == "cpu" else (model.device,))
+    with compute_lock, torch.inference_mode(False), torch.set_grad_enabled(grad):
         model.prepare(call.training, call.buffers)
         leaves, entered = _enter(tensors, call.requires_grad, model.device)
         args, kwargs = trees.unflatten(spec, entered)
         versions = [tensor._version for tensor in entered]
-        draws = stack.enter_context(seeded(call.seed, () if model.device.type == "cpu" else (model.device,)))
-        with unhooked(), uncached(), _autocast(call.autocast, model.device), _as_body_error():
+        with draws, unhooked(), uncached(), _autocast(call.autocast, model.device), _as_body_error():
             outputs = parts[0](*args, **kwargs)
             for part in parts[1:]:
                 outputs = part(outputs)
             outputs = outputs if finish is None else finish(outputs)
         buffers = model.end_buffers()
     model.check_parameters()
-    live = trees.flatten(outputs)[1]
+    spec, live = trees.flatten(outputs)
     return Run(
         version=model.version,
         outputs=outputs,
+        spec=spec,
         tensors=live,
         leaves=leaves,
         parameters=model.parameters,
@@ -254,7 +165,8 @@ def _enter(
 
 def _autocast(dtype: str | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if dtype is None:
-        return torch.autocast(device.type, enabled=False)
+        on = torch.is_autocast_enabled(device.type)
+        return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
     if dtype not in AUTOCAST:
         raise InputError(f"autocast dtype {dtype[:40]!r} isn't known: expected one of {sorted(AUTOCAST)}")
     return torch.autocast(device.type, dtype=AUTOCAST[dtype])

@@ -18,8 +18,9 @@ from splitfed.buffers import same_bits
 from splitfed.cache import Bounded
 from splitfed.errors import ExpiredError, StoreError
 from splitfed.messages import ForwardRecord, ForwardRequest, GradientRecord
+from splitfed.model import Model
 from splitfed.pile import Pile
-from splitfed.replay import Model, Run
+from splitfed.replay import Run
 from splitfed.template import Template
 from splitfed.versions import Versions
 

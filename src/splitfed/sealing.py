@@ -13,11 +13,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from splitfed import codec
 from splitfed.applied import MAX_GAPS
 from splitfed.errors import BusyError, ExpiredError, FormatError, InputError
 from splitfed.ids import BatchId, positive
 from splitfed.messages import Chain, GradientRecord, Housekeeping, Seal
+from splitfed.numerics import all_finite
 from splitfed.packing import digest
 from splitfed.pile import Pile
 from splitfed.versions import Versions
@@ -60,7 +60,7 @@ class Sealer:
             )
         if self._is_applied(batch):
             return self._versions.outcome(batch)
-        if not all(codec.all_finite(gradient) for gradient in record.gradients.values()):
+        if not all(all_finite(gradient) for gradient in record.gradients.values()):
             record = replace(record, kind="rejected", gradients={}, buffers=[])
         return _STATUS[self._pile.create(batch, record)]
 

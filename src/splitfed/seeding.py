@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 compute_lock = threading.RLock()
 
@@ -43,36 +41,31 @@ class Seed:
                 torch.default_generator.set_state(self._before)
 
 
-class Draws:
-    """Says, after a `seeded` block, whether anything was drawn in it."""
-
-    __slots__ = ("drew",)
-
-    def __init__(self) -> None:
-        self.drew = False
-
-
-@contextmanager
-def seeded(seed: int, devices: Sequence[torch.device] = ()) -> Iterator[Draws]:
-    """Run the block with the CPU's generator, and those of `devices`, seeded; then put them back.
+class seeded:  # noqa: N801 -- reads as the verb that it is: with seeded(seed) as draws
+    """Run a block with the CPU's generator, and those of `devices`, seeded; then put them back.
 
     Args:
         seed: 0 to 2⁶⁴ − 1.
         devices: Further devices on which the body computes.
     """
-    generators = [torch.default_generator, *(g for g in map(_generator, devices) if g is not None)]
-    before = [generator.get_state() for generator in generators]
-    draws = Draws()
-    try:
-        started: list[Tensor] = []
-        for generator in generators:
-            generator.manual_seed(seed)
-            started.append(generator.get_state())
-        yield draws
-        draws.drew = any(not torch.equal(g.get_state(), s) for g, s in zip(generators, started, strict=True))
-    finally:
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)
+
+    __slots__ = ("_before", "_generators", "_seed", "_started", "drew")
+
+    def __init__(self, seed: int, devices: Sequence[torch.device] = ()) -> None:
+        self.drew = False
+        """After the block: whether anything was drawn in it."""
+        self._seed = seed
+        self._generators = [torch.default_generator, *(g for g in map(_generator, devices) if g is not None)]
+
+    def __enter__(self) -> seeded:
+        self._before = [generator.get_state() for generator in self._generators]
+        self._started = [generator.manual_seed(self._seed).get_state() for generator in self._generators]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for generator, before, started in zip(self._generators, self._before, self._started, strict=True):
+            self.drew = self.drew or not torch.equal(generator.get_state(), started)
+            generator.set_state(before)
 
 
 def _generator(device: torch.device) -> torch.Generator | None:

@@ -111,12 +111,11 @@ class SplitServer:
         version, call, done = self._runner.run_newest(request)
         if request.grad and incarnation is not None:
             self._runner.keep((version, request.client_id, incarnation, request.call), call, done)
-        spec, tensors = trees.flatten(done.outputs)
         return ForwardAnswer(
             incarnation=incarnation,
             version=version,
-            outputs=trees.unflatten(spec, [fresh(tensor) for tensor in tensors]),
-            requires_grad=tuple(tensor.requires_grad for tensor in tensors),
+            outputs=trees.unflatten(done.spec, [fresh(tensor) for tensor in done.tensors]),
+            requires_grad=tuple(tensor.requires_grad for tensor in done.tensors),
             drew=done.drew,
             changed={place: fresh(tensor) for place, tensor in done.changed.items()},
             crcs=done.crcs,

@@ -81,7 +81,7 @@ def unflatten(spec: Spec, tensors: list[Tensor]) -> Any:
 
 def _flatten(value: Any, tensors: list[Tensor], seen: dict[int, int], where: _Path, depth: int) -> Spec:
     kind = type(value)
-    if value is None or kind in _PLAIN:
+    if kind in _PLAIN:
         return value
     if isinstance(value, Tensor):
         index = seen.setdefault(id(value), len(tensors))
@@ -109,7 +109,11 @@ def _flatten(value: Any, tensors: list[Tensor], seen: dict[int, int], where: _Pa
 
 
 def _items(value: Any, tensors: list[Tensor], seen: dict[int, int], where: _Path, depth: int) -> Spec:
-    return [[_key(key, where), _flatten(child, tensors, seen, (where, key), depth)] for key, child in value.items()]
+    items = []
+    for key, child in value.items():
+        inner = child if type(child) in _PLAIN else _flatten(child, tensors, seen, (where, key), depth)
+        items.append([key if type(key) is str else _key(key, where), inner])
+    return items
 
 
 def _unflatten(spec: Spec, tensors: list[Tensor], depth: int) -> Any:
@@ -155,7 +159,7 @@ def _counter(items: dict[Any, int]) -> collections.Counter[Any]:
     return collections.Counter(items)
 
 
-_PLAIN = frozenset((bool, int, str))
+_PLAIN = frozenset((type(None), bool, int, str))
 _SEQUENCES: dict[type, str] = {list: "l", tuple: "u", torch.Size: "z"}
 _SEQUENCE_OF: dict[str, Callable[[list[Any]], Any]] = {"l": list, "u": tuple, "z": torch.Size}
 _MAPPINGS: dict[type, str] = {dict: "d", collections.OrderedDict: "o", collections.Counter: "k"}

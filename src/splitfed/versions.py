@@ -45,8 +45,8 @@ class Versions:
         self._states: Bounded[int, dict[str, Tensor]] = Bounded(CACHED)
         self._applied: Bounded[int, BatchSet] = Bounded(CACHED)
         self._frozen: dict[str, dict[str, Tensor]] = {}
-        self._suspect: set[int] = set()
-        """Versions whose weights a check in the background found changed."""
+        self._verified: dict[int, bool] = {}
+        """Whether the cached weights of a version have the hash of their commit; absent until that is known."""
 
     def fingerprint(self) -> Fingerprint:
         """The architecture that this lineage was begun with.
@@ -98,17 +98,18 @@ class Versions:
             ExpiredError: its weights have left the retention window.
             CorruptedError: they aren't what was committed.
         """
-        if version in self._suspect:
-            self.checked_state(version)
+        if self._verified.get(version) is False:
+            return self.checked_state(version)
         return self._cached(self._states, version, self._load_state)
 
     def checked_state(self, version: int) -> dict[str, Tensor]:
         """As `state`, with the hash checked before the answer: for what will be built upon or handed out."""
-        self._file(version, "weights")
-        if version in self._suspect:  # restored from a copy meanwhile
-            self._suspect.discard(version)
-            self._states.pop(version)
-        return self._cached(self._states, version, self._load_state)
+        found = self._states.get(version)
+        if found is not None and self._verified.get(version) and version == self._head:  # an older one may have expired
+            return found
+        data = self._file(version, "weights")  # if it was suspect, it may have been restored from a copy meanwhile
+        self._verified[version] = True
+        return self._states.put(version, self._decoded(version, data))
 
     def weights(self, version: int) -> dict[str, Tensor]:
         """A version's tensors under all their names, as the module's `state_dict()` has them; copies."""
@@ -168,7 +169,11 @@ class Versions:
         return BatchSet.from_json(read_json(self._file(version, "applied"), f"the applied table of version {version}"))
 
     def _load_state(self, version: int) -> dict[str, Tensor]:
-        commit, data = self.commit(version), self._file(version, "weights", wait=False)
+        self._verified.pop(version, None)
+        return self._decoded(version, self._file(version, "weights", wait=False))
+
+    def _decoded(self, version: int, data: Buffer) -> dict[str, Tensor]:
+        commit = self.commit(version)
         try:
             state = codec.decode(data)[0]
         except FormatError as error:
@@ -195,18 +200,14 @@ class Versions:
                 "newest is "
                 f"{self.head()}): raise keep_versions of the Accumulator, or go on with a newer version"
             )
-        if wait:
-            self._verify(commit, kind, data)
-        else:
-            threading.Thread(target=self._verify, args=(commit, kind, data, False), daemon=True).start()
+        if not wait:
+            threading.Thread(target=self._verify, args=(commit, data), daemon=True).start()
+        elif sha256([data]) != commit.files[kind]:
+            raise self._corrupted(version, kind)
         return data
 
-    def _verify(self, commit: Commit, kind: str, data: Buffer, loud: bool = True) -> None:
-        if sha256([data]) == commit.files[kind]:
-            return
-        if loud:
-            raise self._corrupted(commit.version, kind)
-        self._suspect.add(commit.version)
+    def _verify(self, commit: Commit, data: Buffer) -> None:
+        self._verified[commit.version] = sha256([data]) == commit.files["weights"]
 
     def _corrupted(self, version: int, kind: str) -> CorruptedError:
         return CorruptedError(
