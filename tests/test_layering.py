@@ -33,11 +33,12 @@ MAY_IMPORT = {
     "cache": "",
     "numerics": "",
     "seeding": "",
-    "template": "errors",
+    "copying": "errors",
+    "template": "errors copying",
     "cutpoint": "errors template",
-    "cutting": "errors template cutpoint",
+    "cutting": "errors copying template cutpoint",
     "boundary": "codec",
-    "unsplit": "trees seeding template cutting boundary",
+    "unsplit": "trees seeding copying template cutting boundary",
     "model": "errors template boundary",
     "replay": "errors messages trees codec seeding boundary model",
     # The client side.
@@ -73,7 +74,7 @@ MAY_IMPORT = {
     "accumulator": "errors ids template buffers policies optimizers applied commits store folding stepping",
     # What stands on top of both sides.
     "partition": "errors",
-    "checking": "errors messages trees template cutting unsplit client store server",
+    "checking": "errors messages trees copying template cutting unsplit client store server",
     "demo": "errors messages cutting transport client commits store server accumulator partition",
     "cli": "errors demo splitfed",
 }

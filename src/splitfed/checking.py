@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from splitfed import trees
 from splitfed.client import SplitClient
+from splitfed.copying import deep_copy
 from splitfed.cutting import find_cuts, split
 from splitfed.errors import InputError
 from splitfed.messages import BackwardAnswer, BackwardRequest
 from splitfed.server import SplitServer
 from splitfed.store import GradientStore
-from splitfed.template import deep_copy, named_state, unwrap
+from splitfed.template import named_state, unwrap
 from splitfed.unsplit import reference
 
 Tensors = dict[str, Tensor | None]

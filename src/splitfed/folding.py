@@ -142,9 +142,7 @@ def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpd
     check_tensors(fingerprint, record.gradients, "trainable")
     if not all(all_finite(gradient) for gradient in record.gradients.values()):
         raise InputError("a gradient isn't finite")
-    if abs(record.loss_scale) < 1 and not all(
-        all_finite(g / record.loss_scale) for g in record.gradients.values()
-    ):
+    if abs(record.loss_scale) < 1 and not all(all_finite(g / record.loss_scale) for g in record.gradients.values()):
         raise InputError(f"a gradient isn't finite any more once divided by its loss scale {record.loss_scale}")
     updates = []
     for entry in record.buffers:

@@ -7,7 +7,6 @@ tied names share by construction. (`load_state_dict(assign=True)` would untie th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from splitfed.copying import deep_copy
 from splitfed.errors import ArchitectureError, UnsupportedError
 
 Fingerprint = dict[str, dict[str, Any]]
@@ -209,21 +209,6 @@ def transient_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Where the buffers are that `state_dict()` leaves out, as (owner, name in it)."""
     owners = list(module.modules())
     return [(owner, leaf) for owner in owners for leaf in owner._buffers if leaf in owner._non_persistent_buffers_set]
-
-
-def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy; what `memo` holds by id is put in place of the original.
-
-    Raises:
-        UnsupportedError: something in the module can't be copied.
-    """
-    try:
-        return copy.deepcopy(module, memo)
-    except Exception as error:
-        raise UnsupportedError(
-            f"{type(module).__name__} can't be copied ({error}): keep what can't be deep-copied out of the module, "
-            "and tensors as parameters or buffers"
-        ) from error
 
 
 def _modes(module: nn.Module) -> dict[bool, list[bool]]:

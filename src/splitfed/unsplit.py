@@ -17,9 +17,10 @@ from torch import nn
 
 from splitfed import trees
 from splitfed.boundary import alias, enter, leave, uncached
+from splitfed.copying import deep_copy
 from splitfed.cutting import find_cuts
 from splitfed.seeding import Seed, compute_lock, seeded
-from splitfed.template import deep_copy, unwrap
+from splitfed.template import unwrap
 
 Call = Callable[..., Any]
 

@@ -1,0 +1,101 @@
+"""Copies of modules: what `copy.deepcopy` would give, sooner."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case
+from torch import Tensor, nn
+
+from splitfed.copying import deep_copy
+from splitfed.errors import UnsupportedError
+
+
+def described(value: Any, seen: dict[int, int]) -> Any:
+    """A value as plain data, with a number for each object that it holds, so that sharing shows."""
+    if isinstance(value, type | str | int | float | bool | None):
+        return value
+    if id(value) in seen:
+        return ("again", seen[id(value)])
+    seen[id(value)] = len(seen)
+    if isinstance(value, Tensor):
+        return (type(value), value.shape, value.dtype, value.requires_grad, value.tolist())
+    if isinstance(value, dict):
+        return (type(value), [(key, described(held, seen)) for key, held in value.items()])
+    if isinstance(value, list | tuple | set):
+        return (type(value), [described(held, seen) for held in value])
+    if isinstance(value, nn.Module):
+        return (type(value), described(value.__dict__, seen))
+    return type(value)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_copy_is_what_deepcopy_makes(case: Case) -> None:
+    """Attribute by attribute, in the same order, with the same objects shared; of models of many kinds."""
+    model = case.model()
+    assert described(deep_copy(model), {}) == described(copy.deepcopy(model), {})
+
+
+class Knotted(nn.Module):
+    """Refers to its children and to itself by plain attributes, ties a weight, and shares one empty table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
+        self.first, self.second = self.layers
+        self.second.weight = self.first.weight
+        self.table = self.same_table = {}
+        self.register_module("absent", None)
+        self.register_buffer("nothing", None)
+        self.__dict__["itself"] = self
+
+
+def test_what_is_shared_stays_shared_and_nothing_is_shared_with_the_original() -> None:
+    """Lists of layers, ties and references back lead into the copy."""
+    model = Knotted()
+    model.register_forward_hook(lambda *_: None)
+    twin: Any = deep_copy(model)
+    assert twin.layers[0] is twin.first is not model.first
+    assert twin.second.weight is twin.first.weight is not model.first.weight
+    assert twin.table is twin.same_table is not model.table
+    assert twin.itself is twin
+    assert twin.absent is None
+    assert twin.nothing is None
+    twin.first.register_forward_hook(lambda *_: None)
+    assert (len(model.first._forward_hooks), len(model._forward_hooks), len(twin._forward_hooks)) == (0, 1, 1)
+
+
+def test_what_the_memo_holds_takes_the_place_of_the_original() -> None:
+    """A parameter, or a whole submodule."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    other, relu = nn.Parameter(torch.zeros(2, 2)), nn.Tanh()
+    twin: Any = deep_copy(model, {id(model[0].weight): other, id(model[1]): relu})
+    assert twin[0].weight is other
+    assert twin[1] is relu
+
+
+def test_a_module_that_says_how_it_is_copied_is_asked() -> None:
+    """As it would be by copy.deepcopy, wherever it stands."""
+
+    class Own(nn.Module):
+        def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+            return nn.Identity()
+
+    class Stateful(nn.Module):
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            super().__setstate__(state | {"restored": True})
+
+    twin: Any = deep_copy(nn.Sequential(Own(), Stateful()))
+    assert type(twin[0]) is nn.Identity
+    assert twin[1].restored
+
+
+def test_what_cant_be_copied_is_said_to_the_user() -> None:
+    """With the class and the cause, and what to do."""
+    model = nn.Linear(1, 1)
+    model.lock = __import__("threading").Lock()
+    with pytest.raises(UnsupportedError, match=r"Linear can't be copied .*lock.*keep what can't be deep-copied out"):
+        deep_copy(model)
