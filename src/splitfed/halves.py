@@ -2,7 +2,8 @@
 
 FedAvg is the same commit on another lineage: a client publishes start − end as its pseudo-gradient, weighted by its
 samples, and whoever accumulates the `client` lineage with SGD at rate 1 applies their mean (McMahan et al., arXiv
-1602.05629; with another optimizer it is FedOpt, Reddi et al., arXiv 2003.00295).
+1602.05629; with another optimizer it is FedOpt, Reddi et al., arXiv 2003.00295). In synchronous mode what it publishes
+is a gradient, divided by its loss scale in the mean like any batch's.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Halves:
             kind="gradient",
             base_version=request.base_version,
             num_samples=samples,
-            loss_scale=1.0,
+            loss_scale=request.loss_scale,
             digest=digest(
                 (
                     client_id,
@@ -79,6 +80,7 @@ class Halves:
                     request.seq,
                     request.base_version,
                     samples,
+                    request.loss_scale,
                     list(request.gradients),
                     list(request.values),
                 ),
