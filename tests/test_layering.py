@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "numerics": "",
     "seeding": "",
     "template": "errors",
+    "personal": "errors template",
     "cutpoint": "errors template",
     "cutting": "errors template cutpoint",
     "boundary": "codec",
@@ -45,7 +46,7 @@ MAY_IMPORT = {
     "passes": "messages connection",
     "calls": "errors messages trees seeding cutpoint boundary connection passes",
     "onetrip": "errors messages seeding cutpoint calls",
-    "syncing": "errors messages template connection",
+    "syncing": "errors messages personal template connection",
     "client": "errors ids cutpoint transport connection passes calls onetrip syncing",
     # The mathematics of a commit.
     "averaging": "errors ids",
@@ -69,7 +70,12 @@ MAY_IMPORT = {
     # The accumulator: stored gradients become the next version.
     "folding": "errors ids codec messages template averaging buffers pile",
     "stepping": "template optimizers versions",
-    "accumulator": "errors ids template buffers policies optimizers applied commits store folding stepping",
+    "accumulator": "errors ids template personal buffers policies optimizers applied commits store folding stepping",
+    # What a run tells, and who hears it.
+    "rows": "errors",
+    "callbacks": "errors rows",
+    "progress": "errors rows",
+    "history": "errors blobs layout store rows",
     # What stands on top of both sides.
     "partition": "errors",
     "checking": "errors messages trees template cutting unsplit client store server",

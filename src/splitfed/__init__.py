@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         UnknownCutError,
         UnsupportedError,
     )
+    from splitfed.history import History
     from splitfed.ids import BatchId
     from splitfed.server import SplitServer
     from splitfed.store import GradientStore
@@ -71,6 +72,7 @@ __all__ = [
     "ExpiredError",
     "FormatError",
     "GradientStore",
+    "History",
     "IdError",
     "InPlaceError",
     "InputError",
@@ -103,6 +105,7 @@ _MODULES = {
     "Commit": "commits",
     "CutPoint": "cutpoint",
     "GradientStore": "store",
+    "History": "history",
     "SplitClient": "client",
     "SplitServer": "server",
     "Transport": "transport",
