@@ -51,7 +51,7 @@ MAY_IMPORT = {
     # The mathematics of a commit.
     "averaging": "errors ids",
     "buffers": "errors",
-    "policies": "errors",
+    "policies": "errors ids",
     "optimizers": "errors",
     # The store.
     "blobs": "errors",
@@ -77,7 +77,8 @@ MAY_IMPORT = {
     "progress": "errors rows",
     "history": "errors blobs layout store rows",
     # What stands on top of both sides.
-    "partition": "errors",
+    "pictures": "errors",
+    "partition": "errors pictures",
     "checking": "errors messages trees template cutting unsplit client store server",
     "demo": "errors messages cutting transport client commits store server accumulator partition",
     "cli": "errors demo splitfed",
