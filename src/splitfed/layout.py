@@ -35,6 +35,7 @@ from splitfed.ids import BatchId, check_client_id, check_lineage, check_number
 FORMAT = "format.json"
 HISTORY = "history"
 CLIENTS = "clients"
+_CLIENT = re.compile(r"clients/([A-Za-z0-9][A-Za-z0-9_.-]{0,63})/(?:\d{8,12}|joined)")
 _GRADIENT = re.compile(r"grad/([^/]+)/(\d{8,12})-(\d{10,12})")
 _VERSIONED = re.compile(r"(?:weights|optimizer|applied)/(\d{10,12})-([0-9a-f]+)\.(?:safetensors|json)")
 _HISTORY = re.compile(r"history/(\d{10,12})\.jsonl")
@@ -55,6 +56,12 @@ def joined(client_id: str) -> str:
 def round_file(number: int, kind: str) -> str:
     """A record of a round: 'plan', 'ending', 'report' or 'finished'."""
     return f"rounds/{_padded('round', number)}/{kind}.json"
+
+
+def parse_client(key: str) -> str | None:
+    """The client whose process lies at `key`; `None` for anything else."""
+    found = _CLIENT.fullmatch(key)
+    return found[1] if found else None
 
 
 def history(number: int) -> str:

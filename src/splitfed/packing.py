@@ -16,11 +16,11 @@ from torch import Tensor
 from splitfed import codec, trees
 from splitfed.errors import ContainerError, FormatError, SplitFedError
 from splitfed.kinds import check_kinds
-from splitfed.messages import Chain, ForwardRequest, Housekeeping, Seal
+from splitfed.messages import Chain, ForwardRequest, Housekeeping, RoundInfo, Seal
 
 M = TypeVar("M")
 
-_NESTED: dict[str, type] = {"housekeeping": Housekeeping, "seal": Seal, "chains": Chain, "forward": ForwardRequest}
+_NESTED: dict[str, type] = {"housekeeping": Housekeeping, "seal": Seal, "chains": Chain, "forward": ForwardRequest, "round": RoundInfo}
 
 
 def pack(message: Any) -> list[memoryview | bytes]:
