@@ -70,7 +70,7 @@ class Assembly:
             plans.half, store, plans.half_optimizer, lineage="client", personal=plans.personal, **halves
         )
         self.server = serve(plans, store)
-        self.arrivals = None if plans.mode.per_client else Arrivals(clock)
+        self.arrivals = Arrivals(clock, ("client",) if plans.mode.per_client else LINEAGES)
         self.meter = Meter(self.server, self.arrivals)
         self.federation = Federation(
             self.body, self.half, mode=plans.mode, clients=clients, barrier=plans.barrier, clock=clock, **plans.settings
@@ -109,8 +109,7 @@ class Assembly:
             for row in commit_rows(self.store, lineage, after, upto, round_number):
                 now = self._times.pop((lineage, row["version"]))
                 commit = self.store.lineage(lineage).commit(row["version"])
-                delay = None if self.arrivals is None else self.arrivals.delay(lineage, commit, now)
-                rows.append({**row, "time": now, "delay": delay})
+                rows.append({**row, "time": now, "delay": self.arrivals.delay(lineage, commit, now)})
         return sorted(rows, key=lambda row: row["time"])
 
 

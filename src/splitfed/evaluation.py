@@ -35,9 +35,7 @@ def evaluate(model: nn.Module, how: Evaluation, loss_fn: Callable[[Any, Any], Te
     if callable(how):
         figures = how(model)
         if not isinstance(figures, Mapping):
-            raise InputError(
-                f"evaluate returned a {type(figures).__name__}: expected a mapping, as {{'accuracy': 0.9}}"
-            )
+            raise InputError(f"evaluate returned a {type(figures).__name__}: expected a mapping of figures by name")
         return dict(figures)
     total = localdata.size(how)
     if not total:

@@ -114,7 +114,8 @@ def batches(data: Data, batch_size: int, indices: Iterable[int]) -> Iterator[tup
     """Pairs (inputs (N, *), targets (N, *)) of these examples in this order; the last one may be smaller."""
     wanted = torch.as_tensor(list(indices), dtype=torch.int64)
     while isinstance(data, Shard):
-        data, wanted = data.data, data.indices[wanted]
+        wanted = data.indices[wanted]
+        data = data.data
     for part in wanted.split(batch_size):
         if isinstance(data, tuple):
             yield data[0][part], data[1][part]

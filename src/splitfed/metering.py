@@ -7,7 +7,7 @@ uncompressed; names, numbers and the safetensors header are a few hundred bytes 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -39,15 +39,18 @@ class Arrivals:
 
     Args:
         clock: Seconds.
+        lineages: Whose batches; what is never asked for needn't be noted.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], lineages: Collection[str] = ("body", "client")) -> None:
         self._clock = clock
+        self._lineages = frozenset(lineages)
         self._times: dict[tuple[str, BatchId], float] = {}
 
     def note(self, lineage: str, batch: BatchId) -> None:
         """A batch has been acknowledged now; only its first time counts."""
-        self._times.setdefault((lineage, batch), self._clock())
+        if lineage in self._lineages:
+            self._times.setdefault((lineage, batch), self._clock())
 
     def delay(self, lineage: str, commit: Commit, now: float) -> float | None:
         """The mean seconds that a commit's batches waited until `now`, or `None` if that isn't known of any.

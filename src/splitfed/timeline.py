@@ -1,8 +1,9 @@
 """An event queue: many processes in one thread, each run at its own instants of a virtual clock.
 
 A process is a generator. What it yields says how many seconds pass before it is resumed, or `None` to be parked until
-all that are parked are released; between two yields no time passes. Processes that are due at one instant are resumed in the order in which they came to wait, so a run is a
-function of what it was given. Nothing sleeps: ten years of waiting take as long as the work in them.
+all that are parked are released; between two yields no time passes. Processes that are due at one instant are resumed
+in the order in which they came to wait, so a run is a function of what it was given. Nothing sleeps: ten years of
+waiting take as long as the work in them.
 """
 
 from __future__ import annotations
