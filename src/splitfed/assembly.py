@@ -6,6 +6,7 @@ production runs; that they share a process with their clients is all the differe
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from splitfed.optimizers import OptimizerFactory, SchedulerFactory
 from splitfed.perclient import PerClient
 from splitfed.policies import Mode
 from splitfed.reporting import commit_rows
+from splitfed.rows import Row
 from splitfed.server import SplitServer
 from splitfed.store import GradientStore
 
@@ -53,10 +55,12 @@ class Assembly:
         plans: How to build them.
         store: Where.
         clients: The ids of all clients.
-        clock: Seconds by the clock of the run.
+        clock: Virtual seconds; `None` for real ones, since 1970.
     """
 
-    def __init__(self, plans: Plans, store: GradientStore, clients: Sequence[str], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, plans: Plans, store: GradientStore, clients: Sequence[str], clock: Callable[[], float] | None
+    ) -> None:
         self.store = store
         self.mode = plans.mode
         self.body: Accumulator | PerClient
@@ -70,13 +74,20 @@ class Assembly:
             plans.half, store, plans.half_optimizer, lineage="client", personal=plans.personal, **halves
         )
         self.server = serve(plans, store)
-        self.arrivals = Arrivals(clock, ("client",) if plans.mode.per_client else LINEAGES)
+        self.arrivals = Arrivals(clock or time.time, ("client",) if plans.mode.per_client else LINEAGES)
         self.meter = Meter(self.server, self.arrivals)
         self.federation = Federation(
-            self.body, self.half, mode=plans.mode, clients=clients, barrier=plans.barrier, clock=clock, **plans.settings
+            self.body,
+            self.half,
+            mode=plans.mode,
+            clients=clients,
+            barrier=plans.barrier,
+            clock=clock or time.time,
+            **plans.settings,
         )
         self._clock = clock
         self._reported = {lineage: store.latest_version(lineage) for lineage in LINEAGES}
+        self._noted = dict(self._reported)
         self._times: dict[tuple[str, int], float] = {}
 
     def commit(self, client_id: str) -> None:
@@ -94,22 +105,32 @@ class Assembly:
         self.note()
 
     def note(self) -> None:
-        """Take note of when versions came about that weren't there before."""
+        """Take note of the virtual time at which versions came about that weren't there before."""
+        if self._clock is None:
+            return
         for lineage in LINEAGES:
-            for version in range(self._reported[lineage] + 1, self.store.latest_version(lineage) + 1):
-                self._times.setdefault((lineage, version), self._clock())
+            newest = self.store.latest_version(lineage)
+            for version in range(self._noted[lineage] + 1, newest + 1):
+                self._times[lineage, version] = self._clock()
+            self._noted[lineage] = newest
 
-    def commit_rows(self, round_number: int) -> list[dict[str, Any]]:
-        """A row for each commit since the last call, with its time by the clock of the run."""
+    def commit_rows(self, round_number: int, started: float) -> list[Row]:
+        """A row for each commit since the last call.
+
+        Args:
+            round_number: The round that has ended.
+            started: When the run began, by its clock; rows count their time from there.
+        """
         self.note()
         rows = []
         for lineage in LINEAGES:
             after, upto = self._reported[lineage], self.store.latest_version(lineage)
             self._reported[lineage] = upto
             for row in commit_rows(self.store, lineage, after, upto, round_number):
-                now = self._times.pop((lineage, row["version"]))
                 commit = self.store.lineage(lineage).commit(row["version"])
-                rows.append({**row, "time": now, "delay": self.arrivals.delay(lineage, commit, now)})
+                now = self._times.pop((lineage, commit.version), commit.time)
+                delay = self.arrivals.delay(lineage, commit, now)
+                rows.append({**row, "time": now - started, "delay": delay})
         return sorted(rows, key=lambda row: row["time"])
 
 

@@ -71,9 +71,12 @@ class Schedule:
                 continue
             self._pushed = False
             moved = self._timeline.advance(plan.deadline)
-            report = federation.poll() if self._pushed or not moved else None
+            if moved and not self._pushed:
+                continue
+            report = federation.poll()
             if report is None and not moved:
                 report = federation.close()
+            self._assembly.note()
             if report is not None:
                 return report
 

@@ -8,68 +8,73 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from typing import Protocol
 
 from torch import nn
 
-from splitfed import localdata
-from splitfed.assembly import Assembly, Plans
+from splitfed.assembly import Assembly
 from splitfed.callbacks import AnyCallback, Callbacks
 from splitfed.cutting import join
 from splitfed.errors import InputError
 from splitfed.evaluation import Evaluation
 from splitfed.evaluation import evaluate as score
 from splitfed.history import History
-from splitfed.localdata import Data
+from splitfed.rounds import Plan
 from splitfed.rows import Row, plain
-from splitfed.schedule import Schedule
-from splitfed.store import GradientStore
 from splitfed.template import deep_copy
 from splitfed.timeline import Timeline
-from splitfed.trainee import Recipe
-from splitfed.virtual import VirtualTime
+from splitfed.trainee import Outcome, Recipe
+
+
+class Driver(Protocol):
+    """Who lets the clients train: turn by turn, along virtual time, or in worker processes."""
+
+    def run(self, plan: Plan) -> Row:
+        """Let clients train until the round is over; returns the coordinator's report."""
+        ...
+
+    def outcomes(self) -> list[Outcome]:
+        """What the activations came to that have ended since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Leave every client where it is."""
+        ...
 
 
 class Simulation(Iterator[Row]):
     """A run of `simulate`: iterate over it for a row per round; nothing trains before.
 
     Args:
-        plans: How the federation is built.
+        assembly: The federation.
+        driver: Lets its clients train.
+        timeline: The virtual clock; `None` for real time.
         recipe: What the clients have in common.
-        clients: Their data.
-        store: Where the run is kept.
-        rounds: The number of the last round.
-        virtual: What clients cost in virtual time.
+        head: The row that the run begins with; its settings say how many rounds there are.
         evaluate: How the model is judged after a round.
-        name: What the run is called.
         history: Where rows are kept.
         callbacks: Who else is told of them.
     """
 
     def __init__(
         self,
-        plans: Plans,
+        assembly: Assembly,
+        driver: Driver,
+        timeline: Timeline | None,
         recipe: Recipe,
-        clients: Mapping[str, Data],
-        store: GradientStore,
-        rounds: int,
+        head: Row,
         *,
-        virtual: VirtualTime | None,
         evaluate: Evaluation | None,
-        name: str,
         history: History,
         callbacks: Sequence[AnyCallback],
     ) -> None:
-        self.store = store
+        self.store = assembly.store
         """Where everything is; `store.load_weights()` has the body's newest weights."""
         self.history = history
         """The rows of the run, and of the commits between them."""
-        self._plans, self._recipe, self._clients, self._rounds = plans, recipe, clients, rounds
-        self._virtual, self._evaluate, self._name, self._callbacks = virtual, evaluate, name, callbacks
-        self._timeline = Timeline()
-        self._assembly = Assembly(plans, store, list(clients), self.time)
-        self._schedule = Schedule(self._assembly, recipe, clients, self._timeline, virtual)
-        self._started: float | None = None
+        self._assembly, self._driver, self._timeline = assembly, driver, timeline
+        self._recipe, self._head, self._evaluate, self._callbacks = recipe, head, evaluate, callbacks
         self._running = self._run()
 
     def __next__(self) -> Row:
@@ -79,12 +84,6 @@ class Simulation(Iterator[Row]):
         """End the run here; what is in the store stays."""
         self._running.close()
 
-    def time(self) -> float:
-        """Seconds since the run began: virtual ones in virtual time, else real ones."""
-        if self._virtual is not None:
-            return self._timeline.now
-        return 0.0 if self._started is None else time.monotonic() - self._started
-
     def whole(self) -> nn.Module:
         """The whole model at the newest versions, with its original keys, in eval mode; personal parts are initial."""
         half = deep_copy(self._recipe.half)
@@ -92,55 +91,30 @@ class Simulation(Iterator[Row]):
         return join(half, self.store.load_weights()).eval()
 
     def _run(self) -> Generator[Row, None, None]:
-        federation = self._assembly.federation
+        federation, rounds = self._assembly.federation, self._head["settings"]["rounds"]
         newest = federation.rounds.newest()
         done = newest if newest == 0 or federation.rounds.report(newest) is not None else newest - 1
-        with Callbacks([self.history, *self._callbacks]) as watchers, contextlib.closing(self._schedule):
-            self._started = time.monotonic()
-            watchers.on_row(self._head())
-            while done < self._rounds:
+        with Callbacks([self.history, *self._callbacks]) as watchers, contextlib.closing(self._driver):
+            started = time.time()
+            watchers.on_row(self._head)
+            while done < rounds:
                 plan = federation.open()
                 if plan is None:
                     raise InputError(
-                        f"{len(self._clients)} clients are fewer than min_clients={self._plans.settings['min_clients']}"
+                        f"{len(self._head['clients'])} clients are fewer than min_clients: a round needs more"
                     )
-                row = self._row(self._schedule.run(plan))
-                for commit in self._assembly.commit_rows(plan.number):
+                row = self._row(self._driver.run(plan), started)
+                for commit in self._assembly.commit_rows(plan.number, started if self._timeline is None else 0.0):
                     watchers.on_row(commit)
                 watchers.on_row(row)
                 done = plan.number
                 yield row
             federation.finish()
 
-    def _head(self) -> Row:
-        """The row that says who takes part, and with which settings."""
-        clients: dict[str, Row] = {}
-        for client_id, data in self._clients.items():
-            counts = localdata.classes(data)
-            known = {} if counts is None else {"classes": counts}
-            clients[client_id] = {"num_samples": localdata.size(data), **known}
-        recipe = self._recipe
-        return {
-            "kind": "run",
-            "name": self._name,
-            "seed": recipe.seed,
-            "mode": self._plans.mode.name,
-            "clients": clients,
-            "settings": {
-                "rounds": self._rounds,
-                "batch_size": recipe.batch_size,
-                "local_passes": recipe.local_passes,
-                "personal": list(recipe.personal),
-                "virtual_time": self._virtual is not None,
-                "policy": self._plans.mode.describe(),
-                **self._plans.settings,
-            },
-        }
-
-    def _row(self, report: Row) -> Row:
+    def _row(self, report: Row, started: float) -> Row:
         """The coordinator's report, and what only the simulation knows besides."""
         clients: dict[str, Row] = {name: dict(entry) for name, entry in report["clients"].items()}
-        outcomes = self._schedule.outcomes()
+        outcomes = self._driver.outcomes()
         for outcome in outcomes:
             clients[outcome.client_id] = {**clients.get(outcome.client_id, {}), **outcome.row()}
         traffic = self._assembly.meter.take()
@@ -149,8 +123,8 @@ class Simulation(Iterator[Row]):
         samples = sum(outcome.num_samples for outcome in outcomes)
         row = {
             **report,
-            "seconds": time.monotonic() - (self._started or 0.0),
-            "time": self.time(),
+            "seconds": (seconds := time.time() - started),
+            "time": seconds if self._timeline is None else self._timeline.now,
             "train_loss": sum(outcome.loss for outcome in outcomes) / samples if samples else None,
             "clients": dict(sorted(clients.items())),
             "bytes_up": sum(up for up, _ in traffic.values()),

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from splitfed import localdata
-from splitfed.assembly import Plans
+from splitfed.assembly import Assembly, Plans
 from splitfed.blobs import Blobs
 from splitfed.callbacks import AnyCallback
 from splitfed.cutting import split
@@ -33,9 +33,12 @@ from splitfed.optimizers import OptimizerFactory, SchedulerFactory
 from splitfed.policies import Mode
 from splitfed.policies import mode as mode_of
 from splitfed.progress import Progress
+from splitfed.rows import Row
 from splitfed.sampling import check_sample_size, sample_size
+from splitfed.schedule import Schedule
 from splitfed.simulated import Simulation
 from splitfed.store import GradientStore
+from splitfed.timeline import Timeline
 from splitfed.trainee import LossFunction, Optimizers, Recipe
 from splitfed.virtual import VirtualTime
 
@@ -153,18 +156,53 @@ def simulate(
         keep_optimizers=keep_optimizers,
         seed=seed,
     )
+    where = temporary_store() if store is None else store
+    timeline = Timeline()
+    assembly = Assembly(plans, where, ids, None if virtual is None else lambda: timeline.now)
     return Simulation(
-        plans,
+        assembly,
+        Schedule(assembly, recipe, clients, timeline, virtual),
+        None if virtual is None else timeline,
         recipe,
-        {client_id: clients[client_id] for client_id in ids},
-        temporary_store() if store is None else store,
-        at_least("rounds", rounds, 1),
-        virtual=virtual,
+        _head(name, at_least("rounds", rounds, 1), clients, plans, recipe, virtual),
         evaluate=evaluate,
-        name=name,
         history=History() if history is None else history,
         callbacks=[Progress(progress), *callbacks],
     )
+
+
+def _head(
+    name: str,
+    rounds: int,
+    clients: Mapping[str, Data],
+    plans: Plans,
+    recipe: Recipe,
+    virtual: VirtualTime | None,
+) -> Row:
+    """The row that says who takes part, and with which settings."""
+    parties: dict[str, Row] = {}
+    for client_id, data in sorted(clients.items()):
+        counts = localdata.classes(data)
+        known = {} if counts is None else {"classes": counts}
+        parties[client_id] = {"num_samples": localdata.size(data), **known}
+    settings = {
+        "rounds": rounds,
+        "batch_size": recipe.batch_size,
+        "local_passes": recipe.local_passes,
+        "personal": list(recipe.personal),
+        "virtual_time": virtual is not None,
+        "barrier": plans.barrier,
+        "policy": plans.mode.describe(),
+        **plans.settings,
+    }
+    return {
+        "kind": "run",
+        "name": name,
+        "seed": recipe.seed,
+        "mode": plans.mode.name,
+        "clients": parties,
+        "settings": settings,
+    }
 
 
 def temporary_store() -> GradientStore:
