@@ -217,7 +217,14 @@ def test_synchronous_mode_is_centralised_large_batch_training() -> None:
     """50 steps with Adam in float64, three clients with 5, 9 and 2 examples a step: both halves within 1e-12."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3)
+        nn.Linear(6, 8),
+        nn.Tanh(),
+        nn.Linear(8, 8),
+        nn.LayerNorm(8),
+        nn.GELU(),
+        nn.Linear(8, 4),
+        nn.Tanh(),
+        nn.Linear(4, 3),
     ).double()
     half, body = splitfed.split(model, "2:6")
     store = splitfed.GradientStore(f"memory://{uuid.uuid4()}")
