@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitfed.connection import Connection
+from splitfed.connection import Connection, Counted
 from splitfed.errors import InputError
 from splitfed.messages import Housekeeping
 
@@ -153,13 +153,14 @@ def test_a_loss_scale_that_isnt_one_is_refused(value: Any) -> None:
 
 
 def test_samples_of_stored_batches_add_up() -> None:
-    """For the weight of the next push; rejected ones don't count, and are warned of once."""
+    """For the weight and the scale of the next push; rejected ones don't count, and are warned of once."""
     made = connection()
-    made.note_status("stored", 3)
+    made.note_status("stored", 3, 0.5)
     with pytest.warns(UserWarning, match="'a' isn't finite"):
-        made.note_status("rejected", 4)
+        made.note_status("rejected", 4, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for status in ("rejected", "stored", "uncounted", "part"):
-            made.note_status(status, 5)
-    assert made.num_samples == 8
+            made.note_status(status, 5, 0.25)
+    assert made.counted == Counted(num_samples=8, loss_scale=0.75)
+    assert made.counted - Counted(3, 0.5) == Counted(5, 0.25)

@@ -147,7 +147,7 @@ def test_a_lineage_begins_with_a_whole_half(fingerprint: Any, weights: Any) -> N
     """What isn't one is refused before anything is stored, so that nobody is locked out of the lineage for ever."""
     site = Site()
     with pytest.raises(SplitFedError):
-        site.server.push(PushRequest("a", None, "first", 0, -1, fingerprint, weights, {}, {}, 1.0))
+        site.server.push(PushRequest("a", None, "first", 0, -1, fingerprint, weights, {}, {}, 1.0, 1.0))
     assert site.store.blobs.list("client") == []
     assert site.pulled().client.version == 0
 

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     # Values without behaviour, and how they become bytes.
     "ids": "errors",
     "messages": "",
+    "rows": "errors",
     "trees": "errors",
     "foreign": "errors",
     "strides": "errors foreign",
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "seeding": "",
     "copying": "errors",
     "template": "errors copying",
+    "personal": "errors template",
     "cutpoint": "errors template",
     "cutting": "errors copying template cutpoint",
     "boundary": "codec",
@@ -47,33 +49,61 @@ MAY_IMPORT = {
     "passes": "messages connection",
     "calls": "errors messages trees seeding cutpoint boundary connection passes",
     "onetrip": "errors messages seeding cutpoint calls",
-    "syncing": "errors messages template connection",
-    "client": "errors ids cutpoint transport connection passes calls onetrip syncing",
+    "syncing": "errors messages personal template connection",
+    "participating": "ids messages syncing",
+    "client": "errors ids messages cutpoint transport connection passes calls onetrip syncing participating",
     # The mathematics of a commit.
     "averaging": "errors ids",
     "buffers": "errors",
-    "policies": "errors",
+    "policies": "errors ids",
     "optimizers": "errors",
     # The store.
     "blobs": "errors",
     "applied": "errors ids",
-    "commits": "errors applied",
+    "selection": "errors ids applied",
+    "commits": "errors ids applied",
     "layout": "errors ids",
     "versions": "errors ids codec packing cache template blobs applied commits layout",
     "lineage": "errors codec packing template applied commits versions",
     "pile": "errors ids messages packing blobs layout",
-    "store": "errors ids numerics packing blobs layout lineage pile",
+    "rounds": "errors ids messages rows packing cache blobs selection layout",
+    "store": "errors ids numerics packing cache blobs layout lineage pile rounds",
     # The server: forward and backward.
     "sealing": "errors ids messages numerics packing applied versions pile",
-    "halves": "errors ids kinds messages packing template store sealing",
+    "halves": "errors ids kinds messages packing template rounds store sealing",
     "running": "errors messages cache template model replay buffers versions pile",
-    "server": "errors ids kinds messages trees packing template boundary replay store sealing halves running",
+    "lines": "errors ids cache template pile store sealing running",
+    "server": "errors ids kinds messages trees packing template boundary replay store halves lines",
     # The accumulator: stored gradients become the next version.
-    "folding": "errors ids numerics messages template averaging buffers pile",
+    "folding": "errors ids numerics messages template averaging buffers selection pile",
     "stepping": "template optimizers versions",
-    "accumulator": "errors ids template buffers policies optimizers applied commits store folding stepping",
+    "accumulator": "errors ids template personal buffers policies optimizers applied selection commits store folding "
+    "stepping",
+    # What a run tells, and who hears it.
+    "callbacks": "errors rows",
+    "progress": "errors rows",
+    "history": "errors blobs layout store rows",
+    "perclient": "errors ids cache messages packing template buffers policies optimizers commits lineage store sealing "
+    "accumulator",
     # What stands on top of both sides.
-    "partition": "errors",
+    "pictures": "errors",
+    "sampling": "errors",
+    "judging": "errors ids applied selection rounds store",
+    "reporting": "rows selection commits rounds store",
+    "federation": "errors ids policies rows rounds accumulator perclient sampling judging reporting",
+    "partition": "errors pictures",
+    # Simulation: virtual clients of a real federation.
+    "streams": "seeding",
+    "timeline": "",
+    "virtual": "errors streams",
+    "metering": "ids messages transport commits",
+    "localdata": "errors ids",
+    "evaluation": "errors localdata",
+    "trainee": "errors template personal transport client streams localdata",
+    "assembly": "store optimizers policies server accumulator perclient reporting federation metering",
+    "schedule": "rounds streams timeline virtual localdata trainee assembly",
+    "simulation": "errors ids template cutting policies optimizers blobs store rows callbacks progress history sampling "
+    "timeline virtual localdata evaluation trainee assembly schedule",
     "checking": "errors messages trees copying template cutting unsplit client store server",
     "demo": "errors messages cutting transport client commits store server accumulator partition",
     "cli": "errors demo splitfed",
@@ -87,9 +117,9 @@ IO_MODULES = set(
 )
 IO_CALLS = set("open print input exec eval load save from_file".split())
 
-CLIENT_SIDE = set("client calls passes onetrip connection syncing transport cutting cutpoint unsplit".split())
+CLIENT_SIDE = set("client calls passes onetrip connection syncing participating transport cutting cutpoint unsplit".split())
 SERVER_SIDE = set(
-    "blobs layout versions lineage pile store sealing halves running server folding stepping accumulator".split()
+    "blobs layout versions lineage pile store sealing halves running lines server folding stepping accumulator".split()
 )
 
 

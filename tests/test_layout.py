@@ -66,11 +66,19 @@ def test_what_is_transient_tells_its_version(version: int, client: str, incarnat
     assert KEYS.parse_transient(check_key(KEYS.part(version, BatchId(client, incarnation, number), part))) == version
 
 
+@given(NUMBERS)
+def test_a_historys_key_tells_its_number(number: int) -> None:
+    """Anything else is number 0, which no file has."""
+    assert layout.parse_history(check_key(layout.history(number))) == number
+    assert layout.parse_history(f"history/{number}.json") == 0
+
+
 def test_every_key_is_where_the_table_says() -> None:
     """The layout is a contract: a store of today is read by the package of tomorrow."""
     batch = BatchId("hospital-a", 2, 31)
     for made, expected in (
         (layout.FORMAT, "format.json"),
+        (layout.history(12), "history/0000000012.jsonl"),
         (layout.client("hospital-a"), "clients/hospital-a"),
         (layout.client("hospital-a", 2), "clients/hospital-a/00000002"),
         (KEYS.fingerprint, "body/fingerprint.json"),

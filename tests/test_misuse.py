@@ -213,7 +213,7 @@ def test_bad_ids_at_the_server(method: str, client_id: str) -> None:
         "forward": ahead(client_id=client_id),
         "backward": back(client_id=client_id),
         "loss": LossRequest(ahead(client_id=client_id), 0, None, 1.0),
-        "push": PushRequest(client_id, None, "first", 0, 0, None, {}, {}, {}, 1.0),
+        "push": PushRequest(client_id, None, "first", 0, 0, None, {}, {}, {}, 1.0, 1.0),
         "pull": PullRequest(client_id),
     }[method]
     before = site.store.blobs.list("")

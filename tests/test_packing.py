@@ -77,7 +77,7 @@ MESSAGES = [
     PullRequest("a", None),
     PullAnswer(-1, None, {}),
     PullAnswer(3, {"w": {"role": "trainable", "shape": [2, 3], "dtype": "float32"}}, {"w": T}),
-    PushRequest("a", None, "3f", 0, -1, {"w": {"tied": "v"}}, {"w": T}, {"m": T}, {"m": T}, 4.0),
+    PushRequest("a", None, "3f", 0, -1, {"w": {"tied": "v"}}, {"w": T}, {"m": T}, {"m": T}, 4.0, 1.0),
     PushAnswer(1, "published"),
     ForwardRecord("", INPUTS, (True, False), True, 5, None, {"m": T}, (((2, 3), "float32", True),), (7,), "x"),
     GradientRecord("gradient", 3, 8.0, 0.5, "d", "n", {"w": T}, [SHARE]),

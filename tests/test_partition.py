@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from splitfed import pictures
 from splitfed.errors import InputError
-from splitfed.partition import dirichlet, iid
+from splitfed.partition import chart, counts, dirichlet, iid, natural, quantity, shards
 
 LABELS = torch.arange(1000) % 10
 
 
-def counts(parts: list[Tensor], labels: Tensor = LABELS) -> Tensor:
+def table(parts: list[Tensor], labels: Tensor = LABELS) -> Tensor:
     """How many examples of each class each client has, of shape (clients, classes)."""
     return torch.stack([labels[part].bincount(minlength=10) for part in parts])
 
@@ -59,19 +63,19 @@ def test_alpha_sets_the_skew() -> None:
     """A share of a class has variance (1/n)(1 − 1/n)/(nα + 1), the Dirichlet distribution's; here n = 4."""
     labels = torch.arange(40_000) % 10
     for alpha in (0.2, 1.0, 5.0):
-        shares = torch.cat([counts(dirichlet(labels, 4, alpha=alpha, seed=s), labels) / 4000.0 for s in range(60)], 1)
+        shares = torch.cat([table(dirichlet(labels, 4, alpha=alpha, seed=s), labels) / 4000.0 for s in range(60)], 1)
         assert shares.mean(1).allclose(torch.tensor(0.25), atol=0.03)
         assert shares.var(1).mean().item() == pytest.approx(0.25 * 0.75 / (4 * alpha + 1), rel=0.1)
 
 
 def test_no_skew_is_left_for_a_large_alpha() -> None:
     """At α = 10⁶ each of 4 clients has 25 of the 100 examples of each class."""
-    assert (counts(dirichlet(LABELS, 4, alpha=1e6, seed=0)) - 25).abs().max() <= 1
+    assert (table(dirichlet(LABELS, 4, alpha=1e6, seed=0)) - 25).abs().max() <= 1
 
 
 def test_a_tiny_alpha_gives_each_class_to_one_client() -> None:
     """At α = 10⁻⁴, where gamma variates are zero in float64, one client holds all of a class."""
-    parts = counts(dirichlet(LABELS, 4, alpha=1e-4, seed=0, min_examples=0))
+    parts = table(dirichlet(LABELS, 4, alpha=1e-4, seed=0, min_examples=0))
     assert (parts.max(0).values == 100).all()
 
 
@@ -89,6 +93,77 @@ def test_labels_may_be_of_any_integer_dtype(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(parts, dirichlet(labels, 3, alpha=1.0, seed=0), strict=True))
 
 
+@pytest.mark.parametrize("alpha", [1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("num_clients", [1, 7, 30])
+def test_quantity_skew_deals_out_each_example_once(alpha: float, num_clients: int) -> None:
+    """Sizes differ, nothing is lost or doubled, and nobody has fewer than was asked for."""
+    parts = quantity(1000, num_clients, alpha=alpha, seed=3, min_examples=5)
+    assert torch.cat(parts).sort().values.tolist() == list(range(1000))
+    assert min(len(part) for part in parts) >= 5
+    assert all((part.diff() > 0).all() for part in parts)
+
+
+def test_quantity_skew_follows_alpha_and_leaves_labels_mixed() -> None:
+    """A size has the Dirichlet variance (1/n)(1 − 1/n)/(nα + 1) in shares, and each client has all classes alike."""
+    for alpha in (0.5, 5.0):
+        sizes = torch.tensor([[len(p) for p in quantity(4000, 4, alpha=alpha, seed=s)] for s in range(200)]) / 4000.0
+        assert sizes.var(0).mean().item() == pytest.approx(0.25 * 0.75 / (4 * alpha + 1), rel=0.15)
+    shares = table(quantity(40_000, 2, alpha=100.0, seed=0), torch.arange(40_000) % 10).double()
+    assert (shares / shares.sum(1, keepdim=True) - 0.1).abs().max() < 0.02
+    assert {len(part) for part in quantity(1000, 4, alpha=1e8, seed=0)} == {250}
+
+
+def test_shards_give_each_client_few_classes() -> None:
+    """1,000 examples of 10 classes make 20 shards of 50, each of one class: two shards are two classes at most."""
+    parts = shards(LABELS, 10, per_client=2, seed=0)
+    assert torch.cat(parts).sort().values.tolist() == list(range(1000))
+    held = table(parts)
+    assert (held.sum(1) == 100).all()
+    assert ((held > 0).sum(1) <= 2).all()
+    assert set(held.unique().tolist()) <= {0, 50, 100}
+    assert [part.tolist() for part in shards(LABELS, 10, seed=0)] == [part.tolist() for part in parts]
+    assert [part.tolist() for part in shards(LABELS, 10, seed=1)] != [part.tolist() for part in parts]
+
+
+def test_natural_ids_keep_each_owners_examples() -> None:
+    """Part i is the one of `sorted(set(ids))[i]`, whether ids are numbers or names."""
+    assert [part.tolist() for part in natural(["bo", "al", "bo", "cy"])] == [[1], [0, 2], [3]]
+    assert [part.tolist() for part in natural(torch.tensor([7, 3, 7]))] == [[1], [0, 2]]
+
+
+def test_counts_tell_classes_by_client() -> None:
+    """Classes that a client has none of are left out."""
+    labels = torch.tensor([0, 1, 1, 9])
+    assert counts([torch.tensor([0, 1, 2]), torch.tensor([3])], labels) == [{"0": 1, "1": 2}, {"9": 1}]
+    assert counts([torch.tensor([], dtype=torch.int64)], labels) == [{}]
+
+
+def test_the_chart_draws_each_class_at_each_client(tmp_path: Path) -> None:
+    """Bars are as high as the counts and stand on one another; the path's ending says which picture it is."""
+    axes = pictures.figure(4, 3)[1][0]
+    parts = [torch.tensor([0, 1, 2]), torch.tensor([3])]
+    chart(parts, torch.tensor([0, 1, 1, 9]), axes, names=["al", "bo"], title="Skew")
+    bars = [(bar.get_y(), bar.get_height()) for bar in axes.patches]
+    assert bars == [(0, 1), (0, 0), (1, 2), (0, 0), (3, 0), (0, 1)]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["al", "bo"]
+    assert axes.get_title(loc="left") == "Skew"
+    chart(dirichlet(LABELS, 5, alpha=0.5, seed=0), LABELS, tmp_path / "few.png")
+    chart(dirichlet(LABELS, 60, alpha=0.5, seed=0), LABELS, str(tmp_path / "many.svg"))
+    assert (tmp_path / "few.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "many.svg").read_text()
+
+
+def test_the_chart_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that don't fit, an unknown kind of picture, and a matplotlib that isn't there."""
+    with pytest.raises(InputError, match="1 names for 2 clients: expected one each"):
+        chart(iid(4, 2, seed=0), LABELS, tmp_path / "a.png", names=["al"])
+    with pytest.raises(InputError, match=r"no picture can be written to .*a\.doc"):
+        chart(iid(4, 2, seed=0), LABELS, tmp_path / "a.doc")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"pip install 'splitfed\[plots\]'"):
+        chart(iid(4, 2, seed=0), LABELS, tmp_path / "a.png")
+
+
 def test_nonsense_is_refused() -> None:
     """Each argument out of range has a message that names it and what was expected."""
     cases = [
@@ -104,6 +179,13 @@ def test_nonsense_is_refused() -> None:
         (lambda: dirichlet(LABELS[:, None], 2, alpha=1.0, seed=0), r"shape \(1000, 1\)"),
         (lambda: dirichlet(LABELS[:5], 2, alpha=1.0, seed=0, min_examples=3), "5 examples are too few"),
         (lambda: dirichlet(LABELS, 2, alpha=1.0, seed=0, min_examples=-1), "min_examples -1"),
+        (lambda: quantity(10, 2, alpha=-1.0, seed=0), "alpha -1.0"),
+        (lambda: quantity(3, 2, alpha=1.0, seed=0, min_examples=2), "3 examples are too few for 2 clients"),
+        (lambda: shards(LABELS, 2, per_client=0, seed=0), "per_client 0"),
+        (lambda: shards(LABELS[:3], 2, per_client=2, seed=0), "3 examples are too few for 2 clients with 2"),
+        (lambda: natural([]), "can't be owners"),
+        (lambda: natural([1, "a"]), "can't be owners: expected integers or strings"),
+        (lambda: natural(torch.ones(3)), "can't be owners"),
     ]
     for call, message in cases:
         with pytest.raises(InputError, match=message):

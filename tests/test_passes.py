@@ -219,7 +219,7 @@ def test_a_backward_that_comes_too_late_says_so() -> None:
     for _ in range(3):
         made.client(x()).sum().backward()
         made.accumulator.step()
-    made.servers[0]._runner._graphs._entries.clear()
+    made.servers[0]._lines.of("a").runner._graphs._entries.clear()
     with pytest.raises(ExpiredError, match="the loop may go on"):
         late.backward()
     made.client(x()).sum().backward()

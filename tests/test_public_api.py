@@ -18,7 +18,7 @@ from splitfed import errors
 PACKAGE = Path(splitfed.__file__)
 CONTRACT = {
     *("GradientStore", "SplitServer", "SplitClient", "Accumulator", "Commit", "CutPoint", "Transport", "BatchId"),
-    *("split", "join", "reference", "check", "register_container", "SplitFedError", "__version__"),
+    *("split", "join", "reference", "check", "register_container", "SplitFedError", "__version__", "History"),
 }
 
 

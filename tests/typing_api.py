@@ -126,6 +126,15 @@ def catching(error: splitfed.SplitFedError) -> int:
     return error.status
 
 
+def recording(store: GradientStore) -> list[dict[str, Any]]:
+    """A history lies in a store, a file or memory, and gives plain rows."""
+    with splitfed.History(store) as history:
+        history.append({"kind": "round", "round": 1})
+    splitfed.History("runs/history.jsonl").append(3)  # type: ignore[arg-type]
+    assert_type(splitfed.History.load("runs/demo"), splitfed.History)
+    return history.rounds()
+
+
 def sorting(ids: list[splitfed.BatchId]) -> str:
     """Batch ids sort, and print as client, incarnation and number."""
     assert_type(ids[0].seq, int)

@@ -46,12 +46,17 @@ if TYPE_CHECKING:
         UnknownCutError,
         UnsupportedError,
     )
+    from splitfed.federation import Federation
+    from splitfed.history import History
     from splitfed.ids import BatchId
+    from splitfed.perclient import PerClient
     from splitfed.server import SplitServer
+    from splitfed.simulation import simulate
     from splitfed.store import GradientStore
     from splitfed.transport import Transport
     from splitfed.trees import register_container
     from splitfed.unsplit import reference
+    from splitfed.virtual import VirtualTime
 
 __version__ = "0.1.0"
 
@@ -69,13 +74,16 @@ __all__ = [
     "CutPoint",
     "DigestError",
     "ExpiredError",
+    "Federation",
     "FormatError",
     "GradientStore",
+    "History",
     "IdError",
     "InPlaceError",
     "InputError",
     "MissingError",
     "NotConnectedError",
+    "PerClient",
     "ProtocolError",
     "ReplayError",
     "SharedParameterError",
@@ -88,11 +96,13 @@ __all__ = [
     "Transport",
     "UnknownCutError",
     "UnsupportedError",
+    "VirtualTime",
     "__version__",
     "check",
     "join",
     "reference",
     "register_container",
+    "simulate",
     "split",
 ]
 
@@ -102,14 +112,19 @@ _MODULES = {
     "BatchId": "ids",
     "Commit": "commits",
     "CutPoint": "cutpoint",
+    "Federation": "federation",
     "GradientStore": "store",
+    "History": "history",
+    "PerClient": "perclient",
     "SplitClient": "client",
     "SplitServer": "server",
     "Transport": "transport",
+    "VirtualTime": "virtual",
     "check": "checking",
     "join": "cutting",
     "reference": "unsplit",
     "register_container": "trees",
+    "simulate": "simulation",
     "split": "cutting",
 }
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,9 +25,11 @@ from splitfed.buffers import Rule, merge_buffers
 from splitfed.commits import Commit
 from splitfed.errors import InputError, MissingError, StoreError
 from splitfed.folding import Folded, Sorted, fold, sort_batches
-from splitfed.ids import BatchId, positive
+from splitfed.ids import BatchId, at_least, positive
 from splitfed.optimizers import Groups, OptimizerFactory, SchedulerFactory
+from splitfed.personal import personal_names
 from splitfed.policies import constant
+from splitfed.selection import Selection
 from splitfed.stepping import Stepper
 from splitfed.store import GradientStore
 from splitfed.template import Template
@@ -51,6 +53,7 @@ class Accumulator:
         staleness_weight: s(τ), by staleness in commits; see `splitfed.policies`.
         clip_norm: Clip the mean gradient to this global 2-norm.
         buffer_rules: How buffers that a pattern matches are merged, in place of the rule by their kind.
+        personal: Patterns of names that the clients keep to themselves; the same as every `SplitClient`'s.
         keep_versions: How many versions stay readable, at least `max_staleness + 2`; 16 if neither says otherwise.
         device: Where the optimizer steps; the body's device if it isn't given.
         lock_seconds: How long to wait for another accumulator of this host to finish. It only saves duplicate work.
@@ -76,6 +79,7 @@ class Accumulator:
         staleness_weight: Callable[[int], float] = constant,
         clip_norm: float | None = None,
         buffer_rules: Mapping[str, Rule] | None = None,
+        personal: Iterable[str] = (),
         keep_versions: int | None = None,
         device: torch.device | str | None = None,
         lock_seconds: float = 10.0,
@@ -85,21 +89,21 @@ class Accumulator:
                 f"store is a {type(store).__name__}: expected a GradientStore, as in GradientStore('runs/demo')"
             )
         least = 2 + (max_staleness or 0)
-        self.min_batches = _at_least("min_batches", min_batches, 1)
-        self.max_staleness = None if max_staleness is None else _at_least("max_staleness", max_staleness, 0)
+        self.min_batches = at_least("min_batches", min_batches, 1)
+        self.max_staleness = None if max_staleness is None else at_least("max_staleness", max_staleness, 0)
         self.keep_versions = (
-            max(KEEP_VERSIONS, least) if keep_versions is None else _at_least("keep_versions", keep_versions, least)
+            max(KEEP_VERSIONS, least) if keep_versions is None else at_least("keep_versions", keep_versions, least)
         )
         if clip_norm is not None:
             positive("clip_norm", clip_norm)
-        self.store = store
+        self.store, self.lineage = store, lineage
         self.num_conflicts = 0
         """How often another accumulator won the version that this one had computed."""
         self._weight = staleness_weight
         self._rules = buffer_rules
         self._lock_seconds = lock_seconds
         self._stop = threading.Event()
-        self._template = Template(body)
+        self._template = Template(body, personal_names(body, personal))
         state = self._template.state(body)
         where = (
             torch.device(device)
@@ -117,11 +121,12 @@ class Accumulator:
         """What was cleaned up since the last commit of this accumulator, for the next one's record."""
         self._headers: dict[BatchId, dict[str, object]] = {}
 
-    def step(self, min_batches: int | None = None) -> Commit | None:
+    def step(self, min_batches: int | None = None, *, only: Selection | None = None) -> Commit | None:
         """Fold what waits into the next version.
 
         Args:
             min_batches: In place of the accumulator's own for this once; 1 folds what is left at the end of a round.
+            only: Take up these batches alone; the rest goes on waiting. A round ends so.
 
         Returns:
             The commit, or `None` while fewer than `min_batches` wait.
@@ -130,12 +135,12 @@ class Accumulator:
             StoreError: the storage failed; nothing is lost, and a later step continues.
             CorruptedError: the version to build upon was changed from outside.
         """
-        least = self.min_batches if min_batches is None else _at_least("min_batches", min_batches, 1)
+        least = self.min_batches if min_batches is None else at_least("min_batches", min_batches, 1)
         with self.store.blobs.lock(self._versions.keys.lock, self._lock_seconds):
             while True:
                 head = self._versions.head()
                 try:
-                    return self._try(head, least)
+                    return self._try(head, least, only)
                 except MissingError:
                     if self._versions.head() == head:
                         raise
@@ -174,21 +179,23 @@ class Accumulator:
         """End `run()`, also one that begins later; a commit under way is finished."""
         self._stop.set()
 
-    def _try(self, head: int, least: int) -> Commit | None:
+    def _try(self, head: int, least: int, only: Selection | None) -> Commit | None:
         """One attempt: the commit, or `None` if too few wait.
 
         Raises:
             MissingError: what this attempt needs is gone; ordinarily because another accumulator won.
         """
         applied = self._versions.applied(head)
+        if self._versions.commit(head).kind == "end":
+            return None  # a client's round is over: what waits folds once its line begins anew
         piled = self._pile.waiting()
         counted = [batch for batch in piled if batch in applied]
-        waiting = [batch for batch in piled if batch not in applied]
+        waiting = [batch for batch in piled if batch not in applied and (only is None or batch in only)]
         self._pile.drop(counted)
         self._unreported["duplicates"] += len(counted)
         if len(waiting) < least:
             return None
-        found = sort_batches(waiting, self._header, head, self.max_staleness)
+        found = sort_batches(waiting, self._header, head, self.max_staleness, only)
         if len(found.ready) < least:
             return None
         folded = fold(found, self._pile, self._versions.fingerprint(), head, self._weight, self.store.numerics())
@@ -248,9 +255,3 @@ class Accumulator:
                 raise MissingError(f"batch {batch} is neither counted nor on file: it was deleted from outside")
             self._headers[batch] = header
         return self._headers[batch]
-
-
-def _at_least(name: str, value: int, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} is {value!r}: expected an integer of at least {least}")
-    return value

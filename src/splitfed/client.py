@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from splitfed.calls import Session
@@ -21,8 +20,10 @@ from splitfed.connection import Connection, LossScale
 from splitfed.cutpoint import CutPoint, active_caller
 from splitfed.errors import CutError, InputError, UnsupportedError
 from splitfed.ids import check_client_id, check_number
+from splitfed.messages import RoundInfo
 from splitfed.onetrip import LossSession
-from splitfed.passes import Passes, Scope
+from splitfed.participating import take_part
+from splitfed.passes import Passes, Scope, count_samples
 from splitfed.syncing import HalfSync
 from splitfed.transport import Transport
 
@@ -40,11 +41,13 @@ class SplitClient(nn.Module):
         loss_scale: What the loss is multiplied by before `backward()`, as a number or a function:
             `scaler.get_scale`, `1 / k` under gradient accumulation, the batch size for a summed loss. Stored
             parameter gradients are divided by it.
+        personal: Patterns (`fnmatch`) of parameters and buffers that never leave this client: what it neither pushes
+            nor pulls, such as `("head.*",)`. Whoever averages the halves names the same.
 
     Raises:
         IdError: the id may not become a key.
         CutError: the half has no cut point.
-        InputError: `server` isn't a transport.
+        InputError: `server` isn't a transport, or a personal pattern fits nothing.
     """
 
     client_half: nn.Module
@@ -55,7 +58,13 @@ class SplitClient(nn.Module):
     _pinned: int | None
 
     def __init__(
-        self, client_half: nn.Module, server: Transport, client_id: str, *, loss_scale: LossScale = 1.0
+        self,
+        client_half: nn.Module,
+        server: Transport,
+        client_id: str,
+        *,
+        loss_scale: LossScale = 1.0,
+        personal: Iterable[str] = (),
     ) -> None:
         check_client_id(client_id)
         if not isinstance(client_half, nn.Module):
@@ -80,7 +89,7 @@ class SplitClient(nn.Module):
             self.__dict__[name] = client_half.__dict__[name]
         self.__dict__["_connection"] = Connection(server, client_id, loss_scale)
         self.__dict__["_passes"] = Passes(self._connection)
-        self.__dict__["_sync"] = HalfSync(client_half, self._connection)
+        self.__dict__["_sync"] = HalfSync(client_half, self._connection, personal)
         self.__dict__["_scope"] = None
         self.__dict__["_pinned"] = None
 
@@ -93,6 +102,11 @@ class SplitClient(nn.Module):
     def version(self) -> int | None:
         """The version of the client half that was last pulled; `None` before."""
         return self._sync.version
+
+    @property
+    def round(self) -> RoundInfo | None:
+        """The round under way, as the last pull had it; `None` before, and where nobody runs rounds."""
+        return self._sync.round
 
     @property
     def training(self) -> bool:
@@ -129,7 +143,7 @@ class SplitClient(nn.Module):
                 f"client.loss() takes the inputs and then the target: expected at least 2 arguments, got {len(args)}"
             )
         *inputs, target = args
-        session = LossSession(self._connection, self._passes, self._samples(inputs, kwargs), self._scope, self._pinned)
+        session = LossSession(self._connection, self._passes, count_samples(inputs, kwargs), self._scope, self._pinned)
         session.target = target
         return session.finish(lambda: self._run(session, tuple(inputs), kwargs))
 
@@ -167,16 +181,32 @@ class SplitClient(nn.Module):
         """
         return self._sync.pull()
 
-    def push(self, num_samples: float | None = None) -> None:
+    def push(self, num_samples: float | None = None, *, gradient: bool = False) -> None:
         """Publish what this half has learned since the last pull or push.
 
         Args:
             num_samples: Its weight, in examples; by default what the batches since then counted.
+            gradient: Publish the parameters' `.grad` in place of the change, for the lineage's optimizer to step on
+                (synchronous mode). Take no local step then, and zero the gradients for the next one.
 
         Raises:
-            InputError: nothing was pulled, or there are no samples.
+            InputError: nothing was pulled, there are no samples, or no gradient or one of a half that has moved.
         """
-        self._sync.push(num_samples)
+        self._sync.push(num_samples, gradient=gradient)
+
+    def rounds(
+        self, poll: float = 1.0, *, num_samples: float | None = None, gradient: bool = False
+    ) -> Iterator[RoundInfo]:
+        """Take part in a federation: `for round in client.rounds(): <train as usual>`.
+
+        Pulls before and pushes after each round in which this client is sampled; ends when the federation is finished.
+
+        Args:
+            poll: How often to ask whether it is this client's turn, in seconds.
+            num_samples: As for `push`.
+            gradient: As for `push`.
+        """
+        return take_part(self._sync, poll, num_samples, gradient)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The half's own state_dict."""
@@ -206,10 +236,6 @@ class SplitClient(nn.Module):
         finally:
             active_caller.reset(token)
 
-    def _samples(self, *given: Any) -> float:
-        tensor = _first_tensor(given)
-        return float(tensor.shape[0]) if tensor is not None and tensor.dim() else 1.0
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -222,7 +248,8 @@ class SplitClient(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitClient:
         connection = self._connection
         half = copy.deepcopy(self.client_half, memo)
-        return SplitClient(half, connection.transport, connection.client_id, loss_scale=connection.loss_scale)
+        settings: dict[str, Any] = {"loss_scale": connection.loss_scale, "personal": self._sync.patterns}
+        return SplitClient(half, connection.transport, connection.client_id, **settings)
 
 
 class _Forward:
@@ -233,17 +260,10 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         client = self._client
-        samples = client._samples(args, kwargs)
+        samples = count_samples(args, kwargs)
         session = Session(client._connection, client._passes, samples, client._scope, client._pinned)
         return client._run(session, args, kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self._client.client_half.forward)
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, torch.Tensor):
-        return value
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return next((found for found in map(_first_tensor, children) if found is not None), None)

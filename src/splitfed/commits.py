@@ -13,6 +13,7 @@ from typing import Any
 
 from splitfed.applied import BatchSet
 from splitfed.errors import FormatError
+from splitfed.ids import BatchId
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,7 +22,7 @@ class Commit:
 
     version: int
     kind: str
-    """'initial', 'fold' or 'rollback'."""
+    """'initial', 'fold' or 'rollback'; on a line of one client also 'end' and 'begin', around an average."""
     nonce: str
     """Who made it: tells one's own commit from another's."""
     files: Mapping[str, str]
@@ -30,8 +31,12 @@ class Commit:
     """SHA-256 of the parameters that never train."""
     restored: int | None = None
     """The version whose state a rollback made anew."""
+    source: int | None = None
+    """The version of `body` that a line of one client began from."""
+    turn: int = 0
+    """How many of that line's changes were averaged before."""
     num_samples: float = 0.0
-    """Σ nᵢ of the folded batches, in examples."""
+    """Σ nᵢ of the folded batches, in examples; of an 'end', those since the line began."""
     staleness: Mapping[int, int] = field(default_factory=dict)
     """How many batches were folded at each staleness."""
     folded: BatchSet = field(default_factory=BatchSet)
@@ -71,6 +76,10 @@ class Commit:
     def num_skipped(self) -> int:
         """How many their client gave up."""
         return len(self.skipped)
+
+    def base_of(self, batch: BatchId) -> int:
+        """The version that a batch of this commit was computed at."""
+        return next((version for version, batches in self.older.items() if batch in batches), self.version - 1)
 
     def to_json(self) -> bytes:
         """The record's bytes."""

@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,21 @@ class Recorded(Protocol):
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What the stored batches of a client add up to."""
+
+    num_samples: float = 0.0
+    loss_scale: float = 0.0
+    """Σ λᵢ: the half's `.grad` holds Σ λᵢgᵢ, so divided by this it is their mean."""
+
+    def __add__(self, other: Counted) -> Counted:
+        return Counted(self.num_samples + other.num_samples, self.loss_scale + other.loss_scale)
+
+    def __sub__(self, other: Counted) -> Counted:
+        return Counted(self.num_samples - other.num_samples, self.loss_scale - other.loss_scale)
+
+
 class Connection:
     """One `SplitClient`'s side of the protocol.
 
@@ -48,8 +64,8 @@ class Connection:
         self.incarnation: int | None = None
         self.process = os.urandom(16).hex()
         self.seen = 0
-        self.num_samples = 0.0
-        """Samples of the batches stored since it was last set to zero."""
+        self.counted = Counted()
+        """The batches stored since the last push or pull."""
         self._next = {"call": 0, "batch": 0, "push": 0}
         self._live: list[tuple[Recorded, weakref.ref[Any]]] = []
         self._abandoned: list[int] = []
@@ -135,11 +151,11 @@ class Connection:
             )
         return found
 
-    def note_status(self, status: str, num_samples: float) -> None:
+    def note_status(self, status: str, num_samples: float, loss_scale: float) -> None:
         """Count a batch, or warn, once, that one was rejected."""
         with self._lock:
             if status == "stored":
-                self.num_samples += num_samples
+                self.counted = self.counted + Counted(num_samples, loss_scale)
             first, self._warned = status == "rejected" and not self._warned, self._warned or status == "rejected"
         if first:
             warnings.warn(

@@ -20,6 +20,7 @@ from splitfed.ids import BatchId, check_number, positive
 from splitfed.messages import GradientRecord
 from splitfed.numerics import all_finite
 from splitfed.pile import Pile
+from splitfed.selection import Selection
 from splitfed.template import Fingerprint, check_tensors
 
 
@@ -41,7 +42,11 @@ class Sorted:
 
 
 def sort_batches(
-    batches: Iterable[BatchId], headers: Callable[[BatchId], Mapping[str, Any]], head: int, max_staleness: int | None
+    batches: Iterable[BatchId],
+    headers: Callable[[BatchId], Mapping[str, Any]],
+    head: int,
+    max_staleness: int | None,
+    judged: Selection | None = None,
 ) -> Sorted:
     """Tell waiting batches apart by their headers.
 
@@ -50,8 +55,10 @@ def sort_batches(
         headers: What a batch says of itself, without its tensors.
         head: The version that the commit builds upon.
         max_staleness: The oldest base that still counts, in commits behind `head`; `None` for any.
+        judged: What was decided before; it can close a batch that would count.
     """
     found = Sorted()
+    judged = judged or Selection()
     for batch in batches:
         try:
             header = headers(batch)
@@ -67,7 +74,9 @@ def sort_batches(
             found.rejected.append(batch)
         elif kind != "gradient" or age < 0:
             _reject(found, batch, f"its kind is {str(kind)[:40]!r} and its base version {head - age} of {head}")
-        elif max_staleness is not None and age > max_staleness:
+        elif batch in judged.rejected:
+            found.rejected.append(batch)
+        elif batch in judged.stale or (max_staleness is not None and age > max_staleness):
             found.stale.append(batch)
         else:
             found.ready.append(batch)

@@ -2,7 +2,8 @@
 
 FedAvg is the same commit on another lineage: a client publishes start − end as its pseudo-gradient, weighted by its
 samples, and whoever accumulates the `client` lineage with SGD at rate 1 applies their mean (McMahan et al., arXiv
-1602.05629; with another optimizer it is FedOpt, Reddi et al., arXiv 2003.00295).
+1602.05629; with another optimizer it is FedOpt, Reddi et al., arXiv 2003.00295). In synchronous mode what it publishes
+is a gradient, divided by its loss scale in the mean like any batch's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from splitfed.ids import BatchId, check_client_id, check_number, positive
 from splitfed.kinds import check_kinds
 from splitfed.messages import GradientRecord, PullAnswer, PullRequest, PushAnswer, PushRequest
 from splitfed.packing import digest
+from splitfed.rounds import Plan
 from splitfed.sealing import Sealer
 from splitfed.store import GradientStore
 from splitfed.template import check_tensors, check_whole
@@ -30,17 +32,31 @@ class Halves:
     def __init__(self, store: GradientStore, numerics: str) -> None:
         self._store = store
         self._numerics = numerics
-        self._versions = store.lineage(LINEAGE)
-        self._sealer = Sealer(self._versions, store.pile(LINEAGE), numerics)
+        self._versions, self._pile = store.lineage(LINEAGE), store.pile(LINEAGE)
+        self._sealer = Sealer(self._versions, self._pile, numerics)
 
     def pull(self, request: PullRequest) -> PullAnswer:
-        """The client half, newest or at a version; version -1 if nobody has published one."""
-        check_client_id(request.client_id)
+        """The client half, newest or at a version, and the round; version -1 if nobody has published a half.
+
+        The plan is read before the head, and whether it still holds after it: so the weights are never older than the
+        round that is answered with them, and never newer unless it is said to be closed.
+        """
+        client_id = check_client_id(check_kinds(request).client_id)
+        rounds = self._store.rounds()
+        rounds.join(client_id)
+        plan = rounds.current()
         head = self._versions.head()
-        if head < 0:
-            return PullAnswer(-1, None, {})
+        info = None if plan is None else rounds.info(plan, client_id, plan.barrier and self._has_update(plan, client_id))
+        if head < 0 or not request.weights:
+            return PullAnswer(head, None, {}, info)
         version = head if request.version is None else request.version
-        return PullAnswer(version, self._versions.fingerprint(), self._versions.checked_state(version))
+        return PullAnswer(version, self._versions.fingerprint(), self._versions.checked_state(version), info)
+
+    def _has_update(self, plan: Plan, client_id: str) -> bool:
+        """Whether an update of a client waits that began from this round's version or a newer one."""
+        headers = map(self._pile.peek, self._pile.waiting(client_id))
+        bases = (header["base_version"] for header in headers if header is not None)
+        return any(isinstance(base, int) and base >= plan.client_version for base in bases)
 
     def push(self, request: PushRequest) -> PushAnswer:
         """Add an update to the pile, or begin the lineage.
@@ -71,7 +87,7 @@ class Halves:
             kind="gradient",
             base_version=request.base_version,
             num_samples=samples,
-            loss_scale=1.0,
+            loss_scale=request.loss_scale,
             digest=digest(
                 (
                     client_id,
@@ -79,6 +95,7 @@ class Halves:
                     request.seq,
                     request.base_version,
                     samples,
+                    request.loss_scale,
                     list(request.gradients),
                     list(request.values),
                 ),

@@ -74,3 +74,14 @@ def positive(name: str, value: float) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise InputError(f"{name} is {value!r}: expected a finite number above 0")
     return value
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    """Return `value` if it is an integer of at least `least`.
+
+    Raises:
+        InputError: it isn't.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} is {value!r}: expected an integer of at least {least}")
+    return value

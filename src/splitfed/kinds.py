@@ -98,15 +98,20 @@ KINDS: dict[type, dict[str, Kind]] = {
         "housekeeping": _instance(m.Housekeeping),
     },
     m.LossRequest: {"forward": _instance(m.ForwardRequest), "num_samples": _NUMBER},
+    m.PullRequest: {"version": _maybe(_INT), "weights": _BOOL},
+    m.RoundInfo: {"number": _INT, "deadline": _maybe(_NUMBER)}
+    | dict.fromkeys(("sampled", "barrier", "arrived", "closed", "finished"), _BOOL),
+    m.PullAnswer: {"version": _INT, "weights": _tensors, "round": _maybe(_instance(m.RoundInfo))},
     m.PushRequest: {
         "process": _STR,
         "base_version": _INT,
         "gradients": _tensors,
         "values": _tensors,
         "bases": _tensors,
+        "loss_scale": _NUMBER,
     },
 }
-NESTED = ("housekeeping", "seal", "forward")
+NESTED = ("housekeeping", "seal", "forward", "round")
 
 
 def check_kinds(message: M) -> M:

@@ -2,6 +2,13 @@
 
     format.json                                    create-once: format version, numerics class of version 0
     clients/<id>/<incarnation>                     create-once: one per client process
+    clients/<id>/joined                            create-once: the client has pulled, and may be sampled
+    rounds/<number>/                               each create-once, in this order:
+      plan.json                                    who is sampled, and from which versions
+      ending.json                                  the decision which updates count
+      report.json                                  what came of it
+      finished.json                                no round follows for now
+    history/<number>.jsonl                         create-once: rows of the run's history
     <lineage>/                                     body | client | body@<id>
       fingerprint.json                             create-once: names, shapes, dtypes, ties, who is frozen
       frozen-<sha256>.safetensors                  create-once: parameters that never train
@@ -26,15 +33,46 @@ from splitfed.errors import IdError
 from splitfed.ids import BatchId, check_client_id, check_lineage, check_number
 
 FORMAT = "format.json"
+HISTORY = "history"
+CLIENTS = "clients"
+_CLIENT = re.compile(r"clients/([A-Za-z0-9][A-Za-z0-9_.-]{0,63})/(?:\d{8,12}|joined)")
 _GRADIENT = re.compile(r"grad/([^/]+)/(\d{8,12})-(\d{10,12})")
 _VERSIONED = re.compile(r"(?:weights|optimizer|applied)/(\d{10,12})-([0-9a-f]+)\.(?:safetensors|json)")
+_HISTORY = re.compile(r"history/(\d{10,12})\.jsonl")
 _TRANSIENT = re.compile(r"(forward|part)/(\d{10,12})/")
 
 
 def client(client_id: str, incarnation: int | None = None) -> str:
     """The key of a client's process, or the folder of all of them."""
-    folder = f"clients/{check_client_id(client_id)}"
+    folder = f"{CLIENTS}/{check_client_id(client_id)}"
     return folder if incarnation is None else f"{folder}/{_padded('incarnation', incarnation, 8)}"
+
+
+def joined(client_id: str) -> str:
+    """The mark of a client that has pulled."""
+    return f"{client(client_id)}/joined"
+
+
+def round_file(number: int, kind: str) -> str:
+    """A record of a round: 'plan', 'ending', 'report' or 'finished'."""
+    return f"rounds/{_padded('round', number)}/{kind}.json"
+
+
+def parse_client(key: str) -> str | None:
+    """The client whose process lies at `key`; `None` for anything else."""
+    found = _CLIENT.fullmatch(key)
+    return found[1] if found else None
+
+
+def history(number: int) -> str:
+    """Some rows of the run's history, from number 1 on."""
+    return f"{HISTORY}/{_padded('number', number)}.jsonl"
+
+
+def parse_history(key: str) -> int:
+    """The number of a history's key; 0 for anything else."""
+    found = _HISTORY.fullmatch(key)
+    return int(found[1]) if found else 0
 
 
 class Keys:

@@ -31,12 +31,13 @@ from splitfed.versions import Versions, sha256
 class Lineage(Versions):
     """One lineage, read and written."""
 
-    def initialise(self, fingerprint: Fingerprint, state: Mapping[str, Tensor]) -> None:
+    def initialise(self, fingerprint: Fingerprint, state: Mapping[str, Tensor], source: int | None = None) -> None:
         """Publish version 0, unless somebody has; first writer wins.
 
         Args:
             fingerprint: The module's architecture.
             state: Its tensors by first name.
+            source: The version of `body` that they are, for the line of one client.
 
         Raises:
             ArchitectureError: the lineage was begun with another architecture.
@@ -52,7 +53,7 @@ class Lineage(Versions):
             parts = codec.encode({name: state[name] for name in frozen})
             name = sha256(parts)
             self.blobs.create(self.keys.frozen(name), parts)
-        made = self.publish(Commit(0, "initial", "", {}, name), state, None, BatchSet())
+        made = self.publish(Commit(0, "initial", "", {}, name, source=source), state, None, BatchSet())
         if made is None and name is not None and self.commit(0).frozen != name:
             self.blobs.delete(self.keys.frozen(name))
 
@@ -91,6 +92,21 @@ class Lineage(Versions):
         with contextlib.suppress(StoreError):  # a hint only
             self.blobs.put(self.keys.head, [str(commit.version).encode()])
         return winner
+
+    def restate(self, commit: Commit, state: Mapping[str, Tensor], *, optimizer: bool = True) -> Commit | None:
+        """Make `commit.version` from a given state, with what was counted before it and nothing more.
+
+        Args:
+            commit: What its record is to say.
+            state: Its tensors by first name.
+            optimizer: Whether the optimizer's state goes on.
+
+        Returns:
+            The commit, or `None` if another won that version.
+        """
+        last = commit.version - 1
+        kept = self.optimizer(last) if optimizer else None
+        return self.publish(replace(commit, frozen=self.commit(last).frozen), state, kept, self.applied(last))
 
     def sweep(self, keep: int) -> int:
         """Delete what no reader may need any more; without clocks, and never beyond the head.

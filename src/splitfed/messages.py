@@ -149,6 +149,27 @@ class PullRequest:
 
     client_id: str
     version: int | None = None
+    weights: bool = True
+    """False asks for the round alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundInfo:
+    """The round under way, as one client sees it."""
+
+    number: int
+    sampled: bool
+    """Whether this client is asked to train."""
+    deadline: float | None
+    """By the coordinator's clock, ordinarily seconds since 1970; `None` for none."""
+    barrier: bool
+    """Whether clients wait for each other; if not, each goes on as soon as it has pushed."""
+    arrived: bool
+    """Whether an update of this client is in already, of this process or an earlier one."""
+    closed: bool
+    """Whether the round has ended: an update that comes now is late."""
+    finished: bool
+    """Whether no round follows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,11 +179,13 @@ class PullAnswer:
     version: int
     fingerprint: Any
     weights: Mapping[str, Tensor]
+    round: RoundInfo | None = None
+    """`None` where nobody runs rounds."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PushRequest:
-    """A client half's update (start − end, as a pseudo-gradient), or the first weights of its lineage."""
+    """A client half's update (start − end as a pseudo-gradient, or its gradient), or its lineage's first weights."""
 
     client_id: str
     incarnation: int | None
@@ -177,6 +200,8 @@ class PushRequest:
     bases: Mapping[str, Tensor]
     """... and what they were at the pull."""
     num_samples: float
+    loss_scale: float
+    """What `gradients` are to be divided by; 1 for start − end."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -62,6 +62,8 @@ class LossSession(Session):
         request, tensors, seed = self._pending
         ahead = request.forward
         counts = ahead.grad and ahead.training
+        own = None if self.scope is None else self.scope.loss_scale
+        scale = self.connection.scale() if own is None else own
         seq = self.connection.number("batch") if counts else 0
         try:
             with self.connection.housekeeping() as notes:
@@ -74,7 +76,7 @@ class LossSession(Session):
             raise
         if counts:
             self.connection.answered(seq)
-            self.connection.note_status(answer.status, request.num_samples)
+            self.connection.note_status(answer.status, request.num_samples, scale)
         if not answer.drew:
             seed.put_back()
         self.connection.opened(answer.incarnation, answer.version)

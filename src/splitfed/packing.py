@@ -16,12 +16,12 @@ from torch import Tensor
 from splitfed import codec, trees
 from splitfed.errors import ContainerError, FormatError, SplitFedError
 from splitfed.kinds import check_kinds
-from splitfed.messages import Chain, ForwardRequest, Housekeeping, Seal
+from splitfed.messages import Chain, ForwardRequest, Housekeeping, RoundInfo, Seal
 
 M = TypeVar("M")
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
-_NESTED: dict[str, type] = {"housekeeping": Housekeeping, "seal": Seal, "chains": Chain, "forward": ForwardRequest}
+_NESTED: dict[str, type] = {"housekeeping": Housekeeping, "seal": Seal, "chains": Chain, "forward": ForwardRequest, "round": RoundInfo}
 
 
 def pack(message: Any) -> list[memoryview | bytes]:

@@ -1,18 +1,26 @@
-"""Dealing out one data set to many owners, as federated learning is studied: evenly, or with skewed labels.
+"""Dealing out one data set to many owners, as federated learning is studied: evenly, with skew, or as it came.
 
-Each function returns one sorted tensor of int64 indices per client. Every example goes to exactly one client, and the
-same arguments give the same parts: all draws come from a generator of their own, so the caller's random numbers (and
-with them the weights and dropout masks that follow) don't depend on how the data was dealt out.
+Each way of dealing returns one sorted tensor of int64 indices per client. Every example goes to exactly one client, and
+the same arguments give the same parts: all draws come from a generator of their own, so the caller's random numbers
+(and with them the weights and dropout masks that follow) don't depend on how the data was dealt out. `counts` and
+`chart` show what came of it.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from splitfed import pictures
 from splitfed.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def iid(num_examples: int, num_clients: int, *, seed: int) -> list[Tensor]:
@@ -54,12 +62,9 @@ def dirichlet(labels: Tensor, num_clients: int, *, alpha: float, seed: int, min_
     """
     _check_count("num_clients", num_clients)
     _check_count("min_examples", min_examples, least=0)
-    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
-        raise InputError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}: expected integers of shape (N,)")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise InputError(f"alpha {alpha} isn't allowed: expected a finite number above 0, such as 0.5")
-    if len(labels) < num_clients * min_examples:
-        raise InputError(f"{len(labels)} examples are too few for {num_clients} clients with {min_examples} at least")
+    _check_labels(labels)
+    _check_alpha(alpha)
+    _check_enough(len(labels), num_clients, min_examples)
     generator = _generator(seed)
     dealt: list[list[Tensor]] = [[] for _ in range(num_clients)]
     for label in labels.unique().tolist():
@@ -71,6 +76,126 @@ def dirichlet(labels: Tensor, num_clients: int, *, alpha: float, seed: int, min_
     parts = [torch.cat(shares) if shares else torch.empty(0, dtype=torch.int64) for shares in dealt]
     _level(parts, min_examples, generator)
     return [part.sort().values for part in parts]
+
+
+def quantity(num_examples: int, num_clients: int, *, alpha: float, seed: int, min_examples: int = 1) -> list[Tensor]:
+    """Deal out shuffled examples in sizes drawn from a symmetric Dirichlet distribution: quantity skew.
+
+    Labels stay as they are mixed; how many examples a client has differs (Li et al. 2022, arXiv 2102.02079, section
+    3.3). A client that the draw leaves with fewer than `min_examples` gets the rest from whoever has the most.
+
+    Args:
+        num_examples: How many examples there are.
+        num_clients: How many clients share them.
+        alpha: The concentration, above 0; the smaller, the more the sizes differ.
+        seed: Seeds the sizes and the shuffle.
+        min_examples: What each client gets at least, in examples.
+
+    Raises:
+        InputError: an `alpha` that isn't positive and finite, or too few examples.
+    """
+    _check_count("num_clients", num_clients)
+    _check_count("num_examples", num_examples)
+    _check_count("min_examples", min_examples, least=0)
+    _check_alpha(alpha)
+    _check_enough(num_examples, num_clients, min_examples)
+    generator = _generator(seed)
+    bounds = (_proportions(num_clients, alpha, generator).cumsum(0) * num_examples).round().long()
+    parts = list(torch.randperm(num_examples, generator=generator).tensor_split(bounds[:-1]))
+    _level(parts, min_examples, generator)
+    return [part.sort().values for part in parts]
+
+
+def shards(labels: Tensor, num_clients: int, *, per_client: int = 2, seed: int) -> list[Tensor]:
+    """Sort by label, cut into equal shards, and give each client the same number of them: few classes each.
+
+    The pathological deal of McMahan et al. 2017 (arXiv 1602.05629, section 3): two shards are two classes, or a few more
+    where a shard holds the border of two.
+
+    Args:
+        labels: The class of each example, integers of shape (N,).
+        num_clients: How many clients share them.
+        per_client: How many shards each gets.
+        seed: Seeds who gets which, and the order within a class.
+
+    Raises:
+        InputError: labels that aren't integers of shape (N,), or fewer examples than shards.
+    """
+    _check_count("num_clients", num_clients)
+    _check_count("per_client", per_client)
+    _check_labels(labels)
+    _check_enough(len(labels), num_clients, per_client)
+    generator = _generator(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    cut = order[labels.cpu()[order].argsort(stable=True)].tensor_split(num_clients * per_client)
+    hands = torch.randperm(len(cut), generator=generator).view(num_clients, per_client).tolist()
+    return [torch.cat([cut[shard] for shard in hand]).sort().values for hand in hands]
+
+
+def natural(ids: Tensor | Sequence[int] | Sequence[str]) -> list[Tensor]:
+    """Give each owner what is its own: by writer, patient, site or device.
+
+    Args:
+        ids: Whose each example is, of shape (N,): all integers, or all strings.
+
+    Returns:
+        The parts in the order of `sorted(set(ids))`.
+
+    Raises:
+        InputError: no example, or ids that can't be sorted.
+    """
+    owners = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    whole = all(isinstance(owner, int) for owner in owners) or all(isinstance(owner, str) for owner in owners)
+    if not owners or not whole:
+        raise InputError(f"ids {str(owners)[:60]} can't be owners: expected integers or strings of shape (N,)")
+    held: dict[int | str, list[int]] = {}
+    for index, owner in enumerate(owners):
+        held.setdefault(owner, []).append(index)
+    return [torch.tensor(held[owner]) for owner in sorted(held)]
+
+
+def counts(parts: Sequence[Tensor], labels: Tensor) -> list[dict[str, int]]:
+    """How many examples of each class each client has; classes that it has none of are left out.
+
+    Args:
+        parts: The indices of each client.
+        labels: The class of each example, integers of shape (N,).
+
+    Raises:
+        InputError: labels that aren't integers of shape (N,).
+    """
+    _check_labels(labels)
+    found = []
+    for part in parts:
+        classes, numbers = labels.cpu()[part.cpu()].unique(return_counts=True)
+        found.append({str(int(label)): number for label, number in zip(classes, numbers.tolist(), strict=True)})
+    return found
+
+
+def chart(
+    parts: Sequence[Tensor],
+    labels: Tensor,
+    where: str | os.PathLike[str] | Axes,
+    *,
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> None:
+    """Draw how many examples of each class each client has, as stacked bars.
+
+    Args:
+        parts: The indices of each client.
+        labels: The class of each example, integers of shape (N,).
+        where: The picture's path, ending in `.png`, `.svg` or `.pdf`; or the matplotlib axes to draw on.
+        names: What the clients are called; their numbers if it isn't given.
+        title: What stands above it.
+
+    Raises:
+        InputError: matplotlib isn't installed, or names or labels don't fit.
+    """
+    if names is not None and len(names) != len(parts):
+        raise InputError(f"{len(names)} names for {len(parts)} clients: expected one each")
+    shown = [str(number) for number in range(len(parts))] if names is None else list(names)
+    pictures.class_bars(dict(zip(shown, counts(parts, labels), strict=True)), where, title=title)
 
 
 def _proportions(num_clients: int, alpha: float, generator: torch.Generator) -> Tensor:
@@ -100,6 +225,21 @@ def _generator(seed: int) -> torch.Generator:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
         raise InputError(f"seed {seed!r} isn't allowed: expected an integer from 0 to 2**64 - 1")
     return torch.Generator().manual_seed(seed)
+
+
+def _check_labels(labels: Tensor) -> None:
+    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
+        raise InputError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}: expected integers of shape (N,)")
+
+
+def _check_alpha(alpha: float) -> None:
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise InputError(f"alpha {alpha} isn't allowed: expected a finite number above 0, such as 0.5")
+
+
+def _check_enough(num_examples: int, num_clients: int, least: int) -> None:
+    if num_examples < num_clients * least:
+        raise InputError(f"{num_examples} examples are too few for {num_clients} clients with {least} at least")
 
 
 def _check_count(name: str, value: int, least: int = 1) -> None:

@@ -185,7 +185,7 @@ class Pass:
             self._sealed = True
             for counted in self._parts if answer.status == "stored" else ():
                 counted.origin.buffers_counted = True
-            connection.note_status(answer.status, seal.num_samples)
+            connection.note_status(answer.status, seal.num_samples, seal.loss_scale)
         return answer
 
 
@@ -210,3 +210,16 @@ def _chains(parts: list[Any]) -> tuple[tuple[Chain, ...], float]:
     for key, scope in scopes.items():
         total += natural[key] if scope is None or scope.num_samples is None else scope.num_samples
     return tuple(chains), total
+
+
+def count_samples(*given: Any) -> float:
+    """What a call with these arguments counts unless told otherwise: the leading dimension of its first tensor."""
+    tensor = _first_tensor(given)
+    return float(tensor.shape[0]) if tensor is not None and tensor.dim() else 1.0
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, torch.Tensor):
+        return value
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next((found for found in map(_first_tensor, children) if found is not None), None)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from splitfed.blobs import Blobs
 from splitfed.errors import DigestError, FormatError
-from splitfed.ids import BatchId
+from splitfed.ids import BatchId, check_client_id
 from splitfed.layout import Keys
 from splitfed.messages import ForwardRecord, GradientRecord
 from splitfed.packing import pack, peek, unpack
@@ -90,9 +90,14 @@ class Pile:
         data = self.blobs.get(self.keys.gradient(batch))
         return None if data is None else peek(GradientRecord, data, _PLAIN)
 
-    def waiting(self) -> list[BatchId]:
-        """The batches that lie in the pile, in canonical order; those of a crashed clean-up among them."""
-        found = (self.keys.parse_gradient(key) for key in self.blobs.list(self.keys.gradients))
+    def waiting(self, client_id: str | None = None) -> list[BatchId]:
+        """The batches that lie in the pile, in canonical order; those of a crashed clean-up among them.
+
+        Args:
+            client_id: Only those of one client.
+        """
+        folder = self.keys.gradients if client_id is None else f"{self.keys.gradients}/{check_client_id(client_id)}"
+        found = (self.keys.parse_gradient(key) for key in self.blobs.list(folder))
         return sorted(batch for batch in found if batch is not None)
 
     def drop(self, batches: Iterable[BatchId]) -> None:

@@ -1,15 +1,23 @@
-"""What staleness costs: the weight s(τ) of a gradient that was computed τ commits ago.
+"""When to commit and what staleness costs: the modes of split federated learning, each one policy of one accumulator.
 
-A weight damps a gradient and leaves the denominator of the mean alone (see `averaging`), so that one stale batch among
-fresh ones moves the model less instead of being blown up to full size again.
+All modes fold what waits into one mean and take one optimizer step. They differ in how many batches make a commit, in
+how stale a batch may be and what that costs it, in what the clients publish of their halves, and in whose body a
+client trains. A mode is these answers and no mechanism.
+
+The weight s(τ) of a gradient that was computed τ commits ago damps the gradient and leaves the denominator of the mean
+alone (see `averaging`), so that one stale batch among fresh ones moves the model less instead of being blown up to full
+size again.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from splitfed.errors import InputError
+from splitfed.ids import at_least
 
 StalenessWeight = Callable[[int], float]
 
@@ -32,6 +40,83 @@ def inverse_sqrt(staleness: int) -> float:
     """
     _check(staleness)
     return 1.0 / math.sqrt(1 + staleness)
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One way of updating body and client halves.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    name: str
+    """`round`, `buffered`, `synchronous`, `sflv2`, `sflv1`, or one of your own."""
+    min_batches: int | None = None
+    """A commit comes about when so many batches wait; `None`: when the round ends, or each global step."""
+    max_staleness: int | None = None
+    """Batches whose base is more commits behind are reported as stale and not folded; `None` for any."""
+    staleness_weight: StalenessWeight = constant
+    """s(τ)."""
+    gradients: bool = False
+    """Whether clients publish the gradient of their half and take no local step (`push(gradient=True)`)."""
+    per_client: bool = False
+    """Whether each client has a body of its own, averaged when the round ends (`PerClient`)."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"a mode needs a name, got {self.name!r}: expected one of {', '.join(MODES)}, or your own")
+        if self.min_batches is not None:
+            at_least("min_batches", self.min_batches, 1)
+        if self.max_staleness is not None:
+            at_least("max_staleness", self.max_staleness, 0)
+        if not callable(self.staleness_weight):
+            raise InputError(f"staleness_weight is {self.staleness_weight!r}: expected a function, as inverse_sqrt")
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the `Accumulator` (or, if `per_client`, `PerClient`) that follows this mode."""
+        least = {} if self.per_client else {"min_batches": self.min_batches or 1}
+        return {**least, "max_staleness": self.max_staleness, "staleness_weight": self.staleness_weight}
+
+    def describe(self) -> dict[str, Any]:
+        """The mode as plain JSON, for records."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**fields, "staleness_weight": getattr(self.staleness_weight, "__name__", "own")}
+
+
+_MODES = (
+    Mode("round"),
+    Mode("buffered", min_batches=8, max_staleness=16, staleness_weight=inverse_sqrt),
+    Mode("synchronous", gradients=True),
+    Mode("sflv2", min_batches=1),
+    Mode("sflv1", min_batches=1, per_client=True),
+)
+MODES = tuple(one.name for one in _MODES)
+
+
+def mode(name: str | Mode, **settings: Any) -> Mode:
+    """A mode by its name, with settings of your own in place of its usual ones.
+
+    - `round`: one commit over all batches of a round, as in the study that this library builds on;
+    - `buffered`: a commit whenever 8 batches wait (FedBuff, Nguyen et al. 2022, arXiv 2106.06639);
+    - `synchronous`: a commit per global step, over one batch of every sampled client: large-batch training;
+    - `sflv2`: a commit per batch on one body (Thapa et al. 2020, arXiv 2004.12088, section 3.2);
+    - `sflv1`: a commit per batch on a body per client, and their average when the round ends (the same).
+
+    Args:
+        name: One of these, or a `Mode`.
+        settings: Fields of `Mode`, such as `min_batches=20`.
+
+    Raises:
+        InputError: an unknown name or field, or a setting out of its range.
+    """
+    found = name if isinstance(name, Mode) else next((one for one in _MODES if one.name == name), None)
+    if found is None:
+        raise InputError(f"mode {name!r} isn't known: expected one of {', '.join(MODES)}, or a policies.Mode")
+    unknown = sorted(settings.keys() - set(Mode.__dataclass_fields__))
+    if unknown:
+        raise InputError(f"a mode has no setting {unknown[0]!r}: expected {', '.join(Mode.__dataclass_fields__)}")
+    return replace(found, **settings)
 
 
 def _check(staleness: int) -> None:

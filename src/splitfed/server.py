@@ -22,6 +22,7 @@ from splitfed.errors import AlreadyAppliedError, ExpiredError, InputError, Split
 from splitfed.halves import Halves
 from splitfed.ids import BatchId, check_client_id, check_number
 from splitfed.kinds import check_kinds
+from splitfed.lines import Line, Lines
 from splitfed.messages import (
     BackwardAnswer,
     BackwardRequest,
@@ -37,8 +38,6 @@ from splitfed.messages import (
     PushRequest,
 )
 from splitfed.packing import digest
-from splitfed.running import Runner
-from splitfed.sealing import Sealer
 from splitfed.store import GradientStore
 from splitfed.template import Template
 
@@ -54,6 +53,8 @@ class SplitServer:
         store: Where everything is.
         device: Where to compute; the device of the body's parameters if it isn't given.
         lineage: Which line of versions to serve.
+        per_client: Whether each client trains against a body of its own, `body@<id>`, which begins as the newest
+            `body` (SFLV1; a `PerClient` commits and averages them).
         loss_fn: For `client.loss(x, y)`: `loss_fn(outputs, target)` returns a scalar.
         keep_graphs: How many forwards keep their autograd graph in memory, so that a backward that comes to this
             replica needn't recompute; 0 for always recomputing.
@@ -71,6 +72,7 @@ class SplitServer:
         *,
         device: torch.device | str | None = None,
         lineage: str = "body",
+        per_client: bool = False,
         loss_fn: Loss | None = None,
         keep_graphs: int = 8,
         keep_models: int = 2,
@@ -85,13 +87,11 @@ class SplitServer:
         state = self._template.state(body)
         first = next((t.device for t in state.values()), torch.device("cpu"))
         self.device = torch.device(device) if device is not None else first
-        self._versions, self._pile = store.lineage(lineage), store.pile(lineage)
-        self._numerics = store.begin(self.device)
-        self._versions.initialise(self._template.fingerprint(), state)
-        self._sealer = Sealer(self._versions, self._pile, self._numerics)
-        self._halves = Halves(store, self._numerics)
-        self._runner = Runner(
-            self._template, self._versions, self._pile, self._numerics, self.device, keep_models, keep_graphs
+        numerics = store.begin(self.device)
+        store.lineage(lineage).initialise(self._template.fingerprint(), state)
+        self._halves = Halves(store, numerics)
+        self._lines = Lines(
+            self._template, store, lineage, numerics, self.device, keep_models, keep_graphs, per_client=per_client
         )
 
     def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
@@ -103,14 +103,14 @@ class SplitServer:
             InputError: the call doesn't fit the body.
         """
         check_kinds(request)
-        check_client_id(request.client_id)
+        line = self._lines.of(check_client_id(request.client_id), request.process)
         incarnation = request.incarnation
         if request.grad and incarnation is None:
             incarnation = self.store.open_client(request.client_id, request.process)
-        self._tidy(request.client_id, incarnation, request.housekeeping)
-        version, call, done = self._runner.run_newest(request)
+        _tidy(line, request.client_id, incarnation, request.housekeeping)
+        version, call, done = line.runner.run_newest(request)
         if request.grad and incarnation is not None:
-            self._runner.keep((version, request.client_id, incarnation, request.call), call, done)
+            line.runner.keep((version, request.client_id, incarnation, request.call), call, done)
         return ForwardAnswer(
             incarnation=incarnation,
             version=version,
@@ -141,25 +141,26 @@ class SplitServer:
         for name in ("part", "version") if request.call is None else ("part", "version", "call"):
             check_number(name, getattr(request, name))
         self.store.check_client(batch.client_id, batch.incarnation)
-        self._tidy(batch.client_id, batch.incarnation, request.housekeeping)
+        line = self._lines.of(batch.client_id)
+        _tidy(line, batch.client_id, batch.incarnation, request.housekeeping)
         if request.call is None:
             if request.seal is None:
                 raise InputError(f"the request for batch {batch} has neither a call nor a seal: expected one of them")
-            return BackwardAnswer((), self._sealer.seal(batch, request.part, request.seal, None))
+            return BackwardAnswer((), line.sealer.seal(batch, request.part, request.seal, None))
         key = (request.version, batch.client_id, batch.incarnation, request.call)
-        record = self._runner.record(key)
+        record = line.runner.record(key)
         if record is None:
-            raise self._gone(batch, request)
+            raise _gone(line, batch, request)
         _check_gradients(record, request.grad_outputs)
-        done = self._runner.take(key, record)
+        done = line.runner.take(key, record)
         grad_inputs, gradients = replay.backward(done, request.grad_outputs)
         if not record.training:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
         said = (batch, request.part, request.version, request.call, request.seal)
-        share = self._runner.share(done, gradients, digest(said, request.grad_outputs))
+        share = line.runner.share(done, gradients, digest(said, request.grad_outputs))
         if request.seal is not None:
-            return BackwardAnswer(tuple(grad_inputs), self._sealer.seal(batch, request.part, request.seal, share))
-        self._pile.put_part(request.version, batch, request.part, replace(share, kind="part"))
+            return BackwardAnswer(tuple(grad_inputs), line.sealer.seal(batch, request.part, request.seal, share))
+        line.pile.put_part(request.version, batch, request.part, replace(share, kind="part"))
         return BackwardAnswer(tuple(grad_inputs), "part")
 
     def loss(self, request: LossRequest, /) -> LossAnswer:
@@ -174,18 +175,19 @@ class SplitServer:
         check_kinds(request)
         ahead, incarnation = request.forward, request.forward.incarnation
         counts = ahead.grad and ahead.training
+        line = self._lines.of(check_client_id(ahead.client_id), ahead.process)
         if counts and incarnation is None:
-            incarnation = self.store.open_client(check_client_id(ahead.client_id), ahead.process)
-        self._tidy(check_client_id(ahead.client_id), incarnation, ahead.housekeeping)
-        version = self._runner.version(ahead)
+            incarnation = self.store.open_client(ahead.client_id, ahead.process)
+        _tidy(line, ahead.client_id, incarnation, ahead.housekeeping)
+        version = line.runner.version(ahead)
         batch = BatchId(ahead.client_id, incarnation or 0, request.seq)
         if counts:
             self.store.check_client(batch.client_id, batch.incarnation)
-            version = self._pile.pin(batch, version)
+            version = line.pile.pin(batch, version)
         spec, tensors = trees.flatten(request.target)
         target = trees.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
         score = self.loss_fn
-        _, done = self._runner.run(ahead, version, finish=lambda outputs: score(outputs, target))
+        _, done = line.runner.run(ahead, version, finish=lambda outputs: score(outputs, target))
         if len(done.tensors) != 1 or done.tensors[0].numel() != 1 or done.outputs is not done.tensors[0]:
             raise InputError(f"loss_fn returned {type(done.outputs).__name__}: expected a tensor with one element")
         value = done.tensors[0]
@@ -195,8 +197,8 @@ class SplitServer:
         if counts:
             spec, sent = trees.flatten((ahead.inputs, request.target))
             said = (batch, version, ahead.call, ahead.cut, ahead.seed, ahead.autocast, request.num_samples, spec)
-            share = self._runner.share(done, gradients, digest(said, sent), request.num_samples)
-            status = self._sealer.store(batch, share)
+            share = line.runner.share(done, gradients, digest(said, sent), request.num_samples)
+            status = line.sealer.store(batch, share)
         return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)
 
     def pull(self, request: PullRequest, /) -> PullAnswer:
@@ -212,24 +214,24 @@ class SplitServer:
         """
         return self._halves.push(request)
 
-    def _tidy(self, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:
-        if incarnation is not None:
-            for version, call in housekeeping.released:
-                self._runner.forget((version, client_id, incarnation, call))
-            self._sealer.tidy(client_id, incarnation, housekeeping)
 
-    def _gone(self, batch: BatchId, request: BackwardRequest) -> SplitFedError:
-        if self._sealer.is_known(batch):
-            return AlreadyAppliedError(
-                f"batch {batch} is counted already, and its answer was confirmed: nothing counts twice"
-            )
-        return ExpiredError(
-            f"call {request.call} of client {batch.client_id!r} at version {request.version} isn't in the store: "
-            "its graph was "
-            "released, or its version has left the retention window (keep_versions). This batch is lost and "
-            "counts nowhere; "
-            "the loop may go on"
+def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:
+    if incarnation is not None:
+        for version, call in housekeeping.released:
+            line.runner.forget((version, client_id, incarnation, call))
+        line.sealer.tidy(client_id, incarnation, housekeeping)
+
+
+def _gone(line: Line, batch: BatchId, request: BackwardRequest) -> SplitFedError:
+    if line.sealer.is_known(batch):
+        return AlreadyAppliedError(
+            f"batch {batch} is counted already, and its answer was confirmed: nothing counts twice"
         )
+    return ExpiredError(
+        f"call {request.call} of client {batch.client_id!r} at version {request.version} isn't in the store: its graph "
+        "was released, or its version has left the retention window (keep_versions). This batch is lost and counts "
+        "nowhere; the loop may go on"
+    )
 
 
 def _check_gradients(record: ForwardRecord, grad_outputs: Sequence[Tensor | None]) -> None:

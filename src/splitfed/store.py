@@ -17,14 +17,17 @@ from torch import Tensor
 
 from splitfed import layout
 from splitfed.blobs import Blobs, open_blobs
+from splitfed.cache import Bounded
 from splitfed.errors import FormatError, InputError, MissingError, SupersededError
 from splitfed.ids import BatchId
 from splitfed.lineage import Lineage
 from splitfed.numerics import class_id, numerics_class
 from splitfed.packing import read_json
 from splitfed.pile import Pile
+from splitfed.rounds import Rounds
 
 FORMAT_VERSION = 1
+KEPT_LINEAGES = 32
 
 
 class GradientStore:
@@ -54,7 +57,8 @@ class GradientStore:
         self.url = os.fspath(url)
         self.sync = sync
         self.blobs: Blobs = open_blobs(self.url, fsync=sync == "power", **storage_options)
-        self._lineages: dict[str, tuple[Lineage, Pile]] = {}
+        self._lineages: Bounded[str, tuple[Lineage, Pile]] = Bounded(KEPT_LINEAGES)
+        self._rounds = Rounds(self.blobs)
         self._lock = threading.Lock()
         self._format: dict[str, Any] | None = None
         self._opened: set[tuple[str, int]] = set()
@@ -115,6 +119,10 @@ class GradientStore:
         """The batches of a lineage that are under way or wait."""
         return self._open(lineage)[1]
 
+    def rounds(self) -> Rounds:
+        """The rounds of a federation: plans, decisions and reports."""
+        return self._rounds
+
     def begin(self, device: torch.device) -> str:
         """Open the store for computing: check its format, and this process's numerics class against version 0's.
 
@@ -151,6 +159,11 @@ class GradientStore:
     def numerics(self) -> str:
         """The short name of version 0's numerics class."""
         return class_id(self._format["numerics"]) if self._format else ""
+
+    def clients(self) -> list[str]:
+        """The ids of all clients that ever pulled or trained, sorted."""
+        found = {layout.parse_client(key) for key in self.blobs.list(layout.CLIENTS)}
+        return sorted(client_id for client_id in found if client_id is not None)
 
     def open_client(self, client_id: str, process: str | None = None) -> int:
         """The incarnation of a client's process: its own if it has one, else a new one, and those before can't count.
@@ -196,7 +209,8 @@ class GradientStore:
 
     def _open(self, name: str) -> tuple[Lineage, Pile]:
         with self._lock:
-            if name not in self._lineages:
+            found = self._lineages.get(name)
+            if found is None:
                 lineage = Lineage(self.blobs, name)
-                self._lineages[name] = (lineage, Pile(self.blobs, lineage.keys))
-            return self._lineages[name]
+                found = self._lineages.put(name, (lineage, Pile(self.blobs, lineage.keys)))
+            return found

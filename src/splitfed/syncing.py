@@ -1,16 +1,23 @@
 """The client half's own versions: pulled before training, pushed after it.
 
-What is pushed is a pseudo-gradient, start − end, with the client's samples as its weight; buffers go with their
-start and end values. What is pulled is copied in place, so the user's optimizer keeps its parameters and its state.
+What is pushed is a pseudo-gradient, start − end, or in synchronous mode the gradient itself; its weight is the client's
+samples, and buffers go with their start and end values. What is pulled is copied in place, so the user's optimizer
+keeps its parameters and its state.
+
+The trap: autograd adds up. After several batches `.grad` is Σ λᵢgᵢ, each scaled as its loss was, so what is published
+is `.grad` / Σ λᵢ: their mean, whether losses were scaled by 1/k, by GradScaler, by their size, or not at all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
-from splitfed.connection import Connection
+from splitfed.connection import Connection, Counted
 from splitfed.errors import ArchitectureError, InputError, ProtocolError
-from splitfed.messages import PullAnswer, PullRequest, PushRequest
+from splitfed.messages import PullAnswer, PullRequest, PushRequest, RoundInfo
+from splitfed.personal import personal_names
 from splitfed.template import Template, compare, named_state, unwrap
 
 
@@ -20,15 +27,23 @@ class HalfSync:
     Args:
         half: The client half.
         connection: The way to the server.
+        personal: Patterns of names that stay here.
+
+    Raises:
+        InputError: a pattern that fits nothing.
     """
 
-    def __init__(self, half: nn.Module, connection: Connection) -> None:
+    def __init__(self, half: nn.Module, connection: Connection, personal: Iterable[str] = ()) -> None:
         self.version: int | None = None
+        self.round: RoundInfo | None = None
+        """The round under way, as the last answer had it."""
         self._half = half
         self._connection = connection
+        self.patterns = personal if isinstance(personal, str) else tuple(personal)
+        self._personal = personal_names(half, self.patterns)
         self._template: Template | None = None
         self._start: dict[str, Tensor] = {}
-        self._unanswered: tuple[PushRequest, dict[str, Tensor], float] | None = None
+        self._unanswered: tuple[PushRequest, dict[str, Tensor], Counted] | None = None
         """A push whose reply was lost, the half as it was then, and its samples; the next pull or push repeats it."""
 
     def pull(self) -> int:
@@ -37,7 +52,7 @@ class HalfSync:
         Raises:
             ArchitectureError: the lineage's half isn't this one.
         """
-        template = self._template = self._template or Template(self._half)
+        template = self._template = self._template or Template(self._half, self._personal)
         self._settle()
         answer = self._ask()
         if answer.version < 0:
@@ -53,6 +68,7 @@ class HalfSync:
                     values={},
                     bases={},
                     num_samples=1,
+                    loss_scale=1.0,
                 )
             )
             answer = self._ask()
@@ -60,28 +76,34 @@ class HalfSync:
         for name, tensor in self._state().items():
             tensor.copy_(answer.weights[name])
         self.version = answer.version
-        self._begin(self._state(), self._connection.num_samples)
+        self._begin(self._state(), self._connection.counted)
         return answer.version
 
-    def push(self, num_samples: float | None) -> None:
-        """Publish the change since the last pull or push.
+    def look(self) -> RoundInfo | None:
+        """Ask for the round under way, without weights."""
+        self._ask(weights=False)
+        return self.round
+
+    def push(self, num_samples: float | None, *, gradient: bool) -> None:
+        """Publish the change since the last pull or push, or the gradient of the parameters.
 
         Raises:
-            InputError: nothing was pulled, or there are no samples.
+            InputError: nothing was pulled, there are no samples, or a gradient is asked for and isn't there.
         """
         if self._template is None or self.version is None:
             raise InputError(
                 "this half has no version yet: call client.pull() before training and client.push() after it"
             )
-        if self._settle() and not self._has_changed():
-            return  # the user repeats a push that failed, and nothing is new
-        self._unanswered = self._update(num_samples)
+        settled = self._settle()
+        if settled is not None and not self._has_news(settled, gradient):
+            return  # the user repeats a push that failed
+        self._unanswered = self._update(self._template, num_samples, gradient)
         self._settle()
 
-    def _settle(self) -> bool:
+    def _settle(self) -> PushRequest | None:
         """Send the push whose reply was lost, under its own number: if it has arrived, it counts once all the same."""
         if self._unanswered is None:
-            return False
+            return None
         request, state, counted = self._unanswered
         try:
             answer = self._connection.transport.push(request)
@@ -90,21 +112,37 @@ class HalfSync:
             raise
         self._unanswered = None
         self._connection.opened(answer.incarnation, 0)
-        self._connection.note_status(answer.status, 0)
+        self._connection.note_status(answer.status, 0, 0)
         self._begin(state, counted)
-        return True
+        return request
 
-    def _has_changed(self) -> bool:
-        return any(not tensor.equal(self._start[name]) for name, tensor in self._state().items())
+    def _has_news(self, settled: PushRequest, gradient: bool) -> bool:
+        if not gradient:
+            return self._has_moved(list(self._start))
+        if self._connection.counted.num_samples:
+            return True
+        own = self._gradients()
+        return own.keys() != settled.gradients.keys() or not all(own[n].equal(settled.gradients[n]) for n in own)
 
-    def _update(self, num_samples: float | None) -> tuple[PushRequest, dict[str, Tensor], float]:
-        samples = self._connection.num_samples if num_samples is None else num_samples
+    def _has_moved(self, names: list[str]) -> bool:
+        state = self._state()
+        return any(not state[name].equal(self._start[name]) for name in names)
+
+    def _update(
+        self, names: Template, num_samples: float | None, gradient: bool
+    ) -> tuple[PushRequest, dict[str, Tensor], Counted]:
+        counted = self._connection.counted
+        samples = counted.num_samples if num_samples is None else num_samples
         if not samples > 0:
             raise InputError(
                 f"the update would count {samples} samples: train before push(), or give push(num_samples=...)"
             )
-        names = self._template or Template(self._half)
         state = {name: tensor.clone() for name, tensor in self._state().items()}
+        if gradient:
+            gradients, scale = self._gradients(), counted.loss_scale or self._connection.scale()
+            self._check_gradients(names, gradients)
+        else:
+            gradients, scale = {name: self._start[name] - state[name] for name in names.trainable}, 1.0
         changed = {n: state[n] for n in names.buffers if not state[n].equal(self._start[n])}
         request = PushRequest(
             client_id=self._connection.client_id,
@@ -113,22 +151,40 @@ class HalfSync:
             seq=self._connection.number("push"),
             base_version=self.version or 0,
             fingerprint=None,
-            gradients={name: self._start[name] - state[name] for name in names.trainable},
+            gradients=gradients,
             values=changed,
             bases={name: self._start[name] for name in changed},
             num_samples=samples,
+            loss_scale=scale,
         )
-        return request, state, self._connection.num_samples
+        return request, state, counted
 
-    def _ask(self) -> PullAnswer:
-        return self._connection.transport.pull(PullRequest(self._connection.client_id))
+    def _check_gradients(self, names: Template, gradients: dict[str, Tensor]) -> None:
+        if not gradients:
+            raise InputError("no shared parameter has a gradient: call loss.backward() before push(gradient=True)")
+        if self._has_moved(names.trainable):
+            raise InputError(
+                "the half has moved since it was pulled, so this isn't the gradient of what others have: take no local "
+                "step before push(gradient=True), or publish the change with push()"
+            )
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Copies of the gradients of the shared parameters that have one."""
+        names = self._template.parameters if self._template else {}
+        found = {name: tensor.grad for name, tensor in named_state(unwrap(self._half)) if name in names}
+        return {name: grad.detach().clone() for name, grad in found.items() if grad is not None}
+
+    def _ask(self, *, weights: bool = True) -> PullAnswer:
+        answer = self._connection.transport.pull(PullRequest(self._connection.client_id, weights=weights))
+        self.round = answer.round
+        return answer
 
     def _state(self) -> dict[str, Tensor]:
         """The half's distinct tensors, by first name; sharing memory with it."""
         names = self._template.names if self._template else {}
         return {name: t.detach() for name, t in named_state(unwrap(self._half)) if names.get(name) == name}
 
-    def _begin(self, state: dict[str, Tensor], counted: float) -> None:
-        """What the next push is the change from, and the samples that the last one has counted."""
+    def _begin(self, state: dict[str, Tensor], counted: Counted) -> None:
+        """What the next push is the change from, and the batches that the last one has counted."""
         self._start = {name: tensor.clone() for name, tensor in state.items()}
-        self._connection.num_samples -= counted
+        self._connection.counted -= counted

@@ -7,7 +7,7 @@ tied names share by construction. (`load_state_dict(assign=True)` would untie th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,12 +25,13 @@ class Template:
 
     Args:
         module: The body, or a client half. It isn't kept and isn't changed.
+        without: Names that are left out of all but the structure: what is personal to a client.
 
     Raises:
         UnsupportedError: the module is wrapped (DataParallel), lazy, holds extra state, or can't be copied.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, without: Collection[str] = ()) -> None:
         module = unwrap(module)
         self.names: dict[str, str] = {}
         """Every name of `state_dict()`, in its order, with the first name of the same tensor."""
@@ -41,14 +42,19 @@ class Template:
         first: dict[int, str] = {}
         memo: dict[int, Any] = {}
         for name, tensor in named_state(module):
-            self.names[name] = first.setdefault(id(tensor), name)
-            if self.names[name] != name:
+            mine = name not in without
+            if mine:
+                self.names[name] = first.setdefault(id(tensor), name)
+            if id(tensor) in memo:
                 continue
-            shell = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            memo[id(tensor)] = shell = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+            )
             if isinstance(tensor, nn.Parameter):
-                self.parameters[name] = memo[id(tensor)] = nn.Parameter(shell, requires_grad=tensor.requires_grad)
-            else:
-                self.buffers[name] = memo[id(tensor)] = shell
+                memo[id(tensor)] = parameter = nn.Parameter(shell, requires_grad=tensor.requires_grad and mine)
+                self.parameters |= {name: parameter} if mine else {}
+            elif mine:
+                self.buffers[name] = shell
         self.blueprint = deep_copy(module, memo)
         self.modes = _modes(deep_copy(self.blueprint))
         """For train and eval mode, the `training` flag of each submodule in `modules()` order."""

@@ -1,0 +1,141 @@
+"""What a simulated federation is made of: the parts of a real one, on one store.
+
+Nothing in here is made for simulation but the meter. Servers, accumulators and the coordinator are those that
+production runs; that they share a process with their clients is all the difference.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from splitfed.accumulator import Accumulator
+from splitfed.federation import Federation
+from splitfed.metering import Arrivals, Meter
+from splitfed.optimizers import OptimizerFactory, SchedulerFactory
+from splitfed.perclient import PerClient
+from splitfed.policies import Mode
+from splitfed.reporting import commit_rows
+from splitfed.rows import Row
+from splitfed.server import SplitServer
+from splitfed.store import GradientStore
+
+LINEAGES = ("body", "client")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plans:
+    """How a simulated federation is to be built."""
+
+    half: nn.Module
+    body: nn.Module
+    mode: Mode
+    server_optimizer: OptimizerFactory
+    half_optimizer: OptimizerFactory
+    server_scheduler: SchedulerFactory | None
+    personal: tuple[str, ...]
+    active: int
+    """How many clients are active at once, at most."""
+    barrier: bool
+    """Whether clients wait for each other at the end of a round."""
+    min_updates: int
+    """Without a barrier: client halves are committed when so many updates wait."""
+    settings: dict[str, Any]
+    """Further arguments of `Federation`."""
+
+
+class Assembly:
+    """Servers, accumulators and coordinator on one store.
+
+    Args:
+        plans: How to build them.
+        store: Where.
+        clients: The ids of all clients.
+        clock: Virtual seconds; `None` for real ones, since 1970.
+    """
+
+    def __init__(
+        self, plans: Plans, store: GradientStore, clients: Sequence[str], clock: Callable[[], float] | None
+    ) -> None:
+        self.store = store
+        self.mode = plans.mode
+        self.body: Accumulator | PerClient
+        common: dict[str, Any] = {"lr_scheduler": plans.server_scheduler, **plans.mode.settings()}
+        if plans.mode.per_client:
+            self.body = PerClient(plans.body, store, plans.server_optimizer, **common)
+        else:
+            self.body = Accumulator(plans.body, store, plans.server_optimizer, **common)
+        halves = {} if plans.barrier else {**plans.mode.settings(), "min_batches": plans.min_updates}
+        self.half = Accumulator(
+            plans.half, store, plans.half_optimizer, lineage="client", personal=plans.personal, **halves
+        )
+        self.server = serve(plans, store)
+        self.arrivals = Arrivals(clock or time.time, ("client",) if plans.mode.per_client else LINEAGES)
+        self.meter = Meter(self.server, self.arrivals)
+        self.federation = Federation(
+            self.body,
+            self.half,
+            mode=plans.mode,
+            clients=clients,
+            barrier=plans.barrier,
+            clock=clock or time.time,
+            **plans.settings,
+        )
+        self._clock = clock
+        self._reported = {lineage: store.latest_version(lineage) for lineage in LINEAGES}
+        self._noted = dict(self._reported)
+        self._times: dict[tuple[str, int], float] = {}
+
+    def commit(self, client_id: str) -> None:
+        """Commit what waits of the body, if the mode doesn't wait for the end of the round."""
+        if isinstance(self.body, PerClient):
+            self.body.step([client_id])
+        elif self.mode.min_batches is not None and self.body.step() is not None:
+            self.note()
+
+    def global_step(self) -> None:
+        """One step of both lineages over what all active clients have sent."""
+        if isinstance(self.body, Accumulator):
+            self.body.step(min_batches=1)
+        self.half.step(min_batches=1)
+        self.note()
+
+    def note(self) -> None:
+        """Take note of the virtual time at which versions came about that weren't there before."""
+        if self._clock is None:
+            return
+        for lineage in LINEAGES:
+            newest = self.store.latest_version(lineage)
+            for version in range(self._noted[lineage] + 1, newest + 1):
+                self._times[lineage, version] = self._clock()
+            self._noted[lineage] = newest
+
+    def commit_rows(self, round_number: int, started: float) -> list[Row]:
+        """A row for each commit since the last call.
+
+        Args:
+            round_number: The round that has ended.
+            started: When the run began, by its clock; rows count their time from there.
+        """
+        self.note()
+        rows = []
+        for lineage in LINEAGES:
+            after, upto = self._reported[lineage], self.store.latest_version(lineage)
+            self._reported[lineage] = upto
+            for row in commit_rows(self.store, lineage, after, upto, round_number):
+                commit = self.store.lineage(lineage).commit(row["version"])
+                now = self._times.pop((lineage, commit.version), commit.time)
+                delay = self.arrivals.delay(lineage, commit, now)
+                rows.append({**row, "time": now - started, "delay": delay})
+        return sorted(rows, key=lambda row: row["time"])
+
+
+def serve(plans: Plans, store: GradientStore) -> SplitServer:
+    """A server for so many active clients: each may have a graph open, up to a bound."""
+    return SplitServer(
+        plans.body, store, per_client=plans.mode.per_client, keep_graphs=min(max(8, plans.active), 128), keep_models=4
+    )

@@ -1,0 +1,254 @@
+"""Rounds: who trains, when a round is over, and what is averaged then.
+
+The coordinator keeps nothing: plan, decision and report of each round are files (`rounds`), and the averaging is the
+accumulators' commit. Kill it at any moment and start another, or run two at once: the same round ends once, with the
+same updates. A round never hangs: whoever vanishes is missing at the deadline, and the round goes on without.
+
+The order that makes it so: decide which updates count, put that on record, commit exactly those, report. A coordinator
+that dies in between has left a decision that any other carries out to the same bits; a commit of batches that were
+counted before is no commit, so carrying it out twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+from splitfed.accumulator import Accumulator
+from splitfed.errors import InputError
+from splitfed.ids import at_least, check_client_id, positive
+from splitfed.judging import Judge, Judged
+from splitfed.perclient import PerClient
+from splitfed.policies import Mode
+from splitfed.policies import mode as mode_of
+from splitfed.reporting import make_report
+from splitfed.rounds import Ending, Plan
+from splitfed.rows import Row
+from splitfed.sampling import check_sample_size, sample, sample_size
+
+
+class Federation:
+    """Coordinates the rounds of a store.
+
+    Args:
+        body: The accumulator of the body; a `PerClient` in SFLV1.
+        half: The accumulator of the client halves, with `lineage="client"`.
+        mode: How the body is updated: the name of a mode, or a `Mode` of `splitfed.policies`.
+        clients: Ids that are known beforehand; besides them, whoever ever pulled or trained.
+        clients_per_round: How many are sampled for a round: a number, a share such as 0.1, or `None` for all.
+        min_clients: Below so many clients with an update nothing is averaged.
+        deadline: How long a round lasts at most, in seconds of the clock; `None` for as long as it takes.
+        late: Updates of earlier rounds `"count"` in the round in which they arrive, weighted by their staleness, or are
+            closed as stale (`"refuse"`). Either is reported.
+        below_quorum: What came to a round with too few is there for the next (`"keep"`), or refused (`"drop"`).
+        barrier: Whether clients wait for each other. If not, the halves too are committed when `half.min_batches`
+            wait, and a round is a stretch of as many updates as it has sampled clients.
+        seed: Of the sampling.
+        clock: Tells the time, in seconds.
+
+    Raises:
+        InputError: a setting out of its range, or accumulators that don't belong together.
+    """
+
+    def __init__(
+        self,
+        body: Accumulator | PerClient,
+        half: Accumulator,
+        *,
+        mode: str | Mode = "round",
+        clients: Iterable[str] = (),
+        clients_per_round: int | float | None = None,
+        min_clients: int = 1,
+        deadline: float | None = None,
+        late: Literal["count", "refuse"] = "count",
+        below_quorum: Literal["keep", "drop"] = "keep",
+        barrier: bool = True,
+        seed: int = 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.mode = mode_of(mode)
+        if isinstance(body, PerClient) != self.mode.per_client:
+            raise InputError(
+                f"mode {self.mode.name!r} doesn't go with a {type(body).__name__}: expected "
+                f"{'a PerClient' if self.mode.per_client else 'an Accumulator'}"
+            )
+        if half.lineage != "client" or half.store is not body.store:
+            raise InputError(
+                f"half accumulates lineage {half.lineage!r} of {half.store.url}: expected lineage 'client' of the "
+                f"body's own store object, {body.store.url}"
+            )
+        check_sample_size(clients_per_round, at_least("min_clients", min_clients, 1))
+        if deadline is not None:
+            positive("deadline", deadline)
+        _one_of("late", late, ("count", "refuse"))
+        _one_of("below_quorum", below_quorum, ("keep", "drop"))
+        self.body, self.half = body, half
+        self.rounds = body.store.rounds()
+        self._store = body.store
+        self._clients = frozenset(map(check_client_id, clients))
+        self._per_round, self._min_clients, self._deadline = clients_per_round, min_clients, deadline
+        self._late, self._below_quorum, self._barrier = late, below_quorum, barrier
+        self._seed, self._clock = seed, clock
+
+    def open(self) -> Plan | None:
+        """The round under way, or the next.
+
+        Returns:
+            Its plan; `None` while fewer than `min_clients` clients are known.
+        """
+        number = self.rounds.newest()
+        before = self.rounds.report(number) if number else None
+        if number and before is None:
+            return self.rounds.plan(number)
+        known = self._clients.union(self._store.clients())
+        if len(known) < self._min_clients:
+            return None
+        opened = self._clock()
+        plan = Plan(
+            number=number + 1,
+            sampled=sample(known, sample_size(self._per_round, len(known), self._min_clients), self._seed, number + 1),
+            body_version=before["version"] if before else self._store.latest_version("body"),
+            client_version=before["client_version"] if before else self._store.latest_version("client"),
+            min_clients=self._min_clients,
+            opened=opened,
+            deadline=None if self._deadline is None else opened + self._deadline,
+            late=self._late,
+            below_quorum=self._below_quorum,
+            barrier=self._barrier,
+            started=time.time(),
+        )
+        return self.rounds.begin(plan)
+
+    def poll(self) -> Row | None:
+        """Do what is due: commit what streams, and end the round if all have answered or its time is over.
+
+        Returns:
+            The report, if the round has ended; else `None`, also where none was opened.
+        """
+        plan = self.rounds.current()
+        if plan is None:
+            return None
+        report = self.rounds.report(plan.number)
+        if report is not None:
+            return report
+        ending = self.rounds.ending(plan.number)
+        if ending is None:
+            self._stream(plan)
+            if self._is_over(plan):
+                return self.close()
+            if plan.deadline is None or self._clock() < plan.deadline:
+                return None
+        return self.close()
+
+    def close(self) -> Row:
+        """End the round now, whoever is missing.
+
+        Returns:
+            Its report.
+
+        Raises:
+            InputError: no round was opened.
+        """
+        plan = self.rounds.current()
+        if plan is None:
+            raise InputError("there is no round to close: call open() first")
+        report = self.rounds.report(plan.number)
+        if report is not None:
+            return report
+        ending = self.rounds.ending(plan.number) or self.rounds.end(self._decide(plan))
+        self._carry_out(plan, ending)
+        return self.rounds.close(plan.number, make_report(self._store, plan, ending))
+
+    def run(self, rounds: int, *, poll: float = 0.1, stop: threading.Event | None = None) -> Iterator[Row]:
+        """Run rounds until number `rounds` is over, and let the clients' `rounds()` end.
+
+        A coordinator that begins on a store with rounds goes on where they are. Reports come as rounds end, whichever
+        coordinator ended them.
+
+        Args:
+            rounds: The number of the last round.
+            poll: How often to look, in seconds.
+            stop: Set it to return early; the clients go on waiting.
+
+        Raises:
+            InputError: there is no deadline, so a client that vanishes would hang the round.
+        """
+        if self._deadline is None:
+            raise InputError("run() waits for clients, and one may vanish: give Federation(deadline=...) in seconds")
+        last, wait = at_least("rounds", rounds, 1), threading.Event() if stop is None else stop
+        positive("poll", poll)
+        newest = self.rounds.newest()
+        done = newest if newest and self.rounds.report(newest) is not None else max(newest - 1, 0)
+        while done < last and not wait.is_set():
+            if self.open() is None or self.poll() is None:
+                wait.wait(poll)
+            while done < last and (report := self.rounds.report(done + 1)) is not None:
+                done += 1
+                yield report
+        if done >= last:
+            self.finish()
+
+    def finish(self) -> None:
+        """Tell the clients that no round follows; `open()` takes it back."""
+        number = self.rounds.newest()
+        if number:
+            self.rounds.finish(number)
+
+    def _stream(self, plan: Plan) -> None:
+        """Commit what needn't wait for the round's end."""
+        if isinstance(self.body, PerClient):
+            self.body.step(plan.sampled)
+        elif self.mode.min_batches is not None:
+            self.body.step()
+        if not plan.barrier:
+            self.half.step()
+
+    def _is_over(self, plan: Plan) -> bool:
+        """Whether every sampled client was heard from; or without a barrier, so many updates as there are of them."""
+        judge = Judge(self._store, plan)
+        if plan.barrier:
+            return len(judge.heard()) == len(plan.sampled)
+        return judge.num_closed() >= len(plan.sampled)
+
+    def _decide(self, plan: Plan) -> Ending:
+        judge, now = Judge(self._store, plan), self._clock()
+        updates = judge.updates() if plan.barrier else Judged(heard=judge.heard())
+        batches = judge.batches() if self.mode.min_batches is None else Judged()
+        status = "complete" if self._is_over(plan) else "deadline"
+        dropped = {**batches.dropped, **updates.dropped}
+        if plan.barrier and len({*updates.samples, *judge.folded()}) < plan.min_clients:
+            status = "below_quorum"
+            if plan.below_quorum == "drop":
+                why = f"fewer than {plan.min_clients} clients had an update"
+                dropped = {**dict.fromkeys(updates.samples, why), **dropped}
+        return Ending(
+            number=plan.number,
+            status=status,
+            time=now,
+            ended=time.time(),
+            body=batches.selection(status, plan.below_quorum),
+            client=updates.selection(status, plan.below_quorum),
+            heard=tuple(sorted(updates.heard)),
+            late=tuple(sorted(updates.late)),
+            dropped=dict(sorted(dropped.items())),
+            samples=dict(sorted(updates.samples.items())),
+        )
+
+    def _carry_out(self, plan: Plan, ending: Ending) -> None:
+        """Commit what was decided; what has been committed already stays as it is."""
+        if ending.status == "below_quorum":
+            return
+        if isinstance(self.body, PerClient):
+            if self._store.latest_version("body") == plan.body_version:
+                self.body.average(ending.samples)
+        elif len(ending.body.fold):
+            self.body.step(1, only=ending.body)
+        if len(ending.client.fold):
+            self.half.step(1, only=ending.client)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}: expected one of {', '.join(map(repr, allowed))}")

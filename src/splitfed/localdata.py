@@ -1,0 +1,137 @@
+"""The data of virtual clients: what each owns, and the batches that it trains on.
+
+Data is a pair of tensors (N, *) that are indexed alike, or anything with a length whose items are pairs (input,
+target). A `Shard` is one owner's part of a larger set: it holds indices and refers to the whole, so that a thousand
+owners cost no copy of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from splitfed.errors import InputError
+from splitfed.ids import check_client_id
+
+
+class Items(Protocol):
+    """Anything with a length whose items are pairs (input, target): a torch `Dataset`, for one."""
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        ...
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """One example: (input, target)."""
+        ...
+
+
+Data = tuple[Tensor, Tensor] | Items
+
+
+class Shard:
+    """One owner's examples of a larger set.
+
+    Args:
+        data: The whole set; it isn't copied.
+        indices: Which examples are the owner's, int64 (N,).
+    """
+
+    def __init__(self, data: Data, indices: Tensor) -> None:
+        self.data = data
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return next(batches(self.data, 1, [int(self.indices[index])]))
+
+
+def deal(data: Data, parts: Sequence[Tensor], names: Sequence[str] | None = None) -> dict[str, Shard]:
+    """Make the mapping of clients that `simulate` takes, from one data set and the lists of `splitfed.partition`.
+
+    Args:
+        data: The set that the parts index.
+        parts: Indices of each client's examples.
+        names: The clients' ids; `client-0`, `client-1` ..., padded with zeros, if they aren't given.
+
+    Raises:
+        InputError: not as many names as parts, a part without examples, or an index beyond the data.
+    """
+    width = len(str(max(len(parts) - 1, 0)))
+    ids = [f"client-{i:0{width}d}" for i in range(len(parts))] if names is None else list(names)
+    if len(ids) != len(parts) or len(set(ids)) != len(ids):
+        raise InputError(f"{len(set(ids))} distinct names for {len(parts)} parts: expected one for each")
+    total = size(data)
+    for name, part in zip(ids, parts, strict=True):
+        if not len(part) or int(part.min()) < 0 or int(part.max()) >= total:
+            raise InputError(f"the part of {name} is empty or exceeds the data: expected indices from 0 to {total - 1}")
+    return {name: Shard(data, part) for name, part in zip(ids, parts, strict=True)}
+
+
+def check(clients: Mapping[str, Data]) -> list[str]:
+    """The ids of clients, sorted; all of them and their data fit to be simulated.
+
+    Raises:
+        InputError: there are none, or one of them has no examples.
+        IdError: an id may not become a key.
+    """
+    if not isinstance(clients, Mapping) or not clients:
+        raise InputError(f"clients is {type(clients).__name__}: expected a mapping of ids to data, with one at least")
+    for name, data in clients.items():
+        check_client_id(name)
+        if not size(data):
+            raise InputError(f"client {name!r} has no examples: leave it out")
+    return sorted(clients)
+
+
+def size(data: Data) -> int:
+    """How many examples there are.
+
+    Raises:
+        InputError: it isn't data, or the tensors of a pair differ in length.
+    """
+    if isinstance(data, tuple):
+        if len(data) != 2 or not all(isinstance(part, Tensor) and part.dim() for part in data):
+            raise InputError("data is a tuple: expected two tensors, inputs (N, *) and targets (N, *)")
+        if len(data[0]) != len(data[1]):
+            raise InputError(f"{len(data[0])} inputs and {len(data[1])} targets: expected as many")
+    elif not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise InputError(f"data is a {type(data).__name__}: expected a pair of tensors, or a sequence of examples")
+    return len(data[0]) if isinstance(data, tuple) else len(data)
+
+
+def order(data: Data, generator: torch.Generator) -> list[int]:
+    """A shuffled order of the examples."""
+    return torch.randperm(size(data), generator=generator).tolist()
+
+
+def batches(data: Data, batch_size: int, indices: Iterable[int]) -> Iterator[tuple[Any, Any]]:
+    """Pairs (inputs (N, *), targets (N, *)) of these examples in this order; the last one may be smaller."""
+    wanted = torch.as_tensor(list(indices), dtype=torch.int64)
+    while isinstance(data, Shard):
+        wanted = data.indices[wanted]
+        data = data.data
+    for part in wanted.split(batch_size):
+        if isinstance(data, tuple):
+            yield data[0][part], data[1][part]
+        else:
+            inputs, targets = torch.utils.data.default_collate([data[index] for index in part.tolist()])
+            yield inputs, targets
+
+
+def classes(data: Data) -> dict[str, int] | None:
+    """How many examples there are of each class; `None` where targets aren't integers (N,) at hand."""
+    indices = None
+    while isinstance(data, Shard):
+        indices = data.indices if indices is None else data.indices[indices]
+        data = data.data
+    if not isinstance(data, tuple) or data[1].dim() != 1 or data[1].is_floating_point() or data[1].is_complex():
+        return None
+    labels = data[1] if indices is None else data[1][indices]
+    found, counts = labels.unique(return_counts=True)
+    return {str(label): count for label, count in zip(found.tolist(), counts.tolist(), strict=True)}

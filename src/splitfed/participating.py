@@ -1,0 +1,50 @@
+"""Taking part in rounds, from the client's side: wait until asked, pull, let the user train, push.
+
+All that a client knows of a round is in the answers to its pulls, so this works through any transport. It asks often
+and cheaply (without weights), and pulls in full only when it is its turn.
+
+The race: a round may end between the look and the pull. What holds is what the pull itself answers, since the weights
+belong to that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from splitfed.ids import positive
+from splitfed.messages import RoundInfo
+from splitfed.syncing import HalfSync
+
+
+def take_part(sync: HalfSync, poll: float, num_samples: float | None, gradient: bool) -> Iterator[RoundInfo]:
+    """Yield each round in which this client is asked to train, from a pull to a push, until the last is over.
+
+    Args:
+        sync: The client half's versions.
+        poll: How long to wait before asking again, in seconds.
+        num_samples: As for `push`.
+        gradient: As for `push`.
+    """
+    positive("poll", poll)
+    done = 0
+    while True:
+        info = sync.look()
+        if info is not None and info.finished:
+            return
+        if info is not None and _is_due(info, done):
+            sync.pull()
+            info = sync.round
+        if info is None or not _is_due(info, done):
+            time.sleep(poll)
+            continue
+        yield info
+        sync.push(num_samples, gradient=gradient)
+        done = info.number
+
+
+def _is_due(info: RoundInfo, done: int) -> bool:
+    """Whether to train now: once a round, or without a barrier again and again."""
+    if not info.barrier:
+        return not info.finished
+    return info.sampled and not info.closed and not info.arrived and info.number > done

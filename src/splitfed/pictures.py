@@ -1,0 +1,134 @@
+"""One look for every picture that matplotlib draws: of a deal, of a run, of the study.
+
+Figures are made without pyplot, so neither matplotlib's global state nor the user's display is touched. matplotlib is
+imported when something is drawn: training needs none of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from splitfed.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, FAINT, GRID = "#1f2933", "#6b7785", "#e4e8ec"
+# Ten hues that differ in lightness too, so that neighbours stay apart in grey and for most eyes.
+PALETTE = (
+    "#1864ab", "#e8590c", "#2b8a3e", "#f2b705", "#7048a8",
+    "#66b2e8", "#c2255c", "#8fce6b", "#8a5a2b", "#6b7785",
+)  # fmt: skip
+_MOST_NAMES = 30
+
+
+def figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """Make a figure and its axes, side by side.
+
+    Args:
+        width: In inches.
+        height: In inches.
+        columns: How many axes.
+
+    Raises:
+        InputError: matplotlib isn't installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError:
+        raise InputError("pictures need matplotlib: pip install 'splitfed[plots]'") from None
+    engine = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    made = Figure(figsize=(width, height), dpi=160, facecolor="white", layout=engine)
+    FigureCanvasAgg(made)
+    return made, list(made.subplots(1, columns, squeeze=False)[0])
+
+
+def style(axes: Axes, *, title: str | None = None, x: str | None = None, y: str | None = None) -> None:
+    """Give axes the common look: horizontal grid lines, no frame, a title at the left.
+
+    Args:
+        axes: What to style.
+        title: What stands above them.
+        x: What the horizontal axis is.
+        y: What the vertical axis is.
+    """
+    axes.set_title(title or "", loc="left", color=INK, fontsize=11)
+    axes.set_xlabel(x or "", color=FAINT)
+    axes.set_ylabel(y or "", color=FAINT)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=FAINT, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+
+
+def class_bars(
+    clients: Mapping[str, Mapping[str, int]], where: str | os.PathLike[str] | Axes, *, title: str | None = None
+) -> None:
+    """Draw how many examples of each class each client has, as stacked bars.
+
+    Args:
+        clients: For each client, how many examples it has of each class.
+        where: The picture's path, or the axes to draw on.
+        title: What stands above it.
+
+    Raises:
+        InputError: matplotlib isn't installed, or the path can't be a picture's.
+    """
+    if not isinstance(where, str | os.PathLike):
+        _draw_bars(where, clients, title)
+        return
+    made, (axes,) = figure(min(4.5 + 0.28 * len(clients), 12), 4)
+    _draw_bars(axes, clients, title)
+    save(made, where)
+
+
+def save(made: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as the kind of picture that the path's ending says.
+
+    Raises:
+        InputError: there is no such kind, or the path can't be written.
+    """
+    try:
+        made.savefig(os.fspath(path))
+    except (ValueError, OSError) as error:
+        raise InputError(f"no picture can be written to {os.fspath(path)!r}: {error}") from error
+
+
+def class_order(label: str) -> tuple[int, float, str]:
+    """Sorts classes by number where they are numbers, by name otherwise."""
+    try:
+        return (0, float(label), "")
+    except ValueError:
+        return (1, 0.0, label)
+
+
+def _draw_bars(axes: Axes, clients: Mapping[str, Mapping[str, int]], title: str | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    names = list(clients)
+    bottoms = [0] * len(names)
+    gap: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.6} if len(names) <= _MOST_NAMES else {}
+    for number, label in enumerate(sorted({label for held in clients.values() for label in held}, key=class_order)):
+        heights = [clients[name].get(label, 0) for name in names]
+        colour = PALETTE[number % len(PALETTE)]
+        width = 0.8 if gap else 1.0
+        axes.bar(range(len(names)), heights, width, bottom=bottoms, color=colour, label=label, **gap)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    style(axes, title=title or "Examples of each class at each client", x="client", y="examples")
+    if len(names) <= _MOST_NAMES:
+        crowded = sum(map(len, names)) > 60
+        axes.set_xticks(range(len(names)), names, rotation=60 if crowded else 0, ha="right" if crowded else "center")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(  # top down as the bars are stacked
+        handles[::-1], labels[::-1], title="class", frameon=False, labelcolor=INK, loc="center left",
+        bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=9, handlelength=1.0,
+    )  # fmt: skip

@@ -1,0 +1,181 @@
+"""One virtual client while it is active: the loop that its owner would run, on the real `SplitClient`.
+
+It is written as a generator that stops before each request, so that whoever drives it decides when that request
+happens: at once, in turns with other clients, or at an instant of virtual time. Client half, optimizer and gradients
+exist only while the generator does. What a client's own disk would hold outlives it in a `Belongings`: its personal
+parameters, and its optimizer's state if that is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from splitfed import localdata
+from splitfed.client import SplitClient
+from splitfed.copying import deep_copy
+from splitfed.errors import ExpiredError, InputError
+from splitfed.localdata import Data
+from splitfed.personal import personal_names
+from splitfed.streams import Stream
+from splitfed.transport import Transport
+
+LossFunction = Callable[[Any, Any], Tensor]
+Optimizers = Callable[[Iterable[Any]], Optimizer]
+
+
+class Next(Enum):
+    """The request that a trainee is about to make."""
+
+    PULL = "pull"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    PUSH = "push"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recipe:
+    """What all virtual clients of a run have in common."""
+
+    half: nn.Module
+    """The client half; each activation trains a copy."""
+    loss_fn: LossFunction
+    """`loss_fn(outputs, targets)`, a scalar: the mean over the batch."""
+    optimizer: Optimizers
+    batch_size: int = 64
+    local_passes: int = 1
+    gradients: bool = False
+    """Publish the half's gradient after each batch, and make no local step: synchronous mode."""
+    personal: tuple[str, ...] = ()
+    keep_optimizers: bool = False
+    seed: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Belongings:
+    """What stays at a client from one activation to the next."""
+
+    personal: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What an activation came to."""
+
+    client_id: str
+    num_samples: int = 0
+    batches: int = 0
+    loss: float = 0.0
+    """Σ over examples."""
+    expired: int = 0
+    """Batches that were lost, because their version had left the retention window before the backward."""
+
+    def row(self) -> dict[str, Any]:
+        """Its part of a round's row."""
+        found: dict[str, Any] = {"num_samples": self.num_samples, "batches": self.batches}
+        if self.batches and math.isfinite(self.loss):
+            found["train_loss"] = self.loss / self.num_samples
+        if self.expired:
+            found["expired"] = self.expired
+        return found
+
+
+class Trainee:
+    """One activation of one client.
+
+    Args:
+        recipe: What it shares with others.
+        server: Its server.
+        client_id: Who it is.
+        data: Its examples.
+        belongings: What it kept from before; brought up to date at the end.
+        occasion: Numbers that tell this activation from the client's others: they seed what is drawn.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        server: Transport,
+        client_id: str,
+        data: Data,
+        belongings: Belongings,
+        occasion: tuple[int, ...],
+    ) -> None:
+        self.outcome = Outcome(client_id)
+        self.occasion = occasion
+        self._recipe = recipe
+        self._server = server
+        self._data = data
+        self._own = belongings
+        self._stream = Stream(recipe.seed, client_id, *occasion)
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches the whole activation has."""
+        return self._recipe.local_passes * -(-localdata.size(self._data) // self._recipe.batch_size)
+
+    def run(self) -> Generator[Next, None, Outcome]:
+        """The activation: pull, train, push; it stops before each request."""
+        steps = self._steps()
+        while True:
+            with self._stream.active():
+                try:
+                    ahead = next(steps)
+                except StopIteration:
+                    return self.outcome
+            yield ahead
+
+    def _steps(self) -> Generator[Next, None, None]:
+        recipe, own = self._recipe, self._own
+        half = deep_copy(recipe.half).train()
+        half.load_state_dict(own.personal, strict=False)
+        client = SplitClient(half, self._server, self.outcome.client_id, personal=recipe.personal)
+        yield Next.PULL
+        client.pull()
+        optimizer = recipe.optimizer(client.parameters())
+        if own.optimizer is not None:
+            optimizer.load_state_dict(own.optimizer)
+        for _ in range(recipe.local_passes):
+            yield from self._one_pass(client, optimizer)
+        if not recipe.gradients and self.outcome.num_samples:
+            yield Next.PUSH
+            client.push()
+        names, state = personal_names(half, recipe.personal), half.state_dict()
+        own.personal = {name: state[name].detach().clone() for name in sorted(names)}
+        own.optimizer = optimizer.state_dict() if recipe.keep_optimizers else None
+
+    def _one_pass(self, client: SplitClient, optimizer: Optimizer) -> Generator[Next, None, None]:
+        recipe, order = self._recipe, localdata.order(self._data, self._stream.generator)
+        for number, (inputs, targets) in enumerate(localdata.batches(self._data, recipe.batch_size, order)):
+            if recipe.gradients and number:
+                yield Next.PULL
+                client.pull()
+            yield Next.FORWARD
+            optimizer.zero_grad()
+            loss = recipe.loss_fn(client(inputs), targets)
+            if loss.dim():
+                raise InputError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}: expected a scalar")
+            yield Next.BACKWARD
+            try:
+                loss.backward()
+            except ExpiredError:
+                self.outcome.expired += 1
+                continue
+            self._count(len(targets), loss)
+            if recipe.gradients:
+                yield Next.PUSH
+                client.push(gradient=True)
+            else:
+                optimizer.step()
+
+    def _count(self, num_samples: int, loss: Tensor) -> None:
+        self.outcome.num_samples += num_samples
+        self.outcome.batches += 1
+        self.outcome.loss += loss.item() * num_samples
