@@ -83,11 +83,12 @@ MAY_IMPORT = {
     "history": "errors blobs layout store rows",
     "perclient": "errors ids cache messages packing template buffers policies optimizers commits lineage store sealing "
     "accumulator",
-    # What stands on top of both sides.
     "pictures": "errors",
+    "report": "errors rows pictures history splitfed",
+    # What stands on top of both sides.
     "sampling": "errors",
     "judging": "errors ids applied selection rounds store",
-    "reporting": "rows selection commits rounds store",
+    "reporting": "ids rows selection commits rounds store",
     "federation": "errors ids policies rows rounds accumulator perclient sampling judging reporting",
     "partition": "errors pictures",
     # Simulation: virtual clients of a real federation.
@@ -98,13 +99,16 @@ MAY_IMPORT = {
     "localdata": "errors ids",
     "evaluation": "errors localdata",
     "trainee": "errors template personal transport client streams localdata",
-    "assembly": "store optimizers policies server accumulator perclient reporting federation metering",
+    "assembly": "rows store optimizers policies server accumulator perclient reporting federation metering",
     "schedule": "rounds streams timeline virtual localdata trainee assembly",
-    "simulation": "errors ids template cutting policies optimizers blobs store rows callbacks progress history sampling "
-    "timeline virtual localdata evaluation trainee assembly schedule",
+    "worker": "errors store metering localdata trainee assembly",
+    "crew": "errors rounds rows store localdata trainee assembly worker",
+    "simulated": "errors template cutting rounds rows callbacks history timeline evaluation trainee assembly",
+    "simulation": "errors ids cutting policies optimizers blobs store rows callbacks progress history sampling timeline "
+    "virtual localdata evaluation trainee assembly schedule crew simulated",
     "checking": "errors messages trees template cutting unsplit client store server",
     "demo": "errors messages cutting transport client commits store server accumulator partition",
-    "cli": "errors demo splitfed",
+    "cli": "errors history report demo splitfed",
 }
 
 # They compute; what they know of the world was given to them.
