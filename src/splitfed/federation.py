@@ -114,7 +114,7 @@ class Federation:
             min_clients=self._min_clients,
             opened=opened,
             deadline=None if self._deadline is None else opened + self._deadline,
-            late=self._late,
+            late_policy=self._late,
             below_quorum=self._below_quorum,
             barrier=self._barrier,
             started=time.time(),
@@ -241,8 +241,8 @@ class Federation:
         if ending.status == "below_quorum":
             return
         if isinstance(self.body, PerClient):
-            if self._store.latest_version("body") == plan.body_version:
-                self.body.average(ending.samples)
+            is_done = self._store.latest_version("body") > plan.body_version
+            self.body.average(() if is_done else ending.samples)
         elif len(ending.body.fold):
             self.body.step(1, only=ending.body)
         if len(ending.client.fold):
