@@ -336,6 +336,13 @@ def test_without_a_barrier_a_round_is_a_stretch_of_updates(store_url: str) -> No
     report = run.poll()
     assert (report["status"], report["late"], report["participants"]) == ("deadline", [], [])
     assert len(run.store.waiting("client")) == 1, "what waits goes on waiting for its commit"
+    run.federation.open()
+    run.pull("a")
+    run.train("a", to=4.0)
+    report = run.poll()
+    assert run.weight() == 4.0 + (0.0 + 8.0) / 2
+    assert (report["participants"], report["late"], report["missing"]) == (["a", "b"], [], [])
+    assert {name: entry["staleness"] for name, entry in report["clients"].items()} == {"a": 0, "b": 1}
 
 
 def test_a_body_per_client_is_averaged_when_the_round_ends(store_url: str) -> None:

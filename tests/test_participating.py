@@ -111,6 +111,21 @@ def test_gradients_are_pushed_where_asked_for(run: Coalition, monkeypatch: pytes
     assert other.weight("body") == 1.0 - 3.0
 
 
+def test_without_a_barrier_a_client_goes_on_at_once(run: Coalition, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains again and again, whatever round it is, until the federation is finished."""
+    other = Coalition(run.url, clients=["a", "b"], barrier=False)
+    other.federation.open()
+    waits(monkeypatch)
+    seen = []
+    for info in other.client("a").rounds():
+        other.batch("a", 1.0)
+        seen.append(info.number)
+        if len(seen) == 3:
+            other.federation.close()
+            other.federation.finish()
+    assert seen == [1, 1, 1]
+
+
 def test_the_wait_is_checked(run: Coalition) -> None:
     """A wait of no seconds would be a busy loop."""
     with pytest.raises(InputError, match="poll"):

@@ -214,7 +214,7 @@ class Federation:
 
     def _decide(self, plan: Plan) -> Ending:
         judge, now = Judge(self._store, plan), self._clock()
-        updates = judge.updates() if plan.barrier else Judged(heard=judge.heard())
+        updates = judge.updates() if plan.barrier else Judged(heard=judge.folded() & set(plan.sampled))
         batches = judge.batches() if self.mode.min_batches is None else Judged()
         status = "complete" if self._is_over(plan) else "deadline"
         dropped = {**batches.dropped, **updates.dropped}

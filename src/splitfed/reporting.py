@@ -135,7 +135,7 @@ def _tally(store: GradientStore, lineage: str, plan: Plan, upto: int, judged: Se
     began, tally = plan.version(lineage), Tally()
     for version in range(began + 1, upto + 1):
         commit = store.lineage(lineage).commit(version)
-        tally.add(commit, began, judged)
+        tally.add(commit, began if plan.barrier else 0, judged)  # without a barrier nothing is late
         for batch in commit.folded:
             if batch.incarnation == AVERAGED:
                 for own in _line(store, batch):
