@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "replay": "errors messages trees codec seeding template boundary",
     # The client side.
     "transport": "messages",
+    "roundrobin": "messages transport",
     "connection": "errors messages transport",
     "passes": "messages connection",
     "calls": "errors messages trees seeding cutpoint boundary connection passes",
@@ -98,8 +99,9 @@ MAY_IMPORT = {
     "metering": "ids messages transport commits",
     "localdata": "errors ids",
     "evaluation": "errors localdata",
-    "trainee": "errors template personal transport client streams localdata",
-    "assembly": "rows store optimizers policies server accumulator perclient reporting federation metering",
+    "trainee": "errors template personal transport client optimizers streams localdata evaluation",
+    "assembly": "rows transport roundrobin store optimizers policies server accumulator perclient reporting federation "
+    "metering",
     "schedule": "rounds streams timeline virtual localdata trainee assembly",
     "worker": "errors store metering localdata trainee assembly",
     "crew": "errors rounds rows store localdata trainee assembly worker",
@@ -107,8 +109,8 @@ MAY_IMPORT = {
     "simulation": "errors ids cutting policies optimizers blobs store rows callbacks progress history sampling timeline "
     "virtual localdata evaluation trainee assembly schedule crew simulated",
     "checking": "errors messages trees template cutting unsplit client store server",
-    "demo": "errors messages cutting transport client commits store server accumulator partition",
-    "cli": "errors history report demo splitfed",
+    "demo": "errors rows callbacks store history policies pictures report partition evaluation simulation",
+    "cli": "errors rows callbacks progress history report demo splitfed",
 }
 
 # They compute; what they know of the world was given to them.
