@@ -42,7 +42,7 @@ def learning(run: Run) -> str:
     accuracy, loss = [], []
     drawn_clients = 0
     for name, where in axes.items():
-        lines = reading.series(run, where, {"accuracy": "accuracy"}, ("accuracy",))
+        lines = reading.series(run, where, {"accuracy": "accuracy"}, ("accuracy", "train_accuracy"))
         if lines:
             drawing = curves("Accuracy by round", lines, _AXES[name], percent, ceiling=1.0)
             accuracy.append(tag("div", drawing, class_=f"over-{name}"))
@@ -52,7 +52,12 @@ def learning(run: Run) -> str:
             loss.append(tag("div", curves("Loss by round", both, _AXES[name], plain), class_=f"over-{name}"))
     many = drawn_clients > MOST_LINES
     entries = [("k-main", "overall"), ("k-dashed", "in training")]
-    entries += [("k-band", "range of the clients") if many else ("k-client", "each client")] if drawn_clients else []
+    if drawn_clients:
+        own = any(
+            {"accuracy", "loss"} & set(figures) for row in run.rounds for figures in row.get("clients", {}).values()
+        )
+        who = "range of the clients" if many else "each client"
+        entries.append(("k-band" if many else "k-client", who if own else f"{who}, in training"))
     key = people.legend(entries)
     cards = [
         _card("Accuracy", "".join(accuracy) or _empty("No accuracy is on record: the run wasn't evaluated.")),
@@ -108,7 +113,7 @@ def when(run: Run) -> str:
         _card(
             "Staleness",
             old if ages else _empty("Not known."),
-            f"How many commits a folded gradient was behind. {fresh}",
+            f"How many commits a gradient of the body was behind. {fresh}",
         ),
         class_="cards",
     )

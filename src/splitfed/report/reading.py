@@ -168,9 +168,11 @@ def _mean(staleness: Mapping[str, int]) -> float:
 
 
 def ages(run: Run) -> dict[str, int]:
-    """How many folded gradients had which staleness: single ones up to 9, then by doubling."""
+    """How many of the body's folded gradients had which staleness: single ones up to 9, then by doubling."""
     found: dict[int, int] = {}
     for row in run.commits:
+        if row.get("lineage") == "client":
+            continue
         for age, count in (row.get("staleness") or {}).items():
             found[int(age)] = found.get(int(age), 0) + count
     if not found:
