@@ -14,57 +14,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
-import splitfed
-from mnist_study import baselines, plots, recipe, rule
+from mnist_study import baselines, modes, plots, recipe, rule
 from mnist_study.recipe import Deal, Rate
-from splitfed import partition
-
-Curve = dict[str, list[Any]]
-AFTER = 50
-"""The rounds of the study's rule from which on its swings are measured."""
-
-
-def train_split(name: str, deal: Deal, arguments: argparse.Namespace) -> Curve:
-    """One mode of split federated training: a point per round; bytes, commits and passes count from the start."""
-    rates = rates_of(name, arguments)
-    path = arguments.output / f"{name}.jsonl"
-    path.unlink(missing_ok=True)
-    simulation = splitfed.simulate(
-        recipe.make_model(arguments.seed),
-        recipe.CUT,
-        deal.clients,
-        loss_fn=cross_entropy,
-        optimizer=rates.client,
-        server_optimizer=rates.server,
-        half_optimizer=rates.half,
-        rounds=arguments.rounds,
-        mode=recipe.make_mode(name, arguments.buffer),
-        batch_size=recipe.BATCH,
-        evaluate=deal.test,
-        seed=arguments.seed,
-        name=f"study: {name}",
-        history=splitfed.History(path),
-    )
-    rows = []
-    for row in simulation:
-        rows.append(row)
-        say(name, row)
-    sent = itertools.accumulate(row["bytes_up"] + row["bytes_down"] for row in rows)
-    taken = itertools.accumulate(sum(one.get("num_samples", 0) for one in row["clients"].values()) for row in rows)
-    return curve(rows) | {
-        "bytes": list(sent),
-        "commits": [row["version"] for row in rows],
-        "passes": [samples / len(deal.labels) for samples in taken],
-    }
+from mnist_study.summary import SWINGING, curve, swings, table
 
 
 def rates_of(name: str, arguments: argparse.Namespace) -> recipe.Rates:
@@ -73,66 +32,38 @@ def rates_of(name: str, arguments: argparse.Namespace) -> recipe.Rates:
     return dataclasses.replace(recipe.RATES[name], **{key: rate for key, rate in given.items() if rate is not None})
 
 
-def train_baseline(name: str, rows: Iterable[baselines.Row]) -> Curve:
-    """Drain a baseline."""
-    drained = []
-    for row in rows:
-        drained.append(row)
-        say(name, row)
-    extra = [key for key in ("bytes", "lowest", "highest") if key in drained[-1]]
-    return curve(drained) | {key: [row[key] for row in drained] for key in extra}
-
-
-def curve(rows: Sequence[baselines.Row]) -> Curve:
-    """What every curve has, a number per round."""
-    return {key: [row[key] for row in rows] for key in ("accuracy", "loss", "seconds")}
-
-
-def swings(curve: Curve) -> dict[str, float]:
-    """How far accuracy goes up and down in the second half: the range, and the largest drop from round to round."""
-    tail = curve["accuracy"][AFTER - 1 :]
-    drops = [before - after for before, after in itertools.pairwise(tail)]
-    return {"lowest": min(tail), "highest": max(tail), "spread": max(tail) - min(tail), "largest_drop": max(drops)}
-
-
-def study_rule(deal: Deal, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The study's own rule, and the mean in its place."""
-    encoder = rule.pretrain(deal, arguments.seed)
-    found: dict[str, Any] = {}
-    for name in ("sum", "mean"):
-        rows = rule.train(deal, encoder, arguments.rule, arguments.seed, mean=name == "mean")
-        found[name] = train_baseline(name, rows)
-        if arguments.rule > AFTER:
-            found[name]["swings"] = swings(found[name])
+def train(deal: Deal, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train in every way that is asked for."""
+    rounds, seed = arguments.rounds, arguments.seed
+    found: dict[str, Any] = {"rates": {}, "curves": {}, "baselines": {}}
+    for name in arguments.modes:
+        mode, rates = recipe.make_mode(name, arguments.buffer), rates_of(name, arguments)
+        rows = modes.train(deal, mode, rates, rounds, seed, arguments.output / f"{name}.jsonl")
+        found["rates"][name], found["curves"][name] = rates.describe(), curve(name, rows)
+    for name in arguments.baselines:
+        found["baselines"][name] = curve(name, baselines.BASELINES[name](deal, rounds, seed))
+    if arguments.rule:
+        encoder = rule.pretrain(deal, seed)
+        means = {"sum": False, "mean": True}
+        rules = {n: curve(n, rule.train(deal, encoder, arguments.rule, seed, mean=m)) for n, m in means.items()}
+        found["rule"] = rules
+        if arguments.rule > SWINGING:
+            found["swings"] = {name: swings(one) for name, one in rules.items()}
     return found
 
 
-def draw(summary: dict[str, Any], deal: Deal, output: Path) -> None:
+def draw(found: dict[str, Any], deal: Deal, arguments: argparse.Namespace) -> None:
     """Write the pictures."""
-    settings = summary["settings"]
-    owners = f"{settings['clients']} owners, Dirichlet α = {settings['alpha']:g}"
-    if summary["curves"] or summary["baselines"]:
-        plots.curves(
-            output / "curves.png", summary["curves"], summary["baselines"], f"784–64 | 64–64 | 64–10, {owners}"
-        )
-    if "rule" in summary:
-        plots.rule(output / "rule.png", summary["rule"], f"The study's own update rule, {owners}")
-    names = [str(number) for number in range(len(deal.parts))]
-    partition.chart(
-        deal.parts, deal.labels, output / "classes.png", names=names, title=f"Digits of each owner: {owners}"
-    )
+    owners = f"{arguments.clients} owners, Dirichlet α = {arguments.alpha:g}"
+    if found["curves"] or found["baselines"]:
+        path, title = arguments.output / "curves.png", f"784–64 | 64–64 | 64–10, {owners}"
+        plots.curves(path, found["curves"], found["baselines"], title)
+    if "rule" in found:
+        plots.rule(arguments.output / "rule.png", found["rule"], f"The study's own update rule, {owners}")
+    plots.classes(arguments.output / "classes.png", deal, f"Digits of each owner: {owners}")
 
 
-def say(name: str, row: baselines.Row) -> None:
-    """A line per round."""
-    print(
-        f"{name:12} round {row['round']:3}  accuracy {row['accuracy']:.4f}  loss {row['loss']:.4f}"
-        f"  {row['seconds']:7.1f} s",
-        flush=True,
-    )
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder with MNIST's four IDX files, plain or .gz")
@@ -152,26 +83,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(command_line: Sequence[str] | None = None) -> None:
-    """Train in every way that is asked for; write figures and pictures."""
-    arguments = parse(command_line)
+def main() -> None:
+    """Train, and write figures and pictures."""
+    arguments = parse()
     torch.set_num_threads(1)  # the model is too small for two, and sums over one have the same bits everywhere
     arguments.output.mkdir(parents=True, exist_ok=True)
     deal = recipe.deal(arguments.data, arguments.clients, arguments.alpha, arguments.seed, arguments.validate)
+    found = train(deal, arguments)
     settings = {key: str(value) if isinstance(value, Path | Rate) else value for key, value in vars(arguments).items()}
-    summary: dict[str, Any] = {
-        "settings": settings,
-        "rates": {name: rates_of(name, arguments).describe() for name in arguments.modes},
-        "curves": {name: train_split(name, deal, arguments) for name in arguments.modes},
-        "baselines": {
-            name: train_baseline(name, baselines.BASELINES[name](deal, arguments.rounds, arguments.seed))
-            for name in arguments.baselines
-        },
-    }
-    if arguments.rule:
-        summary["rule"] = study_rule(deal, arguments)
-    (arguments.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    draw(summary, deal, arguments.output)
+    summary = json.dumps({"settings": settings, **found}, indent=2)
+    (arguments.output / "summary.json").write_text(summary + "\n", encoding="utf-8")
+    draw(found, deal, arguments)
+    print(table({**found["curves"], **found["baselines"]}))
 
 
 if __name__ == "__main__":

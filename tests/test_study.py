@@ -118,6 +118,17 @@ def test_all_but_the_studys_rule_learn(summary: dict[str, Any]) -> None:
     assert set(summary["rule"]) == {"sum", "mean"}
 
 
+def test_swings_and_drops_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From round 50 on: 0.8 to 0.5 and back to 0.75; in the table, no drop counts before the fifth round."""
+    monkeypatch.syspath_prepend(STUDY.parent)
+    from mnist_study.summary import swings, table
+
+    found = swings({"accuracy": [0.1] * 49 + [0.8, 0.5, 0.75]})
+    assert found == {"lowest": 0.5, "highest": 0.8, "spread": pytest.approx(0.3), "largest_drop": pytest.approx(0.3)}
+    rows = {"accuracy": [0.5, 0.1, 0.6, 0.9, 0.88, 0.91], "bytes": [1e6] * 6, "seconds": [2.0] * 6, "commits": [6] * 6}
+    assert table({"round": rows}).splitlines()[-1] == "| round | 0.9100 | 0.0200 | 6 | 1 | 2 |"
+
+
 def test_pictures_and_histories(folder: Path) -> None:
     """Three pictures, and the rows of each mode."""
     out = folder / "out"
@@ -137,6 +148,5 @@ def test_validation_leaves_the_test_set_alone(folder: Path) -> None:
     )
     summary = json.loads((output / "summary.json").read_text())
     assert summary["rates"]["round"]["server"] == "sgd:0.1"
-    assert summary["curves"]["round"]["accuracy"][-1] * 106 == pytest.approx(
-        round(summary["curves"]["round"]["accuracy"][-1] * 106)
-    )  # 640 // 6 = 106 digits are held out; the test set has 200
+    right = summary["curves"]["round"]["accuracy"][-1] * 106  # 640 // 6 are held out; the test set has 200
+    assert right == pytest.approx(round(right))

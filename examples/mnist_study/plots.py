@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from splitfed import pictures
+from mnist_study.recipe import Deal
+from splitfed import partition, pictures
 
 Curve = dict[str, list[Any]]
 _NAMES = {
@@ -81,6 +82,12 @@ def rule(path: Path, rules: Mapping[str, Curve], title: str) -> None:
     axes.legend(frameon=False, labelcolor=pictures.INK, loc="lower right")
     figure.suptitle(title, x=0.01, ha="left", color=pictures.INK, fontsize=12.5, fontweight="bold")
     pictures.save(figure, path)
+
+
+def classes(path: Path, deal: Deal, title: str) -> None:
+    """Draw how many digits of each class each owner has."""
+    names = [str(number) for number in range(len(deal.parts))]
+    partition.chart(deal.parts, deal.labels, path, names=names, title=title)
 
 
 def _across(curve: Curve, key: str) -> list[float]:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import splitfed
-from splitfed import partition
+from splitfed import partition, policies, simulation
 from splitfed.demo import data
 
 CUT = "2:4"
@@ -67,7 +66,7 @@ RATES = {
     "buffered": Rates(Rate("adam", 3e-3), Rate("adam", 1e-2)),
     "sflv2": Rates(Rate("adam", 3e-3), Rate("adam", 1e-3)),
     "sflv1": Rates(Rate("adam", 3e-3), Rate("adam", 3e-3)),
-    "synchronous": Rates(Rate("adam", 3e-3), Rate("adam", 1e-2), half=Rate("adam", 1e-2)),
+    "synchronous": Rates(Rate("adam", 3e-3), Rate("adam", 1e-3), half=Rate("adam", 1e-3)),
 }
 WHOLE = Rate("adam", 3e-3)
 """For the unsplit model: centralised, local and in FedAvg."""
@@ -86,7 +85,7 @@ class Deal:
     @property
     def clients(self) -> dict[str, Any]:
         """The owners' digits by client id, as `simulate` takes them."""
-        return dict(splitfed.simulation.deal((self.images, self.labels), self.parts))
+        return dict(simulation.deal((self.images, self.labels), self.parts))
 
 
 def deal(directory: Path | None, clients: int, alpha: float, seed: int, validate: bool = False) -> Deal:
@@ -117,9 +116,9 @@ def make_model(seed: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-def make_mode(name: str, buffer: int) -> splitfed.policies.Mode:
+def make_mode(name: str, buffer: int) -> policies.Mode:
     """The mode of that name; `buffered` commits when `buffer` batches wait."""
-    return splitfed.policies.mode(name, **({"min_batches": buffer} if name == "buffered" else {}))
+    return policies.mode(name, **({"min_batches": buffer} if name == "buffered" else {}))
 
 
 @functools.cache
