@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from harness_store import Nth, hooked
+from harness_store import Nth, hooked, meanwhile
 
 from splitfed import FormatError, GradientStore, MissingError
 from splitfed.rounds import Ending, Plan, Rounds
@@ -53,6 +53,18 @@ def test_the_newest_of_many_is_found_in_few_reads(store_url: str) -> None:
     with hook.armed():
         assert fresh.newest() == 100
     assert hook.count == 15
+
+
+def test_threads_may_look_for_the_newest_together(store_url: str) -> None:
+    """One that looks while another does finds the same, and no round that isn't there."""
+    some = rounds(store_url)
+    some.begin(PLAN)
+    shared: list[Rounds] = []
+    hook = Nth(0, meanwhile(lambda: shared[0].newest()), at="get rounds/0000000002/plan")
+    shared.append(hooked(store_url, hook).rounds())
+    with hook.armed():
+        assert shared[0].newest() == 1
+    assert shared[0].newest() == 1
 
 
 def test_rounds_that_began_from_a_version(store_url: str) -> None:

@@ -101,15 +101,14 @@ class Rounds:
 
     def newest(self) -> int:
         """The number of the newest round, or 0. Asks the store, and finds by doubling where to look."""
-        reach = 1
-        while self._blobs.get(layout.round_file(self._newest + reach, "plan")) is not None:
+        start, reach = self._newest, 1
+        while self._exists(start + reach):
             reach *= 2
-        low, high = reach // 2, reach
+        low, high = start + reach // 2, start + reach
         while high - low > 1:
             middle = (low + high) // 2
-            found = self._blobs.get(layout.round_file(self._newest + middle, "plan")) is not None
-            low, high = (middle, high) if found else (low, middle)
-        self._newest += low
+            low, high = (middle, high) if self._exists(middle) else (low, middle)
+        self._newest = max(self._newest, low)  # other threads look too
         return self._newest
 
     def current(self) -> Plan | None:
@@ -189,6 +188,9 @@ class Rounds:
             closed=closed,
             finished=closed and self._blobs.get(layout.round_file(plan.number, "finished")) is not None,
         )
+
+    def _exists(self, number: int) -> bool:
+        return self._blobs.get(layout.round_file(number, "plan")) is not None
 
     def _create(self, number: int, kind: str, record: Mapping[str, Any]) -> None:
         self._blobs.create(layout.round_file(number, kind), [json.dumps(record, separators=(",", ":")).encode()])
