@@ -283,7 +283,7 @@ def test_run_yields_each_round_and_resumes_where_the_store_is(store_url: str) ->
 
 
 def test_a_body_that_streams_commits_while_the_round_runs(store_url: str) -> None:
-    """With K = 2 the body moves at the poll after two batches; what is left waits, and the report counts both."""
+    """With K = 2 the body moves at the poll after two batches; what is left when the round ends is folded then."""
     mode = policies.mode("buffered", min_batches=2)
     run = Coalition.begun(store_url, "a", mode=mode, body=mode.settings())
     run.batch("a", 2.0)
@@ -295,8 +295,9 @@ def test_a_body_that_streams_commits_while_the_round_runs(store_url: str) -> Non
     run.batch("a", 5.0)
     run.train("a", to=3.0)
     report = run.poll()
-    assert (report["commits"], report["batches"], report["gradients_waiting"]) == (1, 2, 1)
-    assert run.store.waiting("body") != []
+    assert (report["commits"], report["batches"], report["gradients_waiting"]) == (2, 3, 0)
+    assert run.weight("body") == 1.0 - 3.0 - 5.0
+    assert run.store.waiting("body") == []
 
 
 def test_commits_made_by_others_in_a_round_are_in_its_report(store_url: str) -> None:

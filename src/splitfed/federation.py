@@ -241,6 +241,8 @@ class Federation:
             self.body.average(() if is_done else ending.samples)
         elif len(ending.body.fold):
             self.body.step(1, only=ending.body)
+        elif self.mode.min_batches is not None and plan.barrier:
+            self.body.step(1)  # too few for a commit of their own, but after the last round nothing would follow
         if len(ending.client.fold):
             self.half.step(1, only=ending.client)
 

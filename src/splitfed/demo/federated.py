@@ -49,7 +49,7 @@ def train(
         owners,
         loss_fn=cross_entropy,
         optimizer=recipe.optimizer,
-        # Each owner's rate falls over its own batches; the one with fewest is a little ahead.
+        # The rate falls over the batches of the owner that has most; the others end at a higher one.
         scheduler=recipe.schedule(settings.rounds * recipe.num_batches(max(len(part) for part in parts))),
         keep_optimizers=True,
         server_optimizer=recipe.optimizer,
