@@ -75,9 +75,9 @@ class Crew:
         return self._assembly.federation.poll() or self._assembly.federation.close()
 
     def outcomes(self) -> list[Outcome]:
-        """What the activations came to that have ended since the last call, in the order of ids."""
+        """What the activations came to that have ended since the last call."""
         ended, self._outcomes = self._outcomes, []
-        return sorted(ended, key=lambda outcome: outcome.client_id)
+        return ended
 
     def close(self) -> None:
         """End the worker processes."""

@@ -97,6 +97,22 @@ class Outcome:
         return found
 
 
+def total(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """One outcome for each client, of all its activations together, in the order of ids."""
+    found: dict[str, Outcome] = {}
+    for one in outcomes:
+        before = found.get(one.client_id, Outcome(one.client_id))
+        found[one.client_id] = Outcome(
+            one.client_id,
+            before.num_samples + one.num_samples,
+            before.batches + one.batches,
+            before.loss + one.loss,
+            None if before.right is None or one.right is None else before.right + one.right,
+            before.expired + one.expired,
+        )
+    return [found[name] for name in sorted(found)]
+
+
 class Trainee:
     """One activation of one client.
 
