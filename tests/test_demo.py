@@ -7,7 +7,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from splitfed.cli import main
 from splitfed.demo import data, experiment, federated, model, recipe
 from splitfed.demo.recipe import Settings
-from splitfed.demo.roundrobin import RoundRobin
 from splitfed.errors import FormatError, InputError, StoreError
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -60,7 +58,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
 
 
-def test_a_run_writes_history_curves_and_summary(
+def test_a_run_writes_history_report_curves_and_summary(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """2 owners with 100 digits make 2 batches each a round: 4 batches, 2 commits; the table has what the files have."""
@@ -93,6 +91,8 @@ def test_a_run_writes_history_curves_and_summary(
     assert len(summary["centralised"]) == 3
     assert 0 < summary["seconds"] < 120
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report.html").read_text("utf-8").startswith("<!doctype html>")
+    assert all(f"client-{number}" in row["clients"] for row in history for number in (0, 1))
     out, err = capsys.readouterr()
     assert err == "", "a progress bar was drawn off a terminal"
     assert [line.split() for line in out.splitlines() if line.split()[-1:] == ["4"]] == [
@@ -117,7 +117,7 @@ def test_a_rerun_begins_anew_and_ends_in_the_same_bits(
     for replicas in ("2", "1", "3"):
         more = ["--rounds", "1", "--alpha", "0.5", "--replicas", replicas, "--quiet"]
         assert demo(folder, output, *more) == 0
-        runs.append([{name: value for name, value in row.items() if name != "seconds"} for row in rows(output)])
+        runs.append([{name: row[name] for name in row if name not in ("seconds", "time")} for row in rows(output)])
     assert len(runs[0]) == 1
     assert runs[0] == runs[1] == runs[2]
     assert capsys.readouterr() == ("", "")
@@ -147,9 +147,9 @@ def test_an_interrupted_run_keeps_the_rounds_that_ended(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ctrl-C in round 2: round 1 is on file, there is no summary, and no traceback is shown."""
-    calls = iter([(0.5, 0.75)])
+    calls = iter([{"loss": 0.5, "accuracy": 0.75}])
 
-    def evaluate(*_: object) -> tuple[float, float]:
+    def evaluate(*_: object) -> dict[str, float]:
         try:
             return next(calls)
         except StopIteration:
@@ -160,30 +160,6 @@ def test_an_interrupted_run_keeps_the_rounds_that_ended(
     assert [(row["loss"], row["accuracy"]) for row in rows(tmp_path)] == [(0.5, 0.75)]
     assert not (tmp_path / "summary.json").exists()
     assert capsys.readouterr().err == "splitfed: interrupted\n"
-
-
-def test_round_robin_serves_the_backward_elsewhere() -> None:
-    """With two replicas, requests alternate, whatever they are."""
-    served: list[str] = []
-
-    class Replica:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def __getattr__(self, verb: str) -> Callable[[object], None]:
-            return lambda request: served.append(f"{self.name}.{verb}({request})")
-
-    replicas: Any = RoundRobin([Replica("a"), Replica("b")])  # type: ignore[list-item]
-    for verb in ("pull", "forward", "backward", "forward", "backward", "loss", "push"):
-        getattr(replicas, verb)(1)
-    expected = ["a.pull", "b.forward", "a.backward", "b.forward", "a.backward", "b.loss", "a.push"]
-    assert served == [f"{call}(1)" for call in expected]
-
-
-def test_owners_take_turns() -> None:
-    """Batches of owners alternate, and whoever has more of them goes on alone."""
-    passes = [iter([1.0, 2.0, 3.0]), iter([]), iter([10.0])]
-    assert list(federated.take_turns(passes)) == [1.0, 10.0, 2.0, 3.0]
 
 
 def test_the_model_is_a_function_of_the_seed() -> None:

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import threading
+import time
 
 import pytest
 from coalition import Coalition
 
-from splitfed import Federation, InputError
-
-
-def begun(url: str, *names: str, **settings: Any) -> Coalition:
-    """A coalition whose clients have pulled within round 1."""
-    found = Coalition(url, clients=names, **settings)
-    assert found.federation.open() is not None
-    found.pull(*names)
-    return found
+from splitfed import BatchId, Federation, InputError, policies
+from splitfed.reporting import commit_rows
+from splitfed.rows import plain
 
 
 def test_a_round_averages_halves_and_folds_the_body_once(store_url: str) -> None:
     """Ends 3 and 6 of 1 and 2 samples average to 5, the body's gradients 2 and 4 to 3; the report has it all."""
-    run = begun(store_url, "a", "b")
+    run = Coalition.begun(store_url, "a", "b")
     run.batch("a", 2.0)
     run.batch("b", 4.0)
     run.train("a", to=3.0, num_samples=1)
-    assert run.poll() is None
+    assert run.federation.poll() is None
     run.train("b", to=6.0, num_samples=2)
     run.clock.now += 10
     report = run.poll()
-    assert report is not None
     assert run.weight() == 5.0
     assert run.weight("body") == 1.0 - 3.0
     assert report["status"] == "complete"
@@ -47,14 +41,13 @@ def test_a_round_averages_halves_and_folds_the_body_once(store_url: str) -> None
 
 def test_a_client_that_vanishes_is_missing_at_the_deadline(store_url: str) -> None:
     """The round ends without it when its time is over; the batches that it had answered for count."""
-    run = begun(store_url, "a", "b")
+    run = Coalition.begun(store_url, "a", "b")
     run.batch("b", 4.0)
     run.train("a", to=3.0)
     run.clock.now += 59.9
-    assert run.poll() is None
+    assert run.federation.poll() is None
     run.clock.now += 0.1
     report = run.poll()
-    assert report is not None
     assert report["status"] == "deadline"
     assert (report["participants"], report["missing"]) == (["a"], ["b"])
     assert report["clients"]["b"] == {"status": "missing", "batches": 1}
@@ -63,7 +56,7 @@ def test_a_client_that_vanishes_is_missing_at_the_deadline(store_url: str) -> No
 
 def test_a_client_that_vanishes_and_comes_back_takes_part_in_its_round(store_url: str) -> None:
     """Its new process learns that it is sampled and that nothing of it has come, pulls, and counts once."""
-    run = begun(store_url, "a", "b")
+    run = Coalition.begun(store_url, "a", "b")
     run.train("a", to=3.0)
     back = run.restart("b")
     back.pull()
@@ -71,14 +64,13 @@ def test_a_client_that_vanishes_and_comes_back_takes_part_in_its_round(store_url
     assert (back.round.number, back.round.sampled, back.round.arrived) == (1, True, False)
     run.train("b", to=5.0)
     report = run.poll()
-    assert report is not None
     assert (report["status"], report["participants"]) == ("complete", ["a", "b"])
     assert run.weight() == 4.0
 
 
 def test_a_client_that_comes_back_after_its_update_arrived_is_told_so(store_url: str) -> None:
     """A new process sees that its predecessor's update is in; a second one of the round is refused and reported."""
-    run = begun(store_url, "a", "b")
+    run = Coalition.begun(store_url, "a", "b")
     run.train("a", to=3.0)
     run.restart("a").pull()
     info = run.client("a").round
@@ -87,7 +79,6 @@ def test_a_client_that_comes_back_after_its_update_arrived_is_told_so(store_url:
     run.train("a", to=9.0)
     run.train("b", to=5.0)
     report = run.poll()
-    assert report is not None
     assert run.weight() == 4.0
     assert report["participants"] == ["a", "b"]
     assert "second update" in report["dropped"]["a"]
@@ -95,7 +86,7 @@ def test_a_client_that_comes_back_after_its_update_arrived_is_told_so(store_url:
 
 def test_an_update_sent_twice_counts_once(store_url: str) -> None:
     """The same request again, before and after the commit, changes nothing and is in nobody's report."""
-    run = begun(store_url, "a", "b")
+    run = Coalition.begun(store_url, "a", "b")
     sent = []
     push = run.server.push
     run.server.push = lambda request: (sent.append(request), push(request))[1]  # type: ignore[method-assign, misc]
@@ -104,27 +95,24 @@ def test_an_update_sent_twice_counts_once(store_url: str) -> None:
     run.train("b", to=5.0)
     report = run.poll()
     assert push(sent[0]).status == "stored"
-    assert report is not None
     assert (run.weight(), report["dropped"]) == (4.0, {})
     run.federation.open()
     run.pull("b")
     run.train("b", to=6.0)
     run.clock.now += 60
     again = run.poll()
-    assert again is not None
     assert (again["participants"], again["dropped"], again["missing"]) == (["b"], {}, ["a"])
 
 
 @pytest.mark.filterwarnings("ignore:.*isn't finite")
 def test_nan_is_rejected_and_reported(store_url: str) -> None:
     """A client whose half and batches are NaN changes neither lineage; the report says so; nobody waits for it."""
-    run = begun(store_url, "a", "b")
+    run = Coalition.begun(store_url, "a", "b")
     run.batch("a", 2.0)
     run.batch("b", math.nan)
     run.train("a", to=3.0)
     run.train("b", to=math.nan)
     report = run.poll()
-    assert report is not None
     assert (run.weight(), run.weight("body")) == (3.0, -1.0)
     assert (report["status"], report["participants"], report["missing"]) == ("complete", ["a"], [])
     assert report["gradients_rejected"] == 1
@@ -135,12 +123,11 @@ def test_nan_is_rejected_and_reported(store_url: str) -> None:
 
 def test_below_quorum_nothing_is_averaged_and_what_came_is_kept(store_url: str) -> None:
     """One of two required: versions stay, the report says so; in the next round the update counts as new."""
-    run = begun(store_url, "a", "b", min_clients=2)
+    run = Coalition.begun(store_url, "a", "b", min_clients=2)
     run.batch("a", 2.0)
     run.train("a", to=3.0)
     run.clock.now += 60
     report = run.poll()
-    assert report is not None
     assert (report["status"], report["version"], report["client_version"]) == ("below_quorum", 0, 0)
     assert (report["participants"], report["missing"], report["kept"]) == ([], ["b"], ["a"])
     assert report["gradients_waiting"] == 1
@@ -152,19 +139,17 @@ def test_below_quorum_nothing_is_averaged_and_what_came_is_kept(store_url: str) 
     assert (info.number, info.arrived) == (2, True)
     run.train("b", to=5.0)
     report = run.poll()
-    assert report is not None
     assert (report["status"], report["participants"], report["late"]) == ("complete", ["a", "b"], [])
     assert (run.weight(), run.weight("body")) == (4.0, -1.0)
 
 
 def test_below_quorum_what_came_can_be_dropped(store_url: str) -> None:
     """With below_quorum="drop" it is refused, told once, and closed by the next commit."""
-    run = begun(store_url, "a", "b", min_clients=2, below_quorum="drop")
+    run = Coalition.begun(store_url, "a", "b", min_clients=2, below_quorum="drop")
     run.batch("a", 2.0)
     run.train("a", to=3.0)
     run.clock.now += 60
     report = run.poll()
-    assert report is not None
     assert report["kept"] == []
     assert "fewer than 2" in report["dropped"]["a"]
     run.federation.open()
@@ -173,7 +158,6 @@ def test_below_quorum_what_came_can_be_dropped(store_url: str) -> None:
         run.batch(name, 1.0)
         run.train(name, to=7.0)
     report = run.poll()
-    assert report is not None
     assert (report["participants"], report["dropped"]) == (["a", "b"], {})
     assert (run.weight(), run.weight("body")) == (7.0, 0.0)
     assert run.store.waiting("client") == run.store.waiting("body") == []
@@ -183,19 +167,18 @@ def test_below_quorum_what_came_can_be_dropped(store_url: str) -> None:
 @pytest.mark.parametrize("late", ["count", "refuse"])
 def test_a_late_update_is_counted_or_refused(late: str, store_url: str) -> None:
     """An update of round 1 that arrives in round 2 is folded at staleness 1, or closed as stale; both are told."""
-    run = begun(store_url, "a", "b", late=late)
+    run = Coalition.begun(store_url, "a", "b", late=late)
     run.train("a", to=3.0)
     run.clock.now += 60
-    assert run.poll() is not None
+    run.poll()
     run.federation.open()
     run.pull("a")
     run.batch("b", 4.0)
     run.train("b", to=5.0)
-    assert run.poll() is None
+    assert run.federation.poll() is None
     run.train("a", to=7.0)
     run.clock.now += 60
     report = run.poll()
-    assert report is not None
     assert (report["participants"], report["late"], report["missing"]) == (["a"], ["b"], ["b"])
     if late == "count":
         assert run.weight() == 3.0 + (4.0 + 4.0) / 2
@@ -210,9 +193,9 @@ def test_a_late_update_is_counted_or_refused(late: str, store_url: str) -> None:
 
 def test_a_client_that_joins_late_gets_the_current_version_and_is_sampled_from_the_next_round(store_url: str) -> None:
     """It pulls what there is, isn't asked in the round under way, and what it sends there is refused and reported."""
-    run = begun(store_url, "a")
+    run = Coalition.begun(store_url, "a")
     run.train("a", to=3.0)
-    assert run.poll() is not None
+    run.poll()
     run.federation.open()
     run.pull("a", "late")
     info = run.client("late").round
@@ -223,7 +206,6 @@ def test_a_client_that_joins_late_gets_the_current_version_and_is_sampled_from_t
     run.batch("a", 1.0)
     run.train("a", to=4.0)
     report = run.poll()
-    assert report is not None
     assert (report["participants"], report["sampled"]) == (["a"], ["a"])
     assert "wasn't sampled" in report["dropped"]["late"]
     assert (run.weight(), run.weight("body")) == (4.0, 1.0 - 3.0)
@@ -236,14 +218,14 @@ def test_a_client_that_joins_late_gets_the_current_version_and_is_sampled_from_t
 def test_a_round_can_be_closed_by_hand(store_url: str) -> None:
     """close() ends it now; without one there is nothing to close."""
     run = Coalition(store_url, clients=["a", "b"], deadline=None)
-    assert run.poll() is None
+    assert run.federation.poll() is None
     with pytest.raises(InputError, match=r"open\(\)"):
         run.federation.close()
     run.federation.open()
     run.pull("a")
     run.train("a", to=3.0)
     run.clock.now += 1e9
-    assert run.poll() is None
+    assert run.federation.poll() is None
     assert run.federation.close()["status"] == "deadline"
 
 
@@ -275,8 +257,160 @@ def test_settings_are_checked(store_url: str) -> None:
         ({"mode": "sflv1"}, "PerClient"),
     ]:
         with pytest.raises(InputError, match=message):
-            Federation(*run.accumulators, **settings)  # type: ignore[arg-type]
+            Federation(run.federation.body, run.federation.half, **settings)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="lineage"):
-        Federation(run.accumulators[0], run.accumulators[0])
+        Federation(run.federation.body, run.federation.body)
     with pytest.raises(InputError, match="deadline"):
-        next(Federation(*run.accumulators).run(1))
+        next(Federation(run.federation.body, run.federation.half).run(1))
+
+
+def test_run_yields_each_round_and_resumes_where_the_store_is(store_url: str) -> None:
+    """A coordinator that stops after round 1 is followed by one that ends rounds 2 and 3 and then the federation."""
+    run = Coalition(store_url, clients=["a"], deadline=1e-3, clock=time.time)
+    stop = threading.Event()
+    first = run.federation.run(3, poll=0.001, stop=stop)
+    assert next(first)["round"] == 1
+    stop.set()
+    assert list(first) == []
+    reports = list(run.another().run(3, poll=0.001))
+    assert [(report["round"], report["status"]) for report in reports] == [(2, "below_quorum"), (3, "below_quorum")]
+    assert list(run.another().run(3, poll=0.001)) == []
+    run.pull("a")
+    info = run.client("a").round
+    assert info is not None
+    assert (info.number, info.finished) == (3, True)
+    assert next(run.another().run(4, poll=0.001))["round"] == 4, "a longer run takes the end back"
+
+
+def test_a_body_that_streams_commits_while_the_round_runs(store_url: str) -> None:
+    """With K = 2 the body moves at the poll after two batches; what is left when the round ends is folded then."""
+    mode = policies.mode("buffered", min_batches=2)
+    run = Coalition.begun(store_url, "a", mode=mode, body=mode.settings())
+    run.batch("a", 2.0)
+    assert run.federation.poll() is None
+    assert run.store.latest_version() == 0
+    run.batch("a", 4.0)
+    assert run.federation.poll() is None
+    assert run.weight("body") == 1.0 - 3.0
+    run.batch("a", 5.0)
+    run.train("a", to=3.0)
+    report = run.poll()
+    assert (report["commits"], report["batches"], report["gradients_waiting"]) == (2, 3, 0)
+    assert run.weight("body") == 1.0 - 3.0 - 5.0
+    assert run.store.waiting("body") == []
+
+
+def test_commits_made_by_others_in_a_round_are_in_its_report(store_url: str) -> None:
+    """Global steps of synchronous mode, taken by whoever drives them: both were heard, and all of it is counted."""
+    run = Coalition.begun(store_url, "a", "b", mode="synchronous")
+    for _ in range(2):
+        for name in ("a", "b"):
+            run.client(name).zero_grad()
+            run.batch(name, 2.0)
+            run.client(name).push(gradient=True)
+        for accumulator in (run.federation.body, run.federation.half):
+            assert accumulator.step(1) is not None  # type: ignore[arg-type]
+        run.pull("a", "b")
+    report = run.poll()
+    assert (report["status"], report["participants"]) == ("complete", ["a", "b"])
+    assert (report["commits"], report["batches"]) == (2, 4)
+    assert (report["version"], report["client_version"]) == (2, 2)
+    assert report["clients"]["a"] == {"status": "folded", "batches": 2, "staleness": 0}
+
+
+def test_without_a_barrier_a_round_is_a_stretch_of_updates(store_url: str) -> None:
+    """Halves are committed two by two; the round of two clients ends after two updates, both of the faster one."""
+    run = Coalition.begun(store_url, "a", "b", barrier=False, half={"min_batches": 2})
+    info = run.client("a").round
+    assert info is not None
+    assert (info.sampled, info.barrier) == (True, False)
+    run.train("a", to=3.0)
+    assert run.federation.poll() is None
+    run.pull("a")
+    run.train("a", to=5.0)
+    report = run.poll()
+    assert run.weight() == 4.0
+    assert (report["status"], report["participants"], report["missing"]) == ("complete", ["a"], ["b"])
+    run.federation.open()
+    run.train("b", to=9.0)
+    run.clock.now += 60
+    report = run.poll()
+    assert (report["status"], report["late"], report["participants"]) == ("deadline", [], [])
+    assert len(run.store.waiting("client")) == 1, "what waits goes on waiting for its commit"
+    run.federation.open()
+    run.pull("a")
+    run.train("a", to=4.0)
+    report = run.poll()
+    assert run.weight() == 4.0 + (0.0 + 8.0) / 2
+    assert (report["participants"], report["late"], report["missing"]) == (["a", "b"], [], [])
+    assert {name: entry["staleness"] for name, entry in report["clients"].items()} == {"a": 0, "b": 1}
+
+
+def test_a_body_per_client_is_averaged_when_the_round_ends(store_url: str) -> None:
+    """SFLV1: bodies 1 - 3 and 1 - 9, of one batch and two, average to -6; the report counts all three batches."""
+    run = Coalition.begun(store_url, "a", "b", mode="sflv1")
+    run.batch("a", 3.0)
+    run.batch("b", 4.0)
+    assert run.federation.poll() is None
+    run.batch("b", 5.0)
+    run.train("a", to=3.0)
+    run.train("b", to=5.0)
+    report = run.poll()
+    assert run.weight("body") == 1.0 - (3.0 * 1 + 9.0 * 2) / 3
+    assert run.weight() == 4.0
+    assert (report["version"], report["batches"]) == (1, 3)
+    assert {name: entry["batches"] for name, entry in report["clients"].items()} == {"a": 1, "b": 2}
+    assert run.another().close() == report
+
+
+def test_updates_too_old_for_the_accumulator_are_reported(store_url: str) -> None:
+    """With max_staleness=0 of the halves a late update that counts by policy is closed as stale at the commit."""
+    run = Coalition.begun(store_url, "a", "b", half={"max_staleness": 0})
+    run.train("a", to=3.0)
+    run.clock.now += 60
+    run.poll()
+    run.federation.open()
+    run.pull("a")
+    run.train("a", to=4.0)
+    run.train("b", to=5.0)
+    run.clock.now += 60
+    report = run.poll()
+    assert run.weight() == 4.0
+    assert "max_staleness" in report["dropped"]["b"]
+
+
+@pytest.mark.filterwarnings("ignore:batch b/1/0 is rejected")
+def test_an_unreadable_update_is_rejected_and_reported(store_url: str) -> None:
+    """Foreign bytes in place of an update: it counts nowhere, its client wasn't heard, and the report says why."""
+    run = Coalition.begun(store_url, "a", "b")
+    run.train("a", to=3.0)
+    run.store.blobs.create(run.store.pile("client").keys.gradient(BatchId("b", 1, 0)), [b"not a gradient"])
+    run.clock.now += 60
+    report = run.poll()
+    assert (report["missing"], run.weight()) == (["b"], 3.0)
+    assert "unreadable" in report["dropped"]["b"]
+
+
+def test_the_rows_of_commits(store_url: str) -> None:
+    """One per version of a stretch, with what was counted in it."""
+    run = Coalition.begun(store_url, "a")
+    run.batch("a", 2.0)
+    run.train("a", to=3.0)
+    run.poll()
+    (row,) = commit_rows(run.store, "body", 0, 1, round_number=1)
+    assert plain(row) == row
+    assert row.pop("time") > 0
+    assert row == {
+        "kind": "commit",
+        "lineage": "body",
+        "version": 1,
+        "num_batches": 1,
+        "num_samples": 1.0,
+        "staleness": {"0": 1},
+        "num_stale": 0,
+        "num_rejected": 0,
+        "num_skipped": 0,
+        "delay": None,
+        "round": 1,
+    }
+    assert "round" not in commit_rows(run.store, "body", 0, 1)[0]

@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "replay": "errors messages trees codec seeding boundary model",
     # The client side.
     "transport": "messages",
+    "roundrobin": "messages transport",
     "connection": "errors messages transport",
     "passes": "messages connection",
     "calls": "errors messages trees seeding cutpoint boundary connection passes",
@@ -85,11 +86,12 @@ MAY_IMPORT = {
     "history": "errors blobs layout store rows",
     "perclient": "errors ids cache messages packing template buffers policies optimizers commits lineage store sealing "
     "accumulator",
-    # What stands on top of both sides.
     "pictures": "errors",
+    "report": "errors rows pictures history splitfed",
+    # What stands on top of both sides.
     "sampling": "errors",
     "judging": "errors ids applied selection rounds store",
-    "reporting": "rows selection commits rounds store",
+    "reporting": "ids rows selection commits rounds store",
     "federation": "errors ids policies rows rounds accumulator perclient sampling judging reporting",
     "partition": "errors pictures",
     # Simulation: virtual clients of a real federation.
@@ -99,14 +101,18 @@ MAY_IMPORT = {
     "metering": "ids messages transport commits",
     "localdata": "errors ids",
     "evaluation": "errors localdata",
-    "trainee": "errors template personal transport client streams localdata",
-    "assembly": "store optimizers policies server accumulator perclient reporting federation metering",
+    "trainee": "errors template personal transport client optimizers streams localdata evaluation",
+    "assembly": "rows transport roundrobin store optimizers policies server accumulator perclient reporting federation "
+    "metering",
     "schedule": "rounds streams timeline virtual localdata trainee assembly",
-    "simulation": "errors ids template cutting policies optimizers blobs store rows callbacks progress history sampling "
-    "timeline virtual localdata evaluation trainee assembly schedule",
+    "worker": "errors store metering localdata trainee assembly",
+    "crew": "errors rounds rows store localdata trainee assembly worker",
+    "simulated": "errors template cutting rounds rows callbacks history timeline evaluation trainee assembly",
+    "simulation": "errors ids cutting policies optimizers blobs store rows callbacks progress history sampling timeline "
+    "virtual localdata evaluation trainee assembly schedule crew simulated",
     "checking": "errors messages trees copying template cutting unsplit client store server",
-    "demo": "errors messages cutting transport client commits store server accumulator partition",
-    "cli": "errors demo splitfed",
+    "demo": "errors rows callbacks store history policies pictures report partition evaluation simulation",
+    "cli": "errors rows callbacks progress history report demo splitfed",
 }
 
 # They compute; what they know of the world was given to them.
@@ -117,7 +123,9 @@ IO_MODULES = set(
 )
 IO_CALLS = set("open print input exec eval load save from_file".split())
 
-CLIENT_SIDE = set("client calls passes onetrip connection syncing participating transport cutting cutpoint unsplit".split())
+CLIENT_SIDE = set(
+    "client calls passes onetrip connection syncing participating transport cutting cutpoint unsplit".split()
+)
 SERVER_SIDE = set(
     "blobs layout versions lineage pile store sealing halves running lines server folding stepping accumulator".split()
 )

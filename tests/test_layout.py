@@ -81,6 +81,8 @@ def test_every_key_is_where_the_table_says() -> None:
         (layout.history(12), "history/0000000012.jsonl"),
         (layout.client("hospital-a"), "clients/hospital-a"),
         (layout.client("hospital-a", 2), "clients/hospital-a/00000002"),
+        (layout.joined("hospital-a"), "clients/hospital-a/joined"),
+        (layout.round_file(3, "plan"), "rounds/0000000003/plan.json"),
         (KEYS.fingerprint, "body/fingerprint.json"),
         (KEYS.frozen("ab12"), "body/frozen-ab12.safetensors"),
         (KEYS.forward(7, "hospital-a", 2, 9), "body/forward/0000000007/hospital-a/00000002-0000000009"),

@@ -28,6 +28,7 @@ from splitfed.messages import (
     PullRequest,
     PushAnswer,
     PushRequest,
+    RoundInfo,
     Seal,
 )
 from splitfed.packing import digest, pack, pack_tree, peek, unpack, unpack_tree
@@ -75,7 +76,8 @@ MESSAGES = [
     LossRequest(AHEAD, 3, {"target": torch.tensor([1, 2])}, 2.0),
     LossAnswer(1, 7, torch.tensor(0.5), (T, None), "rejected", True),
     PullRequest("a", None),
-    PullAnswer(-1, None, {}),
+    PullRequest("a", 3, weights=False),
+    PullAnswer(-1, None, {}, RoundInfo(2, True, 70.5, True, False, False, True)),
     PullAnswer(3, {"w": {"role": "trainable", "shape": [2, 3], "dtype": "float32"}}, {"w": T}),
     PushRequest("a", None, "3f", 0, -1, {"w": {"tied": "v"}}, {"w": T}, {"m": T}, {"m": T}, 4.0, 1.0),
     PushAnswer(1, "published"),
@@ -118,7 +120,7 @@ def test_every_message_comes_back_as_it_was(message: Any) -> None:
 
 def test_every_message_is_among_the_examples() -> None:
     """None is left out above."""
-    held = {type(message).__name__ for message in MESSAGES} | {"Housekeeping", "Seal", "Chain"}
+    held = {type(message).__name__ for message in MESSAGES} | {"Housekeeping", "Seal", "Chain", "RoundInfo"}
     assert held == {n for n, c in vars(messages).items() if dataclasses.is_dataclass(c)}
 
 
@@ -151,7 +153,7 @@ def test_a_message_isnt_taken_for_another(message: Any) -> None:
 )
 def test_a_message_has_exactly_its_fields(tree: Any) -> None:
     """One missing, one too many, or no fields at all: FormatError, naming what is expected."""
-    with pytest.raises(FormatError, match=r"PullRequest needs the fields \['client_id', 'version'\]"):
+    with pytest.raises(FormatError, match=r"PullRequest needs the fields \['client_id', 'version', 'weights'\]"):
         unpack(PullRequest, forged("PullRequest", tree))
 
 

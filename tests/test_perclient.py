@@ -279,6 +279,19 @@ def test_an_average_that_stops_anywhere_is_finished_by_the_next(act: Hook, at: s
         check_averaged(site, expected)
 
 
+def test_a_line_that_was_left_closed_goes_on_with_the_next_step() -> None:
+    """Killed after the average was committed, before a's line began anew: its next batch isn't kept waiting for it."""
+    nth = Nth(1, crash, "create body@a/weights")
+    site = trained(nth)
+    with nth.armed(), pytest.raises(Crash):
+        site.bodies().average()
+    assert site.heads() == ["fold", "end", "end"]
+    site.batch("a")
+    (commit,) = site.bodies().step(["a"])
+    assert (commit.kind, commit.num_batches) == ("fold", 1)
+    assert [entry.source for entry in commits(site.store, "body@a")][-2:] == [1, None]
+
+
 def test_two_that_average_at_once_count_once() -> None:
     """Before any write of one, the other runs its whole average: the same bits, each change counted once."""
     expected, operations = undisturbed("create")

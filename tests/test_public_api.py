@@ -19,6 +19,7 @@ PACKAGE = Path(splitfed.__file__)
 CONTRACT = {
     *("GradientStore", "SplitServer", "SplitClient", "Accumulator", "Commit", "CutPoint", "Transport", "BatchId"),
     *("split", "join", "reference", "check", "register_container", "SplitFedError", "__version__", "History"),
+    *("Federation", "PerClient", "VirtualTime", "simulate"),
 }
 
 

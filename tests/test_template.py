@@ -10,7 +10,8 @@ from bodies import Calls
 from torch import Tensor, nn
 
 from splitfed.errors import ArchitectureError, UnsupportedError
-from splitfed.template import Template, check_tensors, compare, deep_copy, named_state, transient_buffers, unwrap
+from splitfed.copying import deep_copy
+from splitfed.template import Template, check_tensors, compare, named_state, transient_buffers, unwrap
 
 
 def tied() -> nn.Module:

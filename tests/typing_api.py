@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import splitfed
-from splitfed import Accumulator, CutPoint, GradientStore, SplitClient, SplitServer, Transport
+from splitfed import (
+    Accumulator,
+    Commit,
+    CutPoint,
+    GradientStore,
+    PerClient,
+    SplitClient,
+    SplitServer,
+    Transport,
+    policies,
+)
 
 
 def cutting(model: nn.Module, x: Tensor) -> nn.Module:
@@ -57,6 +67,7 @@ def training(client_half: nn.Module, server: Transport, batches: Iterable[tuple[
             client(x).sum().backward()
     client.push(num_samples=100)
     client.push()
+    client.push(gradient=True)
     with client.at(1):
         client.eval()
     return client.version
@@ -66,6 +77,18 @@ def in_process(body: nn.Module, client_half: nn.Module) -> SplitClient:
     """A server is a transport, so it can be given to a client as it is."""
     server: Transport = serving(body)
     return SplitClient(client_half, server, client_id="hospital-a")
+
+
+def modes(body: nn.Module, client_half: nn.Module, store: GradientStore) -> Commit | None:
+    """A mode is a value; a body per client commits as lists and averages as one commit."""
+    mode: policies.Mode = policies.mode("buffered", min_batches=20)
+    mode.min_batches = 3  # type: ignore[misc]
+    Accumulator(body, store, adam, **mode.settings())
+    SplitClient(client_half, SplitServer(body, store, per_client=True), client_id="a", personal=("head.*",))
+    bodies = PerClient(body, store, adam, **policies.mode("sflv1").settings())
+    commits: list[Commit] = bodies.step(["a"])
+    bodies.step(3)  # type: ignore[arg-type]
+    return bodies.average() or commits[0]
 
 
 def plain_split_learning(client: SplitClient, x: Tensor, y: Tensor) -> None:
@@ -124,6 +147,18 @@ def catching(error: splitfed.SplitFedError) -> int:
     timeout: type[TimeoutError] = splitfed.BusyError
     print(lookup, value, system, timeout)
     return error.status
+
+
+def coordinating(body: nn.Module, half: nn.Module, client: SplitClient, store: GradientStore) -> list[int]:
+    """A federation's rounds are plain dicts; what a client sees of one is typed."""
+    sgd = torch.optim.SGD
+    bodies = Accumulator(body, store, lambda params: sgd(params, lr=1.0))
+    halves = Accumulator(half, store, lambda params: sgd(params, lr=1.0), lineage="client")
+    federation = splitfed.Federation(bodies, halves, clients_per_round=0.1, deadline=60, late="refuse")
+    splitfed.Federation(bodies, halves, late="perhaps")  # type: ignore[arg-type]
+    for report in federation.run(3):
+        assert_type(report, dict[str, Any])
+    return [info.number for info in client.rounds(poll=0.5) if info.sampled]
 
 
 def recording(store: GradientStore) -> list[dict[str, Any]]:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         SupersededError,
         UnknownCutError,
         UnsupportedError,
+        WorkerError,
     )
     from splitfed.federation import Federation
     from splitfed.history import History
@@ -97,6 +98,7 @@ __all__ = [
     "UnknownCutError",
     "UnsupportedError",
     "VirtualTime",
+    "WorkerError",
     "__version__",
     "check",
     "join",

@@ -20,9 +20,11 @@ from splitfed.optimizers import OptimizerFactory, SchedulerFactory
 from splitfed.perclient import PerClient
 from splitfed.policies import Mode
 from splitfed.reporting import commit_rows
+from splitfed.roundrobin import RoundRobin
 from splitfed.rows import Row
 from splitfed.server import SplitServer
 from splitfed.store import GradientStore
+from splitfed.transport import Transport
 
 LINEAGES = ("body", "client")
 
@@ -44,6 +46,8 @@ class Plans:
     """Whether clients wait for each other at the end of a round."""
     min_updates: int
     """Without a barrier: client halves are committed when so many updates wait."""
+    replicas: int
+    """How many servers share the requests."""
     settings: dict[str, Any]
     """Further arguments of `Federation`."""
 
@@ -134,8 +138,12 @@ class Assembly:
         return sorted(rows, key=lambda row: row["time"])
 
 
-def serve(plans: Plans, store: GradientStore) -> SplitServer:
-    """A server for so many active clients: each may have a graph open, up to a bound."""
-    return SplitServer(
-        plans.body, store, per_client=plans.mode.per_client, keep_graphs=min(max(8, plans.active), 128), keep_models=4
+def serve(plans: Plans, store: GradientStore) -> Transport:
+    """Servers for so many active clients: each may have a graph open, up to a bound."""
+    per_client, graphs = plans.mode.per_client, min(max(8, plans.active), 128)
+    return RoundRobin(
+        [
+            SplitServer(plans.body, store, per_client=per_client, keep_graphs=graphs, keep_models=4)
+            for _ in range(plans.replicas)
+        ]
     )

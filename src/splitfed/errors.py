@@ -21,6 +21,7 @@ with, and keeps its class on the wire: a client catches what the server raised.
     │   ├── AlreadyAppliedError              that batch is counted already
     │   ├── DigestError                      the same batch id with other content
     │   └── SupersededError                  a newer process of the same client has begun
+    ├── WorkerError(RuntimeError)            a worker process of a simulation failed
     ├── MissingError(LookupError)            a version, lineage or record that isn't there
     │   └── ExpiredError                     it was there, and left the retention window
     └── StoreError(OSError)                  the storage itself
@@ -124,6 +125,10 @@ class DigestError(ProtocolError):
 
 class SupersededError(ProtocolError):
     """A newer process of the same client has begun; this one is too old to count."""
+
+
+class WorkerError(SplitFedError, RuntimeError):
+    """A worker process of a simulation died, or raised what can't be brought over."""
 
 
 class MissingError(SplitFedError, LookupError):

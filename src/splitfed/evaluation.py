@@ -44,16 +44,16 @@ def evaluate(model: nn.Module, how: Evaluation, loss_fn: Callable[[Any, Any], Te
     for inputs, targets in localdata.batches(how, BATCH_SIZE, range(total)):
         outputs = model(inputs)
         loss += float(loss_fn(outputs, targets)) * len(targets)
-        classifies = classifies and _is_classification(outputs, targets)
-        right += int((outputs.argmax(1) == targets).sum()) if classifies else 0
+        found = num_right(outputs, targets)
+        classifies = classifies and found is not None
+        right += found or 0
     return {"loss": loss / total, "accuracy": right / total} if classifies else {"loss": loss / total}
 
 
-def _is_classification(outputs: Any, targets: Any) -> bool:
-    return (
-        isinstance(outputs, Tensor)
-        and outputs.dim() == 2
-        and isinstance(targets, Tensor)
-        and targets.dim() == 1
-        and not targets.is_floating_point()
-    )
+def num_right(outputs: Any, targets: Any) -> int | None:
+    """How many of a batch are right; `None` unless outputs are (N, classes) and targets integers (N,)."""
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return None
+    if outputs.dim() != 2 or targets.dim() != 1 or targets.is_floating_point():
+        return None
+    return int((outputs.argmax(1) == targets).sum())

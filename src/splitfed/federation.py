@@ -114,7 +114,7 @@ class Federation:
             min_clients=self._min_clients,
             opened=opened,
             deadline=None if self._deadline is None else opened + self._deadline,
-            late=self._late,
+            late_policy=self._late,
             below_quorum=self._below_quorum,
             barrier=self._barrier,
             started=time.time(),
@@ -133,12 +133,10 @@ class Federation:
         report = self.rounds.report(plan.number)
         if report is not None:
             return report
-        ending = self.rounds.ending(plan.number)
-        if ending is None:
+        if self.rounds.ending(plan.number) is None:
             self._stream(plan)
-            if self._is_over(plan):
-                return self.close()
-            if plan.deadline is None or self._clock() < plan.deadline:
+            is_past = plan.deadline is not None and self._clock() >= plan.deadline
+            if not is_past and not self._is_over(Judge(self._store, plan), plan):
                 return None
         return self.close()
 
@@ -205,18 +203,16 @@ class Federation:
         if not plan.barrier:
             self.half.step()
 
-    def _is_over(self, plan: Plan) -> bool:
+    def _is_over(self, judge: Judge, plan: Plan) -> bool:
         """Whether every sampled client was heard from; or without a barrier, so many updates as there are of them."""
-        judge = Judge(self._store, plan)
-        if plan.barrier:
-            return len(judge.heard()) == len(plan.sampled)
-        return judge.num_closed() >= len(plan.sampled)
+        return (len(judge.heard()) if plan.barrier else judge.num_closed()) >= len(plan.sampled)
 
     def _decide(self, plan: Plan) -> Ending:
         judge, now = Judge(self._store, plan), self._clock()
-        updates = judge.updates() if plan.barrier else Judged(heard=judge.heard())
+        updates = judge.updates() if plan.barrier else Judged(heard=judge.folded() & set(plan.sampled))
         batches = judge.batches() if self.mode.min_batches is None else Judged()
-        status = "complete" if self._is_over(plan) else "deadline"
+        is_over = len(updates.heard) == len(plan.sampled) if plan.barrier else self._is_over(judge, plan)
+        status = "complete" if is_over else "deadline"
         dropped = {**batches.dropped, **updates.dropped}
         if plan.barrier and len({*updates.samples, *judge.folded()}) < plan.min_clients:
             status = "below_quorum"
@@ -241,10 +237,12 @@ class Federation:
         if ending.status == "below_quorum":
             return
         if isinstance(self.body, PerClient):
-            if self._store.latest_version("body") == plan.body_version:
-                self.body.average(ending.samples)
+            is_done = self._store.latest_version("body") > plan.body_version
+            self.body.average(() if is_done else ending.samples)
         elif len(ending.body.fold):
             self.body.step(1, only=ending.body)
+        elif self.mode.min_batches is not None and plan.barrier:
+            self.body.step(1)  # too few for a commit of their own, but after the last round nothing would follow
         if len(ending.client.fold):
             self.half.step(1, only=ending.client)
 

@@ -46,7 +46,7 @@ class Halves:
         rounds.join(client_id)
         plan = rounds.current()
         head = self._versions.head()
-        info = None if plan is None else rounds.info(plan, client_id, plan.barrier and self._has_update(plan, client_id))
+        info = rounds.info(plan, client_id, self._has_update(plan, client_id)) if plan else None
         if head < 0 or not request.weights:
             return PullAnswer(head, None, {}, info)
         version = head if request.version is None else request.version
@@ -54,7 +54,7 @@ class Halves:
 
     def _has_update(self, plan: Plan, client_id: str) -> bool:
         """Whether an update of a client waits that began from this round's version or a newer one."""
-        headers = map(self._pile.peek, self._pile.waiting(client_id))
+        headers = map(self._pile.peek, self._pile.waiting(client_id) if plan.barrier else ())
         bases = (header["base_version"] for header in headers if header is not None)
         return any(isinstance(base, int) and base >= plan.client_version for base in bases)
 

@@ -119,7 +119,7 @@ class Judge:
         for batch in self._store.waiting("body"):
             if self._carry(found, "body", batch):
                 continue
-            if batch.client_id in self._plan.sampled and self._plan.late == "count":
+            if batch.client_id in self._plan.sampled and self._plan.late_policy == "count":
                 found.fold.append(batch)
                 continue
             header = self._header("body", batch)
@@ -130,7 +130,7 @@ class Judge:
             sampled = {name for round_ in self._rounds.started_at("body", base) for name in round_.sampled}
             if batch.client_id not in sampled:
                 found.reject(batch, f"it wasn't sampled in the round of version {base}")
-            elif base < self._plan.body_version and self._plan.late == "refuse":
+            elif base < self._plan.body_version and self._plan.late_policy == "refuse":
                 found.stale.append(batch)
                 found.dropped.setdefault(batch.client_id, _late(base))
             else:
@@ -142,7 +142,7 @@ class Judge:
         if base >= self._plan.client_version:
             return False
         found.late.add(batch.client_id)
-        if self._plan.late == "count":
+        if self._plan.late_policy == "count":
             return False
         found.stale.append(batch)
         found.dropped.setdefault(batch.client_id, _late(base))

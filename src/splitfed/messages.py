@@ -153,7 +153,7 @@ class PullRequest:
     """False asks for the round alone."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RoundInfo:
     """The round under way, as one client sees it."""
 

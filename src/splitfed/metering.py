@@ -52,6 +52,16 @@ class Arrivals:
         if lineage in self._lineages:
             self._times.setdefault((lineage, batch), self._clock())
 
+    def take(self) -> dict[tuple[str, BatchId], float]:
+        """Hand over what was noted."""
+        taken, self._times = self._times, {}
+        return taken
+
+    def add(self, times: Mapping[tuple[str, BatchId], float]) -> None:
+        """Note what another has taken."""
+        for key, time in times.items():
+            self._times.setdefault(key, time)
+
     def delay(self, lineage: str, commit: Commit, now: float) -> float | None:
         """The mean seconds that a commit's batches waited until `now`, or `None` if that isn't known of any.
 

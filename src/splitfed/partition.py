@@ -109,8 +109,8 @@ def quantity(num_examples: int, num_clients: int, *, alpha: float, seed: int, mi
 def shards(labels: Tensor, num_clients: int, *, per_client: int = 2, seed: int) -> list[Tensor]:
     """Sort by label, cut into equal shards, and give each client the same number of them: few classes each.
 
-    The pathological deal of McMahan et al. 2017 (arXiv 1602.05629, section 3): two shards are two classes, or a few more
-    where a shard holds the border of two.
+    The pathological deal of McMahan et al. 2017 (arXiv 1602.05629, section 3): two shards are two classes, or a few
+    more where a shard holds the border of two.
 
     Args:
         labels: The class of each example, integers of shape (N,).

@@ -124,7 +124,8 @@ class PerClient:
         """
         commits = []
         for client_id in self._begun(clients):
-            if _is_closed(self._line(client_id)):
+            line = self._line(client_id)
+            if line.commit(line.head()).kind == "end":
                 self._begin(client_id)  # whoever averaged may have stopped before it came to this
             commits.append(self._accumulator(client_id).step())
         return [commit for commit in commits if commit is not None]
@@ -186,8 +187,8 @@ class PerClient:
 
     def _publish(self, client_id: str, ended: Commit) -> None:
         """Put the change of a closed line on the pile of `body`: once, since all of it follows from `ended`."""
-        batch, body, pile = BatchId(client_id, 0, ended.turn), self.store.lineage("body"), self.store.pile("body")
-        sealer = Sealer(body, pile, self._numerics)
+        batch, body = BatchId(client_id, 0, ended.turn), self.store.lineage("body")
+        sealer = Sealer(body, self.store.pile("body"), self._numerics)
         if sealer.is_known(batch):
             return
         if ended.source is None:
@@ -228,10 +229,6 @@ class PerClient:
             return
         commit = Commit(head + 1, "begin", "", {}, source=newest, turn=turn)
         line.restate(commit, body.checked_state(newest), optimizer=not rejected)
-
-
-def _is_closed(line: Lineage) -> bool:
-    return line.commit(line.head()).kind == "end"
 
 
 def _since(line: Lineage, head: int) -> tuple[Commit, float]:

@@ -94,7 +94,7 @@ _MODES = (
 MODES = tuple(one.name for one in _MODES)
 
 
-def mode(name: str | Mode, **settings: Any) -> Mode:
+def mode(name: str | Mode, /, **settings: Any) -> Mode:
     """A mode by its name, with settings of your own in place of its usual ones.
 
     - `round`: one commit over all batches of a round, as in the study that this library builds on;

@@ -8,13 +8,17 @@ says who took part, who was late, who is missing, and what was dropped and why.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from splitfed.commits import Commit
+from splitfed.ids import BatchId
 from splitfed.rounds import Ending, Plan
 from splitfed.rows import Row
 from splitfed.selection import Selection
 from splitfed.store import GradientStore
+
+AVERAGED = 0  # the incarnation under which the change of a client's own body is counted
 
 
 @dataclass(slots=True)
@@ -45,6 +49,8 @@ class Tally:
         self.num_stale += commit.num_stale
         self.num_rejected += commit.num_rejected
         for batch in commit.folded:
+            if batch.incarnation == AVERAGED:
+                continue
             base = commit.base_of(batch)
             self.folded[batch.client_id] += 1
             self.staleness[batch.client_id] = commit.version - 1 - base
@@ -128,8 +134,27 @@ def commit_rows(
 def _tally(store: GradientStore, lineage: str, plan: Plan, upto: int, judged: Selection) -> Tally:
     began, tally = plan.version(lineage), Tally()
     for version in range(began + 1, upto + 1):
-        tally.add(store.lineage(lineage).commit(version), began, judged)
+        commit = store.lineage(lineage).commit(version)
+        tally.add(commit, began if plan.barrier else 0, judged)  # without a barrier nothing is late
+        for batch in commit.folded:
+            if batch.incarnation == AVERAGED:
+                for own in _line(store, batch):
+                    tally.add(own, 0, judged)
     return tally
+
+
+def _line(store: GradientStore, change: BatchId) -> Iterator[Commit]:
+    """The commits on a client's own body that make up a change which was averaged (SFLV1), newest first."""
+    line = store.lineage(f"body@{change.client_id}")
+    is_within = False
+    for version in range(line.head(), 0, -1):
+        commit = line.commit(version)
+        if commit.kind == "end":
+            is_within = commit.turn == change.seq
+        elif is_within and commit.kind != "fold":
+            return
+        elif is_within:
+            yield commit
 
 
 def _dropped(body: Tally, halves: Tally, ending: Ending) -> dict[str, str]:

@@ -12,7 +12,7 @@ commit itself the decision, one coordinator might report the first while another
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -47,7 +47,7 @@ class Plan:
     """When, by the coordinator's clock, in seconds."""
     deadline: float | None
     """By the same clock; `None` for none."""
-    late: str
+    late_policy: str
     """What becomes of updates of earlier rounds: 'count' or 'refuse'."""
     below_quorum: str
     """What becomes of updates if there are too few: 'keep' (for the next round) or 'drop'."""
@@ -101,15 +101,14 @@ class Rounds:
 
     def newest(self) -> int:
         """The number of the newest round, or 0. Asks the store, and finds by doubling where to look."""
-        reach = 1
-        while self._blobs.get(layout.round_file(self._newest + reach, "plan")) is not None:
+        start, reach = self._newest, 1
+        while self._exists(start + reach):
             reach *= 2
-        low, high = reach // 2, reach
+        low, high = start + reach // 2, start + reach
         while high - low > 1:
             middle = (low + high) // 2
-            found = self._blobs.get(layout.round_file(self._newest + middle, "plan")) is not None
-            low, high = (middle, high) if found else (low, middle)
-        self._newest += low
+            low, high = (middle, high) if self._exists(middle) else (low, middle)
+        self._newest = max(self._newest, low)  # other threads look too
         return self._newest
 
     def current(self) -> Plan | None:
@@ -190,6 +189,9 @@ class Rounds:
             finished=closed and self._blobs.get(layout.round_file(plan.number, "finished")) is not None,
         )
 
+    def _exists(self, number: int) -> bool:
+        return self._blobs.get(layout.round_file(number, "plan")) is not None
+
     def _create(self, number: int, kind: str, record: Mapping[str, Any]) -> None:
         self._blobs.create(layout.round_file(number, kind), [json.dumps(record, separators=(",", ":")).encode()])
 
@@ -205,16 +207,39 @@ def _read(cls: type[R], number: int, data: bytes | memoryview) -> R:
     what = f"the {cls.__name__.lower()} of round {number}"
     fields = read_json(data, what)
     try:
-        for name in {"sampled", "heard", "late"} & set(fields):
-            if not isinstance(fields[name], str):
-                fields[name] = tuple(map(check_client_id, fields[name]))
-        for name in {"number", "body_version", "client_version"} & set(fields):
-            check_number(name, fields[name])
-        for lineage in {"body", "client"} & set(fields):
-            fields[lineage] = Selection.from_json(fields[lineage])
-        found = cls(**fields)
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{what} isn't one of ours: {error}") from error
+        found = cls(**{name: _READ[name](value) for name, value in fields.items()})
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{what} isn't one of ours: {error!r}") from error
     if found.number != number:
         raise FormatError(f"{what} says that it is round {found.number}")
     return found
+
+
+def _ids(value: Any) -> tuple[str, ...]:
+    return tuple(check_client_id(client_id) for client_id in _is(list)(value))
+
+
+def _is(*kinds: type) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if type(value) not in kinds:
+            raise FormatError(f"{value!r:.60} is a {type(value).__name__}: expected {' or '.join(map(str, kinds))}")
+        return value
+
+    return check
+
+
+def _number(value: Any) -> int:
+    return check_number("number", value)
+
+
+_TIME = _is(int, float)
+_READ: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("number", "body_version", "client_version", "min_clients"), _number),
+    **dict.fromkeys(("opened", "started", "time", "ended"), _TIME),
+    **dict.fromkeys(("sampled", "heard", "late"), _ids),
+    **dict.fromkeys(("status", "late_policy", "below_quorum"), _is(str)),
+    **dict.fromkeys(("body", "client"), Selection.from_json),
+    **dict.fromkeys(("dropped", "samples"), _is(dict)),
+    "deadline": _is(int, float, type(None)),
+    "barrier": _is(bool),
+}

@@ -26,7 +26,11 @@ def plain(row: Mapping[str, Any]) -> Row:
     if not isinstance(row, Mapping) or not isinstance(row.get("kind"), str):
         raise InputError(f"a row of a history is a dict with a 'kind' such as 'round', but this is {str(row)[:80]!r}")
     try:
-        return dict(json.loads(json.dumps(_finite(row))))
+        try:
+            written = json.dumps(row, allow_nan=False)
+        except (TypeError, ValueError):
+            written = json.dumps(_finite(row))
+        return dict(json.loads(written))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"a row of kind {row['kind']!r} can't be JSON ({error}): expected plain values") from error
 

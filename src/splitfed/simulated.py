@@ -24,7 +24,7 @@ from splitfed.history import History
 from splitfed.rounds import Plan
 from splitfed.rows import Row, plain
 from splitfed.timeline import Timeline
-from splitfed.trainee import Outcome, Recipe
+from splitfed.trainee import Outcome, Recipe, total
 
 
 class Driver(Protocol):
@@ -114,7 +114,7 @@ class Simulation(Iterator[Row]):
     def _row(self, report: Row, started: float) -> Row:
         """The coordinator's report, and what only the simulation knows besides."""
         clients: dict[str, Row] = {name: dict(entry) for name, entry in report["clients"].items()}
-        outcomes = self._driver.outcomes()
+        outcomes = total(self._driver.outcomes())
         for outcome in outcomes:
             clients[outcome.client_id] = {**clients.get(outcome.client_id, {}), **outcome.row()}
         traffic = self._assembly.meter.take()

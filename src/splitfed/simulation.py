@@ -11,6 +11,8 @@ fixed by the schedule.
 from __future__ import annotations
 
 import functools
+import shutil
+import tempfile
 import uuid
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +25,7 @@ from splitfed import localdata
 from splitfed.assembly import Assembly, Plans
 from splitfed.blobs import Blobs
 from splitfed.callbacks import AnyCallback
+from splitfed.crew import Crew
 from splitfed.cutting import split
 from splitfed.errors import InputError
 from splitfed.evaluation import Evaluation
@@ -65,12 +68,15 @@ def simulate(
     local_passes: int = 1,
     batch_size: int = 64,
     half_optimizer: OptimizerFactory = AVERAGING,
+    scheduler: SchedulerFactory | None = None,
     server_scheduler: SchedulerFactory | None = None,
     evaluate: Evaluation | None = None,
     store: GradientStore | None = None,
     personal: Iterable[str] = (),
     keep_optimizers: bool = False,
     virtual: VirtualTime | None = None,
+    workers: int = 0,
+    replicas: int = 1,
     barrier: bool | None = None,
     min_updates: int | None = None,
     seed: int = 0,
@@ -97,12 +103,16 @@ def simulate(
         local_passes: How often a client goes through its data in a round.
         batch_size: Examples of a batch.
         half_optimizer: Makes the optimizer of the client lineage: SGD with rate 1 is FedAvg, others are FedOpt.
+        scheduler: Makes a scheduler for a client's optimizer; it steps once per batch, and is kept with the optimizer.
         server_scheduler: Makes a scheduler for the body's optimizer; it steps once per commit.
         evaluate: Held-out data, or a function of the model that returns figures by name; asked once per round.
         store: Where the run is kept; a store in memory that goes when nobody holds it, if it isn't given.
         personal: Patterns of names in the half that stay with each client.
         keep_optimizers: Whether the state of a client's optimizer outlives its activation.
         virtual: What clients cost in virtual time; without it they come to their turns, and no time passes.
+        workers: So many processes train clients in parallel, on a store in a folder; 0 for none beside this one. Round,
+            SFLV1 and synchronous mode end in the same bits; otherwise timing decides what is folded together.
+        replicas: How many servers share the requests, in turn.
         barrier: Whether clients wait for each other at the end of a round. By default they do, except in virtual time
             and a mode with `max_staleness`, such as `buffered`: there each goes on as soon as it has pushed, and a
             round is as many updates as there are sampled clients.
@@ -123,6 +133,10 @@ def simulate(
     check_sample_size(clients_per_round, min_clients)
     if deadline is not None and virtual is None:
         raise InputError(f"deadline={deadline!r} needs a clock: give virtual=VirtualTime(...) too, or no deadline")
+    if workers and (virtual is not None or barrier is False):
+        raise InputError(
+            f"workers={workers} train in real time and in rounds: leave virtual and barrier out, or workers"
+        )
     half, body = split(model, at)
     policy, active = mode_of(mode), sample_size(clients_per_round, len(ids), min_clients)
     waits = (virtual is None or policy.max_staleness is None) if barrier is None else barrier
@@ -137,6 +151,7 @@ def simulate(
         active=active,
         barrier=waits,
         min_updates=max(1, active // 10) if min_updates is None else at_least("min_updates", min_updates, 1),
+        replicas=at_least("replicas", replicas, 1),
         settings={
             "clients_per_round": clients_per_round,
             "min_clients": min_clients,
@@ -154,14 +169,20 @@ def simulate(
         gradients=policy.gradients,
         personal=plans.personal,
         keep_optimizers=keep_optimizers,
+        scheduler=scheduler,
         seed=seed,
     )
-    where = temporary_store() if store is None else store
+    where = temporary_store(shared=workers > 0) if store is None else store
     timeline = Timeline()
     assembly = Assembly(plans, where, ids, None if virtual is None else lambda: timeline.now)
+    driver = (
+        Crew(assembly, recipe, clients, plans, workers)
+        if at_least("workers", workers, 0)
+        else Schedule(assembly, recipe, clients, timeline, virtual)
+    )
     return Simulation(
         assembly,
-        Schedule(assembly, recipe, clients, timeline, virtual),
+        driver,
         None if virtual is None else timeline,
         recipe,
         _head(name, at_least("rounds", rounds, 1), clients, plans, recipe, virtual),
@@ -205,8 +226,17 @@ def _head(
     }
 
 
-def temporary_store() -> GradientStore:
-    """A store in this process's memory, which goes when nobody holds it any more."""
+def temporary_store(*, shared: bool) -> GradientStore:
+    """A store that goes when nobody holds it any more.
+
+    Args:
+        shared: In a temporary folder, for several processes; else in this one's memory.
+    """
+    if shared:
+        folder = tempfile.mkdtemp(prefix="splitfed-")
+        store = GradientStore(folder, sync="process")
+        weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
+        return store
     store = GradientStore(f"memory://splitfed-simulation-{uuid.uuid4().hex}")
     weakref.finalize(store, _empty, store.blobs)
     return store

@@ -58,7 +58,7 @@ class GradientStore:
         self.sync = sync
         self.blobs: Blobs = open_blobs(self.url, fsync=sync == "power", **storage_options)
         self._lineages: Bounded[str, tuple[Lineage, Pile]] = Bounded(KEPT_LINEAGES)
-        self._rounds = Rounds(self.blobs)
+        self._rounds: Rounds | None = None
         self._lock = threading.Lock()
         self._format: dict[str, Any] | None = None
         self._opened: set[tuple[str, int]] = set()
@@ -121,6 +121,8 @@ class GradientStore:
 
     def rounds(self) -> Rounds:
         """The rounds of a federation: plans, decisions and reports."""
+        if self._rounds is None:
+            self._rounds = Rounds(self.blobs)
         return self._rounds
 
     def begin(self, device: torch.device) -> str:

@@ -16,12 +16,15 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from splitfed import localdata
 from splitfed.client import SplitClient
 from splitfed.copying import deep_copy
 from splitfed.errors import ExpiredError, InputError
+from splitfed.evaluation import num_right
 from splitfed.localdata import Data
+from splitfed.optimizers import SchedulerFactory
 from splitfed.personal import personal_names
 from splitfed.streams import Stream
 from splitfed.transport import Transport
@@ -54,6 +57,8 @@ class Recipe:
     """Publish the half's gradient after each batch, and make no local step: synchronous mode."""
     personal: tuple[str, ...] = ()
     keep_optimizers: bool = False
+    scheduler: SchedulerFactory | None = None
+    """Of the optimizer; steps once per batch, and is kept with it."""
     seed: int = 0
 
 
@@ -63,6 +68,7 @@ class Belongings:
 
     personal: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -74,6 +80,8 @@ class Outcome:
     batches: int = 0
     loss: float = 0.0
     """Σ over examples."""
+    right: int | None = 0
+    """How many examples were classified right as they were trained on; `None` if nothing is classified."""
     expired: int = 0
     """Batches that were lost, because their version had left the retention window before the backward."""
 
@@ -82,9 +90,27 @@ class Outcome:
         found: dict[str, Any] = {"num_samples": self.num_samples, "batches": self.batches}
         if self.batches and math.isfinite(self.loss):
             found["train_loss"] = self.loss / self.num_samples
+        if self.batches and self.right is not None:
+            found["train_accuracy"] = self.right / self.num_samples
         if self.expired:
             found["expired"] = self.expired
         return found
+
+
+def total(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """One outcome for each client, of all its activations together, in the order of ids."""
+    found: dict[str, Outcome] = {}
+    for one in outcomes:
+        before = found.get(one.client_id, Outcome(one.client_id))
+        found[one.client_id] = Outcome(
+            one.client_id,
+            before.num_samples + one.num_samples,
+            before.batches + one.batches,
+            before.loss + one.loss,
+            None if before.right is None or one.right is None else before.right + one.right,
+            before.expired + one.expired,
+        )
+    return [found[name] for name in sorted(found)]
 
 
 class Trainee:
@@ -140,18 +166,25 @@ class Trainee:
         yield Next.PULL
         client.pull()
         optimizer = recipe.optimizer(client.parameters())
+        scheduler = None if recipe.scheduler is None else recipe.scheduler(optimizer)
         if own.optimizer is not None:
             optimizer.load_state_dict(own.optimizer)
+        if scheduler is not None and own.scheduler is not None:
+            scheduler.load_state_dict(own.scheduler)
         for _ in range(recipe.local_passes):
-            yield from self._one_pass(client, optimizer)
+            yield from self._one_pass(client, optimizer, scheduler)
         if not recipe.gradients and self.outcome.num_samples:
             yield Next.PUSH
             client.push()
         names, state = personal_names(half, recipe.personal), half.state_dict()
         own.personal = {name: state[name].detach().clone() for name in sorted(names)}
-        own.optimizer = optimizer.state_dict() if recipe.keep_optimizers else None
+        if recipe.keep_optimizers:
+            own.optimizer = optimizer.state_dict()
+            own.scheduler = None if scheduler is None else scheduler.state_dict()
 
-    def _one_pass(self, client: SplitClient, optimizer: Optimizer) -> Generator[Next, None, None]:
+    def _one_pass(
+        self, client: SplitClient, optimizer: Optimizer, scheduler: LRScheduler | None
+    ) -> Generator[Next, None, None]:
         recipe, order = self._recipe, localdata.order(self._data, self._stream.generator)
         for number, (inputs, targets) in enumerate(localdata.batches(self._data, recipe.batch_size, order)):
             if recipe.gradients and number:
@@ -159,7 +192,8 @@ class Trainee:
                 client.pull()
             yield Next.FORWARD
             optimizer.zero_grad()
-            loss = recipe.loss_fn(client(inputs), targets)
+            outputs = client(inputs)
+            loss = recipe.loss_fn(outputs, targets)
             if loss.dim():
                 raise InputError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}: expected a scalar")
             yield Next.BACKWARD
@@ -168,14 +202,18 @@ class Trainee:
             except ExpiredError:
                 self.outcome.expired += 1
                 continue
-            self._count(len(targets), loss)
+            self._count(len(targets), loss, num_right(outputs, targets))
             if recipe.gradients:
                 yield Next.PUSH
                 client.push(gradient=True)
-            else:
-                optimizer.step()
+                continue
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
 
-    def _count(self, num_samples: int, loss: Tensor) -> None:
+    def _count(self, num_samples: int, loss: Tensor, right: int | None) -> None:
+        counted = self.outcome.right
+        self.outcome.right = None if right is None or counted is None else counted + right
         self.outcome.num_samples += num_samples
         self.outcome.batches += 1
         self.outcome.loss += loss.item() * num_samples

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:
-    from splitfed.demo.screen import Row
+    from splitfed.callbacks import AnyCallback
+    from splitfed.rows import Row
 
 _DESCRIPTION = """\
 Train a convolutional model on real handwritten digits that several owners keep to themselves. Each owner runs
@@ -20,7 +21,8 @@ the first layers and the last; the layers between (BatchNorm and dropout among t
 replicas: a batch's forward and backward are served by different ones, with only files between them. Then the
 same model is trained unsplit on all digits in one place, with the same optimizer and as many passes.
 
-Writes history.jsonl (a row per round), curves.png and summary.json, and replaces an older demo's there."""
+Writes history.jsonl (a row per round), report.html, curves.png and summary.json, and replaces an older demo's
+there."""
 
 _FIGURES = {"round": (5, "d"), "loss": (8, ".4f"), "accuracy": (8, ".4f")}
 _COLUMNS = {
@@ -82,53 +84,43 @@ def run(arguments: argparse.Namespace) -> int:
         alpha=arguments.alpha,
         seed=arguments.seed,
     )
-    with Terminal(quiet=arguments.quiet) as screen:
-        summary = experiment.run(settings, arguments.output, arguments.data, screen)
+
+    def watch(phase: str) -> list[AnyCallback]:
+        return [] if arguments.quiet else [Table(phase)]
+
+    summary = experiment.run(settings, arguments.output, arguments.data, watch)
     if not arguments.quiet:
         print(_conclusion(summary, arguments.output))
     return 0
 
 
-class Terminal:
-    """Shows a run: a table on standard output, and a progress bar where a terminal is; nothing if it is quiet."""
+class Table:
+    """Shows a run: a line per round on standard output, below a progress bar where a terminal is.
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bar: Any = None
-        self._columns: dict[str, tuple[int, str]] = {}
+    Args:
+        phase: What is run, `federated` or `centralised`.
+    """
 
-    def __enter__(self) -> Terminal:
-        return self
+    def __init__(self, phase: str) -> None:
+        from splitfed.progress import Progress
 
-    def __exit__(self, *exception: object) -> None:
-        self._close()
-
-    def begin(self, phase: str, num_batches: int) -> None:
-        """Begin a phase: the head of its table, and its bar."""
-        from tqdm import tqdm
-
-        self._close()
-        # disable=None: off unless standard error is a terminal.
-        self._bar = tqdm(total=num_batches, desc=phase, unit="batch", leave=False, disable=self._quiet or None)
+        self._phase = phase
         self._columns = _COLUMNS[phase]
-        heads = (f"{name.replace('_', ' '):>{width}}" for name, (width, _) in self._columns.items())
-        self._print(f"\n{phase}\n{'  '.join(heads)}")
+        self._progress = Progress(label=phase)
 
-    def batch(self) -> None:
-        """Move the bar on."""
-        self._bar.update()
+    def on_row(self, row: Row) -> None:
+        """Begin the table with the run, and add a line to it for each round."""
+        self._progress.on_row(row)
+        if row["kind"] == "run":
+            heads = (f"{name.replace('_', ' '):>{width}}" for name, (width, _) in self._columns.items())
+            self._progress.write(f"\n{self._phase}\n{'  '.join(heads)}")
+        elif row["kind"] == "round":
+            cells = (f"{row[name]:{width}{kind}}" for name, (width, kind) in self._columns.items())
+            self._progress.write("  ".join(cells))
 
-    def row(self, row: Row) -> None:
-        """Add a row to the table."""
-        self._print("  ".join(f"{row[name]:{width}{kind}}" for name, (width, kind) in self._columns.items()))
-
-    def _print(self, line: str) -> None:
-        if not self._quiet:
-            self._bar.write(line)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def close(self) -> None:
+        """Take the bar away."""
+        self._progress.close()
 
 
 def _conclusion(summary: Row, output: Path) -> str:
@@ -138,7 +130,7 @@ federated    {summary["accuracy"]:.2%} of the test digits right, over {summary["
 centralised  {summary["centralised_accuracy"]:.2%}, all digits in one place
 
 {summary["gradients_folded"]} of {summary["batches"]} batches folded in {summary["version"]} commits ({others})
-{summary["seconds"]:.0f} seconds; see {output / "curves.png"} and {output / "summary.json"}"""
+{summary["seconds"]:.0f} seconds; see {output / "report.html"}, {output / "curves.png"} and {output / "summary.json"}"""
 
 
 def _integer(least: int, most: int) -> Callable[[str], int]:

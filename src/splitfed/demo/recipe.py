@@ -17,7 +17,9 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-_BATCH = 64
+from splitfed import evaluation
+
+BATCH = 64
 _RATE = 4e-3
 
 
@@ -48,13 +50,14 @@ def schedule(steps: int) -> Callable[[Optimizer], LRScheduler]:
 def batches(images: Tensor, labels: Tensor, seed: int) -> DataLoader[tuple[Tensor, ...]]:
     """Return a loader of shuffled batches: images (N, 1, 28, 28) and labels (N,)."""
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(TensorDataset(images, labels), batch_size=_BATCH, shuffle=True, generator=generator)
+    return DataLoader(TensorDataset(images, labels), batch_size=BATCH, shuffle=True, generator=generator)
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
+def num_batches(num_examples: int) -> int:
+    """Return how many batches a pass over so many examples has."""
+    return -(-num_examples // BATCH)
+
+
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the mean loss and the accuracy of a model on a test set; the model is left in eval mode."""
-    model.eval()
-    logits = torch.cat([model(part) for part in images.split(500)])
-    accuracy = (logits.argmax(1) == labels).double().mean()
-    return cross_entropy(logits, labels).item(), accuracy.item()
+    return evaluation.evaluate(model, (images, labels), cross_entropy)

@@ -1,7 +1,7 @@
 """Several replicas behind one transport, as a load balancer would put them: each request goes to the next one.
 
-With two or more, the backward of a batch never meets the replica that served its forward. A live autograd graph would
-be of no use; what the replica needs, it finds in the store.
+With two or more, a backward that follows its forward never meets the replica that served it. A live autograd graph
+would be of no use; what the replica needs, it finds in the store.
 """
 
 from __future__ import annotations

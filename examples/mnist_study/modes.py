@@ -1,0 +1,54 @@
+"""Split federated training in each mode, by the library's own simulation; the rows are like those of the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch.nn.functional import cross_entropy
+
+import splitfed
+from mnist_study import recipe
+from mnist_study.baselines import Row
+from mnist_study.recipe import Deal, Rates
+from splitfed import policies
+
+
+def train(deal: Deal, mode: policies.Mode, rates: Rates, rounds: int, seed: int, path: Path) -> Iterator[Row]:
+    """Train in one mode; yield a row per round.
+
+    Args:
+        deal: The owners' digits.
+        mode: When the body is committed, and what clients publish.
+        rates: How clients, body and halves learn.
+        rounds: How many, of one pass each.
+        seed: Of weights and orders.
+        path: Where the run's history goes; an older one is replaced.
+
+    Yields:
+        What baselines have; `bytes` are those of tensors, both ways. Besides, `commits` of the body and `passes` over
+        the digits, both since the beginning.
+    """
+    path.unlink(missing_ok=True)
+    run = splitfed.simulate(
+        recipe.make_model(seed),
+        recipe.CUT,
+        deal.clients,
+        loss_fn=cross_entropy,
+        optimizer=rates.client,
+        server_optimizer=rates.server,
+        half_optimizer=rates.half,
+        rounds=rounds,
+        mode=mode,
+        batch_size=recipe.BATCH,
+        evaluate=deal.test,
+        seed=seed,
+        name=f"study: {mode.name}",
+        history=splitfed.History(path),
+    )
+    sent = trained = 0
+    for row in run:
+        sent += row["bytes_up"] + row["bytes_down"]
+        trained += sum(client.get("num_samples", 0) for client in row["clients"].values())
+        figures = {key: row[key] for key in ("round", "loss", "accuracy", "seconds")}
+        yield figures | {"bytes": sent, "commits": row["version"], "passes": trained / len(deal.labels)}

@@ -1,0 +1,51 @@
+"""Held-out figures: hand-worked, and of one's own making."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from splitfed.errors import InputError
+from splitfed.evaluation import evaluate
+
+
+class Fixed(nn.Module):
+    """Answers its inputs doubled, in training mode negative."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Twice the inputs."""
+        return -inputs if self.training else 2 * inputs
+
+
+def test_loss_and_accuracy_of_a_classifier_by_hand() -> None:
+    """Logits (2, 0) for the classes 0 and 1: half is right, the losses are log(1 + e⁻²) and log(1 + e²)."""
+    held = (torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
+    found = evaluate(Fixed(), held, cross_entropy)
+    expected = (math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 2
+    assert found == {"loss": pytest.approx(expected), "accuracy": 0.5}
+
+
+def test_the_mean_is_over_examples_and_not_over_batches() -> None:
+    """501 examples are two batches of 500 and 1; the one odd example weighs 1/501."""
+    inputs = torch.zeros(501, 1)
+    inputs[500] = 1
+    found = evaluate(Fixed(), (inputs, torch.zeros(501, 1)), mse_loss)
+    assert found == {"loss": pytest.approx(4 / 501)}
+
+
+def test_a_function_of_the_model_says_what_it_likes() -> None:
+    """It gets the model in eval mode."""
+    model = Fixed().train()
+    assert evaluate(model, lambda given: {"f1": float(not given.training)}, cross_entropy) == {"f1": 1.0}
+
+
+def test_no_figures_and_no_data_are_refused() -> None:
+    """Rather than a division by zero."""
+    with pytest.raises(InputError, match="evaluate returned a float"):
+        evaluate(Fixed(), lambda _: 0.5, cross_entropy)  # type: ignore[arg-type, return-value]
+    with pytest.raises(InputError, match="no held-out data"):
+        evaluate(Fixed(), (torch.zeros(0, 2), torch.zeros(0)), cross_entropy)

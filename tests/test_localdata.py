@@ -1,0 +1,97 @@
+"""What virtual clients own: parts of one set, and the batches made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from splitfed import localdata, partition
+from splitfed.errors import IdError, InputError
+from splitfed.localdata import Shard, batches, classes, deal, order, size
+
+PAIR = (torch.arange(10).float().view(10, 1), torch.arange(10) % 3)
+
+
+def taken(data: Any, batch_size: int, indices: list[int]) -> list[list[int]]:
+    """The examples of each batch, by their value."""
+    return [inputs.flatten().int().tolist() for inputs, _ in batches(data, batch_size, indices)]
+
+
+@pytest.mark.parametrize("data", [PAIR, TensorDataset(*PAIR), Shard(PAIR, torch.arange(10))])
+def test_batches_hold_the_examples_in_the_order_given(data: Any) -> None:
+    """From tensors, a data set or a part; the last batch is what is left."""
+    assert taken(data, 2, [4, 1, 3, 0, 2]) == [[4, 1], [3, 0], [2]]
+    targets = [batch[1].tolist() for batch in batches(data, 3, [1, 2, 5])]
+    assert targets == [[1, 2, 2]]
+
+
+def test_a_part_of_a_part_counts_in_its_own_indices() -> None:
+    """Its second is the whole's ninth, of a pair and of a data set alike."""
+    inner = Shard(PAIR, torch.tensor([9, 8, 7, 6]))
+    outer = Shard(inner, torch.tensor([3, 1]))
+    assert taken(outer, 2, [0, 1]) == [[6, 8]]
+    assert len(outer) == size(outer) == 2
+    inputs, target = outer[1]
+    assert (inputs.item(), target.item()) == (8.0, 2)
+    assert classes(outer) == {"0": 1, "2": 1}
+
+
+def test_dealing_makes_one_client_of_each_part() -> None:
+    """Names sort as numbers do; or they are one's own."""
+    dealt = deal(PAIR, partition.iid(10, 10, seed=0))
+    assert list(dealt) == [f"client-{number}" for number in range(10)]
+    assert len(deal(PAIR, [torch.arange(1)] * 11)) == 11
+    assert next(iter(deal(PAIR, [torch.arange(1)] * 11))) == "client-00"
+    assert list(deal(PAIR, [torch.arange(2), torch.arange(3)], ["north", "south"])) == ["north", "south"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "names", "said"),
+    [
+        ([torch.arange(2)], ["a", "b"], "2 distinct names for 1 parts"),
+        ([torch.arange(2)] * 2, ["a", "a"], "1 distinct names for 2 parts"),
+        ([torch.arange(0)], None, "the part of client-0 is empty"),
+        ([torch.tensor([10])], None, "expected indices from 0 to 9"),
+        ([torch.tensor([-1])], None, "expected indices from 0 to 9"),
+    ],
+)
+def test_a_deal_that_doesnt_fit_is_refused(parts: list[torch.Tensor], names: list[str] | None, said: str) -> None:
+    """Names and indices are checked before anything trains."""
+    with pytest.raises(InputError, match=said):
+        deal(PAIR, parts, names)
+
+
+@pytest.mark.parametrize(
+    ("clients", "error", "said"),
+    [
+        ({}, InputError, "expected a mapping of ids to data"),
+        ([PAIR], InputError, "clients is list"),
+        ({"a/b": PAIR}, IdError, "a/b"),
+        ({"a": (PAIR[0][:0], PAIR[1][:0])}, InputError, "client 'a' has no examples"),
+        ({"a": (PAIR[0], PAIR[1][:3])}, InputError, "10 inputs and 3 targets"),
+        ({"a": (PAIR[0],)}, InputError, "data is a tuple"),
+        ({"a": 7}, InputError, "data is a int"),
+    ],
+)
+def test_clients_that_cant_be_simulated_are_refused(clients: Any, error: type[Exception], said: str) -> None:
+    """Each with what was expected."""
+    with pytest.raises(error, match=said):
+        localdata.check(clients)
+
+
+def test_an_order_is_every_example_once() -> None:
+    """It follows from the generator alone."""
+    orders = [order(PAIR, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert sorted(orders[0]) == list(range(10))
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_classes_are_counted_where_there_are_any() -> None:
+    """Real targets, targets of several numbers and data sets have none at hand."""
+    assert classes(PAIR) == {"0": 4, "1": 3, "2": 3}
+    assert classes((PAIR[0], PAIR[0].flatten())) is None
+    assert classes((PAIR[0], PAIR[1].view(5, 2))) is None
+    assert classes(TensorDataset(*PAIR)) is None

@@ -1,0 +1,282 @@
+"""The report says what the history says, in one file that loads nothing and runs nothing from outside."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitfed import report
+from splitfed.cli import main
+from splitfed.errors import InputError, MissingError
+from splitfed.history import History
+from splitfed.report import people
+from splitfed.report.reading import ages, at_rounds, dots, natural, read, states, traffic
+from splitfed.store import GradientStore
+
+HOSTILE = '<img src=x onerror="alert(1)">'
+RUN = {
+    "kind": "run",
+    "name": HOSTILE,
+    "seed": 3,
+    "mode": "buffered",
+    "settings": {"alpha": 0.5, "note": HOSTILE},
+    "clients": {"c-10": {"num_samples": 4, "classes": {"1": 3, "10": 1}}, "c-9": {"num_samples": 2}},
+}
+
+
+def a_round(number: int, **more: Any) -> dict[str, Any]:
+    """A round in which c-9 took part, c-10 was late, x was dropped and y is missing."""
+    return {
+        "kind": "round",
+        "round": number,
+        "status": "complete",
+        "version": 2 * number,
+        "client_version": number,
+        "seconds": 10.0 * number,
+        "time": 100.0 * number,
+        "loss": 1.0 / number,
+        "accuracy": 1 - 0.5 / number,
+        "train_loss": 0.9 / number,
+        "sampled": ["c-10", "c-9", "x", "y"],
+        "participants": ["c-9"],
+        "late": ["c-10"],
+        "missing": ["y"],
+        "dropped": {"x": HOSTILE},
+        "clients": {
+            "c-9": {"num_samples": 2, "batches": 1, "train_loss": 0.5, "bytes_up": 3000, "bytes_down": 1000},
+            "c-10": {"accuracy": 0.25, "bytes_up": 0, "bytes_down": 500},
+        },
+        "commits": 2,
+        "gradients_folded": 7,
+        "gradients_waiting": 0,
+        "gradients_stale": number,
+        "gradients_rejected": 0,
+        "bytes_up": 3000,
+        "bytes_down": 1500,
+    } | more
+
+
+def a_commit(version: int, **more: Any) -> dict[str, Any]:
+    """A commit of the body that folded two fresh gradients and one that was older."""
+    base = {"kind": "commit", "lineage": "body", "version": version, "time": 50.0 * version, "num_batches": 3}
+    return base | {"staleness": {"0": 2, "12": 1}, "delay": 0.5, "round": 1} | more
+
+
+def history(*rows: dict[str, Any]) -> History:
+    """A history in memory."""
+    made = History()
+    for row in rows:
+        made.append(row)
+    return made
+
+
+FULL = (RUN, a_commit(1), a_commit(1, lineage="client"), a_round(1), a_commit(2), a_round(2))
+
+
+class Page(HTMLParser):
+    """Reads a page as a browser would: what it loads, its words, and that its elements are closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.names: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Open an element."""
+        self.names.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close an element: the one that was opened last."""
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Collect what is read."""
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.words.append(data)
+
+
+def test_the_page_is_whole_and_loads_nothing() -> None:
+    """Every element is closed, there is no address in it, and one script and one style, which are ours."""
+    page = report.render(history(*FULL))
+    read_page = Page(page)
+    assert read_page.open == []
+    assert read_page.names.count("script") == read_page.names.count("style") == 1
+    assert not {"link", "img", "iframe", "object", "base"} & set(read_page.names)
+    assert not {name for name, _ in read_page.attributes} & {"src", "href", "onload", "onerror"}
+    assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttpRequest", page)
+
+
+def test_names_from_outside_are_words() -> None:
+    """A run, a setting and a reason that look like markup are shown as they are."""
+    words = Page(report.render(history(*FULL))).words
+    assert [word for word in words if word == HOSTILE] == [HOSTILE] * 4  # heading, two reasons, setting
+
+
+def test_the_page_has_what_the_rows_have() -> None:
+    """Figures at a glance, and every card."""
+    words = "\n".join(Page(report.render(history(*FULL))).words)
+    for expected in (
+        *("4 clients · 2 rounds · mode buffered · seed 3", "75.0 %", "best 75.0 % in round 2", "at first 1"),
+        *("14\n3 discarded", "client halves at version 2", "9 kB", "6 kB up, 3 kB down", "3.33 min on the run's clock"),
+        *("Accuracy", "Loss", "Participants", "Who took part", "Updates over time", "Staleness", "Bytes by client"),
+        *("Examples by client and class", "Discarded gradients", "stale: 3 (too old by the policy)", "All rounds"),
+        *("66.7 % of 6 were fresh", "10–19", "alpha", "rounds\n", "time", "bytes"),
+    ):
+        assert expected in words, expected
+
+
+def test_what_isnt_known_is_said() -> None:
+    """A run that nobody evaluated, measured or counted has cards that say so, and no switch of axes."""
+    bare = {"kind": "round", "round": 1, "gradients_folded": 5, "gradients_waiting": 2}
+    words = "\n".join(Page(report.render(history(bare))).words)
+    for expected in (
+        *("split federated run", "the run wasn't evaluated", "No loss is on record", "don't say who took part"),
+        *("No commits are on record", "The bytes weren't counted", "Clients keep their classes to themselves"),
+        "✓ Nothing was discarded: 5 gradients came and all were folded. 2 gradients waited at the end.",
+    ):
+        assert expected in words, expected
+    assert "over" not in words.split("\n")
+
+
+def test_a_run_without_rounds_shows_its_commits() -> None:
+    """Commits alone, as of an accumulator, make a page too."""
+    words = "\n".join(Page(report.render(history(a_commit(1), a_commit(2, delay=None)))).words)
+    assert "Height: how many batches it folded" in words
+    assert "All rounds" not in words
+
+
+def test_dropped_updates_without_lost_gradients_have_their_card() -> None:
+    """An update that was refused isn't a gradient that was lost."""
+    words = "\n".join(Page(report.render(history(a_round(1, gradients_stale=0)))).words)
+    assert "✓ No gradient was discarded." in words
+    assert "Dropped updates" in words
+
+
+def test_nothing_to_report_is_an_error() -> None:
+    """A run row alone isn't a run."""
+    with pytest.raises(MissingError, match="no round and no commit"):
+        report.render(history(RUN))
+
+
+def test_clients_sort_as_people_count() -> None:
+    """client-9 stands before client-10, and clients that no run row names are there too."""
+    assert sorted(["c-10", "c-9", "c", "b2c"], key=natural) == ["b2c", "c", "c-9", "c-10"]
+    assert list(read(history(*FULL)).clients) == ["c-9", "c-10", "x", "y"]
+
+
+def test_states_of_clients() -> None:
+    """Dropped, late, there or missing; sampled while nothing is known."""
+    assert states(a_round(1)) == {"x": "dropped", "c-10": "late", "c-9": "took part", "y": "missing"}
+    assert states({"kind": "round", "round": 1, "sampled": ["z"]}) == {"z": "sampled"}
+
+
+def test_axes_are_there_when_every_round_has_them() -> None:
+    """Rounds always; the clock, real seconds without one, and bytes only where all rounds have them."""
+    assert at_rounds(read(history(*FULL))) == {
+        "round": {1: 1, 2: 2},
+        "time": {1: 100.0, 2: 200.0},
+        "bytes": {1: 4500.0, 2: 9000.0},
+    }
+    real = {"kind": "round", "round": 1, "seconds": 3.0}
+    assert at_rounds(read(history(real))) == {"round": {1: 1}, "time": {1: 3.0}}
+    assert set(at_rounds(read(history(real, {"kind": "round", "round": 2})))) == {"round"}
+
+
+def test_times_since_1970_begin_with_the_run() -> None:
+    """Commits that carry the wall clock lie on the timeline by when the first was made."""
+    run = read(history(a_commit(1, time=1.7e9), a_commit(2, time=1.7e9 + 5), a_commit(3, num_batches=0)))
+    assert [(dot.time, dot.staleness) for dot in dots(run)] == [(0.0, 4.0), (5.0, 4.0)]
+
+
+def test_staleness_and_bytes_add_up() -> None:
+    """Over all commits and rounds; above 9 by doubling."""
+    run = read(history(*FULL, a_commit(3, staleness={"25": 1})))
+    assert [count for count in ages(run).values() if count] == [4, 2, 1]
+    assert list(ages(run))[-2:] == ["10–19", "20–39"]
+    assert traffic(run) == {"c-9": (6000, 2000), "c-10": (0, 1000)}
+    assert ages(read(history(a_round(1)))) == {}
+
+
+def test_a_thousand_clients_stay_readable() -> None:
+    """Forty lines a card, first those with which something was wrong, and a word on the rest."""
+    names = [f"client-{n}" for n in range(1000)]
+    clients = {name: {"classes": {str(n): 1 for n in range(25)}} for name in names}
+    figures = {name: {"bytes_up": n, "bytes_down": 1} for n, name in enumerate(names)}
+    rows = [
+        a_round(n, sampled=names, participants=names[1:], late=[], missing=["client-0"], dropped={}, clients={})
+        for n in range(1, 120)
+    ]
+    rows.append(rows[0] | {"round": 120, "clients": figures})
+    run = read(history({"kind": "run", "clients": clients}, *rows))
+    grid = people.participation(run)
+    assert grid.count("<tr") == 1 + people.MOST_CLIENTS
+    assert "client-0," in grid
+    assert "40 of 1,000 clients" in grid
+    assert "the last 100 of 120 rounds" in grid
+    assert "and 960 clients more with" in people.traffic_bars(traffic(run))
+    classes = people.class_bars({name: known["classes"] for name, known in clients.items()})
+    assert "and 5 classes more" in classes
+    assert len(report.render(history({"kind": "run", "clients": clients}, *rows))) < 2_000_000
+
+
+@pytest.mark.parametrize("where", ["store", "folder", "file"])
+def test_the_command_finds_a_run(where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`splitfed report RUN -o FILE` takes a store, a folder or a file, makes the folder, and names what it wrote."""
+    run = tmp_path / "run"
+    kept = History(GradientStore(run) if where == "store" else run / "history.jsonl")
+    for row in FULL:
+        kept.append(row)
+    kept.close()
+    output = tmp_path / "new" / "page.html"
+    assert main(["report", str(run / "history.jsonl" if where == "file" else run), "-o", str(output)]) == 0
+    assert capsys.readouterr() == (f"{output}\n", "")
+    assert output.read_text("utf-8") == report.render(history(*FULL))
+
+
+def test_a_users_mistake_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No run there, and no place to write to: each with its exit status and without a traceback."""
+    assert main(["report", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere isn't there: expected a run's store" in capsys.readouterr().err
+    with pytest.raises(InputError, match="can't be written"):
+        report.write(history(*FULL), tmp_path)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_without_an_error(width: int, tmp_path: Path) -> None:
+    """The script runs and nothing sticks out sideways, at the width of a phone and of a desk.
+
+    The page is shown in a frame of that width: a window of a browser can't be as narrow as a phone.
+    """
+    (tmp_path / "page.html").write_text(report.render(history(*FULL)), "utf-8")
+    frame = (
+        f"<iframe id=f src=page.html style='border:0;width:{width}px;height:900px'></iframe>"
+        "<script>f.onload = () => { const d = f.contentDocument.documentElement; "
+        "d.querySelector('[data-tip]').dispatchEvent(new PointerEvent('pointermove', {bubbles: true})); "
+        "document.title = `wide ${d.scrollWidth - d.clientWidth} tip ${!d.querySelector('#tip').hidden}` }</script>"
+    )
+    (tmp_path / "frame.html").write_text(f"<!doctype html>{frame}", "utf-8")
+    command = [
+        *(str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        *("--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000"),
+        *("--window-size=1400,1000", "--dump-dom", (tmp_path / "frame.html").as_uri()),
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "<title>wide 0 tip true</title>" in shown

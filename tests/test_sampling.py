@@ -1,0 +1,53 @@
+"""Sampling is a function of seed, round and ids, and fair."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from splitfed import InputError
+from splitfed.sampling import check_sample_size, sample, sample_size
+
+IDS = [f"c{number}" for number in range(20)]
+
+
+def test_the_order_of_the_ids_is_nothing_to_it() -> None:
+    """The same set gives the same sample, sorted, in every process and version of Python."""
+    assert sample(IDS, 3, seed=0, number=1) == sample(reversed(IDS), 3, seed=0, number=1) == ("c15", "c2", "c6")
+    assert sample(IDS, 3, seed=0, number=2) != sample(IDS, 3, seed=0, number=1) != sample(IDS, 3, seed=1, number=1)
+
+
+def test_all_if_there_are_fewer() -> None:
+    """Nobody is drawn twice."""
+    assert sample(["b", "a", "b"], 5, seed=0, number=1) == ("a", "b")
+
+
+def test_each_client_is_drawn_about_as_often_as_another() -> None:
+    """Over 2,000 rounds of 5 of 20, each is in 500, give or take five standard deviations of 19."""
+    drawn = Counter(name for number in range(2_000) for name in sample(IDS, 5, seed=7, number=number))
+    assert sum(drawn.values()) == 10_000
+    assert all(abs(drawn[name] - 500) < 100 for name in IDS)
+
+
+def test_who_joins_displaces_at_most_one() -> None:
+    """A sample of ids and one more has all but one of the sample without it."""
+    for number in range(50):
+        before, after = sample(IDS, 5, seed=0, number=number), sample([*IDS, "new"], 5, seed=0, number=number)
+        assert len(set(before) - set(after)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("clients_per_round", "known", "least", "expected"),
+    [(None, 7, 1, 7), (3, 7, 1, 3), (30, 7, 1, 7), (0.1, 30, 1, 3), (0.1, 31, 1, 4), (0.01, 7, 2, 2), (1.0, 7, 1, 7)],
+)
+def test_how_many(clients_per_round: float | None, known: int, least: int, expected: int) -> None:
+    """A share is rounded up, and never below the minimum; nobody is drawn who isn't there."""
+    assert sample_size(clients_per_round, known, least) == expected
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 0.0, 1.1, True, "all", 1])
+def test_what_is_refused(wrong: object) -> None:
+    """A number below the minimum (2 here), a share out of (0, 1], and what is neither."""
+    with pytest.raises(InputError, match="clients_per_round"):
+        check_sample_size(wrong, 2)  # type: ignore[arg-type]

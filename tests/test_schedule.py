@@ -1,0 +1,163 @@
+"""Who makes which request when: virtual schedules worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import toy
+
+from splitfed import policies
+from splitfed.messages import BackwardRequest, ForwardRequest, PullRequest, PushRequest
+from splitfed.schedule import Schedule
+from splitfed.simulated import Simulation
+from splitfed.virtual import VirtualTime
+
+KINDS = {PullRequest: "pull", ForwardRequest: "forward", BackwardRequest: "backward", PushRequest: "push"}
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, simulation: Simulation) -> list[tuple[float, str, str]]:
+    """The (time, client, request) of each request that a simulation makes from now on."""
+    log: list[tuple[float, str, str]] = []
+    meter, timeline = simulation._assembly.meter, simulation._timeline
+    count = meter._count
+
+    def counting(client_id: str, request: Any, answer: Any) -> Any:
+        if getattr(request, "base_version", 0) != -1:
+            log.append((round(timeline.now if timeline is not None else 0.0, 6), client_id, KINDS[type(request)]))
+        return count(client_id, request, answer)
+
+    monkeypatch.setattr(meter, "_count", counting)
+    return log
+
+
+def test_a_client_makes_each_request_at_its_own_instant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three seconds of work a batch and half a second a way: 1 before each request, and 2 ways; a batch takes 5.
+
+    Pull at 0.5; forward 0.5 + 1 + 0.5 later; backward as much later; the next forward has the last third of one batch
+    and the first of the next before it.
+    """
+    simulation = toy.run(clients=toy.clients(1), rounds=1, virtual=VirtualTime(compute=3, latency=0.5))
+    log = watched(monkeypatch, simulation)
+    row = next(simulation)
+    expected = [(0.5, "pull"), (2.5, "forward"), (4.5, "backward"), (7.5, "forward"), (9.5, "backward"), (11.5, "push")]
+    assert [(time, kind) for time, _, kind in log] == expected
+    assert row["time"] == 11.5
+    assert [(commit["time"], commit["delay"]) for commit in simulation.history.commits("body")] == [(11.5, 4.5)]
+
+
+def test_a_round_waits_for_its_slowest_client() -> None:
+    """Two batches of 1 second and two of 10: without latency the round takes 2 · 10."""
+    virtual = VirtualTime(compute={"client-0": 1, "client-1": 10})
+    times = [row["time"] for row in toy.run(clients=toy.clients(2), virtual=virtual)]
+    assert times == pytest.approx([20, 40])
+
+
+def test_without_virtual_time_clients_come_one_after_the_other_where_order_doesnt_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In round mode; batch by batch where one sees what another has done."""
+    orders = {}
+    for mode in ("round", "sflv1", "sflv2", "buffered", "synchronous"):
+        simulation = toy.run(clients=toy.clients(2), rounds=1, mode=mode)
+        log = watched(monkeypatch, simulation)
+        next(simulation)
+        orders[mode] = "".join(client[-1] for _, client, kind in log if kind == "backward")
+    assert orders == {"round": "0011", "sflv1": "0011", "sflv2": "0101", "buffered": "0101", "synchronous": "0101"}
+
+
+def test_a_straggler_is_late_and_begins_the_next_round_when_it_is_done() -> None:
+    """A deadline after 5 seconds; the slow one pushes at 8, in the second round, and then trains for that one.
+
+    It pulls version 0 at 0 and version 1 at 8, and is folded at 10 and at 20: into versions 2 and 4, by 1 and 2 late.
+    """
+    virtual = VirtualTime(compute={"client-0": 1, "client-1": 8})
+    rows = list(toy.run(clients=toy.clients(2, each=4), rounds=4, deadline=5, virtual=virtual))
+    assert [row["time"] for row in rows] == [5, 10, 15, 20]
+    assert [row["participants"] for row in rows] == [["client-0"]] * 4
+    assert [row["late"] for row in rows] == [[], ["client-1"], [], ["client-1"]]
+    assert [row["clients"]["client-1"].get("staleness") for row in rows] == [None, 1, None, 2]
+
+
+def test_late_updates_can_be_refused() -> None:
+    """They are reported as dropped, and count nowhere."""
+    virtual = VirtualTime(compute={"client-0": 1, "client-1": 8})
+    settings: dict[str, Any] = {"clients": toy.clients(2, each=4), "deadline": 5, "late": "refuse", "virtual": virtual}
+    first, second = toy.run(**settings)
+    assert first["missing"] == ["client-1"]
+    assert list(second["dropped"]) == ["client-1"]
+    assert second["participants"] == ["client-0"]
+
+
+def test_without_a_barrier_each_client_goes_on_at_once() -> None:
+    """One client needs 2 seconds for a pass of two batches, the other 20.2: ten of the fast one lie in between.
+
+    A stretch has as many updates as there are clients, so the first ends with the fast one's second pass, at 4.
+    """
+    mode = policies.mode("buffered", min_batches=2, max_staleness=64)
+    virtual = VirtualTime(compute={"client-0": 1, "client-1": 10.1})
+    simulation = toy.run(clients=toy.clients(2), rounds=6, mode=mode, virtual=virtual, min_updates=1)
+    rows = list(simulation)
+    assert [row["time"] for row in rows] == pytest.approx([4, 8, 12, 16, 20, 22])
+    trained = [sum(row["clients"].get(name, {}).get("batches", 0) for row in rows) for name in toy.clients(2)]
+    assert trained[0] > 5 * trained[1] > 0
+    halves = simulation.history.commits("client")
+    assert max(int(age) for commit in halves for age in commit["staleness"]) == 10
+
+
+def test_staleness_is_that_of_the_virtual_schedule() -> None:
+    """K = 1: the slow client's forward is at 3.4 and its backward at 6.8 seconds; what is committed in between counts.
+
+    The fast one's backwards are at 2/3, 5/3, 8/3, ..., so four of them lie in between: 11/3, 14/3, 17/3 and 20/3.
+    """
+    virtual = VirtualTime(compute={"client-0": 1, "client-1": 10.2})
+    clients = {**toy.clients(1, each=40), "client-1": toy.examples(4)}
+    simulation = toy.run(clients=clients, mode="sflv2", rounds=1, virtual=virtual)
+    list(simulation)
+    stale = [commit for commit in simulation.history.commits("body") if commit["staleness"] != {"0": 1}]
+    assert [(round(commit["time"], 6), commit["staleness"]) for commit in stale] == [(6.8, {"4": 1})]
+
+
+def test_a_client_that_vanishes_is_missing_and_comes_back() -> None:
+    """Whoever vanishes in a round is in no report of it but as missing; over the rounds everybody takes part again."""
+    rows = list(toy.run(rounds=12, virtual=VirtualTime(dropout=0.5), deadline=4))
+    missing = [set(row["missing"]) for row in rows]
+    assert all(set(row["missing"]) | set(row["participants"]) == set(toy.clients()) for row in rows)
+    assert any(missing)
+    assert {name for row in rows for name in row["participants"]} == set(toy.clients())
+    assert rows[0]["time"] == 4 if missing[0] else rows[0]["time"] == pytest.approx(2)
+
+
+def test_a_round_without_a_deadline_ends_when_nobody_is_left() -> None:
+    """The vanished don't hang it."""
+    rows = list(toy.run(rounds=6, virtual=VirtualTime(dropout=0.7)))
+    assert len(rows) == 6
+    assert any(row["missing"] for row in rows)
+    assert {row["status"] for row in rows} <= {"complete", "deadline", "below_quorum"}
+
+
+def test_without_a_barrier_the_vanished_begin_anew() -> None:
+    """After the time that a pass takes them."""
+    mode = policies.mode("buffered", min_batches=2)
+    rows = list(toy.run(rounds=6, mode=mode, virtual=VirtualTime(dropout=0.5), min_updates=1))
+    assert {name for row in rows for name in row["clients"]} == set(toy.clients())
+
+
+def test_global_steps_wait_for_the_slowest_in_virtual_time() -> None:
+    """Synchronous mode: each of two steps takes as long as its slowest client's batch."""
+    virtual = VirtualTime(compute={"client-0": 1, "client-1": 10})
+    simulation = toy.run(clients=toy.clients(2), rounds=1, mode="synchronous", virtual=virtual)
+    rows = list(simulation)
+    steps = [commit["time"] for commit in simulation.history.commits("body")]
+    assert steps == pytest.approx([10, 20])
+    assert rows[0]["time"] == pytest.approx(20)
+
+
+def test_what_a_client_keeps_can_be_looked_at() -> None:
+    """Its personal parts after its last activation; nothing of one that was never active."""
+    simulation = toy.run(personal=("3.*",), rounds=1)
+    list(simulation)
+    schedule = simulation._driver
+    assert isinstance(schedule, Schedule)
+    assert sorted(schedule.belongings("client-0").personal) == ["3.bias", "3.weight"]
+    assert schedule.belongings("nobody").personal == {}

@@ -1,0 +1,303 @@
+"""Whole runs: by definition, by seed, by store, and in bounded memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+import splitfed
+from splitfed import History, VirtualTime, policies
+from splitfed.blobs.memory import _REGISTRY
+from splitfed.errors import CutError, InputError
+from splitfed.store import GradientStore
+
+MODES = ("round", "buffered", "sflv2", "sflv1", "synchronous")
+
+
+def linear() -> nn.Module:
+    """3 | 2 | 1 without biases, in float64: bottom, body and head."""
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False)
+    return nn.Sequential(*layers).double()
+
+
+def halves(number: int = 2, each: int = 5) -> dict[str, Any]:
+    """Clients of unlike sizes, each with as many examples as make one batch; in float64."""
+    generator = torch.Generator().manual_seed(2)
+    return {
+        f"c{i}": (
+            torch.randn(each + i, 3, generator=generator, dtype=torch.float64),
+            torch.randn(each + i, 1, generator=generator, dtype=torch.float64),
+        )
+        for i in range(number)
+    }
+
+
+def test_a_round_is_fedavg_of_the_halves_and_one_step_of_the_body() -> None:
+    """By hand: w ← w − lr · Σ nᵢgᵢ/Σ nᵢ for the body, and Σ nᵢ(wᵢ)/Σ nᵢ for the halves, wᵢ after a step of each client."""
+    whole, clients = linear(), halves()
+    simulation = toy.run(
+        model=whole,
+        at="1",
+        clients=clients,
+        loss_fn=mse_loss,
+        server_optimizer=toy.sgd,
+        rounds=3,
+        batch_size=100,
+    )
+    list(simulation)
+    expected = copy.deepcopy(whole)
+    for _ in range(3):
+        total = sum(len(x) for x, _ in clients.values())
+        gradients = {name: torch.zeros_like(p) for name, p in expected.named_parameters()}
+        for x, y in clients.values():
+            expected.zero_grad()
+            mse_loss(expected(x), y).backward()
+            for name, parameter in expected.named_parameters():
+                gradients[name] += len(x) / total * parameter.grad  # type: ignore[operator]
+        with torch.no_grad():
+            for name, parameter in expected.named_parameters():
+                parameter -= 0.5 * gradients[name]
+    for name, tensor in simulation.whole().state_dict().items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-12)
+
+
+def test_synchronous_mode_is_centralised_training_on_all_batches() -> None:
+    """With Adam on both lineages, ten global steps, clients of unlike sizes: to 1e-12."""
+    whole, clients = linear(), halves(3)
+    simulation = toy.run(
+        model=whole,
+        at="1",
+        clients=clients,
+        loss_fn=mse_loss,
+        server_optimizer=toy.adam,
+        half_optimizer=toy.adam,
+        mode="synchronous",
+        rounds=10,
+        batch_size=100,
+    )
+    rows = list(simulation)
+    expected = copy.deepcopy(whole)
+    optimizer = toy.adam(expected.parameters())
+    inputs, targets = (torch.cat(parts) for parts in zip(*clients.values(), strict=True))
+    for _ in range(10):
+        optimizer.zero_grad()
+        mse_loss(expected(inputs), targets).backward()
+        optimizer.step()
+    assert [row["commits"] for row in rows] == [1] * 10
+    for name, tensor in simulation.whole().state_dict().items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_same_seed_gives_the_same_bits_and_another_one_others(mode: str) -> None:
+    """Whatever the caller drew before; dropout in the body draws too."""
+    ends, losses = [], []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)
+        before = torch.get_rng_state()
+        simulation = toy.run(mode=mode, model=toy.model(dropout=0.5), seed=seed, clients_per_round=2)
+        losses.append([row["train_loss"] for row in simulation])
+        assert torch.equal(torch.get_rng_state(), before)
+        ends.append(simulation.whole())
+    assert toy.same(ends[0], ends[1])
+    assert losses[0] == losses[1] != losses[2]
+    assert not toy.same(ends[0], ends[2])
+
+
+def test_virtual_time_changes_no_bits_of_a_round() -> None:
+    """Nothing that one client does is seen by another before the round ends."""
+    ends = [toy.run(model=toy.model(dropout=0.5), virtual=virtual) for virtual in (None, VirtualTime(latency=0.1))]
+    for one in ends:
+        list(one)
+    assert toy.same(ends[0].whole(), ends[1].whole())
+
+
+def test_rows_tell_of_the_run_its_commits_and_its_rounds() -> None:
+    """In the history as they were yielded; figures of the clients add up to those of the round."""
+    seen: list[dict[str, Any]] = []
+    inputs, labels = toy.examples(30)
+    simulation = toy.run(evaluate=(inputs, labels), callbacks=[seen.append], name="mine", clients_per_round=2)
+    rows = list(simulation)
+    assert [row["kind"] for row in seen] == ["run", "commit", "commit", "round", "commit", "commit", "round"]
+    assert simulation.history.rows == seen
+    assert simulation.history.rounds() == rows
+    run = seen[0]
+    assert (run["name"], run["mode"], run["seed"], run["settings"]["rounds"]) == ("mine", "round", 0, 2)
+    assert run["clients"]["client-0"]["num_samples"] == sum(run["clients"]["client-0"]["classes"].values()) == 8
+    for row in rows:
+        assert len(row["sampled"]) == 2
+        assert row["sampled"] == row["participants"] == list(row["clients"])
+        for figure in ("bytes_up", "bytes_down"):
+            assert row[figure] == sum(entry[figure] for entry in row["clients"].values()) > 0
+        mean = sum(e["train_loss"] * e["num_samples"] for e in row["clients"].values()) / 16
+        assert row["train_loss"] == pytest.approx(mean)
+        assert 0 <= row["accuracy"] <= 1
+        assert 0 < row["time"] == row["seconds"]
+    whole = simulation.whole()
+    assert rows[-1]["loss"] == pytest.approx(cross_entropy(whole(inputs), labels).item())
+    assert not whole.training
+    assert list(whole.state_dict()) == list(toy.model().state_dict())
+
+
+def test_nothing_trains_before_the_first_row_is_asked_for_and_nothing_after_the_last() -> None:
+    """A run may be left where it is; what is in the store stays."""
+    store = GradientStore("memory://lazy")
+    simulation = toy.run(store=store)
+    assert simulation.history.rows == []
+    assert store.waiting() == []
+    next(simulation)
+    simulation.close()
+    assert list(simulation) == []
+    assert store.latest_version() == 1
+
+
+def test_a_run_goes_on_where_its_store_is() -> None:
+    """Two rounds and then the other two end in the same bits as four, with one history."""
+    whole = toy.run(model=toy.model(0.5), rounds=4)
+    list(whole)
+    store = GradientStore("memory://resumed")
+    for rounds in (2, 4):
+        simulation = toy.run(model=toy.model(0.5), rounds=rounds, store=store, history=History(store))
+        list(simulation)
+    assert [row["round"] for row in History.load(store).rounds()] == [1, 2, 3, 4]
+    assert toy.same(whole.whole(), simulation.whole())
+    assert list(toy.run(rounds=4, store=store)) == []
+
+
+def test_personal_parts_never_leave_a_client() -> None:
+    """They aren't in the lineage, cost no bytes, and each client's own are trained on from round to round."""
+    shared, personal = toy.run(), toy.run(personal=("3.*",))
+    sizes = [next(iter(simulation))["bytes_up"] for simulation in (shared, personal)]
+    head = 4 * (6 * 3 + 3)
+    assert sizes[0] - sizes[1] == 3 * head
+    list(personal)
+    assert "3.weight" not in personal.store.load_weights(lineage="client")
+    assert torch.equal(personal.whole().state_dict()["3.weight"], toy.model().state_dict()["3.weight"])
+
+
+def test_replicas_and_schedulers_are_the_real_ones() -> None:
+    """Two servers in turn give the same bits as one; a rate of zero after the first commit leaves the body there."""
+    ends = [toy.run(model=toy.model(0.5), replicas=replicas) for replicas in (1, 2)]
+    for one in ends:
+        list(one)
+    assert toy.same(ends[0].whole(), ends[1].whole())
+    still = toy.run(
+        server_optimizer=toy.sgd,
+        server_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0),
+        rounds=2,
+    )
+    list(still)
+    assert torch.equal(still.store.load_weights(1)["1.weight"], still.store.load_weights(2)["1.weight"])
+    assert not torch.equal(still.store.load_weights(0)["1.weight"], still.store.load_weights(1)["1.weight"])
+
+
+def test_a_store_that_was_not_given_goes_with_its_run() -> None:
+    """Nothing of it stays in memory."""
+    simulation = toy.run()
+    list(simulation)
+    name = simulation.store.url.removeprefix("memory://")
+    assert _REGISTRY[name].objects
+    del simulation
+    gc.collect()
+    assert not _REGISTRY[name].objects
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"rounds": 0}, InputError, "rounds is 0"),
+        ({"batch_size": 0}, InputError, "batch_size is 0"),
+        ({"local_passes": 0}, InputError, "local_passes is 0"),
+        ({"workers": -1}, InputError, "workers is -1"),
+        ({"replicas": 0}, InputError, "replicas is 0"),
+        ({"min_updates": 0}, InputError, "min_updates is 0"),
+        ({"clients_per_round": 0}, InputError, "clients_per_round"),
+        ({"mode": "rounds"}, InputError, "mode 'rounds' isn't known"),
+        ({"deadline": 3.0}, InputError, "deadline=3.0 needs a clock"),
+        ({"workers": 2, "virtual": VirtualTime()}, InputError, "leave virtual and barrier out"),
+        ({"workers": 2, "barrier": False}, InputError, "leave virtual and barrier out"),
+        ({"personal": ("tail.*",)}, InputError, "fits no parameter"),
+        ({"at": "7"}, CutError, "7"),
+        ({"clients": {}}, InputError, "expected a mapping"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused_at_once(
+    settings: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    """Before anything trains."""
+    with pytest.raises(error, match=said):
+        toy.run(**settings)
+
+
+def test_fewer_clients_than_a_round_needs_is_an_error() -> None:
+    """No round could ever begin."""
+    with pytest.raises(InputError, match="min_clients"):
+        list(toy.run(min_clients=4))
+
+
+def test_a_barrier_can_be_set_by_hand() -> None:
+    """Buffered mode waits without virtual time, and doesn't with it; either can be had otherwise."""
+    mode, found = policies.mode("buffered", min_batches=2), []
+    for virtual in (None, VirtualTime()):
+        for barrier in (None, True, False):
+            simulation = toy.run(mode=mode, virtual=virtual, barrier=barrier)
+            next(simulation)
+            assert simulation.history.run is not None
+            found.append(simulation.history.run["settings"]["barrier"])
+    assert found == [True, True, False, False, True, False]
+    assert splitfed.simulate.__module__ == "splitfed.simulation"
+
+
+MEASURE = """
+import functools, resource, sys, torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from splitfed import simulate
+
+torch.set_num_threads(1)
+number = int(sys.argv[1])
+generator = torch.Generator().manual_seed(0)
+inputs = torch.randn(number, 4, 8, generator=generator)
+clients = {f"c{i:04d}": (inputs[i], inputs[i, :, :3].argmax(1)) for i in range(number)}
+model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+sgd = functools.partial(torch.optim.SGD, lr=0.1)
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize() / 2**20
+
+def run(clients, rounds):
+    return simulate(
+        model, "1", clients, loss_fn=cross_entropy, optimizer=sgd, server_optimizer=sgd, rounds=rounds, batch_size=4,
+        clients_per_round=10,
+    )
+
+list(run(dict(list(clients.items())[:10]), 1))  # imports and pools are no part of it
+before = resident()
+simulation = run(clients, 50)
+assert sum(len(row["participants"]) for row in simulation) == 500
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_a_thousand_clients_need_the_memory_of_the_active_ones() -> None:
+    """Fifty rounds of 10 clients sampled of 1,000 grow the process by at most 10 MB more than of 20."""
+    grown = {}
+    for number in (20, 1000):
+        command = [sys.executable, "-W", "error", "-c", MEASURE, str(number)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stderr
+        grown[number] = float(done.stdout)
+    assert grown[1000] - grown[20] <= 10, grown
