@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "codec": "errors foreign strides",
     "kinds": "errors messages",
     "packing": "errors messages kinds trees codec",
+    "wire": "errors messages codec packing",
     # The model: cut, run, and run again.
     "cache": "",
     "numerics": "",
