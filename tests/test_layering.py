@@ -74,8 +74,9 @@ MAY_IMPORT = {
     # What stands on top of both sides.
     "partition": "errors",
     "checking": "errors messages trees template cutting unsplit client store server",
+    "status": "errors ids numerics packing commits layout pile store versions",
     "demo": "errors messages cutting transport client commits store server accumulator partition",
-    "cli": "errors demo splitfed",
+    "cli": "errors demo splitfed status store",
 }
 
 # They compute; what they know of the world was given to them.

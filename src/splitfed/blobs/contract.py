@@ -75,6 +75,9 @@ class Blobs(Protocol):
         What isn't a key (temporary files, locks, foreign names) is left out.
         """
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the size in bytes of each key that `list` would return, in the same order, without reading any."""
+
     def probe(self) -> None:
         """Race for a few keys beneath `probe/`, and clean up; to be called once before a backend is relied on.
 

@@ -81,6 +81,11 @@ class MemoryBlobs:
             keys = [*self._content.objects]
         return sorted(key for key in keys if key.startswith(start))
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the keys beneath `prefix`, sorted, with their sizes in bytes."""
+        objects = {key: self._content.objects.get(key) for key in self.list(prefix)}
+        return {key: len(data) for key, data in objects.items() if data is not None}
+
     def probe(self) -> None:
         """Race for a few keys, as every backend does."""
         check_create(self)
