@@ -42,12 +42,13 @@ MAY_IMPORT = {
     "replay": "errors messages trees codec seeding template boundary",
     # The client side.
     "transport": "messages",
+    "transports": "errors transport",
     "connection": "errors messages transport",
     "passes": "messages connection",
     "calls": "errors messages trees seeding cutpoint boundary connection passes",
     "onetrip": "errors messages seeding cutpoint calls",
     "syncing": "errors messages template connection",
-    "client": "errors ids cutpoint transport connection passes calls onetrip syncing",
+    "client": "errors ids cutpoint transport transports connection passes calls onetrip syncing",
     # The mathematics of a commit.
     "averaging": "errors ids",
     "buffers": "errors",
@@ -62,11 +63,14 @@ MAY_IMPORT = {
     "lineage": "errors codec packing template applied commits versions",
     "pile": "errors ids messages packing blobs layout",
     "store": "errors ids numerics packing blobs layout lineage pile",
+    # A store as the way to a server; the worker at its other end is below the server.
+    "storetransport": "errors ids messages packing wire blobs layout",
     # The server: forward and backward.
     "sealing": "errors ids messages codec packing applied versions pile",
     "halves": "errors ids kinds messages packing template store sealing",
     "running": "errors messages cache template replay buffers versions pile",
     "server": "errors ids kinds messages trees packing template boundary replay store sealing halves running",
+    "working": "errors ids packing wire transport layout store",
     # The accumulator: stored gradients become the next version.
     "folding": "errors ids codec messages template averaging buffers pile",
     "stepping": "template optimizers versions",
@@ -75,8 +79,9 @@ MAY_IMPORT = {
     "partition": "errors",
     "checking": "errors messages trees template cutting unsplit client store server",
     "status": "errors ids numerics packing commits layout pile store versions",
+    "http": "errors ids messages trees foreign codec packing wire transport server status",
     "demo": "errors messages cutting transport client commits store server accumulator partition",
-    "cli": "errors demo splitfed status store",
+    "cli": "errors demo splitfed http server status store",
 }
 
 # They compute; what they know of the world was given to them.

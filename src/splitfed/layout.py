@@ -2,6 +2,9 @@
 
     format.json                                    create-once: format version, numerics class of version 0
     clients/<id>/<incarnation>                     create-once: one per client process
+    post/<id>/<process>-<number>.request           a client without a server asks; transient, as all of post/
+    post/<id>/<process>-<number>.claim-<k>         create-once: a worker has taken it
+    post/<id>/<process>-<number>.answer            create-once: what it answers
     <lineage>/                                     body | client | body@<id>
       fingerprint.json                             create-once: names, shapes, dtypes, ties, who is frozen
       frozen-<sha256>.safetensors                  create-once: parameters that never train
@@ -28,6 +31,8 @@ from splitfed.ids import BatchId, check_client_id, check_lineage, check_number
 FORMAT = "format.json"
 _GRADIENT = re.compile(r"grad/([^/]+)/(\d{8,12})-(\d{10,12})")
 _VERSIONED = re.compile(r"(?:weights|optimizer|applied)/(\d{10,12})-([0-9a-f]+)\.(?:safetensors|json)")
+POST = "post"
+_POST = re.compile(r"post/([^/]+)/([0-9a-f]{32}-\d{10,12})\.(request|answer|claim-\d{4})")
 _TRANSIENT = re.compile(r"(forward|part)/(\d{10,12})/")
 
 
@@ -35,6 +40,22 @@ def client(client_id: str, incarnation: int | None = None) -> str:
     """The key of a client's process, or the folder of all of them."""
     folder = f"clients/{check_client_id(client_id)}"
     return folder if incarnation is None else f"{folder}/{_padded('incarnation', incarnation, 8)}"
+
+
+def post(client_id: str, process: str, number: int) -> str:
+    """Where one request of a client's process lies, its claims and its answer, but for what each ends with."""
+    return f"{POST}/{check_client_id(client_id)}/{process}-{_padded('number', number)}"
+
+
+def parse_post(key: str) -> tuple[str, str, str] | None:
+    """(client id, its key but for the end, the end) of a key beneath post/; `None` for anything else."""
+    found = _POST.fullmatch(key)
+    if found is None:
+        return None
+    try:
+        return check_client_id(found[1]), key.removesuffix(f".{found[3]}"), found[3]
+    except IdError:
+        return None
 
 
 class Keys:
