@@ -78,6 +78,7 @@ MAY_IMPORT = {
     # What stands on top of both sides.
     "partition": "errors",
     "checking": "errors messages trees template cutting unsplit client store server",
+    "testing": "errors blobs",
     "status": "errors ids numerics packing commits layout pile store versions",
     "http": "errors ids messages trees foreign codec packing wire transport server status",
     "demo": "errors messages cutting transport client commits store server accumulator partition",

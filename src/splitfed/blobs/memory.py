@@ -76,7 +76,8 @@ class MemoryBlobs:
 
     def list(self, prefix: str) -> builtins.list[str]:
         """Return all keys beneath `prefix`, sorted."""
-        start = f"{check_prefix(prefix)}/" if prefix else ""
+        directory = check_prefix(prefix)
+        start = f"{directory}/" if directory else ""
         with self._content.lock:
             keys = [*self._content.objects]
         return sorted(key for key in keys if key.startswith(start))
