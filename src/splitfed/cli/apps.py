@@ -35,7 +35,7 @@ def load_object(spec: str, what: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module)
-    except Exception as error:  # noqa: BLE001 -- whatever the user's module raises is the user's mistake to be told
+    except Exception as error:
         raise InputError(f"{what} {spec!r}: importing {module!r} from {os.getcwd()} raised {_told(error)}") from error
     for name in path.split("."):
         if not hasattr(found, name):
@@ -56,7 +56,7 @@ def load_body(spec: str) -> nn.Module:
     if not isinstance(found, nn.Module) and callable(found):
         try:
             found = found()
-        except Exception as error:  # noqa: BLE001 -- as above
+        except Exception as error:
             raise InputError(f"APP {spec!r}: calling it raised {_told(error)}") from error
     if not isinstance(found, nn.Module):
         raise InputError(
