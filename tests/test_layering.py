@@ -82,7 +82,7 @@ MAY_IMPORT = {
     "status": "errors ids numerics packing commits layout pile store versions",
     "http": "errors ids messages trees foreign codec packing wire transport server status",
     "demo": "errors messages cutting transport client commits store server accumulator partition",
-    "cli": "errors demo splitfed http server status store",
+    "cli": "errors demo splitfed http server status store accumulator commits policies working",
 }
 
 # They compute; what they know of the world was given to them.
