@@ -194,7 +194,8 @@ class RemoteBlobs:
             raise self._failed("read", key, exc) from exc
 
     def _failed(self, verb: str, key: str, exc: Exception) -> StoreError:
-        return StoreError(f"can't {verb} {key!r} in {self!r}: {self._redact(f'{type(exc).__name__}: {exc}')}")
+        mend = "; is there such a bucket? It has to be made first" if isinstance(exc, FileNotFoundError) else ""
+        return StoreError(f"can't {verb} {key!r} in {self!r}: {self._redact(f'{type(exc).__name__}: {exc}')}{mend}")
 
 
 def _one_get(filesystem: type) -> dict[str, int]:
