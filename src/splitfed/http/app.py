@@ -52,6 +52,7 @@ def make_app(
     """
     limits = Limits() if limits is None else limits
     threads = ThreadPoolExecutor(limits.requests, thread_name_prefix="splitfed")
+    watchers = ThreadPoolExecutor(2, thread_name_prefix="splitfed-watch")
     desk = Desk(server, limits, None if tokens is None else Tokens(tokens), threads)
     store, versions = server.store, server.store.lineage(server.lineage)
 
@@ -71,10 +72,10 @@ def make_app(
     status = _Cached(lambda: json.dumps(read_status(store).to_json()).encode(), _STATUS_SECONDS)
     routes: list[BaseRoute] = [Route(f"{PREFIX}/{name}", Method(desk, name), methods=["POST"]) for name in wire.METHODS]
     reports = [
-        Report(desk, f"{PREFIX}/status", _JSON, lambda: (200, status()), private=True),
+        Report(desk, f"{PREFIX}/status", _JSON, lambda: (200, status()), watchers, private=True),
         Report(desk, "/healthz", _JSON, lambda: (200, b'{"status": "alive"}')),
-        Report(desk, "/readyz", _JSON, ready),
-        Report(desk, "/metrics", metrics.CONTENT_TYPE, measure),
+        Report(desk, "/readyz", _JSON, ready, watchers),
+        Report(desk, "/metrics", metrics.CONTENT_TYPE, measure, watchers),
         Report(desk, "/openapi.json", _JSON, lambda: (200, spec)),
     ]
     routes += [Route(report.path, report, methods=["GET"]) for report in reports]
@@ -82,6 +83,7 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
+        watchers.shutdown(wait=True)
         threads.shutdown(wait=True)
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})

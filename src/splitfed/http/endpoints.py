@@ -58,7 +58,7 @@ class Desk:
         server: Who serves.
         limits: How much it takes.
         tokens: Whom it serves; `None` for everybody.
-        threads: Where it computes.
+        threads: Where it computes, one for each request that may be under way.
     """
 
     def __init__(self, server: Transport, limits: Limits, tokens: Tokens | None, threads: Executor) -> None:
@@ -68,10 +68,6 @@ class Desk:
         self.threads = threads
         self.budget = Budget(limits)
         self.metrics = Metrics()
-
-    async def work(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
     def admit(self, scope: Scope) -> tuple[dict[bytes, bytes], str | None]:
         """The headers of a request and whose it is.
@@ -214,7 +210,7 @@ class Method(Endpoint):
         headers, owner = self.desk.admit(scope)
         _check_type(headers)
         body = await received.body(headers, receive, self.desk.limits)
-        return 200, BINARY.encode(), await self.desk.work(self._run, body, owner)
+        return 200, BINARY.encode(), await _work(self.desk.threads, self._run, body, owner)
 
     def _run(self, body: memoryview, owner: str | None) -> Buffers:
         limits = self.desk.limits
@@ -231,24 +227,37 @@ class Report(Endpoint):
         desk: What the process shares.
         path: The route.
         kind: The content type.
-        read: Makes status and body, in a thread.
+        read: Makes status and body.
+        threads: Where, if it asks the store: others than those that compute, which may all be busy.
         private: Whether a token is needed.
     """
 
     def __init__(
-        self, desk: Desk, path: str, kind: bytes, read: Callable[[], tuple[int, bytes]], *, private: bool = False
+        self,
+        desk: Desk,
+        path: str,
+        kind: bytes,
+        read: Callable[[], tuple[int, bytes]],
+        threads: Executor | None = None,
+        *,
+        private: bool = False,
     ) -> None:
         super().__init__(desk, path)
         self._kind = kind
         self._read = read
+        self._threads = threads
         self._private = private
 
     async def answer(self, scope: Scope, receive: Receive, received: Received) -> tuple[int, bytes, Buffers]:
         """Read it."""
         if self._private:
             self.desk.admit(scope)
-        status, body = await self.desk.work(self._read)
+        status, body = self._read() if self._threads is None else await _work(self._threads, self._read)
         return status, self._kind, [body]
+
+
+async def _work(threads: Executor, function: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
 
 
 def _check_type(headers: Mapping[bytes, bytes]) -> None:
