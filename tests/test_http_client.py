@@ -136,9 +136,9 @@ def test_a_wrong_url_fails_at_once_and_is_named() -> None:
 )
 def test_something_else_at_the_url_is_told_at_once(said: bytes, status: int) -> None:
     """A login page, a redirect, another service: not ours, whatever it says."""
-    with scripted(answer(status, said, location="http://127.0.0.1:9/")) as (url, seen):
-        with pytest.raises(SplitFedError) as caught:
-            HttpTransport(url).pull(PullRequest("a"))
+    script = scripted(answer(status, said, location="http://127.0.0.1:9/"))
+    with script as (url, seen), pytest.raises(SplitFedError) as caught:
+        HttpTransport(url).pull(PullRequest("a"))
     assert len(seen) == 1
     assert status == 200 or url in str(caught.value)
 

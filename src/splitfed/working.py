@@ -12,8 +12,11 @@ and a request is there before any claim; so a listing that shows such may be swe
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -160,7 +163,8 @@ class Worker:
         """Try to be who answers."""
         if claims and not self._is_older(f"{place}.claim-{claims - 1:04d}", self.claim_seconds):
             return False
-        return self._blobs.create(f"{place}.claim-{claims:04d}", [b"claimed"], durable=False)
+        whose = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()  # for people; nothing reads it
+        return self._blobs.create(f"{place}.claim-{claims:04d}", [whose], durable=False)
 
     def _answer(self, place: str, post: _Post) -> bool:
         """Create the answer; whether there was a request."""

@@ -40,7 +40,7 @@ class Tokens:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
-        self._stamp = _stamp(self._path)
+        self._stamp: Stamp | None = _stamp(self._path)
         self._hashes = _read(self._path)
 
     def owner(self, authorization: bytes | None) -> str:
@@ -67,13 +67,17 @@ class Tokens:
     def _refresh(self) -> None:
         try:
             stamp = _stamp(self._path)
-            if stamp != self._stamp:
-                self._stamp = stamp
-                self._hashes = _read(self._path)
         except InputError as error:
             if self._stamp is not None:
                 _log.error("%s: the tokens read before still count", error)
             self._stamp = None
+            return
+        if stamp != self._stamp:
+            self._stamp = stamp
+            try:
+                self._hashes = _read(self._path)
+            except InputError as error:
+                _log.error("%s: the tokens read before still count", error)
 
 
 def check_owner(owner: str | None, client_id: object) -> None:
@@ -145,7 +149,7 @@ def clients(path: Path) -> list[str]:
     return sorted({name for name, _ in _read(path)})
 
 
-def _stamp(path: Path) -> Stamp | None:
+def _stamp(path: Path) -> Stamp:
     try:
         found = path.stat()
     except OSError as error:
