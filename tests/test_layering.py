@@ -78,11 +78,12 @@ MAY_IMPORT = {
     # What stands on top of both sides.
     "partition": "errors",
     "checking": "errors messages trees template cutting unsplit client store server",
+    "inspecting": "messages trees codec packing client store server",
     "testing": "errors blobs",
     "status": "errors ids numerics packing commits layout pile store versions",
     "http": "errors ids messages trees foreign codec packing wire transport server status",
     "demo": "errors messages cutting transport client commits store server accumulator partition",
-    "cli": "errors demo splitfed http server status store accumulator commits policies working",
+    "cli": "errors demo splitfed http server status store accumulator commits policies working inspecting cutpoint cutting numerics",
 }
 
 # They compute; what they know of the world was given to them.

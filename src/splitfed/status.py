@@ -91,6 +91,8 @@ class StoreStatus:
     bytes: Mapping[str, int]
     """Stored bytes by kind: 'weights', 'optimizer', 'grad', 'forward' ..."""
     num_objects: int
+    num_requests: int
+    """Requests that clients have posted as files and nobody has answered yet."""
     problems: tuple[str, ...]
     """What is wrong, in words; empty in a healthy store."""
     seconds: float
@@ -133,6 +135,7 @@ def read_status(store: GradientStore, *, budget: int = BUDGET) -> StoreStatus:
         lineages=lineages,
         bytes=_bytes(sizes, names),
         num_objects=len(sizes),
+        num_requests=_requests(sizes),
         problems=tuple(problems),
         seconds=time.perf_counter() - began,
     )
@@ -204,16 +207,7 @@ def _ages(
 
 
 def _commit(commit: Commit) -> CommitStatus:
-    return CommitStatus(
-        commit.version,
-        commit.kind,
-        commit.time,
-        commit.num_batches,
-        commit.num_samples,
-        commit.num_stale,
-        commit.num_rejected,
-        dict(sorted(commit.staleness.items())),
-    )
+    return CommitStatus(**{name: getattr(commit, name) for name in CommitStatus.__dataclass_fields__})
 
 
 def _lineages(sizes: Iterable[str]) -> list[str]:
@@ -226,6 +220,11 @@ def _clients(sizes: Iterable[str]) -> dict[str, int]:
         if found := _CLIENT.fullmatch(key):
             newest[found[1]] = max(int(found[2]), newest.get(found[1], 0))
     return newest
+
+
+def _requests(sizes: Iterable[str]) -> int:
+    posts = [found for key in sizes if (found := layout.parse_post(key))]
+    return len({one for _, one, end in posts if end == "request"} - {one for _, one, end in posts if end == "answer"})
 
 
 def _bytes(sizes: Mapping[str, int], lineages: Iterable[str]) -> dict[str, int]:

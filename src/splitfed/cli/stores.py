@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 VARIABLE = "SPLITFED_STORE"
 
 
-def add_store(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments that say which store."""
+def add_store(parser: argparse.ArgumentParser, *, writes: bool = True) -> None:
+    """Describe the arguments that say which store, and how durably the verb writes to it."""
     parser.add_argument(
         "--store",
         metavar="URL",
@@ -27,6 +27,9 @@ def add_store(parser: argparse.ArgumentParser) -> None:
         help=f"where the run lies: a folder, or a URL such as s3://bucket/run (default: ${VARIABLE}); credentials "
         "are taken from the environment",
     )
+    if not writes:
+        parser.set_defaults(sync="power")
+        return
     parser.add_argument(
         "--sync",
         choices=("power", "process"),
