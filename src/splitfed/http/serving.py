@@ -165,6 +165,8 @@ def _signals(told: list[int]) -> Iterator[None]:
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65_535:  # getaddrinfo would take the rest of it
+        raise InputError(f"can't listen at port {port}: expected one from 0 (any that is free) to 65535")
     bound: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -172,7 +174,7 @@ def _bind(host: str, port: int) -> socket.socket:
         if sys.platform != "win32":
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         if bound is not None:
             bound.close()
         raise InputError(f"can't listen at {host!r}, port {port}: {error}") from error
