@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from splitfed import GradientStore
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = {
+    "custom_backend.py": [],
     "quickstart.py": ["--epochs", "4"],
     "hospitals.py": [],
     "bert.py": ["--steps", "100"],
@@ -55,6 +57,28 @@ def figures(pattern: str, printed: str) -> list[float]:
 def test_all_examples_are_here() -> None:
     """A new script in `examples/` needs its test."""
     assert sorted(SMALL) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+def test_custom_backend(printed: str, folder: Path) -> None:
+    """All of the run is in the database, which holds a model that a linear one can't equal."""
+    assert "version 60, " in printed
+    assert (folder / "custom_backend.py" / "run.db").stat().st_size > 100_000
+    (right,) = figures(r"accuracy: ([\d.]+)", printed)
+    assert right >= 0.95
+
+
+def conformance() -> type:
+    """The conformance suite at the end of the example."""
+    spec = importlib.util.spec_from_file_location("custom_backend", EXAMPLES / "custom_backend.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    suite: type = module.TestSqlite
+    return suite
+
+
+TestSqlite = conformance()
 
 
 def test_quickstart(printed: str, folder: Path) -> None:
