@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "strides": "errors foreign",
     "codec": "errors foreign strides",
     "kinds": "errors messages",
-    "packing": "errors messages kinds trees codec",
+    "packing": "errors messages foreign kinds trees codec",
     "wire": "errors messages codec packing",
     # The model: cut, run, and run again.
     "cache": "",
@@ -81,9 +81,10 @@ MAY_IMPORT = {
     "inspecting": "messages trees codec packing client store server",
     "testing": "errors blobs",
     "status": "errors ids numerics packing commits layout pile store versions",
-    "http": "errors ids messages trees foreign codec packing wire transport server status",
+    "http": "errors ids messages trees foreign codec packing wire transport server status splitfed",
     "demo": "errors messages cutting transport client commits store server accumulator partition",
-    "cli": "errors demo splitfed http server status store accumulator commits policies working inspecting cutpoint cutting numerics",
+    "cli": "errors demo splitfed http server status store accumulator commits policies working inspecting "
+    "cutpoint cutting numerics",
 }
 
 # They compute; what they know of the world was given to them.

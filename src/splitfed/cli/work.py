@@ -53,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if not arguments.poll > 0:
         raise InputError(f"--poll is {arguments.poll}: expected a number of seconds above 0")
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     from splitfed.working import Worker
 
     server = open_server(arguments)
