@@ -80,9 +80,7 @@ class Objects(fsspec.AbstractFileSystem):  # type: ignore[misc]
         if not names:
             raise FileNotFoundError(path)
         kinds = {name: "file" if name in self.objects else "directory" for name in names} | {start: "directory"}
-        return [
-            {"name": name, "type": kind, "size": len(self.objects.get(name, b""))} for name, kind in kinds.items()
-        ]
+        return [{"name": name, "type": kind, "size": len(self.objects.get(name, b""))} for name, kind in kinds.items()]
 
 
 class AsyncObjects(AsyncFileSystem):  # type: ignore[misc]
@@ -338,6 +336,21 @@ def test_what_is_not_a_key_is_neither_listed_nor_deleted(local: LocalBlobs) -> N
     assert local.delete_tree("d") == 1
     assert (outside / "precious").exists()
     assert len(list(directory.iterdir())) == 7
+
+
+def test_sizes_leave_out_what_vanishes(local: LocalBlobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file deleted between the listing and its size is gone; one that can't be looked at is an error with its key."""
+    local.create("a", [b"12"])
+    monkeypatch.setattr(local, "list", lambda prefix: ["a", "gone"])
+    assert local.sizes("") == {"a": 2}
+
+    def broken(path: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", broken)
+        with pytest.raises(StoreError, match=r"'a'.*Input/output error"):
+            local.sizes("")
 
 
 def test_delete_tree_removes_emptied_directories(local: LocalBlobs) -> None:

@@ -6,8 +6,7 @@
 
 Exactly-once and atomic versions rest on what is tested here, so a backend that passes can carry a run. The trap is the
 race: most storage creates twice under load what it creates once in a calm test, so writers meet here in threads, and
-for the same reason a suite that has passed should be run a few times more. Pytest itself isn't needed: the methods are
-plain, and a broken promise is an `AssertionError` that says what was expected.
+one pass isn't proof: run it a few times more. Pytest itself isn't needed: a broken promise is an `AssertionError`.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from typing import Any
 
 from splitfed.blobs import Blobs, Buffer
 from splitfed.errors import IdError, InputError, SplitFedError, UnsupportedError
-
-__all__ = ["BlobsSuite"]
 
 MALFORMED: tuple[Any, ...] = (
     *("..", ".", "/", "/etc/passwd", "../a", "a/../b", "a/..", "a//b", "a/", "/a", ".a", "a/.b", "a\\b", "a*b"),
