@@ -79,6 +79,7 @@ class HttpTransport:
         ca_certs: str | None = None,
     ) -> None:
         self.url = _checked(url)
+        self._path = parse_url(self.url).path or ""
         token = os.environ.get(VARIABLE) if token is None else token
         if token is not None and not _TOKEN.fullmatch(token):
             raise InputError("the token has characters that no token has: expected what 'splitfed token new' printed")
@@ -89,7 +90,7 @@ class HttpTransport:
         self._patience = patience
         self._ca_certs = ca_certs
         self._lock = threading.Lock()
-        self._pool: urllib3.PoolManager | None = None
+        self._pool: urllib3.HTTPConnectionPool | None = None
         self._process = 0
         self._met = False
 
@@ -142,7 +143,8 @@ class HttpTransport:
         """Close the connections; the next request opens new ones."""
         with self._lock:
             if self._pool is not None:
-                self._pool.clear()
+                self._pool.close()
+                self._pool = None
 
     def _ask(self, method: str, request: Any) -> Any:
         data = self._send("POST", f"{PREFIX}/{method}", pack(request), self._patience)
@@ -179,7 +181,7 @@ class HttpTransport:
                 if status not in RETRIED:
                     raise failure
                 asked = told
-            wait = (pause if asked is None else min(asked, _LAST_PAUSE)) * _JITTER.uniform(0.5, 1.5)
+            wait = max(pause, min(asked or 0.0, _LAST_PAUSE)) * _JITTER.uniform(0.5, 1.5)
             if time.monotonic() + wait > deadline:
                 raise failure
             time.sleep(wait)
@@ -187,14 +189,15 @@ class HttpTransport:
 
     def _once(self, verb: str, path: str, parts: Body | None) -> tuple[int, float | None, memoryview | bytes]:
         """One try: status, what Retry-After asks for in seconds, and body."""
-        headers, body = self._headers, None
+        headers = self._headers
+        body: Any = None  # urllib3's types don't know that it sends memoryviews
         if parts is not None:
             size = codec.size(parts)
             body = b"".join(parts) if size < _SMALL else parts
             headers = {**headers, "content-length": str(size)}
         response = self._connections().urlopen(
             verb,
-            self.url + path,
+            self._path + path,
             body=body,
             headers=headers,
             timeout=self._timeout,
@@ -213,10 +216,11 @@ class HttpTransport:
         asked = response.headers.get("retry-after")
         return response.status, None if asked is None else _seconds(asked), data
 
-    def _connections(self) -> urllib3.PoolManager:
+    def _connections(self) -> urllib3.HTTPConnectionPool:
         with self._lock:
             if self._pool is None or self._process != os.getpid():  # a child must not write into its parent's sockets
-                self._pool = urllib3.PoolManager(maxsize=16, ca_certs=self._ca_certs)
+                options = {"ca_certs": self._ca_certs} if self.url.lower().startswith("https") else {}
+                self._pool = urllib3.connection_from_url(self.url, maxsize=16, **options)
                 self._process = os.getpid()
             return self._pool
 
