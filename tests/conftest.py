@@ -19,6 +19,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from servers import azurite, ignoring, moto, seaweed
+
+__all__ = ["azurite", "ignoring", "moto", "seaweed"]  # fixtures: each starts its server when a test first asks for it
 
 # The same examples on every run: a red test is red for whoever looks at it next. The soak draws new ones.
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)

@@ -189,9 +189,9 @@ class Hooked:
         return self._hook("list", prefix, lambda: self._blobs.list(prefix))
 
 
-def hooked(url: str, hook: Hook) -> GradientStore:
+def hooked(url: str, hook: Hook, **options: Any) -> GradientStore:
     """A store whose storage asks `hook` at every operation."""
-    store = GradientStore(url, sync="process")
+    store = GradientStore(url, sync="process", **options)
     store.blobs = Hooked(store.blobs, hook)
     return store
 

@@ -10,16 +10,18 @@ Processes are forked from a server that has imported torch once; a SIGKILL is no
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import shutil
 import socket
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -190,17 +192,24 @@ class Outcome:
     seconds: float = 0.0
 
 
+def under(environment: Mapping[str, str], main: Callable[..., None], *args: Any) -> None:
+    """The main function of a role whose process needs to know more than its arguments: the server forks too early."""
+    os.environ.update(environment)
+    main(*args)
+
+
 class Company:
     """Processes by role, which start anew when they are killed."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._environment = dict(environment)
         self._roles: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {}
         self._running: dict[str, Any] = {}
 
     def start(self, role: str, main: Callable[..., None], *args: Any) -> None:
         """Begin a role."""
         self._roles[role] = main, args
-        self._running[role] = CONTEXT.Process(target=main, args=args, daemon=True)
+        self._running[role] = CONTEXT.Process(target=under, args=(self._environment, main, *args), daemon=True)
         self._running[role].start()
 
     def kill(self, role: str, *, anew: bool = True) -> None:
@@ -221,7 +230,16 @@ class Company:
                 self.kill(role, anew=False)
 
 
-def train(url: str, *, owners: int, steps: int, kills: int, seed: int, limit: float) -> Outcome:
+def train(
+    url: str,
+    *,
+    owners: int,
+    steps: int,
+    kills: int,
+    seed: int,
+    limit: float,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Outcome:
     """Let owners train through two replicas and two accumulators; at each of `kills` random moments one is killed.
 
     Args:
@@ -231,10 +249,11 @@ def train(url: str, *, owners: int, steps: int, kills: int, seed: int, limit: fl
         kills: How many SIGKILLs.
         seed: Seeds who is killed and when.
         limit: Fail when it takes longer, in seconds.
+        environment: Variables of all processes, such as the credentials of an object store.
     """
     chance, outcome, began = random.Random(seed), Outcome(), time.monotonic()
     moments = sorted(chance.sample(range(1, owners * steps), kills))
-    company, folder = Company(), tempfile.mkdtemp(prefix="sf")
+    company, folder = Company(environment), tempfile.mkdtemp(prefix="sf")
     listeners: list[socket.socket] = []
     try:
         for replica in range(2):

@@ -19,25 +19,21 @@ from typing import Any, ClassVar
 
 import fsspec
 import pytest
-import torch
 from fsspec.asyn import AsyncFileSystem
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import splitfed
-from splitfed.blobs import Blobs, Buffer, check_key, files, open_blobs
+from splitfed.blobs import Blobs, check_key, files, open_blobs
 from splitfed.blobs.local import LocalBlobs
 from splitfed.blobs.memory import MemoryBlobs
 from splitfed.blobs.publishing import Publisher, Way
 from splitfed.blobs.remote import RemoteBlobs
 from splitfed.errors import BusyError, IdError, InputError, StoreCapabilityError, StoreError
+from splitfed.testing import BlobsSuite
 
 WAYS: list[Way] = ["unnamed", "named", "locked"] if hasattr(os, "O_TMPFILE") else ["named", "locked"]
 BACKENDS = [*WAYS, "memory", "fsspec", "fsspec-async"]
-WORDS = r"""
-    .. . / /etc/passwd ../a a/../b a/.. a//b a/ /a .a a/.b a\b a*b a?versionId=1 a::b a%00b a%2fb a:b ~ ~/a -a _a =a
-"""
-BAD_KEYS: list[Any] = [*WORDS.split(), "", "a\n", "a\0b", "ключ", "a b", "a/" * 256 + "a", "a" * 251, 7, None, b"a"]
 
 # --- filesystems of fsspec that behave, and some that don't ---------------------------------------------------------
 
@@ -84,7 +80,7 @@ class Objects(fsspec.AbstractFileSystem):  # type: ignore[misc]
         if not names:
             raise FileNotFoundError(path)
         kinds = {name: "file" if name in self.objects else "directory" for name in names} | {start: "directory"}
-        return [{"name": name, "type": kind, "size": 0} for name, kind in kinds.items()]
+        return [{"name": name, "type": kind, "size": len(self.objects.get(name, b""))} for name, kind in kinds.items()]
 
 
 class AsyncObjects(AsyncFileSystem):  # type: ignore[misc]
@@ -134,15 +130,9 @@ def protocols() -> Iterator[None]:
 
 
 @pytest.fixture(params=BACKENDS)
-def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Blobs]:
-    """Open one store of each backend, as often as one likes."""
-    return lambda: backends(request.param, tmp_path)
-
-
-@pytest.fixture
-def blobs(reopen: Callable[[], Blobs]) -> Blobs:
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
     """An empty store of each backend."""
-    return reopen()
+    return backends(request.param, tmp_path)
 
 
 @pytest.fixture(params=WAYS)
@@ -180,112 +170,18 @@ def child(code: str, *arguments: object) -> subprocess.Popen[str]:
 # --- every backend --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_absent_reads_as_none(blobs: Blobs) -> None:
-    """Absent keys and directories are no errors."""
-    assert blobs.get("a/b") is None
-    assert blobs.list("") == blobs.list("a") == blobs.list("a/b") == []
-    blobs.delete("a/b")
-    assert blobs.delete_tree("a") == 0
+@pytest.mark.parametrize("kind", BACKENDS)
+class TestEveryBackend(BlobsSuite):
+    """The public conformance suite, over each backend and each way of publishing a file."""
 
+    @pytest.fixture(autouse=True)
+    def where(self, kind: str, tmp_path: Path) -> None:
+        """Which backend, and a directory for it."""
+        self.kind, self.root = kind, tmp_path
 
-def test_create_stores_once(reopen: Callable[[], Blobs]) -> None:
-    """The first create of a key answers True and stays; later ones answer False and change nothing."""
-    assert reopen().create("grad/a/1", [b"first ", b"body"]) is True
-    assert reopen().create("grad/a/1", [b"second"]) is False
-    assert content(reopen(), "grad/a/1") == b"first body"
-    assert reopen().create("grad/a/1", [b"third"], durable=False) is False
-
-
-def test_create_after_delete_stores_again(blobs: Blobs) -> None:
-    """A deleted key is free."""
-    blobs.create("a", [b"1"])
-    blobs.delete("a")
-    assert blobs.get("a") is None
-    assert blobs.create("a", [b"2"])
-    assert content(blobs, "a") == b"2"
-
-
-def test_put_creates_and_replaces(blobs: Blobs) -> None:
-    """Put overwrites, and a created object too."""
-    blobs.put("dir/head", [b"1"])
-    blobs.put("dir/head", [b"two", b"2"], durable=True)
-    assert content(blobs, "dir/head") == b"two2"
-    assert blobs.create("dir/head", [b"3"]) is False
-
-
-def test_empty_objects_are_refused(blobs: Blobs) -> None:
-    """An object without a byte raises, whichever way it is empty, and leaves nothing."""
-    nothing: list[list[Buffer]] = [[], [b""], [b"", bytearray(), memoryview(b"")]]
-    for parts in nothing:
-        for write in (blobs.create, blobs.put):
-            with pytest.raises(InputError, match=r"'a/b'.*at least one byte"):
-                write("a/b", parts)
-    assert blobs.list("") == []
-
-
-def test_parts_may_be_any_buffers(blobs: Blobs) -> None:
-    """Bytes, bytearrays, views of any shape and empty parts are joined in order, thousands of them too."""
-    words: Any = torch.arange(6, dtype=torch.int32).numpy()
-    parts: Sequence[Any] = [b"ab", b"", bytearray(b"cd"), memoryview(words.reshape(2, 3)), memoryview(b"xyz")[1:]]
-    blobs.create("mixed", parts)
-    assert content(blobs, "mixed") == b"abcd" + words.tobytes() + b"yz"
-    many = [bytes([number % 251]) * (number % 7) for number in range(5000)]
-    blobs.put("many", many)
-    assert content(blobs, "many") == b"".join(many)
-
-
-@pytest.mark.parametrize("size", [1, 65_535, 65_536, 200_001])
-def test_what_get_returns_is_private_and_writable(blobs: Blobs, size: int) -> None:
-    """A tensor over the returned memory can be changed in place, and the store doesn't see it."""
-    body = random.Random(size).randbytes(size)
-    blobs.create("x", [body])
-    data = blobs.get("x")
-    assert data is not None
-    assert (data.nbytes, data.readonly) == (size, False)
-    tensor = torch.frombuffer(data, dtype=torch.uint8)
-    tensor += 1
-    assert content(blobs, "x") == body
-    blobs.put("x", [b"other"])
-    blobs.delete("x")
-    assert bytes(data) == bytes((byte + 1) % 256 for byte in body)
-
-
-def test_list_is_recursive_sorted_and_by_whole_names(blobs: Blobs) -> None:
-    """A directory holds what is beneath it, not its siblings with a longer name nor the key of its own name."""
-    keys = ["body/commit/2.json", "body/commit/10.json", "body/head", "body@a/head", "body2/x", "format.json"]
-    for key in keys:
-        blobs.create(key, [b"1"])
-    assert blobs.list("") == sorted(keys)
-    assert blobs.list("body") == blobs.list("body/") == ["body/commit/10.json", "body/commit/2.json", "body/head"]
-    assert blobs.list("body/commit") == ["body/commit/10.json", "body/commit/2.json"]
-    assert blobs.list("bod") == blobs.list("body/head") == []
-
-
-def test_delete_tree_counts_and_spares_the_rest(blobs: Blobs) -> None:
-    """All keys beneath the directory go, no others, and the directory may be used again."""
-    for key in ["a/1", "a/b/2", "a/b/c/3", "ab/4", "b/a/5"]:
-        blobs.create(key, [b"1"])
-    assert blobs.delete_tree("a") == 3
-    assert blobs.list("") == ["ab/4", "b/a/5"]
-    assert blobs.create("a/b/2", [b"again"])
-    with pytest.raises(IdError, match="whole store"):
-        blobs.delete_tree("")
-    assert blobs.delete_tree("b/") == 1
-
-
-def test_malformed_keys_are_refused(blobs: Blobs) -> None:
-    """No method takes a key that could leave the root, glob, hide, or mean something to a URL."""
-    calls: list[Callable[[Any], object]] = [
-        blobs.get,
-        blobs.delete,
-        lambda key: blobs.create(key, [b"1"]),
-        lambda key: blobs.put(key, [b"1"]),
-        lambda key: blobs.lock(key, 0).__enter__(),
-    ]
-    for key in BAD_KEYS:
-        for call in [*calls, *([] if key in ("", "a/", None) else [blobs.list, blobs.delete_tree])]:
-            with pytest.raises(IdError):
-                call(key)
+    def open(self, place: str) -> Blobs:
+        """Open a store of that name."""
+        return backends(self.kind, self.root / place)
 
 
 @given(st.text(st.sampled_from("aZ0_.@=-/\\%*?~ \n\0é"), max_size=12) | st.text(max_size=20))
@@ -300,96 +196,10 @@ def test_no_key_leaves_the_root(key: str) -> None:
     assert not re.search(r"(^|/)\.|[*?:%\\\s\0~]", key)
 
 
-KEYS = st.sampled_from(["a", "b/1", "b/2", "b/c/3", "b/c/4", "d.json"])
-BODIES = st.binary(min_size=1, max_size=3)
-STEPS = st.lists(
-    st.tuples(st.sampled_from(["create", "put"]), KEYS, BODIES) | st.tuples(st.sampled_from(["delete", "get"]), KEYS),
-    max_size=12,
-)
-
-
-@pytest.mark.parametrize("kind", BACKENDS)
-@settings(max_examples=15)
-@given(steps=STEPS)
-def test_every_backend_behaves_as_a_dictionary(kind: str, steps: list[Any], tmp_path_factory: Any) -> None:
-    """Any sequence of operations leaves what it would leave in a dict."""
-    blobs, model = backends(kind, tmp_path_factory.mktemp("model")), dict[str, bytes]()
-    for verb, key, *body in steps:
-        if verb == "create":
-            assert blobs.create(key, body) is (key not in model)
-            model.setdefault(key, body[0])
-        elif verb == "put":
-            blobs.put(key, body)
-            model[key] = body[0]
-        elif verb == "delete":
-            blobs.delete(key)
-            model.pop(key, None)
-        assert content(blobs, key) == model.get(key)
-    assert {key: content(blobs, key) for key in blobs.list("")} == model
-    assert blobs.list("b") == sorted(key for key in model if key.startswith("b/"))
-
-
-def test_racing_threads_have_one_winner_a_key(reopen: Callable[[], Blobs]) -> None:
-    """Of threads that create the same keys, exactly one wins each, and its object is there, whole."""
-    keys = [f"race/{number % 5}/{number}" for number in range(40)]
-    stores = [reopen(), reopen()]
-
-    def write(writer: int) -> list[bool]:
-        body = bytes([writer]) * 9000
-        return [stores[writer % 2].create(key, [body[:5000], body[5000:]]) for key in keys]
-
-    for key, won in zip(keys, zip(*in_threads(6, write), strict=True), strict=True):
-        assert sum(won) == 1, key
-        assert content(stores[0], key) == bytes([won.index(True)]) * 9000
-    assert stores[1].list("race") == sorted(keys)
-
-
-@pytest.mark.parametrize("verb", ["create", "put"])
-def test_readers_see_nothing_or_all(blobs: Blobs, verb: str) -> None:
-    """While objects are created or replaced, a reader gets None or one writer's whole object."""
-    done = threading.Event()
-    bodies = {bytes([number]) * 300_000 for number in range(12)}
-    keys = [f"d/{number}" for number in range(12)]
-
-    def work(number: int) -> int:
-        if number == 0:
-            try:
-                for key, body in zip(keys, sorted(bodies), strict=True):
-                    if verb == "create":
-                        blobs.create(key, [body[:100_000], body[100_000:]])
-                    else:
-                        blobs.put("d/same", [body[:100_000], body[100_000:]])
-            finally:
-                done.set()
-            return 0
-        seen = 0
-        while not done.is_set() or not seen:
-            for key in keys if verb == "create" else ["d/same"]:
-                data = content(blobs, key)
-                assert data is None or data in bodies
-                seen += data is not None
-        return seen
-
-    assert min(in_threads(3, work)[1:]) > 0
-
-
-def test_probe_passes_and_cleans_up(blobs: Blobs) -> None:
-    """A backend that keeps the promise passes, also beside another probe, and no key of the probe remains."""
+def test_probes_may_run_beside_each_other(blobs: Blobs) -> None:
+    """Two processes that begin a store at once don't disturb each other, and no key of a probe remains."""
     in_threads(2, lambda _: blobs.probe())
     assert blobs.list("") == []
-
-
-def test_lock_excludes_or_says_that_it_does_not(reopen: Callable[[], Blobs]) -> None:
-    """While one holds the lock nobody else gets it; a backend without locks yields False at once."""
-    one, other = reopen(), reopen()
-    with one.lock("body/commit", 5) as held:
-        assert held is not isinstance(one, RemoteBlobs)
-        assert in_threads(2, lambda _: other.lock("body/commit", 0.02).__enter__()) == [False, False]
-        with other.lock("client/commit", 0) as another:
-            assert another is held
-    with other.lock("body/commit", 5) as again:
-        assert again is held
-    assert one.list("") == []
 
 
 def test_lock_is_released_by_an_error(blobs: Blobs) -> None:
@@ -526,6 +336,21 @@ def test_what_is_not_a_key_is_neither_listed_nor_deleted(local: LocalBlobs) -> N
     assert local.delete_tree("d") == 1
     assert (outside / "precious").exists()
     assert len(list(directory.iterdir())) == 7
+
+
+def test_sizes_leave_out_what_vanishes(local: LocalBlobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file deleted between the listing and its size is gone; one that can't be looked at is an error with its key."""
+    local.create("a", [b"12"])
+    monkeypatch.setattr(local, "list", lambda prefix: ["a", "gone"])
+    assert local.sizes("") == {"a": 2}
+
+    def broken(path: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", broken)
+        with pytest.raises(StoreError, match=r"'a'.*Input/output error"):
+            local.sizes("")
 
 
 def test_delete_tree_removes_emptied_directories(local: LocalBlobs) -> None:

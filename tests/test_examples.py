@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from splitfed import GradientStore
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
 SMALL = {
+    "custom_backend.py": [],
     "quickstart.py": ["--epochs", "4"],
     "hospitals.py": [],
     "bert.py": ["--steps", "100"],
@@ -57,6 +59,28 @@ def test_all_examples_are_here() -> None:
     """A new script in `examples/` needs its test, in here or in a file of its own."""
     own = {path.name for path in EXAMPLES.glob("*.py") if (TESTS / f"test_{path.name}").exists()}
     assert own | SMALL.keys() == {path.name for path in EXAMPLES.glob("*.py")}
+
+
+def test_custom_backend(printed: str, folder: Path) -> None:
+    """All of the run is in the database, which holds a model that a linear one can't equal."""
+    assert "version 60, " in printed
+    assert (folder / "custom_backend.py" / "run.db").stat().st_size > 100_000
+    (right,) = figures(r"accuracy: ([\d.]+)", printed)
+    assert right >= 0.95
+
+
+def conformance() -> type:
+    """The conformance suite at the end of the example."""
+    spec = importlib.util.spec_from_file_location("custom_backend", EXAMPLES / "custom_backend.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    suite: type = module.TestSqlite
+    return suite
+
+
+TestSqlite = conformance()
 
 
 def test_quickstart(printed: str, folder: Path) -> None:

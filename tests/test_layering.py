@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "strides": "errors foreign",
     "codec": "errors foreign strides",
     "kinds": "errors messages",
-    "packing": "errors messages kinds trees codec",
+    "packing": "errors messages foreign kinds trees codec",
+    "wire": "errors messages codec packing",
     # The model: cut, run, and run again.
     "cache": "",
     "numerics": "",
@@ -46,13 +47,14 @@ MAY_IMPORT = {
     # The client side.
     "transport": "messages",
     "roundrobin": "messages transport",
+    "transports": "errors transport",
     "connection": "errors messages transport",
     "passes": "messages connection",
     "calls": "errors messages trees seeding cutpoint boundary connection passes",
     "onetrip": "errors messages seeding cutpoint calls",
     "syncing": "errors messages personal template connection",
     "participating": "ids messages syncing",
-    "client": "errors ids messages cutpoint transport connection passes calls onetrip syncing participating",
+    "client": "errors ids messages cutpoint transport transports connection passes calls onetrip syncing participating",
     # The mathematics of a commit.
     "averaging": "errors ids",
     "buffers": "errors",
@@ -69,12 +71,15 @@ MAY_IMPORT = {
     "pile": "errors ids messages packing blobs layout",
     "rounds": "errors ids messages rows packing cache blobs selection layout",
     "store": "errors ids numerics packing cache blobs layout lineage pile rounds",
+    # A store as the way to a server; the worker at its other end is below the server.
+    "storetransport": "errors ids messages packing wire blobs layout",
     # The server: forward and backward.
     "sealing": "errors ids messages numerics packing applied versions pile",
     "halves": "errors ids kinds messages packing template rounds store sealing",
     "running": "errors messages cache template model replay buffers versions pile",
     "lines": "errors ids cache template pile store sealing running",
     "server": "errors ids kinds messages trees packing template boundary replay store halves lines",
+    "working": "errors ids packing wire transport layout store",
     # The accumulator: stored gradients become the next version.
     "folding": "errors ids numerics messages template averaging buffers selection pile",
     "stepping": "template optimizers versions",
@@ -84,8 +89,8 @@ MAY_IMPORT = {
     "callbacks": "errors rows",
     "progress": "errors rows",
     "history": "errors blobs layout store rows",
-    "perclient": "errors ids cache messages packing template buffers policies optimizers commits lineage store sealing "
-    "accumulator",
+    "perclient": "errors copying ids cache messages packing template buffers policies optimizers commits lineage store "
+    "sealing accumulator",
     "pictures": "errors",
     "report": "errors rows pictures history splitfed",
     # What stands on top of both sides.
@@ -101,18 +106,23 @@ MAY_IMPORT = {
     "metering": "ids messages transport commits",
     "localdata": "errors ids",
     "evaluation": "errors localdata",
-    "trainee": "errors template personal transport client optimizers streams localdata evaluation",
+    "trainee": "errors copying template personal transport client optimizers streams localdata evaluation",
     "assembly": "rows transport roundrobin store optimizers policies server accumulator perclient reporting federation "
     "metering",
     "schedule": "rounds streams timeline virtual localdata trainee assembly",
     "worker": "errors store metering localdata trainee assembly",
     "crew": "errors rounds rows store localdata trainee assembly worker",
-    "simulated": "errors template cutting rounds rows callbacks history timeline evaluation trainee assembly",
-    "simulation": "errors ids cutting policies optimizers blobs store rows callbacks progress history sampling timeline "
-    "virtual localdata evaluation trainee assembly schedule crew simulated",
+    "simulated": "errors copying template cutting rounds rows callbacks history timeline evaluation trainee assembly",
+    "simulation": "errors ids cutting policies optimizers blobs store rows callbacks progress history sampling "
+    "timeline virtual localdata evaluation trainee assembly schedule crew simulated",
     "checking": "errors messages trees copying template cutting unsplit client store server",
+    "inspecting": "messages trees codec packing client store server",
+    "testing": "errors blobs",
+    "status": "errors ids numerics packing commits layout pile store versions",
+    "http": "errors ids messages trees foreign codec packing wire transport server status splitfed",
     "demo": "errors rows callbacks store history policies pictures report partition evaluation simulation",
-    "cli": "errors rows callbacks progress history report demo splitfed",
+    "cli": "errors rows callbacks progress history report demo splitfed http server status store accumulator commits "
+    "policies working inspecting cutpoint cutting numerics",
 }
 
 # They compute; what they know of the world was given to them.

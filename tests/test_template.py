@@ -9,8 +9,8 @@ import torch
 from bodies import Calls
 from torch import Tensor, nn
 
-from splitfed.errors import ArchitectureError, UnsupportedError
 from splitfed.copying import deep_copy
+from splitfed.errors import ArchitectureError, UnsupportedError
 from splitfed.template import Template, check_tensors, compare, named_state, transient_buffers, unwrap
 
 

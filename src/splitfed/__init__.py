@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from splitfed.cutpoint import CutPoint
     from splitfed.cutting import join, split
     from splitfed.errors import (
+        AccessError,
         AlreadyAppliedError,
         ArchitectureError,
         BodyError,
@@ -43,7 +44,10 @@ if TYPE_CHECKING:
         StoreCapabilityError,
         StoreError,
         SupersededError,
+        TokenError,
+        TooLargeError,
         UnknownCutError,
+        UnreachableError,
         UnsupportedError,
         WorkerError,
     )
@@ -62,6 +66,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccessError",
     "Accumulator",
     "AlreadyAppliedError",
     "ArchitectureError",
@@ -94,8 +99,11 @@ __all__ = [
     "StoreCapabilityError",
     "StoreError",
     "SupersededError",
+    "TokenError",
+    "TooLargeError",
     "Transport",
     "UnknownCutError",
+    "UnreachableError",
     "UnsupportedError",
     "VirtualTime",
     "WorkerError",

@@ -26,6 +26,7 @@ from splitfed.participating import take_part
 from splitfed.passes import Passes, Scope, count_samples
 from splitfed.syncing import HalfSync
 from splitfed.transport import Transport
+from splitfed.transports import as_transport
 
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -35,7 +36,8 @@ class SplitClient(nn.Module):
 
     Args:
         client_half: The half that `split` returned, or a model with `CutPoint`s placed by hand. It isn't copied.
-        server: Anything with the methods of `Transport`: a `SplitServer` in this process, or a client of a remote one.
+        server: A `SplitServer` in this process, the URL of a service ("https://host") or of the store that its workers
+            share ("s3://bucket/run"), or anything with the methods of `Transport`.
         client_id: 1 to 64 of the characters A-Z a-z 0-9 _ . -, beginning with a letter or digit. One `SplitClient`
             at a time may train under an id: a newer one supersedes it.
         loss_scale: What the loss is multiplied by before `backward()`, as a number or a function:
@@ -43,11 +45,13 @@ class SplitClient(nn.Module):
             parameter gradients are divided by it.
         personal: Patterns (`fnmatch`) of parameters and buffers that never leave this client: what it neither pushes
             nor pulls, such as `("head.*",)`. Whoever averages the halves names the same.
+        token: What the service at the URL asks for; the environment variable SPLITFED_TOKEN if not given.
+        options: Of the way to that URL, such as `timeout` in seconds (`transports`).
 
     Raises:
         IdError: the id may not become a key.
         CutError: the half has no cut point.
-        InputError: `server` isn't a transport, or a personal pattern fits nothing.
+        InputError: `server` is neither a transport nor a URL, or a personal pattern fits nothing.
     """
 
     client_half: nn.Module
@@ -60,11 +64,13 @@ class SplitClient(nn.Module):
     def __init__(
         self,
         client_half: nn.Module,
-        server: Transport,
+        server: Transport | str,
         client_id: str,
         *,
         loss_scale: LossScale = 1.0,
         personal: Iterable[str] = (),
+        token: str | None = None,
+        **options: Any,
     ) -> None:
         check_client_id(client_id)
         if not isinstance(client_half, nn.Module):
@@ -79,15 +85,13 @@ class SplitClient(nn.Module):
                 "CutPoint() where the "
                 "body belongs"
             )
-        if not all(callable(getattr(server, name, None)) for name in ("forward", "backward")):
-            raise InputError(
-                f"server is {server!r}: expected a SplitServer, or an object with the methods of splitfed.Transport"
-            )
         super().__init__()
         self.__dict__["client_half"] = client_half
         for name in _SHARED:
             self.__dict__[name] = client_half.__dict__[name]
-        self.__dict__["_connection"] = Connection(server, client_id, loss_scale)
+        self.__dict__["_connection"] = Connection(
+            as_transport(server, client_id, token, options), client_id, loss_scale
+        )
         self.__dict__["_passes"] = Passes(self._connection)
         self.__dict__["_sync"] = HalfSync(client_half, self._connection, personal)
         self.__dict__["_scope"] = None

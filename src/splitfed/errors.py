@@ -10,6 +10,7 @@ with, and keeps its class on the wire: a client catches what the server raised.
     ├── InputError(ValueError)               what was given doesn't fit
     │   ├── IdError                          an id that may not become a key
     │   ├── FormatError                      foreign bytes that aren't what they should be
+    │   ├── TooLargeError                    over a limit of the service
     │   └── ContainerError(TypeError)        a value that can't cross the cut
     ├── ArchitectureError(ValueError)        a body or half that isn't the store's
     ├── UnsupportedError(TypeError)          a feature of torch that can't work here
@@ -22,6 +23,9 @@ with, and keeps its class on the wire: a client catches what the server raised.
     │   ├── DigestError                      the same batch id with other content
     │   └── SupersededError                  a newer process of the same client has begun
     ├── WorkerError(RuntimeError)            a worker process of a simulation failed
+    ├── AccessError(PermissionError)         a client that touches what isn't its own
+    │   └── TokenError                       no token, or one that nobody has
+    ├── UnreachableError(ConnectionError)    no server at that URL, or something else answers there
     ├── MissingError(LookupError)            a version, lineage or record that isn't there
     │   └── ExpiredError                     it was there, and left the retention window
     └── StoreError(OSError)                  the storage itself
@@ -69,6 +73,12 @@ class FormatError(InputError):
     """Bytes that aren't well-formed safetensors or JSON of ours."""
 
     status = 400
+
+
+class TooLargeError(InputError):
+    """More bytes, tensors or samples than the service takes in one request."""
+
+    status = 413
 
 
 class ContainerError(InputError, TypeError):
@@ -129,6 +139,24 @@ class SupersededError(ProtocolError):
 
 class WorkerError(SplitFedError, RuntimeError):
     """A worker process of a simulation died, or raised what can't be brought over."""
+
+
+class AccessError(SplitFedError, PermissionError):
+    """The token belongs to another client than the request."""
+
+    status = 403
+
+
+class TokenError(AccessError):
+    """The request has no token, or one that the service doesn't know."""
+
+    status = 401
+
+
+class UnreachableError(SplitFedError, ConnectionError):
+    """Nothing answers at the server's URL, or what answers isn't a splitfed server."""
+
+    status = 502
 
 
 class MissingError(SplitFedError, LookupError):

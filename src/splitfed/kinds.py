@@ -71,7 +71,8 @@ _CALL: dict[str, Kind] = {
 KINDS: dict[type, dict[str, Kind]] = {
     m.Housekeeping: {"released": _tuple(_pair), "abandoned": _tuple(_INT), "answered": _tuple(_INT)},
     m.ForwardRequest: _CALL
-    | {"process": _STR, "call": _INT, "grad": _BOOL, "version": _maybe(_INT), "seen": _INT, "previous": _maybe(_INT)}
+    | {"incarnation": _maybe(_INT), "process": _STR, "call": _INT, "grad": _BOOL}
+    | {"version": _maybe(_INT), "seen": _INT, "previous": _maybe(_INT)}
     | {"housekeeping": _instance(m.Housekeeping)},
     m.ForwardRecord: _CALL
     | {"buffers": _maybe(_tensors), "outputs": _tuple(_output), "crcs": _tuple(_INT), "numerics": _STR},
@@ -103,6 +104,7 @@ KINDS: dict[type, dict[str, Kind]] = {
     | dict.fromkeys(("sampled", "barrier", "arrived", "closed", "finished"), _BOOL),
     m.PullAnswer: {"version": _INT, "weights": _tensors, "round": _maybe(_instance(m.RoundInfo))},
     m.PushRequest: {
+        "incarnation": _maybe(_INT),
         "process": _STR,
         "base_version": _INT,
         "gradients": _tensors,

@@ -9,6 +9,9 @@
       report.json                                  what came of it
       finished.json                                no round follows for now
     history/<number>.jsonl                         create-once: rows of the run's history
+    post/<id>/<process>-<number>.request           a client without a server asks; transient, as all of post/
+    post/<id>/<process>-<number>.claim-<k>         create-once: a worker has taken it
+    post/<id>/<process>-<number>.answer            create-once: what it answers
     <lineage>/                                     body | client | body@<id>
       fingerprint.json                             create-once: names, shapes, dtypes, ties, who is frozen
       frozen-<sha256>.safetensors                  create-once: parameters that never train
@@ -39,6 +42,8 @@ _CLIENT = re.compile(r"clients/([A-Za-z0-9][A-Za-z0-9_.-]{0,63})/(?:\d{8,12}|joi
 _GRADIENT = re.compile(r"grad/([^/]+)/(\d{8,12})-(\d{10,12})")
 _VERSIONED = re.compile(r"(?:weights|optimizer|applied)/(\d{10,12})-([0-9a-f]+)\.(?:safetensors|json)")
 _HISTORY = re.compile(r"history/(\d{10,12})\.jsonl")
+POST = "post"
+_POST = re.compile(r"post/([^/]+)/([0-9a-f]{32}-\d{10,12})\.(request|answer|claim-\d{4})")
 _TRANSIENT = re.compile(r"(forward|part)/(\d{10,12})/")
 
 
@@ -73,6 +78,22 @@ def parse_history(key: str) -> int:
     """The number of a history's key; 0 for anything else."""
     found = _HISTORY.fullmatch(key)
     return int(found[1]) if found else 0
+
+
+def post(client_id: str, process: str, number: int) -> str:
+    """Where one request of a client's process lies, its claims and its answer, but for what each ends with."""
+    return f"{POST}/{check_client_id(client_id)}/{process}-{_padded('number', number)}"
+
+
+def parse_post(key: str) -> tuple[str, str, str] | None:
+    """(client id, its key but for the end, the end) of a key beneath post/; `None` for anything else."""
+    found = _POST.fullmatch(key)
+    if found is None:
+        return None
+    try:
+        return check_client_id(found[1]), key.removesuffix(f".{found[3]}"), found[3]
+    except IdError:
+        return None
 
 
 class Keys:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from splitfed import codec, trees
+from splitfed import codec, foreign, trees
 from splitfed.errors import ContainerError, FormatError, SplitFedError
 from splitfed.kinds import check_kinds
 from splitfed.messages import Chain, ForwardRequest, Housekeeping, RoundInfo, Seal
@@ -39,13 +39,20 @@ def pack(message: Any) -> list[memoryview | bytes]:
     return pack_tree(type(message).__name__, _plain(message))
 
 
-def unpack(cls: type[M], data: memoryview | bytes | bytearray) -> M:
+def unpack(
+    cls: type[M],
+    data: memoryview | bytes | bytearray,
+    *,
+    max_tensors: int = foreign.MAX_TENSORS,
+    max_header: int = foreign.MAX_HEADER,
+) -> M:
     """The message in `data`; its tensors share that memory.
 
     Raises:
-        FormatError: the bytes aren't a `cls` of ours.
+        FormatError: the bytes aren't a `cls` of ours, or have more tensors or a larger header than that.
     """
-    return _rebuild(cls, unpack_tree(cls.__name__, data))
+    tensors, metadata = codec.decode(data, max_tensors=max_tensors, max_header=max_header)
+    return _rebuild(cls, _tree(cls.__name__, tensors, metadata))
 
 
 def pack_tree(kind: str, tree: Any) -> list[memoryview | bytes]:
@@ -69,8 +76,7 @@ def unpack_tree(kind: str, data: memoryview | bytes | bytearray) -> Any:
     Raises:
         FormatError: the bytes aren't one of this kind.
     """
-    tensors, metadata = codec.decode(data)
-    return trees.unflatten(_spec(kind, metadata), [tensors[name] for name in sorted(tensors)])
+    return _tree(kind, *codec.decode(data))
 
 
 def peek(cls: type, data: memoryview | bytes | bytearray, fields: Iterable[str]) -> dict[str, Any]:
@@ -132,6 +138,10 @@ def _plain(message: Any) -> dict[str, Any]:
         elif value is not None:
             fields[name] = _plain(value)
     return fields
+
+
+def _tree(kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Any:
+    return trees.unflatten(_spec(kind, metadata), [tensors[name] for name in sorted(tensors)])
 
 
 def _spec(kind: str, metadata: Mapping[str, str]) -> Any:

@@ -82,6 +82,7 @@ class SplitServer:
                 f"store is a {type(store).__name__}: expected a GradientStore, as in GradientStore('runs/demo')"
             )
         self.store = store
+        self.lineage = lineage
         self.loss_fn = loss_fn
         self._template = Template(body)
         state = self._template.state(body)

@@ -32,6 +32,7 @@ _NAME = re.compile(_SEGMENT)
 _KEY = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*")
 _PROBE_WRITERS = 4
 _PROBE_KEYS = 8
+_PROBE_ABREAST = 2  # races at one time: a loser may be told late, by a second on some servers
 
 
 class Blobs(Protocol):
@@ -74,6 +75,9 @@ class Blobs(Protocol):
 
         What isn't a key (temporary files, locks, foreign names) is left out.
         """
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the size in bytes of each key that `list` would return, in the same order, without reading any."""
 
     def probe(self) -> None:
         """Race for a few keys beneath `probe/`, and clean up; to be called once before a backend is relied on.
@@ -155,25 +159,27 @@ def _check_twice(blobs: Blobs, key: str) -> None:
 
 
 def _check_race(blobs: Blobs, base: str) -> None:
-    together = threading.Barrier(_PROBE_WRITERS)
+    together = [threading.Barrier(_PROBE_WRITERS) for _ in range(_PROBE_ABREAST)]
 
-    def race(writer: int) -> list[bool]:
-        won = []
+    def race(lane: int, writer: int) -> dict[int, bool]:
+        won = {}
         try:
-            for number in range(_PROBE_KEYS):
-                together.wait(60)
-                won.append(blobs.create(f"{base}/{number}", [b"writer %d" % writer], durable=False))
+            for number in range(lane, _PROBE_KEYS, _PROBE_ABREAST):
+                together[lane].wait(60)
+                won[number] = blobs.create(f"{base}/{number}", [b"writer %d" % writer], durable=False)
         except BaseException:
-            together.abort()  # so that the other writers don't wait for this one
+            for barrier in together:  # so that the other writers don't wait for this one
+                barrier.abort()
             raise
         return won
 
-    with ThreadPoolExecutor(_PROBE_WRITERS) as pool:
-        futures = [pool.submit(race, writer) for writer in range(_PROBE_WRITERS)]
-    failed = [error for error in (future.exception() for future in futures) if error is not None]
+    with ThreadPoolExecutor(_PROBE_WRITERS * _PROBE_ABREAST) as pool:
+        lanes = [[pool.submit(race, lane, w) for w in range(_PROBE_WRITERS)] for lane in range(_PROBE_ABREAST)]
+    failed = [error for futures in lanes for future in futures if (error := future.exception()) is not None]
     for error in sorted(failed, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
         raise error  # the cause rather than its echo in the other writers
-    for number, won in enumerate(zip(*(future.result() for future in futures), strict=True)):
+    for number in range(_PROBE_KEYS):
+        won = [future.result()[number] for future in lanes[number % _PROBE_ABREAST]]
         if sum(won) != 1:
             raise StoreCapabilityError(_refusal(blobs, f"{sum(won)} of {_PROBE_WRITERS} racing writers won one key"))
         if _bytes(blobs.get(f"{base}/{number}")) != b"writer %d" % won.index(True):

@@ -98,6 +98,18 @@ class LocalBlobs:
         """Return all keys beneath `prefix`, sorted; symbolic links are not followed."""
         return sorted(self._scan(check_prefix(prefix))[0])
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the keys beneath `prefix`, sorted, with their sizes in bytes."""
+        found = {}
+        for key in self.list(prefix):
+            try:
+                found[key] = os.stat(self._prefix + key).st_size
+            except FileNotFoundError:  # deleted meanwhile
+                continue
+            except OSError as exc:
+                raise self._failed("list", key, exc) from exc
+        return found
+
     def probe(self) -> None:
         """Race for a few keys, then remove the temporary files of processes of this host that are gone."""
         check_create(self)

@@ -76,10 +76,16 @@ class MemoryBlobs:
 
     def list(self, prefix: str) -> builtins.list[str]:
         """Return all keys beneath `prefix`, sorted."""
-        start = f"{check_prefix(prefix)}/" if prefix else ""
+        directory = check_prefix(prefix)
+        start = f"{directory}/" if directory else ""
         with self._content.lock:
             keys = [*self._content.objects]
         return sorted(key for key in keys if key.startswith(start))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the keys beneath `prefix`, sorted, with their sizes in bytes."""
+        objects = {key: self._content.objects.get(key) for key in self.list(prefix)}
+        return {key: len(data) for key, data in objects.items() if data is not None}
 
     def probe(self) -> None:
         """Race for a few keys, as every backend does."""

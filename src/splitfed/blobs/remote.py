@@ -38,6 +38,7 @@ from splitfed.blobs.redaction import Redactor
 from splitfed.errors import BusyError, IdError, InputError, StoreCapabilityError, StoreError
 
 _TRIES = 5
+_EXTRAS = {"s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure"}
 
 
 class RemoteBlobs:
@@ -66,6 +67,7 @@ class RemoteBlobs:
         except ImportError as exc:
             package = known_implementations.get(protocol, {}).get("class", protocol).partition(".")[0]
             mend = f"pip install {package}" if package != "fsspec" else "install what it asks for"
+            mend = f"pip install 'splitfed[{_EXTRAS[package]}]'" if package in _EXTRAS else mend
             raise StoreError(f"{self.url!r} needs a package that can't be imported ({exc}): {mend}") from exc
 
     def __repr__(self) -> str:
@@ -127,18 +129,22 @@ class RemoteBlobs:
 
     def list(self, prefix: str) -> builtins.list[str]:
         """Return all keys beneath `prefix`, sorted."""
+        return [*self.sizes(prefix)]
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the keys beneath `prefix`, sorted, with their sizes in bytes."""
         prefix = check_prefix(prefix)
         fs, path = self._at(prefix)
         start = f"{self._at('')[1]}/".lstrip("/")
         try:
-            names = [str(fs._strip_protocol(name)).lstrip("/") for name in _find(fs, path)]
+            found = {str(fs._strip_protocol(name)).lstrip("/"): size for name, size in _find(fs, path)}
         except FileNotFoundError:
-            return []
+            return {}
         except Exception as exc:
             raise self._failed("list", prefix, exc) from exc
-        keys = [name[len(start) :] for name in names if name.startswith(start)]
+        keys = sorted((name[len(start) :], size) for name, size in found.items() if name.startswith(start))
         beneath = f"{prefix}/" if prefix else ""
-        return sorted(key for key in keys if key.startswith(beneath) and all(map(is_name, key.split("/"))))
+        return {key: size for key, size in keys if key.startswith(beneath) and all(map(is_name, key.split("/")))}
 
     def probe(self) -> None:
         """Refuse a filesystem without a conditional create of its own, then race for a few keys."""
@@ -188,7 +194,8 @@ class RemoteBlobs:
             raise self._failed("read", key, exc) from exc
 
     def _failed(self, verb: str, key: str, exc: Exception) -> StoreError:
-        return StoreError(f"can't {verb} {key!r} in {self!r}: {self._redact(f'{type(exc).__name__}: {exc}')}")
+        mend = "; is there such a bucket? It has to be made first" if isinstance(exc, FileNotFoundError) else ""
+        return StoreError(f"can't {verb} {key!r} in {self!r}: {self._redact(f'{type(exc).__name__}: {exc}')}{mend}")
 
 
 def _one_get(filesystem: type) -> dict[str, int]:
@@ -198,18 +205,20 @@ def _one_get(filesystem: type) -> dict[str, int]:
     return {"max_concurrency": 1} if has else {}
 
 
-def _find(fs: Any, path: str) -> Iterator[str]:
-    """Yield the files beneath `path`; an error is raised, not omitted."""
+def _find(fs: Any, path: str) -> Iterator[tuple[str, int]]:
+    """Yield the files beneath `path` and their sizes; an error is raised, not omitted."""
     base = AsyncFileSystem._find if fs.async_impl else fsspec.AbstractFileSystem.find
     if getattr(type(fs), "_find" if fs.async_impl else "find") is not base:
         found = fs.find(path, detail=True)  # one flat listing
         if isinstance(found, dict):  # adlfs answers a list when `path` itself is an object: nothing is beneath it
-            yield from (name for name, info in found.items() if info.get("type") != "directory")
+            yield from (
+                (name, info.get("size") or 0) for name, info in found.items() if info.get("type") != "directory"
+            )
         return
     for info in fs.ls(path, detail=True):
         name = info["name"].rstrip("/")
         if info["type"] != "directory":
-            yield name
+            yield name, info.get("size") or 0
         elif name.lstrip("/") != path.lstrip("/"):
             with contextlib.suppress(FileNotFoundError):  # emptied meanwhile
                 yield from _find(fs, name)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from splitfed import __version__
-from splitfed.cli import demo, report
+from splitfed.cli import accumulate, demo, doctor, inspect, report, serve, status, token, work
 from splitfed.errors import InputError, SplitFedError
 
-_VERBS = (demo, report)
+_VERBS = (accumulate, demo, doctor, inspect, report, serve, status, token, work)
 
 
 class _Parser(argparse.ArgumentParser):

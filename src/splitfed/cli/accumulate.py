@@ -1,0 +1,203 @@
+"""`splitfed accumulate`: gradients that wait in a store become the next version.
+
+The optimizer is named, not pickled: a class of torch.optim with its settings, or a factory of the user's own. Its state
+lives in the store, so whoever starts the next accumulator must name the same one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from splitfed.cli.apps import load_body, load_object
+from splitfed.cli.running import Stopping, keep_going
+from splitfed.cli.servers import add_body, check_device, set_threads
+from splitfed.cli.stores import open_store
+from splitfed.errors import InputError, SplitFedError
+
+if TYPE_CHECKING:
+    from splitfed.accumulator import Accumulator
+    from splitfed.commits import Commit
+
+_DESCRIPTION = """\
+Fold the gradients that wait in a store into their mean, take one optimizer step, and commit the next version; again
+and again, or once. Any number may run on one store, and any may be killed at any moment. SIGTERM ends it after the
+commit under way."""
+
+_SETTINGS = ("lr", "momentum", "weight_decay")
+
+
+def add(verbs: argparse._SubParsersAction[Any]) -> None:
+    """Describe the verb and its arguments."""
+    parser = verbs.add_parser(
+        "accumulate",
+        help="turn the gradients that wait into the next version",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_body(parser)
+    _add_optimizer(parser.add_argument_group("optimizer"))
+    _add_policy(parser.add_argument_group("when to commit, and what counts"))
+    parser.add_argument("--once", action="store_true", help="commit what waits, if it is enough, and exit")
+    parser.add_argument(
+        "--poll",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="seconds between two looks when too few wait (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def _add_optimizer(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--optimizer",
+        required=True,
+        metavar="NAME",
+        help="a class of torch.optim, such as AdamW; or module:attribute, a function that makes one from parameters",
+    )
+    group.add_argument("--lr", type=float, metavar="X", help="its learning rate (default: the class's own)")
+    group.add_argument("--momentum", type=float, metavar="X", help="its momentum")
+    group.add_argument("--weight-decay", type=float, metavar="X", help="its weight decay")
+    group.add_argument(
+        "--lr-scheduler",
+        metavar="MODULE:ATTRIBUTE",
+        help="a function that makes a scheduler from the optimizer; it steps once per commit",
+    )
+
+
+def _add_policy(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--min-batches", type=int, default=1, metavar="K", help="commit when so many wait (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-staleness", type=int, metavar="N", help="leave out batches more commits behind (default: any count)"
+    )
+    group.add_argument(
+        "--staleness-weight",
+        choices=("constant", "inverse_sqrt"),
+        default="constant",
+        help="what a batch counts that is t commits behind: 1, or 1/sqrt(1+t) (default: %(default)s)",
+    )
+    group.add_argument("--clip-norm", type=float, metavar="X", help="clip the mean gradient to this 2-norm")
+    group.add_argument(
+        "--lineage",
+        default="body",
+        metavar="NAME",
+        help="body; or client, to average client halves: APP is the half then, and --optimizer SGD --lr 1 is FedAvg "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--keep-versions", type=int, metavar="N", help="versions that stay readable (default: 16, or staleness + 2)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Accumulate until a signal ends it, or once.
+
+    Raises:
+        InputError: an argument doesn't fit.
+    """
+    if not arguments.poll > 0:
+        raise InputError(f"--poll is {arguments.poll}: expected a number of seconds above 0")
+    accumulator = open_accumulator(arguments)
+    if arguments.once:
+        commit = accumulator.step()
+        waiting = len(accumulator.store.waiting(arguments.lineage)) if commit is None else 0
+        idle = f"nothing to commit: {waiting} of {accumulator.min_batches} batches wait"
+        print(idle if commit is None else told(commit), flush=True)
+        return 0
+    with Stopping() as stopping:
+        where = getattr(accumulator.store.blobs, "url", arguments.store)
+        print(f"splitfed: accumulating {arguments.lineage} in {where}", flush=True)
+        keep_going(
+            lambda: accumulator.run(
+                stopping.event, poll=arguments.poll, on_commit=lambda commit: print(told(commit), flush=True)
+            ),
+            stopping.event,
+        )
+    return 0
+
+
+def open_accumulator(arguments: argparse.Namespace) -> Accumulator:
+    """The accumulator that the arguments describe; it begins the store if nobody has.
+
+    Raises:
+        InputError: an argument doesn't fit.
+    """
+    set_threads(arguments)
+    store = open_store(arguments)
+    from splitfed import policies
+    from splitfed.accumulator import Accumulator
+
+    scheduler = None if arguments.lr_scheduler is None else _own(arguments.lr_scheduler, "--lr-scheduler")
+    return Accumulator(
+        load_body(arguments.app),
+        store,
+        optimizer_factory(arguments),
+        lr_scheduler=scheduler,
+        lineage=arguments.lineage,
+        min_batches=arguments.min_batches,
+        max_staleness=arguments.max_staleness,
+        staleness_weight=getattr(policies, arguments.staleness_weight),
+        clip_norm=arguments.clip_norm,
+        keep_versions=arguments.keep_versions,
+        device=check_device(arguments.device),
+    )
+
+
+def optimizer_factory(arguments: argparse.Namespace) -> Callable[[Any], Any]:
+    """What makes the optimizer from parameters.
+
+    Raises:
+        InputError: there is no such class, or it doesn't take a setting.
+    """
+    name = arguments.optimizer
+    settings = {field: getattr(arguments, field) for field in _SETTINGS if getattr(arguments, field) is not None}
+    if ":" in name:
+        if settings:
+            raise InputError(f"--{next(iter(settings)).replace('_', '-')} goes with a class of torch.optim, not {name}")
+        return _own(name, "--optimizer")
+    import torch
+
+    kind = getattr(torch.optim, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise InputError(f"--optimizer {name!r} isn't a class of torch.optim: expected such as SGD, Adam or AdamW")
+    for field in settings:
+        if field not in inspect.signature(kind).parameters:
+            raise InputError(f"--{field.replace('_', '-')}: torch.optim.{name} takes none; leave it out")
+
+    def make(params: Any) -> Any:
+        try:
+            return kind(params, **settings)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"torch.optim.{name} refuses {settings or 'to go without settings'}: {error}") from error
+
+    return make
+
+
+def _own(spec: str, what: str) -> Callable[[Any], Any]:
+    """A factory of the user's, whose errors are told in one line like any other mistake."""
+    factory = load_object(spec, what)
+
+    def make(given: Any) -> Any:
+        try:
+            return factory(given)
+        except SplitFedError:
+            raise
+        except Exception as error:
+            raise InputError(f"{what} {spec!r} raised {type(error).__name__}: {error}") from error
+
+    return make
+
+
+def told(commit: Commit) -> str:
+    """A commit in one line."""
+    batches = "1 batch" if commit.num_batches == 1 else f"{commit.num_batches} batches"
+    parts = [batches, f"{commit.num_samples:g} samples"]
+    for kind in ("stale", "rejected", "skipped"):
+        count = getattr(commit, f"num_{kind}")
+        parts += [f"{count} {kind}"] if count else []
+    return f"version {commit.version}: {', '.join(parts)}"

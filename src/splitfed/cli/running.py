@@ -1,0 +1,82 @@
+"""What a verb needs that runs until it is told to end: the signals that tell it, and patience with the storage.
+
+A signal's handler runs in the middle of whatever the main thread does, maybe inside of the very event that it would
+set, which holds a lock then: setting it there can wait for ever. So a thread of its own sets it. The computing stays in
+the main thread, whose number of torch threads the numerics class is about.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+from splitfed.errors import CorruptedError, StoreCapabilityError, StoreError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+_CALM = 60.0
+
+
+class Stopping:
+    """Within this context SIGTERM and SIGINT set `event` instead of ending the process; a second SIGINT ends it."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=self.event.set, daemon=True).start()
+
+
+def keep_going(
+    run: Callable[[], Any],
+    stop: threading.Event,
+    *,
+    pauses: tuple[float, ...] = _PAUSES,
+    calm: float = _CALM,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Call `run`, again and after longer and longer pauses when the storage fails; nothing is lost meanwhile.
+
+    Args:
+        run: Returns when it was told to stop.
+        stop: Ends a pause.
+        pauses: Between one failure and the next try, in seconds; after the last one the failure is the caller's.
+        calm: After so many seconds without a failure the pauses begin anew.
+        clock: Seconds that never go back.
+
+    Raises:
+        StoreError: the storage failed once more than there are pauses, or isn't fit for the job.
+    """
+    failures, began = 0, clock()
+    while not stop.is_set():
+        try:
+            run()
+        except (StoreCapabilityError, CorruptedError):
+            raise
+        except StoreError as error:
+            failures = 0 if clock() - began > calm else failures
+            if failures == len(pauses):
+                raise
+            print(f"splitfed: {error}; trying again in {pauses[failures]:g} seconds", file=sys.stderr, flush=True)
+            stop.wait(pauses[failures])
+            failures, began = failures + 1, clock()
+        else:
+            return

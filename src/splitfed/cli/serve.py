@@ -1,0 +1,135 @@
+"""`splitfed serve`: a stateless replica over HTTP.
+
+Who may use it is decided before it listens: only this machine, or clients with tokens, or everybody if that is said in
+so many words. The app is made here once even for several workers, each of which makes its own: what is wrong with APP
+is then told in one line, instead of by workers that die and are started anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from splitfed.cli.servers import add_server, open_server
+from splitfed.errors import InputError
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from splitfed.http.limits import Limits
+
+_DESCRIPTION = """\
+Serve a body from a store over HTTP. A replica keeps nothing: run as many as you like on one store, behind any load
+balancer, and stop them when you like. SIGTERM lets requests under way end.
+
+Without --tokens only this machine is listened to. Make tokens by 'splitfed token new CLIENT'."""
+
+
+def add(verbs: argparse._SubParsersAction[Any]) -> None:
+    """Describe the verb and its arguments."""
+    parser = verbs.add_parser(
+        "serve",
+        help="serve a body over HTTP: a stateless replica",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_server(parser)
+    place = parser.add_argument_group("where")
+    place.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    place.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: %(default)s)")
+    place.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+    place.add_argument(
+        "--drain-seconds",
+        type=int,
+        default=30,
+        metavar="S",
+        help="how long requests under way may take to end after SIGTERM (default: %(default)s)",
+    )
+    who = parser.add_argument_group("for whom")
+    who.add_argument("--tokens", metavar="FILE", help="serve clients whose token is in this file (splitfed token)")
+    who.add_argument("--insecure", action="store_true", help="listen beyond this machine without tokens")
+    who.add_argument("--tls-cert", metavar="FILE", help="certificate chain: serve HTTPS")
+    who.add_argument("--tls-key", metavar="FILE", help="its private key")
+    much = parser.add_argument_group("how much")
+    much.add_argument("--max-body", type=int, metavar="BYTES", help="of a request (default: 256 MiB)")
+    much.add_argument("--max-in-flight", type=int, metavar="BYTES", help="of all requests at once (default: 1 GiB)")
+    much.add_argument("--max-requests", type=int, metavar="N", help="at once (default: 32)")
+    much.add_argument("--max-connections", type=int, metavar="N", help="open at once (default: 1024)")
+    much.add_argument("--max-tensors", type=int, metavar="N", help="in a request (default: 10000)")
+    much.add_argument("--max-samples", type=int, metavar="N", help="in a batch (default: 1000000)")
+    much.add_argument("--receive-seconds", type=float, metavar="S", help="for a request to arrive (default: 20)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal ends it.
+
+    Raises:
+        InputError: an argument doesn't fit, or something isn't installed.
+    """
+    missing = [name for name in ("starlette", "uvicorn", "httptools") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"serve needs {' and '.join(missing)}: pip install 'splitfed[http]'")
+    from splitfed.http.serving import Place, is_loopback, serve
+
+    if not (arguments.tokens or arguments.insecure or is_loopback(arguments.host)):
+        raise InputError(
+            f"--host {arguments.host} lets others than this machine in: give --tokens FILE (made by 'splitfed token "
+            "new CLIENT --tokens FILE'), or say --insecure if something in front of it asks who they are"
+        )
+    if arguments.workers < 1 or arguments.drain_seconds < 0:
+        raise InputError("--workers takes 1 or more, --drain-seconds 0 or more")
+    if arguments.tls_key and not arguments.tls_cert:
+        raise InputError("--tls-key needs --tls-cert: the certificate that it belongs to")
+    place = Place(
+        host=arguments.host,
+        port=arguments.port,
+        certificate=arguments.tls_cert,
+        key=arguments.tls_key,
+        workers=arguments.workers,
+        drain_seconds=arguments.drain_seconds,
+    )
+    settings = argparse.Namespace(**{name: value for name, value in vars(arguments).items() if name != "run"})
+    app = make(settings)
+    ready = functools.partial(make, settings) if arguments.workers > 1 else lambda: app
+    serve(ready, limits(arguments), place, functools.partial(_listening, arguments))
+    return 0
+
+
+def make(arguments: argparse.Namespace) -> Starlette:
+    """The app of one process, and its log."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.captureWarnings(True)
+    from splitfed.http.app import make_app
+
+    return make_app(open_server(arguments), limits=limits(arguments), tokens=arguments.tokens)
+
+
+def limits(arguments: argparse.Namespace) -> Limits:
+    """What the arguments limit; the rest by default.
+
+    Raises:
+        InputError: one isn't above 0.
+    """
+    from splitfed.http.limits import Limits
+
+    given = {
+        "body": arguments.max_body,
+        "in_flight": arguments.max_in_flight,
+        "requests": arguments.max_requests,
+        "connections": arguments.max_connections,
+        "tensors": arguments.max_tensors,
+        "samples": arguments.max_samples,
+        "receive_seconds": arguments.receive_seconds,
+    }
+    return Limits(**{name: value for name, value in given.items() if value is not None})
+
+
+def _listening(arguments: argparse.Namespace, url: str) -> None:
+    who = "clients with a token" if arguments.tokens else "everybody" if arguments.insecure else "this machine only"
+    print(f"splitfed: serving on {url}", flush=True)
+    print(f"splitfed: {arguments.app} from {arguments.store}, for {who}", file=sys.stderr, flush=True)

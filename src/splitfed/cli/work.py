@@ -1,0 +1,70 @@
+"""`splitfed work`: answers the requests of clients that reach only the store."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import Any
+
+from splitfed.cli.running import Stopping, keep_going
+from splitfed.cli.servers import add_server, open_server
+from splitfed.errors import InputError
+
+_DESCRIPTION = """\
+Answer the requests that clients post in a store: for sites whose only way out is an object store. A client is given
+the store's URL in place of a server's. Any number of workers may run on one store, and any may be killed at any moment:
+another takes its request over. SIGTERM ends it after the request under way."""
+
+
+def add(verbs: argparse._SubParsersAction[Any]) -> None:
+    """Describe the verb and its arguments."""
+    parser = verbs.add_parser(
+        "work",
+        help="answer clients that reach only the store",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_server(parser)
+    parser.add_argument(
+        "--claim-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="take over what another worker has claimed and not answered for so long; longer than any call takes to "
+        "compute (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--poll",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="seconds between two looks at most, when nothing waits (default: %(default)s)",
+    )
+    parser.add_argument("--once", action="store_true", help="answer what waits, once through, and exit")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Work until a signal ends it, or once.
+
+    Raises:
+        InputError: an argument doesn't fit.
+    """
+    if not arguments.poll > 0:
+        raise InputError(f"--poll is {arguments.poll}: expected a number of seconds above 0")
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    from splitfed.working import Worker
+
+    server = open_server(arguments)
+    worker = Worker(server, server.store, claim_seconds=arguments.claim_seconds)
+    if arguments.once:
+        print(f"splitfed: {worker.step()} answered", flush=True)
+        return 0
+    with Stopping() as stopping:
+        where = getattr(server.store.blobs, "url", arguments.store)
+        print(f"splitfed: working in {where}", flush=True)
+        keep_going(lambda: worker.run(stopping.event, poll=arguments.poll), stopping.event)
+    return 0

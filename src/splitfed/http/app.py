@@ -1,0 +1,119 @@
+"""The ASGI app: a `SplitServer` under versioned paths, with what an operator looks at beside it.
+
+It runs under any ASGI server; limits on time, raw headers and connections need `serving`, since an app can't see a
+request before its headers are complete. `/healthz` says that the process lives, `/readyz` that its store answers: the
+first is for restarting it, the second for sending it requests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from splitfed import __version__, wire
+from splitfed.errors import InputError, MissingError, SplitFedError
+from splitfed.http import metrics
+from splitfed.http.auth import Tokens
+from splitfed.http.contract import PREFIX, encode_error
+from splitfed.http.endpoints import Desk, Method, Report
+from splitfed.http.limits import Limits
+from splitfed.http.openapi import document
+from splitfed.server import SplitServer
+from splitfed.status import read_status
+
+_JSON = b"application/json"
+_STATUS_SECONDS = 1.0
+
+
+def make_app(
+    server: SplitServer, *, limits: Limits | None = None, tokens: str | os.PathLike[str] | None = None
+) -> Starlette:
+    """The service as an ASGI app.
+
+    Args:
+        server: What it serves.
+        limits: How much it takes; the defaults of `Limits` if not given.
+        tokens: The token file; without one everybody who can reach the app may use any client id.
+
+    Raises:
+        InputError: the token file can't be read.
+    """
+    limits = Limits() if limits is None else limits
+    threads = ThreadPoolExecutor(limits.requests, thread_name_prefix="splitfed")
+    watchers = ThreadPoolExecutor(2, thread_name_prefix="splitfed-watch")
+    desk = Desk(server, limits, None if tokens is None else Tokens(tokens), threads)
+    store, versions = server.store, server.store.lineage(server.lineage)
+
+    def ready() -> tuple[int, bytes]:
+        return 200, json.dumps({"status": "ready", "version": versions.head(), "splitfed": __version__}).encode()
+
+    def measure() -> tuple[int, bytes]:
+        gauges = {
+            "requests_in_flight": ("Requests that are being received or answered.", desk.budget.requests),
+            "bytes_in_flight": ("Bytes of their bodies.", desk.budget.num_bytes),
+        }
+        with contextlib.suppress(SplitFedError):  # a store that fails is what /readyz is for
+            gauges["version"] = ("The newest version of the lineage that is served.", versions.head())
+        return 200, desk.metrics.text(gauges)
+
+    spec = json.dumps(document(limits, secured=tokens is not None)).encode()
+    status = _Cached(lambda: json.dumps(read_status(store).to_json()).encode(), _STATUS_SECONDS)
+    routes: list[BaseRoute] = [Route(f"{PREFIX}/{name}", Method(desk, name), methods=["POST"]) for name in wire.METHODS]
+    reports = [
+        Report(desk, f"{PREFIX}/status", _JSON, lambda: (200, status()), watchers, private=True),
+        Report(desk, "/healthz", _JSON, lambda: (200, b'{"status": "alive"}')),
+        Report(desk, "/readyz", _JSON, ready, watchers),
+        Report(desk, "/metrics", metrics.CONTENT_TYPE, measure, watchers),
+        Report(desk, "/openapi.json", _JSON, lambda: (200, spec)),
+    ]
+    routes += [Route(report.path, report, methods=["GET"]) for report in reports]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        watchers.shutdown(wait=True)
+        threads.shutdown(wait=True)
+
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+    app.router.redirect_slashes = False
+    return app
+
+
+class _Cached:
+    """What a function returned last, for some seconds: asking for the status often doesn't list the store often."""
+
+    def __init__(self, read: Callable[[], bytes], seconds: float) -> None:
+        self._read = read
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._found: tuple[float, bytes] | None = None
+
+    def __call__(self) -> bytes:
+        with self._lock:
+            if self._found is None or time.monotonic() - self._found[0] > self._seconds:
+                self._found = (time.monotonic(), self._read())
+            return self._found[1]
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """A path or method that isn't served, as an error of ours."""
+    status = getattr(error, "status_code", 404)
+    said: SplitFedError
+    if status == 405:
+        said = InputError(f"{request.method} isn't allowed here: see /openapi.json")
+    else:
+        said = MissingError(f"nothing is served at this path: expected one of {PREFIX}/..., see /openapi.json")
+    headers: Any = getattr(error, "headers", None)
+    return Response(encode_error(said), status, headers, media_type="application/json")

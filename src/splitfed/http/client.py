@@ -1,0 +1,274 @@
+"""The transport over HTTP: one URL, kept connections, and patience.
+
+Every request may be repeated, since the server answers a repeated one as the first. So whatever may pass is tried again
+until `patience` is spent: a replica that dies under a request, a busy one, a load balancer without one. Two things are
+not: what the server refuses by one of our errors, and a first contact that finds nobody, since that is a wrong URL.
+
+The jitter between tries comes from the system, not from `random`: a user's seeded program draws the same numbers
+whether or not a request had to be repeated. Redirects aren't followed: a token goes to the host that it was given for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import threading
+import time
+from typing import Any
+
+import torch
+import urllib3
+from urllib3.exceptions import HTTPError, LocationParseError, NewConnectionError, SSLError
+from urllib3.util import Retry, Timeout, parse_url
+
+from splitfed import __version__, wire
+from splitfed.errors import InputError, UnreachableError
+from splitfed.http.contract import BINARY, PREFIX, RETRIED, decode_error
+from splitfed.messages import (
+    BackwardAnswer,
+    BackwardRequest,
+    ForwardAnswer,
+    ForwardRequest,
+    LossAnswer,
+    LossRequest,
+    PullAnswer,
+    PullRequest,
+    PushAnswer,
+    PushRequest,
+)
+from splitfed.packing import pack, unpack
+
+VARIABLE = "SPLITFED_TOKEN"
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+_SMALL = 64 << 10  # below, one send of joined bytes is cheaper than one for each tensor
+_CHUNK = 1 << 20
+_FIRST_PAUSE, _LAST_PAUSE = 0.05, 5.0
+_JITTER = random.SystemRandom()
+
+Body = list[memoryview | bytes]
+
+
+def connect(url: str, *, client_id: str, token: str | None = None, **options: Any) -> HttpTransport:
+    """The transport to a service, for `transports.open_transport`; the client's id is in each request already."""
+    return HttpTransport(url, token=token, **options)
+
+
+class HttpTransport:
+    """A `Transport` to a service over HTTP. It may be shared between threads, and used after a fork.
+
+    Args:
+        url: Of the service: scheme, host, port and any path that a gateway puts in front.
+        token: What the service asks for; the environment variable SPLITFED_TOKEN if not given.
+        timeout: Longest silence while waiting for an answer, in seconds.
+        patience: How long a request that fails by what may pass is repeated, in seconds.
+        ca_certs: File with the certificates to trust, instead of the system's.
+
+    Raises:
+        InputError: it isn't such a URL, or the token can't stand in a header.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout: float = 300.0,
+        patience: float = 60.0,
+        ca_certs: str | None = None,
+    ) -> None:
+        self.url = _checked(url)
+        self._path = parse_url(self.url).path or ""
+        token = os.environ.get(VARIABLE) if token is None else token
+        if token is not None and not _TOKEN.fullmatch(token):
+            raise InputError("the token has characters that no token has: expected what 'splitfed token new' printed")
+        self._headers = {"user-agent": f"splitfed/{__version__}", "content-type": BINARY}
+        if token is not None:
+            self._headers["authorization"] = f"Bearer {token}"
+        self._timeout = Timeout(connect=min(10.0, timeout), read=timeout)
+        self._patience = patience
+        self._ca_certs = ca_certs
+        self._lock = threading.Lock()
+        self._pool: urllib3.HTTPConnectionPool | None = None
+        self._process = 0
+        self._met = False
+
+    def __repr__(self) -> str:
+        return f"HttpTransport({self.url!r})"
+
+    def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
+        """Run a call of the body."""
+        answer: ForwardAnswer = self._ask("forward", request)
+        return answer
+
+    def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
+        """Answer the gradients of a recorded call's inputs."""
+        answer: BackwardAnswer = self._ask("backward", request)
+        return answer
+
+    def loss(self, request: LossRequest, /) -> LossAnswer:
+        """Forward, loss and backward in one trip."""
+        answer: LossAnswer = self._ask("loss", request)
+        return answer
+
+    def push(self, request: PushRequest, /) -> PushAnswer:
+        """Publish a client half's update."""
+        answer: PushAnswer = self._ask("push", request)
+        return answer
+
+    def pull(self, request: PullRequest, /) -> PullAnswer:
+        """Fetch the newest client half."""
+        answer: PullAnswer = self._ask("pull", request)
+        return answer
+
+    def status(self) -> dict[str, Any]:
+        """The run, as the service's store has it.
+
+        Raises:
+            SplitFedError: what the server raised.
+        """
+        return self._json(self._send("GET", f"{PREFIX}/status", None, self._patience))
+
+    def ready(self) -> dict[str, Any]:
+        """Whether the service can serve: one try.
+
+        Raises:
+            UnreachableError: nobody answers, or something else does.
+            StoreError: its store doesn't answer.
+        """
+        return self._json(self._send("GET", "/readyz", None, 0.0))
+
+    def close(self) -> None:
+        """Close the connections; the next request opens new ones."""
+        with self._lock:
+            if self._pool is not None:
+                self._pool.close()
+                self._pool = None
+
+    def _ask(self, method: str, request: Any) -> Any:
+        data = self._send("POST", f"{PREFIX}/{method}", pack(request), self._patience)
+        return unpack(wire.METHODS[method][1], data)
+
+    def _json(self, data: memoryview | bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(bytes(data))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UnreachableError(f"what answers at {self.url} isn't a splitfed server: is the URL right?")
+        return found
+
+    def _send(self, verb: str, path: str, parts: Body | None, patience: float) -> memoryview | bytes:
+        """The body of the answer, after as many tries as it takes."""
+        deadline, pause = time.monotonic() + patience, _FIRST_PAUSE
+        while True:
+            asked: float | None = None
+            try:
+                status, told, data = self._once(verb, path, parts)
+            except (HTTPError, OSError) as error:
+                reason = _reason(error)
+                failure: Exception = UnreachableError(f"{self.url} can't be reached: {reason}")
+                if _certificate(error) or (not self._met and _nobody(error)):
+                    raise failure from error
+            else:
+                self._met = True
+                if status == 200:
+                    return data
+                failure = decode_error(bytes(data)) or UnreachableError(
+                    f"{self.url}{path} answered {status} without being a splitfed server: is the URL right?"
+                )
+                if status not in RETRIED:
+                    raise failure
+                asked = told
+            wait = max(pause, min(asked or 0.0, _LAST_PAUSE)) * _JITTER.uniform(0.5, 1.5)
+            if time.monotonic() + wait > deadline:
+                raise failure
+            time.sleep(wait)
+            pause = min(2 * pause, _LAST_PAUSE)
+
+    def _once(self, verb: str, path: str, parts: Body | None) -> tuple[int, float | None, memoryview | bytes]:
+        """One try: status, what Retry-After asks for in seconds, and body."""
+        headers = self._headers
+        body: Any = None  # urllib3's types don't know that it sends memoryviews
+        if parts is not None:
+            size = sum(map(len, parts))
+            body = b"".join(parts) if size < _SMALL else parts
+            headers = {**headers, "content-length": str(size)}
+        response = self._connections().urlopen(
+            verb,
+            self._path + path,
+            body=body,
+            headers=headers,
+            timeout=self._timeout,
+            retries=False,
+            redirect=False,
+            preload_content=False,
+            decode_content=False,
+        )
+        try:
+            data = _read(response)
+        except BaseException:
+            response.close()  # in the middle of an answer: nothing else may use this connection
+            raise
+        finally:
+            response.release_conn()
+        asked = response.headers.get("retry-after")
+        return response.status, None if asked is None else _seconds(asked), data
+
+    def _connections(self) -> urllib3.HTTPConnectionPool:
+        with self._lock:
+            if self._pool is None or self._process != os.getpid():  # a child must not write into its parent's sockets
+                options = {"ca_certs": self._ca_certs} if self.url.lower().startswith("https") else {}
+                self._pool = urllib3.connection_from_url(self.url, maxsize=16, **options)
+                self._process = os.getpid()
+            return self._pool
+
+
+def _checked(url: str) -> str:
+    try:
+        found = parse_url(url)
+    except LocationParseError as error:
+        raise InputError(f"{url!r} isn't a URL: expected one such as 'https://host:8000'") from error
+    if found.scheme not in ("http", "https") or not found.host or found.query or found.fragment:
+        raise InputError(f"{url!r} isn't a service's URL: expected one such as 'https://host:8000'")
+    if found.auth:
+        raise InputError(f"the URL of {found.host} holds a password: give the token by SplitClient(..., token=...)")
+    return url.rstrip("/")
+
+
+def _read(response: urllib3.BaseHTTPResponse) -> memoryview | bytes:
+    """The body; a large one in memory that its tensors can share."""
+    text = response.headers.get("content-length", "")
+    size = int(text) if text.isdigit() else 0
+    if size < _CHUNK:
+        return response.read(decode_content=False)
+    array: Any = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
+    memory, end = memoryview(array), 0
+    while end < size:
+        part = response.read(min(_CHUNK, size - end), decode_content=False)
+        if not part:
+            raise urllib3.exceptions.IncompleteRead(end, size - end)
+        memory[end : end + len(part)] = part
+        end += len(part)
+    return memory
+
+
+def _seconds(asked: str) -> float | None:
+    try:
+        return max(0.0, Retry().parse_retry_after(asked))
+    except HTTPError:
+        return None
+
+
+def _reason(error: BaseException) -> str:
+    inner = getattr(error, "reason", None)
+    return f"{type(error).__name__}: {inner if isinstance(inner, Exception) else error}"
+
+
+def _nobody(error: BaseException) -> bool:
+    return isinstance(error, NewConnectionError | urllib3.exceptions.ConnectTimeoutError)
+
+
+def _certificate(error: BaseException) -> bool:
+    return isinstance(error, SSLError)

@@ -1,0 +1,295 @@
+"""One request of the protocol: admit, receive, serve, answer.
+
+Cheapest first: what is wrong with the headers (a token, a size, a type) is told before any of the body is read, and
+nothing is reserved for it. The body goes straight into the memory that its tensors will be views of, and the answer's
+tensors are written from where they lie. In between, a thread does the work: the event loop never computes.
+
+A refused request is answered while its body may still be arriving. uvicorn then throws the rest away as it comes, and
+`protocol` ends one that never ends. A client that leaves in the middle is no error: what it asked for is idempotent,
+so nobody needs to know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import Executor
+from typing import Any
+
+import torch
+
+from splitfed import wire
+from splitfed.errors import BusyError, FormatError, InputError, SplitFedError, TokenError, TooLargeError
+from splitfed.http.auth import Tokens, check_owner
+from splitfed.http.contract import BINARY, PREFIX, encode_error
+from splitfed.http.limits import Budget, Limits, check_body, check_message
+from splitfed.http.metrics import Metrics
+from splitfed.packing import pack, unpack
+from splitfed.transport import Transport
+
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Buffers = list[memoryview | bytes]
+
+_SLICE = 256 << 10  # what is written at once: more would be copied into the transport's own buffer
+_log = logging.getLogger("splitfed.http")
+
+
+class _GoneError(Exception):
+    """The client has left before its body had arrived."""
+
+
+class _RefusedError(Exception):
+    """An error whose status isn't its class's own."""
+
+    def __init__(self, error: SplitFedError, status: int) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.status = status
+
+
+class Desk:
+    """What the endpoints of one process share.
+
+    Args:
+        server: Who serves.
+        limits: How much it takes.
+        tokens: Whom it serves; `None` for everybody.
+        threads: Where it computes, one for each request that may be under way.
+    """
+
+    def __init__(self, server: Transport, limits: Limits, tokens: Tokens | None, threads: Executor) -> None:
+        self.server = server
+        self.limits = limits
+        self.tokens = tokens
+        self.threads = threads
+        self.budget = Budget(limits)
+        self.metrics = Metrics()
+
+    def admit(self, scope: Scope) -> tuple[dict[bytes, bytes], str | None]:
+        """The headers of a request and whose it is.
+
+        Raises:
+            TokenError: it has no token that counts.
+        """
+        headers = dict(scope["headers"])
+        size = len(scope.get("raw_path") or b"") + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+        if size > self.limits.http_header:
+            error = TooLargeError(f"the headers have {size} bytes: this server takes {self.limits.http_header}")
+            raise _RefusedError(error, 431)
+        owner = None if self.tokens is None else self.tokens.owner(headers.get(b"authorization"))
+        return headers, owner
+
+
+class Endpoint:
+    """An ASGI app for one path: counts, and turns whatever is raised into an answer.
+
+    Args:
+        desk: What the process shares.
+        path: The route, for the metrics.
+    """
+
+    def __init__(self, desk: Desk, path: str) -> None:
+        self.desk = desk
+        self.path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        begun, received = time.perf_counter(), Received(self.desk.budget)
+        kind, parts, headers = b"application/json", list[memoryview | bytes](), list[tuple[bytes, bytes]]()
+        try:
+            try:
+                status, kind, parts = await self.answer(scope, receive, received)
+            except _GoneError:
+                return
+            except Exception as error:  # noqa: BLE001 -- the last border: nothing may leave as a traceback
+                status, headers, parts = self._told(error)
+            try:
+                await _send(send, status, kind, parts, headers)
+            finally:
+                sent = sum(map(len, parts))
+                self.desk.metrics.count(self.path, status, time.perf_counter() - begun, received.num_bytes, sent)
+        finally:
+            received.close()
+
+    async def answer(self, scope: Scope, receive: Receive, received: Received) -> tuple[int, bytes, Buffers]:
+        """Status, content type and body of the answer."""
+        raise NotImplementedError
+
+    def _told(self, error: Exception) -> tuple[int, list[tuple[bytes, bytes]], Buffers]:
+        status = getattr(error, "status", 500)
+        if isinstance(error, _RefusedError):
+            error = error.error
+        if not isinstance(error, SplitFedError):
+            _log.error("%s failed: %s", self.path, type(error).__name__, exc_info=error)
+        elif status >= 500:
+            _log.warning("%s: %s: %s", self.path, type(error).__name__, error)
+        self.desk.metrics.error(type(error).__name__ if isinstance(error, SplitFedError) else "SplitFedError")
+        headers = []
+        if status in (429, 503):
+            headers.append((b"retry-after", b"%d" % self.desk.limits.retry_seconds))
+        if isinstance(error, TokenError):
+            headers.append((b"www-authenticate", b"Bearer"))
+        return status, headers, [encode_error(error)]
+
+
+class Received:
+    """A request's place in the budget, and its body."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._entered = False
+        self._reserved = 0
+        self.num_bytes = 0
+
+    def close(self) -> None:
+        """Give back what was taken."""
+        if self._entered:
+            self._budget.leave(self._reserved)
+            self._entered = False
+
+    async def body(self, headers: Mapping[bytes, bytes], receive: Receive, limits: Limits) -> memoryview:
+        """The body, in memory of its own that is aligned as tensors need it.
+
+        Raises:
+            TooLargeError: it is over the limit.
+            BusyError: too much is under way.
+        """
+        try:
+            self._budget.enter()
+        except BusyError as error:
+            raise _RefusedError(error, 503) from None
+        self._entered = True
+        text = headers.get(b"content-length")
+        if text is None:
+            parts = [part async for part in self._parts(receive, limits, reserve=True)]
+            return _joined(parts, self.num_bytes)
+        if not text.isdigit():
+            raise FormatError(f"the content length is {text[:40]!r}: expected a number of bytes")
+        declared = int(text)
+        check_body(declared, limits)
+        self._reserved += self._budget.reserve(declared)
+        return await self._into(_memory(declared), receive, limits)
+
+    async def _into(self, memory: memoryview, receive: Receive, limits: Limits) -> memoryview:
+        async for part in self._parts(receive, limits, reserve=False):
+            if self.num_bytes > len(memory):
+                break
+            memory[self.num_bytes - len(part) : self.num_bytes] = part
+        if self.num_bytes != len(memory):
+            raise FormatError(f"the body has another length: expected {len(memory)} bytes, got {self.num_bytes}")
+        return memory
+
+    async def _parts(self, receive: Receive, limits: Limits, *, reserve: bool) -> AsyncIterator[bytes]:
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _GoneError
+            part, more = message.get("body", b""), message.get("more_body", False)
+            self.num_bytes += len(part)
+            check_body(self.num_bytes, limits)
+            if reserve:
+                self._reserved += self._budget.reserve(len(part))
+            yield part
+
+
+class Method(Endpoint):
+    """The endpoint of one method of `Transport`."""
+
+    def __init__(self, desk: Desk, name: str) -> None:
+        super().__init__(desk, f"{PREFIX}/{name}")
+        self._request = wire.METHODS[name][0]
+        self._serve = getattr(desk.server, name)
+
+    async def answer(self, scope: Scope, receive: Receive, received: Received) -> tuple[int, bytes, Buffers]:
+        """Serve a message."""
+        headers, owner = self.desk.admit(scope)
+        _check_type(headers)
+        body = await received.body(headers, receive, self.desk.limits)
+        return 200, BINARY.encode(), await _work(self.desk.threads, self._run, body, owner)
+
+    def _run(self, body: memoryview, owner: str | None) -> Buffers:
+        limits = self.desk.limits
+        request: Any = unpack(self._request, body, max_tensors=limits.tensors, max_header=limits.header)
+        check_owner(owner, wire.owner(request))
+        check_message(request, limits)
+        return pack(self._serve(request))
+
+
+class Report(Endpoint):
+    """An endpoint that answers something to read.
+
+    Args:
+        desk: What the process shares.
+        path: The route.
+        kind: The content type.
+        read: Makes status and body.
+        threads: Where, if it asks the store: others than those that compute, which may all be busy.
+        private: Whether a token is needed.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        path: str,
+        kind: bytes,
+        read: Callable[[], tuple[int, bytes]],
+        threads: Executor | None = None,
+        *,
+        private: bool = False,
+    ) -> None:
+        super().__init__(desk, path)
+        self._kind = kind
+        self._read = read
+        self._threads = threads
+        self._private = private
+
+    async def answer(self, scope: Scope, receive: Receive, received: Received) -> tuple[int, bytes, Buffers]:
+        """Read it."""
+        if self._private:
+            self.desk.admit(scope)
+        status, body = self._read() if self._threads is None else await _work(self._threads, self._read)
+        return status, self._kind, [body]
+
+
+async def _work(threads: Executor, function: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
+
+
+def _check_type(headers: Mapping[bytes, bytes]) -> None:
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind != BINARY.encode():
+        got = kind.decode("latin-1")[:80]
+        raise _RefusedError(InputError(f"the content type is {got!r}: expected {BINARY!r}"), 415)
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise _RefusedError(InputError("the body is encoded: expected it as it is, without a content-encoding"), 415)
+
+
+def _memory(num_bytes: int) -> memoryview:
+    array: Any = torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
+    return memoryview(array)
+
+
+def _joined(parts: Iterable[bytes], num_bytes: int) -> memoryview:
+    memory, end = _memory(num_bytes), 0
+    for part in parts:
+        memory[end : end + len(part)] = part
+        end += len(part)
+    return memory
+
+
+async def _send(send: Send, status: int, kind: bytes, parts: Buffers, headers: list[tuple[bytes, bytes]]) -> None:
+    total = sum(map(len, parts))
+    told = [(b"content-type", kind), (b"content-length", b"%d" % total), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": told})
+    if total <= _SLICE:
+        await send({"type": "http.response.body", "body": b"".join(parts)})
+        return
+    for part in parts:
+        for begin in range(0, len(part), _SLICE):
+            await send({"type": "http.response.body", "body": part[begin : begin + _SLICE], "more_body": True})
+    await send({"type": "http.response.body"})

@@ -1,0 +1,159 @@
+"""How much a request may be, and how much may be under way at once.
+
+A service that reads whatever comes dies of it: so every size is known or bounded before memory is taken, and what is
+too much now gets an answer that says when to come back. The trap is the tensor that is small on the wire and large in
+memory: an expanded one names few bytes and many elements, so what is limited is also the size that tensors have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from splitfed import trees
+from splitfed.errors import BusyError, InputError, TooLargeError
+from splitfed.foreign import MAX_HEADER, MAX_TENSORS
+from splitfed.messages import BackwardRequest, ForwardRequest, LossRequest, PushRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one server process takes.
+
+    Raises:
+        InputError: one isn't above 0, or no request of the largest size would fit into the bytes in flight.
+    """
+
+    body: int = 256 << 20
+    """Bytes of a request's body; also of its tensors once they are expanded."""
+    in_flight: int = 1 << 30
+    """Bytes of all bodies that are being received or answered."""
+    requests: int = 32
+    """Requests that are being received or answered."""
+    connections: int = 1024
+    """Open connections."""
+    http_header: int = 32 << 10
+    """Bytes of a request's line and headers."""
+    header: int = min(1 << 20, MAX_HEADER)
+    """Bytes of a body's safetensors header."""
+    tensors: int = min(10_000, MAX_TENSORS)
+    """Tensors in a body."""
+    samples: int = 1_000_000
+    """Leading dimension of a call's first tensor, and weight of a batch."""
+    push_samples: int = 1_000_000_000
+    """Weight of a push, which counts all batches since the pull."""
+    receive_seconds: float = 20.0
+    """Time for a request to arrive, besides what its bytes may take ..."""
+    bytes_per_second: int = 64 << 10
+    """... at this rate; an answer that isn't taken for `receive_seconds` is cut off likewise."""
+    retry_seconds: int = 1
+    """What a refused client is told to wait."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"the limit {field.name} is {value!r}: expected a number above 0")
+        if self.in_flight < self.body:
+            raise InputError(
+                f"in_flight={self.in_flight} bytes are less than one body may have ({self.body}): no such request "
+                "could ever be served; raise it, or lower the limit of the body"
+            )
+
+
+class Budget:
+    """What is under way in this process. Used from the event loop alone, so it needs no lock."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.requests = 0
+        self.num_bytes = 0
+
+    def enter(self) -> None:
+        """Count a request in.
+
+        Raises:
+            BusyError: there are as many as may be.
+        """
+        if self.requests >= self._limits.requests:
+            raise BusyError(
+                f"this server has {self.requests} requests under way, as many as it takes: try again in "
+                f"{self._limits.retry_seconds} s"
+            )
+        self.requests += 1
+
+    def leave(self, num_bytes: int) -> None:
+        """Count a request out, with the bytes that were reserved for it."""
+        self.requests -= 1
+        self.num_bytes -= num_bytes
+
+    def reserve(self, num_bytes: int) -> int:
+        """Take bytes for a body, and return them.
+
+        Raises:
+            BusyError: with them there would be more than may be.
+        """
+        if self.num_bytes + num_bytes > self._limits.in_flight:
+            raise BusyError(
+                f"this server has {self.num_bytes} bytes under way and takes {self._limits.in_flight}: "
+                f"{num_bytes} more don't fit now; try again in {self._limits.retry_seconds} s"
+            )
+        self.num_bytes += num_bytes
+        return num_bytes
+
+
+def check_body(num_bytes: int, limits: Limits) -> None:
+    """Refuse a body by its size.
+
+    Raises:
+        TooLargeError: it is over the limit.
+    """
+    if num_bytes > limits.body:
+        raise TooLargeError(
+            f"the request has {num_bytes} bytes or more: this server takes {limits.body}; send smaller batches, or "
+            "raise the limit of the body"
+        )
+
+
+def check_message(message: Any, limits: Limits) -> None:
+    """Refuse a request by what its tensors hold and its batch weighs.
+
+    Raises:
+        TooLargeError: it is over a limit.
+    """
+    sizes = [tensor.numel() * tensor.itemsize for tensor in _tensors(message)]
+    if sum(sizes) > limits.body:
+        raise TooLargeError(
+            f"the tensors take {sum(sizes)} bytes when they are expanded: this server takes {limits.body}"
+        )
+    most = limits.push_samples if isinstance(message, PushRequest) else limits.samples
+    for weight in _weights(message):
+        if isinstance(weight, int | float) and weight > most:
+            raise TooLargeError(f"the batch has {weight:g} samples: this server takes {most} at a time")
+
+
+def _tensors(message: Any) -> Iterator[Tensor]:
+    if isinstance(message, ForwardRequest):
+        yield from trees.flatten(message.inputs)[1]
+    elif isinstance(message, LossRequest):
+        yield from trees.flatten((message.forward.inputs, message.target))[1]
+    elif isinstance(message, BackwardRequest):
+        yield from (gradient for gradient in message.grad_outputs if gradient is not None)
+    elif isinstance(message, PushRequest):
+        for group in (message.gradients, message.values, message.bases):
+            yield from group.values()
+
+
+def _weights(message: Any) -> Iterator[Any]:
+    if isinstance(message, ForwardRequest | LossRequest):
+        first = next(_tensors(message), None)
+        yield first.shape[0] if first is not None and first.dim() else 0
+    if isinstance(message, LossRequest | PushRequest):
+        yield message.num_samples
+    elif isinstance(message, BackwardRequest) and message.seal is not None:
+        yield message.seal.num_samples
+        yield from (chain.num_samples for chain in message.seal.chains)

@@ -1,0 +1,80 @@
+"""`module:attribute` on the command line: what it loads, and what is said when it can't."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from splitfed.cli.apps import load_body, load_object
+from splitfed.errors import InputError
+
+SOURCE = """
+from torch import nn
+body = nn.Linear(2, 3)
+number = 7
+
+class Made(nn.Module):
+    pass
+
+class Holder:
+    inner = nn.Linear(4, 5)
+
+def build():
+    return nn.Linear(6, 7)
+
+def broken():
+    raise RuntimeError("no weights here")
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder has a module of the user's."""
+    (tmp_path / "my_site.py").write_text(SOURCE)
+    (tmp_path / "my_broken.py").write_text("x = 1\nimport not_installed_at_all\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("my_site", "my_broken"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def test_a_module_is_taken_as_it_is_although_it_can_be_called() -> None:
+    """An nn.Module is callable, and isn't called."""
+    body = load_body("my_site:body")
+    assert isinstance(body, nn.Linear)
+    assert body.out_features == 3
+
+
+@pytest.mark.parametrize(("spec", "kind"), [("build", nn.Linear), ("Made", nn.Module), ("Holder.inner", nn.Linear)])
+def test_functions_classes_and_dotted_names_work(spec: str, kind: type) -> None:
+    """What a function or class without arguments returns is the body; dots go deeper."""
+    assert isinstance(load_body(f"my_site:{spec}"), kind)
+
+
+def test_an_object_needn_t_be_a_module() -> None:
+    """Optimizers and loss functions load by the same door."""
+    assert load_object("my_site:number", "--loss") == 7
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("my_site", "expected module:attribute"),
+        (":body", "expected module:attribute"),
+        ("my_site:", "expected module:attribute"),
+        ("nowhere_at_all:body", "No module named 'nowhere_at_all'"),
+        ("my_broken:body", r"not_installed_at_all.*my_broken.py, line 2"),
+        ("my_site:bodies", "no attribute 'bodies'"),
+        ("my_site:number", "is a int: expected the body as an nn.Module"),
+        ("my_site:broken", r"RuntimeError: no weights here \(my_site.py, line 16\)"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(spec: str, said: str) -> None:
+    """Which argument, what was expected, and where in the user's file."""
+    with pytest.raises(InputError, match=said) as caught:
+        load_body(spec)
+    assert "\n" not in str(caught.value)

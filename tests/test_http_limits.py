@@ -1,0 +1,60 @@
+"""Limits: what one request may be, and what may be under way."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from harness_requests import ahead, back
+
+from splitfed.errors import BusyError, InputError, TooLargeError
+from splitfed.http.limits import Budget, Limits, check_body, check_message
+from splitfed.messages import PullRequest
+
+
+@pytest.mark.parametrize("wrong", [{"body": 0}, {"requests": -1}, {"receive_seconds": math.nan}, {"samples": math.inf}])
+def test_a_limit_is_a_number_above_0(wrong: dict[str, Any]) -> None:
+    """The message names it."""
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Limits(**wrong)
+
+
+def test_a_body_of_the_largest_size_must_fit_into_what_may_be_under_way() -> None:
+    """Else it would be refused for ever, as if the server were busy."""
+    with pytest.raises(InputError, match=r"in_flight=100 bytes are less than one body may have \(200\)"):
+        Limits(body=200, in_flight=100)
+
+
+def test_the_budget_counts_in_and_out() -> None:
+    """Two requests of three and four bytes of ten; then there is room again."""
+    budget = Budget(Limits(body=5, in_flight=10, requests=2))
+    budget.enter()
+    budget.enter()
+    with pytest.raises(BusyError, match="2 requests under way"):
+        budget.enter()
+    assert budget.reserve(3) + budget.reserve(4) == 7
+    with pytest.raises(BusyError, match="7 bytes under way and takes 10: 4 more"):
+        budget.reserve(4)
+    budget.leave(3)
+    assert (budget.requests, budget.num_bytes) == (1, 4)
+    budget.enter()
+    budget.reserve(6)
+
+
+def test_a_body_of_just_the_limit_is_taken() -> None:
+    """One byte more isn't."""
+    check_body(10, Limits(body=10, in_flight=10))
+    with pytest.raises(TooLargeError, match="11 bytes or more: this server takes 10"):
+        check_body(11, Limits(body=10, in_flight=10))
+
+
+def test_messages_within_the_limits_pass() -> None:
+    """Of every kind, those without tensors and scalars among them."""
+    small = Limits(samples=2)
+    for message in (ahead(), ahead(inputs=((), {})), ahead(inputs=((torch.tensor(1.0),), {})), back(seal=None)):
+        check_message(message, small)
+    check_message(PullRequest("a"), small)
+    with pytest.raises(TooLargeError, match="2 samples: this server takes 1 "):
+        check_message(ahead(), Limits(samples=1))

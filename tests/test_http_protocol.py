@@ -1,0 +1,137 @@
+"""Half-open and slow connections, endless headers, too many connections, answers that nobody takes: each ends."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from harness_http import Service, read_all, running, serving
+from harness_requests import ahead
+
+from splitfed.http.contract import decode_error
+from splitfed.http.limits import Limits
+from splitfed.packing import pack
+
+LIMITS = Limits(receive_seconds=2.0, bytes_per_second=1 << 20, http_header=4096, connections=20)
+HEAD = b"POST /v1/forward HTTP/1.1\r\nhost: x\r\ncontent-type: application/octet-stream\r\n"
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    """A service without patience."""
+    with serving(f"memory://{uuid.uuid4()}", LIMITS) as (_, found):
+        yield found
+
+
+def test_a_half_open_request_ends_with_a_408(service: Service) -> None:
+    """Nothing, a byte, half a line, header or body: each is told so and closed; healthy ones are served meanwhile."""
+    whole = HEAD + b"content-length: 100\r\n\r\n" + bytes(50)
+    streams = [service.raw(whole[:size]) for size in (0, 1, 20, len(HEAD), len(whole))]
+    for _ in range(20):
+        assert service.ask("/healthz")[0] == 200
+    for found in map(read_all, streams):
+        assert found.startswith(b"HTTP/1.1 408 Request Timeout")
+        assert "in time" in str(decode_error(found.partition(b"\r\n\r\n")[2]))
+
+
+def test_a_trickle_ends_as_well(service: Service) -> None:
+    """A byte now and then buys no time to speak of."""
+    begun = time.monotonic()
+    with service.raw(HEAD) as stream:
+        stream.settimeout(0.1)
+        found = b""
+        while not found:
+            try:
+                found = stream.recv(100)
+            except TimeoutError:
+                stream.sendall(b"a")
+    assert found.startswith(b"HTTP/1.1 408")
+    assert time.monotonic() - begun < 30
+
+
+def test_a_large_body_over_a_slow_line_arrives(service: Service) -> None:
+    """Bytes that come buy time: 1 MiB a second here, so that 3 MiB may take more than the two seconds."""
+    data = b"".join(pack(ahead(client_id="slow")))
+    pad = b"x" * (1 << 20)
+    with service.raw(HEAD + b"content-length: %d\r\n\r\n" % (len(data) + 3 * len(pad)) + data) as stream:
+        for _ in range(3):
+            stream.sendall(pad)
+            time.sleep(0.9)  # the slow line itself
+        assert stream.recv(1 << 16).startswith(b"HTTP/1.1 400")  # trailing bytes: it was read to its end
+
+
+def test_headers_that_never_end_are_a_431(service: Service) -> None:
+    """Long before they fill the memory."""
+    with service.raw(HEAD + b"x: " + b"a" * 5000) as stream:
+        assert stream.recv(1 << 16).startswith(b"HTTP/1.1 431 Request Header Fields Too Large")
+
+
+def test_pipelined_requests_are_served_and_watched(service: Service) -> None:
+    """A second one behind the first in the same bytes is answered; half of a third one ends."""
+    get = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+    with service.raw(get + get + b"GET /hea") as stream:
+        found = read_all(stream)
+    assert found.count(b"HTTP/1.1 200") == 2
+    assert b"HTTP/1.1 408" in found
+
+
+def test_connections_beyond_the_limit_are_a_503_until_others_go(service: Service) -> None:
+    """With when to come back."""
+    open_streams = [service.raw(b"G") for _ in range(20)]
+    try:
+        with service.raw(b"") as stream:
+            found = read_all(stream)
+        assert found.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1\r\n" in found
+    finally:
+        for each in open_streams:
+            each.close()
+    while service_refuses(service):
+        pass
+
+
+def service_refuses(service: Service) -> bool:
+    """Whether a new connection is refused."""
+    with service.raw(b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n") as stream:
+        return read_all(stream).startswith(b"HTTP/1.1 503")
+
+
+def test_an_answer_that_nobody_takes_is_cut_off() -> None:
+    """The connection is aborted, and what it held is free again."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1000000000")]})
+        for _ in range(1000):
+            await send({"type": "http.response.body", "body": bytes(1_000_000), "more_body": True})
+        await send({"type": "http.response.body"})
+        ended.set()
+
+    ended = threading.Event()
+    with running(app, LIMITS) as service, socket.socket() as stream:
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stream.settimeout(60)
+        stream.connect(service.address)
+        stream.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert ended.wait(60)  # nothing is sent to a connection that is gone
+        taken = 0
+        with suppress(ConnectionError):
+            while part := stream.recv(1 << 16):
+                taken += len(part)
+        assert taken < 1_000_000_000
+
+
+def test_who_was_answered_and_still_sends_is_cut_off(service: Service) -> None:
+    """A refused body that never ends doesn't hold the connection."""
+    with service.raw(HEAD.replace(b"octet-stream", b"json") + b"content-length: 1000\r\n\r\nabc") as stream:
+        assert stream.recv(1 << 16).startswith(b"HTTP/1.1 415")
+        with suppress(ConnectionError):
+            while stream.recv(1 << 16):
+                pass

@@ -1,0 +1,173 @@
+"""Running the service: sockets, workers that die, HTTPS, and an end that loses no request."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import urllib3
+from torch import nn
+
+import splitfed
+from splitfed.errors import InputError
+from splitfed.http.client import HttpTransport
+from splitfed.http.limits import Limits
+from splitfed.http.serving import Place, is_loopback, serve
+from splitfed.messages import PullRequest
+
+APP = """
+import os, time
+import torch
+from torch import nn
+
+class Slow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+    def forward(self, x):
+        if x.shape[0] == 3:
+            open("begun", "w").close()
+            time.sleep(1.0)
+        return self.layer(x)
+
+def body():
+    torch.manual_seed(0)
+    return Slow()
+"""
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys; from splitfed.cli import main; sys.exit(main())",
+    "serve",
+    "site_app:body",
+]
+
+
+@contextmanager
+def process(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`splitfed serve` as a process, and the URL that it prints."""
+    (folder / "site_app.py").write_text(APP)
+    command = [*COMMAND, "--store", "run", "--sync", "process", "--port", "0", *arguments]
+    found = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = found.stdout.readline() if found.stdout else ""
+        assert line.startswith("splitfed: serving on http"), found.communicate()[1]
+        yield found, line.split()[-1]
+    finally:
+        found.kill()
+        found.communicate()
+
+
+def half() -> nn.Module:
+    """Nothing but the cut."""
+    return nn.Sequential(splitfed.CutPoint())
+
+
+def test_sigterm_lets_a_request_end_and_exits_with_0(tmp_path: Path) -> None:
+    """A forward that is computing is answered; a new request finds nobody; nothing is on standard error but the log."""
+    with process(tmp_path, "--receive-seconds", "60") as (server, url):
+        client = splitfed.SplitClient(half(), url, "a", patience=0.0)
+        x = torch.ones(3, 2)
+        with ThreadPoolExecutor(1) as pool:
+            under_way = pool.submit(client, x)
+            while not (tmp_path / "begun").exists():
+                time.sleep(0.01)
+            server.send_signal(signal.SIGTERM)
+            assert under_way.result().shape == (3, 2)
+        _, log = server.communicate(timeout=60)
+        assert server.returncode == 0
+        assert "Traceback" not in log
+        with pytest.raises(splitfed.UnreachableError):
+            client(x)
+
+
+def test_a_worker_that_is_killed_is_started_anew(tmp_path: Path) -> None:
+    """The port stays, and requests go on; SIGTERM ends them all."""
+    with process(tmp_path, "--workers", "2") as (server, url):
+        transport = HttpTransport(url)
+        transport.pull(PullRequest("a"))
+        children = subprocess.run(["pgrep", "-P", str(server.pid)], capture_output=True, text=True, check=True).stdout
+        workers = {int(pid) for pid in children.split() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+        assert len(workers) == 2
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        assert transport.pull(PullRequest("a")).version == -1
+        server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=120)
+        assert server.returncode == 0
+        assert "another one begins" in log
+
+
+def test_https_with_the_certificate_that_the_client_trusts(tmp_path: Path) -> None:
+    """And not without: that fails at once, since no retry mends it."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"),
+            *("-days", "2", "-keyout", str(key), "-out", str(certificate)),
+            *("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    with process(tmp_path, "--tls-cert", str(certificate), "--tls-key", str(key)) as (_, url):
+        assert url.startswith("https://127.0.0.1:")
+        assert HttpTransport(url, ca_certs=str(certificate)).ready()["status"] == "ready"
+        begun = time.monotonic()
+        with pytest.raises(splitfed.UnreachableError, match="certificate"):
+            HttpTransport(url).pull(PullRequest("a"))
+        assert time.monotonic() - begun < 30
+
+
+def test_an_address_that_can_t_be_used_is_told() -> None:
+    """A port that is taken, a host that isn't ours, a port beyond the numbers."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for place in (Place(port=port), Place(host="no-such-host.invalid"), Place(port=70_000)):
+            with pytest.raises(InputError, match="can't listen at"):
+                serve(lambda: None, Limits(), place, print)
+
+
+def test_a_certificate_that_isn_t_one_is_told(tmp_path: Path) -> None:
+    """Before it listens."""
+    file = tmp_path / "cert.pem"
+    file.write_text("nonsense")
+    with pytest.raises(InputError, match=r"cert.pem or its key can't be used"):
+        serve(lambda: None, Limits(), Place(port=0, certificate=str(file)), print)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("localhost.example.org", False),
+    ],
+)
+def test_what_only_this_machine_reaches(host: str, loopback: bool) -> None:
+    """Addresses, not names that look like them."""
+    assert is_loopback(host) == loopback
+
+
+def test_serving_over_ipv6(tmp_path: Path) -> None:
+    """Its URL has brackets."""
+    with process(tmp_path, "--host", "::1") as (_, url):
+        assert url.startswith("http://[::1]:")
+        assert urllib3.request("GET", f"{url}/healthz").status == 200
