@@ -54,7 +54,7 @@ constraints: $(HAVE_PIP) ## renew the pins in constraints.txt
 	$(PIP) install --quiet uv
 	echo 'torch==2.13.0' > $(VENV)/torch.txt
 	$(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.10 --no-annotate --no-header \
-		--constraints $(VENV)/torch.txt --extra demo --extra gcs --group dev --output-file $(VENV)/resolved.txt pyproject.toml
+		--constraints $(VENV)/torch.txt --extra demo --group dev --output-file $(VENV)/resolved.txt pyproject.toml
 	( echo '# Exact versions for development and CI, made by `make constraints`; users of the package are not bound by them.'; \
 		sed -e "s/ ; sys_platform != 'emscripten'$$//; s/ and sys_platform != 'emscripten'$$//" $(VENV)/resolved.txt \
 		| grep -vE "^(nvidia|cuda)-|^triton=|== 'emscripten'" ) > constraints.txt
