@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import split_step
+from benchmarks import http_step, split_step
 
 MARKS = ("<!-- table -->", "<!-- end -->")
 
@@ -21,11 +21,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds of the large model")
     args = parser.parse_args()
     found = split_step.run(args.rounds)
-    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "milliseconds": found}
+    http = http_step.run(20 * args.rounds)
+    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "milliseconds": found, "http": http}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "benchmark.json").write_text(json.dumps(result, indent=1))
     table = split_step.as_table(found)
     print(table)
+    print(f"\n{http_step.as_table(http)}")
     if args.docs:
         head, _, rest = args.docs.read_text().partition(MARKS[0])
         args.docs.write_text(f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")

@@ -65,5 +65,5 @@ def test_what_isn_t_installed_is_named_with_its_extra(monkeypatch: pytest.Monkey
 
 def test_a_path_is_not_a_url(tmp_path: Path) -> None:
     """A folder is a store only as file://."""
-    with pytest.raises(InputError, match="expected a URL"):
+    with pytest.raises(InputError, match="or a URL such as"):
         splitfed.SplitClient(half(), str(tmp_path), "a")

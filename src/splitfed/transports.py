@@ -34,7 +34,7 @@ def open_transport(url: str, *, client_id: str, token: str | None = None, **opti
     """
     scheme, colon, _ = url.partition("://")
     if not colon or not scheme:
-        raise InputError(f"server is {url!r}: expected a URL such as 'https://host:8000' or 's3://bucket/run'")
+        raise InputError(f"server is {url!r}: expected a SplitServer, or a URL such as 'https://host:8000'")
     module = "splitfed.http.client" if scheme.lower() in ("http", "https") else "splitfed.storetransport"
     try:
         found = importlib.import_module(module)

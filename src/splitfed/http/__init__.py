@@ -10,6 +10,7 @@ any request to any replica, and every request may be sent again.
     auth.py       tokens, hashed at rest
     metrics.py    Prometheus text
     openapi.py    the OpenAPI document
+    arrival.py    a body as it arrives
     endpoints.py  one request: admit, receive, serve, answer
     app.py        the ASGI app
     protocol.py   what uvicorn lacks: limits on time, headers and connections

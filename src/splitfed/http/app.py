@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -51,7 +52,10 @@ def make_app(
         InputError: the token file can't be read.
     """
     limits = Limits() if limits is None else limits
-    threads = ThreadPoolExecutor(limits.requests, thread_name_prefix="splitfed")
+    # OpenMP counts for each thread by itself: one that wasn't told would compute with as many as there are cores, which
+    # is another numerics class, and slow.
+    count = torch.get_num_threads()
+    threads = ThreadPoolExecutor(limits.requests, "splitfed", initializer=torch.set_num_threads, initargs=(count,))
     watchers = ThreadPoolExecutor(2, thread_name_prefix="splitfed-watch")
     desk = Desk(server, limits, None if tokens is None else Tokens(tokens), threads)
     store, versions = server.store, server.store.lineage(server.lineage)

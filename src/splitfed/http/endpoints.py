@@ -14,41 +14,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from typing import Any
 
-import torch
-
 from splitfed import wire
-from splitfed.errors import BusyError, FormatError, InputError, SplitFedError, TokenError, TooLargeError
+from splitfed.errors import InputError, SplitFedError, TokenError, TooLargeError
+from splitfed.http.arrival import GoneError, Receive, Received, RefusedError
 from splitfed.http.auth import Tokens, check_owner
 from splitfed.http.contract import BINARY, PREFIX, encode_error
-from splitfed.http.limits import Budget, Limits, check_body, check_message
+from splitfed.http.limits import Budget, Limits, check_message
 from splitfed.http.metrics import Metrics
 from splitfed.packing import pack, unpack
 from splitfed.transport import Transport
 
 Scope = Mapping[str, Any]
-Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Buffers = list[memoryview | bytes]
 
 _SLICE = 256 << 10  # what is written at once: more would be copied into the transport's own buffer
 _log = logging.getLogger("splitfed.http")
-
-
-class _GoneError(Exception):
-    """The client has left before its body had arrived."""
-
-
-class _RefusedError(Exception):
-    """An error whose status isn't its class's own."""
-
-    def __init__(self, error: SplitFedError, status: int) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.status = status
 
 
 class Desk:
@@ -79,7 +64,7 @@ class Desk:
         size = len(scope.get("raw_path") or b"") + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size > self.limits.http_header:
             error = TooLargeError(f"the headers have {size} bytes: this server takes {self.limits.http_header}")
-            raise _RefusedError(error, 431)
+            raise RefusedError(error, 431)
         owner = None if self.tokens is None else self.tokens.owner(headers.get(b"authorization"))
         return headers, owner
 
@@ -103,7 +88,7 @@ class Endpoint:
         try:
             try:
                 status, kind, parts = await self.answer(scope, receive, received)
-            except _GoneError:
+            except GoneError:
                 return
             except Exception as error:  # noqa: BLE001 -- the last border: nothing may leave as a traceback
                 status, headers, parts = self._told(error)
@@ -121,7 +106,7 @@ class Endpoint:
 
     def _told(self, error: Exception) -> tuple[int, list[tuple[bytes, bytes]], Buffers]:
         status = getattr(error, "status", 500)
-        if isinstance(error, _RefusedError):
+        if isinstance(error, RefusedError):
             error = error.error
         if not isinstance(error, SplitFedError):
             _log.error("%s failed: %s", self.path, type(error).__name__, exc_info=error)
@@ -134,67 +119,6 @@ class Endpoint:
         if isinstance(error, TokenError):
             headers.append((b"www-authenticate", b"Bearer"))
         return status, headers, [encode_error(error)]
-
-
-class Received:
-    """A request's place in the budget, and its body."""
-
-    def __init__(self, budget: Budget) -> None:
-        self._budget = budget
-        self._entered = False
-        self._reserved = 0
-        self.num_bytes = 0
-
-    def close(self) -> None:
-        """Give back what was taken."""
-        if self._entered:
-            self._budget.leave(self._reserved)
-            self._entered = False
-
-    async def body(self, headers: Mapping[bytes, bytes], receive: Receive, limits: Limits) -> memoryview:
-        """The body, in memory of its own that is aligned as tensors need it.
-
-        Raises:
-            TooLargeError: it is over the limit.
-            BusyError: too much is under way.
-        """
-        try:
-            self._budget.enter()
-        except BusyError as error:
-            raise _RefusedError(error, 503) from None
-        self._entered = True
-        text = headers.get(b"content-length")
-        if text is None:
-            parts = [part async for part in self._parts(receive, limits, reserve=True)]
-            return _joined(parts, self.num_bytes)
-        if not text.isdigit():
-            raise FormatError(f"the content length is {text[:40]!r}: expected a number of bytes")
-        declared = int(text)
-        check_body(declared, limits)
-        self._reserved += self._budget.reserve(declared)
-        return await self._into(_memory(declared), receive, limits)
-
-    async def _into(self, memory: memoryview, receive: Receive, limits: Limits) -> memoryview:
-        async for part in self._parts(receive, limits, reserve=False):
-            if self.num_bytes > len(memory):
-                break
-            memory[self.num_bytes - len(part) : self.num_bytes] = part
-        if self.num_bytes != len(memory):
-            raise FormatError(f"the body has another length: expected {len(memory)} bytes, got {self.num_bytes}")
-        return memory
-
-    async def _parts(self, receive: Receive, limits: Limits, *, reserve: bool) -> AsyncIterator[bytes]:
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise _GoneError
-            part, more = message.get("body", b""), message.get("more_body", False)
-            self.num_bytes += len(part)
-            check_body(self.num_bytes, limits)
-            if reserve:
-                self._reserved += self._budget.reserve(len(part))
-            yield part
 
 
 class Method(Endpoint):
@@ -264,22 +188,9 @@ def _check_type(headers: Mapping[bytes, bytes]) -> None:
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if kind != BINARY.encode():
         got = kind.decode("latin-1")[:80]
-        raise _RefusedError(InputError(f"the content type is {got!r}: expected {BINARY!r}"), 415)
+        raise RefusedError(InputError(f"the content type is {got!r}: expected {BINARY!r}"), 415)
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise _RefusedError(InputError("the body is encoded: expected it as it is, without a content-encoding"), 415)
-
-
-def _memory(num_bytes: int) -> memoryview:
-    array: Any = torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
-    return memoryview(array)
-
-
-def _joined(parts: Iterable[bytes], num_bytes: int) -> memoryview:
-    memory, end = _memory(num_bytes), 0
-    for part in parts:
-        memory[end : end + len(part)] = part
-        end += len(part)
-    return memory
+        raise RefusedError(InputError("the body is encoded: expected it as it is, without a content-encoding"), 415)
 
 
 async def _send(send: Send, status: int, kind: bytes, parts: Buffers, headers: list[tuple[bytes, bytes]]) -> None:
