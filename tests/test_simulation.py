@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy
 import torch
+import toy
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
@@ -44,7 +44,7 @@ def halves(number: int = 2, each: int = 5) -> dict[str, Any]:
 
 
 def test_a_round_is_fedavg_of_the_halves_and_one_step_of_the_body() -> None:
-    """By hand: w ← w − lr · Σ nᵢgᵢ/Σ nᵢ for the body, and Σ nᵢ(wᵢ)/Σ nᵢ for the halves, wᵢ after a step of each client."""
+    """By hand: w ← w − lr · Σ nᵢgᵢ/Σ nᵢ for the body; the mean of the clients' ends for the halves, which is the same."""
     whole, clients = linear(), halves()
     simulation = toy.run(
         model=whole,
@@ -259,7 +259,7 @@ def test_a_barrier_can_be_set_by_hand() -> None:
     assert splitfed.simulate.__module__ == "splitfed.simulation"
 
 
-MEASURE = '''
+MEASURE = """
 import functools, resource, sys, torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -288,7 +288,7 @@ before = resident()
 simulation = run(clients, 50)
 assert sum(len(row["participants"]) for row in simulation) == 500
 print(resident() - before)
-'''
+"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
