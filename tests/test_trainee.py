@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import toy
 import torch
+import toy
 from torch.nn.functional import cross_entropy
 
 from splitfed.accumulator import Accumulator

@@ -5,7 +5,7 @@ and with buffered updates, without any waiting. Each way gets the server rate, o
 the target soonest on held-out validation digits. What is reported is when it reaches the target on test digits that
 had no part in the choice.
 
-    python examples/stragglers.py --output runs/stragglers
+    python -m benchmarks.stragglers --output runs/stragglers
 """
 
 from __future__ import annotations
