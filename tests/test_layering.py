@@ -106,8 +106,8 @@ MAY_IMPORT = {
     "worker": "errors store metering localdata trainee assembly",
     "crew": "errors rounds rows store localdata trainee assembly worker",
     "simulated": "errors template cutting rounds rows callbacks history timeline evaluation trainee assembly",
-    "simulation": "errors ids cutting policies optimizers blobs store rows callbacks progress history sampling timeline "
-    "virtual localdata evaluation trainee assembly schedule crew simulated",
+    "simulation": "errors ids cutting policies optimizers blobs store rows callbacks progress history sampling "
+    "timeline virtual localdata evaluation trainee assembly schedule crew simulated",
     "checking": "errors messages trees template cutting unsplit client store server",
     "demo": "errors rows callbacks store history policies pictures report partition evaluation simulation",
     "cli": "errors rows callbacks progress history report demo splitfed",
@@ -121,7 +121,9 @@ IO_MODULES = set(
 )
 IO_CALLS = set("open print input exec eval load save from_file".split())
 
-CLIENT_SIDE = set("client calls passes onetrip connection syncing participating transport cutting cutpoint unsplit".split())
+CLIENT_SIDE = set(
+    "client calls passes onetrip connection syncing participating transport cutting cutpoint unsplit".split()
+)
 SERVER_SIDE = set(
     "blobs layout versions lineage pile store sealing halves running lines server folding stepping accumulator".split()
 )

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
         UnsupportedError,
         WorkerError,
     )
-    from splitfed.history import History
     from splitfed.federation import Federation
+    from splitfed.history import History
     from splitfed.ids import BatchId
     from splitfed.perclient import PerClient
     from splitfed.server import SplitServer

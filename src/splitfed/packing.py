@@ -20,7 +20,13 @@ from splitfed.messages import Chain, ForwardRequest, Housekeeping, RoundInfo, Se
 
 M = TypeVar("M")
 
-_NESTED: dict[str, type] = {"housekeeping": Housekeeping, "seal": Seal, "chains": Chain, "forward": ForwardRequest, "round": RoundInfo}
+_NESTED: dict[str, type] = {
+    "housekeeping": Housekeeping,
+    "seal": Seal,
+    "chains": Chain,
+    "forward": ForwardRequest,
+    "round": RoundInfo,
+}
 
 
 def pack(message: Any) -> list[memoryview | bytes]:
