@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -151,6 +152,14 @@ def test_global_steps_wait_for_the_slowest_in_virtual_time() -> None:
     steps = [commit["time"] for commit in simulation.history.commits("body")]
     assert steps == pytest.approx([10, 20])
     assert rows[0]["time"] == pytest.approx(20)
+
+
+def test_global_steps_go_on_without_the_vanished() -> None:
+    """Nobody waits for them: no step takes longer than the slowest batch, and a round no longer than two."""
+    rows = list(toy.run(rounds=8, mode="synchronous", virtual=VirtualTime(dropout=0.5)))
+    assert any(row["missing"] for row in rows)
+    lengths = [now["time"] - before["time"] for before, now in itertools.pairwise([{"time": 0.0}, *rows])]
+    assert max(lengths) == pytest.approx(2)
 
 
 def test_what_a_client_keeps_can_be_looked_at() -> None:

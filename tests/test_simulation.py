@@ -44,7 +44,7 @@ def halves(number: int = 2, each: int = 5) -> dict[str, Any]:
 
 
 def test_a_round_is_fedavg_of_the_halves_and_one_step_of_the_body() -> None:
-    """By hand: w ← w − lr · Σ nᵢgᵢ/Σ nᵢ for the body, and Σ nᵢwᵢ/Σ nᵢ for the halves, wᵢ after a step of each."""
+    """By hand: w ← w − lr · Σ nᵢgᵢ/Σ nᵢ for the body; for the halves the mean of the clients' ends is the same."""
     whole, clients = linear(), halves()
     simulation = toy.run(
         model=whole,

@@ -50,11 +50,23 @@ def test_an_activation_pulls_trains_each_batch_and_pushes() -> None:
 
 
 def test_gradients_are_pushed_after_each_batch() -> None:
-    """And the half is pulled before each: nothing is learned locally."""
-    site = Site("gradients", gradients=True)
+    """And the half is pulled before each, in a second pass too: nothing is learned locally."""
+    site = Site("gradients", gradients=True, local_passes=2)
     made = list(site.trainee(Belongings()).run())
-    assert made == [Next.PULL, Next.FORWARD, Next.BACKWARD, Next.PUSH] * 3
-    assert len(site.store.waiting("client")) == 3
+    assert made == [Next.PULL, Next.FORWARD, Next.BACKWARD, Next.PUSH] * 6
+    assert len(site.store.waiting("client")) == 6
+
+
+def test_personal_parts_learn_locally_where_the_rest_is_pushed_as_gradients() -> None:
+    """Only they move between a pull and the next one; without any, nothing does."""
+    site = Site("personal-gradients", gradients=True, personal=("3.bias",))
+    own = Belongings()
+    list(site.trainee(own).run())
+    start = site.recipe.half.state_dict()
+    assert not torch.equal(own.personal["3.bias"], start["3.bias"])
+    site.half.step()
+    moved = site.store.load_weights(lineage="client")
+    assert not torch.equal(moved["3.weight"], start["3.weight"])
 
 
 def test_an_activation_follows_from_its_occasion_and_leaves_the_callers_stream() -> None:

@@ -180,3 +180,24 @@ def versions() -> str:
     """The version is a string, and a name that isn't there is an error."""
     splitfed.Splitclient  # type: ignore[attr-defined]  # noqa: B018
     return splitfed.__version__
+
+
+def simulating(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """A run is an iterator of rows; virtual time takes numbers, mappings and functions of an id, and nothing else."""
+    virtual = splitfed.VirtualTime(compute=2, latency={"a": 0.1}, dropout=lambda client_id: 0.5)
+    splitfed.VirtualTime(compute="fast")  # type: ignore[arg-type]
+    run = splitfed.simulate(
+        model,
+        ["0", "2"],
+        {"a": (x, y)},
+        loss_fn=nn.functional.cross_entropy,
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        server_optimizer=adam,
+        rounds=3,
+        virtual=virtual,
+        evaluate=lambda whole: {"accuracy": 1.0},
+    )
+    for row in run:
+        assert_type(row, dict[str, Any])
+    assert_type(run.whole(), nn.Module)
+    assert_type(run.store, GradientStore)

@@ -7,7 +7,7 @@ are averaged. The bottom was trained beforehand and is frozen: a linear encoder 
 inverting, with Gaussian noise of deviation 0.1 added to its outputs.
 
 All of that is done here with splitfed's own parts. A sum is a mean with a rate multiplied by the number of batches:
-with 938 of them, 1e-4 is 0.09. The encoder's outputs have squared norms in the thousands, since growing is how it
+with 945 of them, 1e-4 is 0.09. The encoder's outputs have squared norms in the thousands, since growing is how it
 evades its decoder, and the curvature that a step meets grows with them: the step is too long, and the more so the more
 data there is. With the mean in its place a rate that fits goes on to fit.
 """

@@ -132,7 +132,8 @@ class Schedule:
                 yield None
             if ahead is Next.FORWARD:
                 if begun == vanishing:
-                    yield trainee.num_batches * (pace.compute + 4 * pace.latency)
+                    if not self._recipe.gradients:  # a global step doesn't wait for who isn't there
+                        yield trainee.num_batches * (pace.compute + 4 * pace.latency)
                     return
                 begun += 1
             if self._virtual is not None:

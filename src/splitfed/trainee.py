@@ -54,7 +54,7 @@ class Recipe:
     batch_size: int = 64
     local_passes: int = 1
     gradients: bool = False
-    """Publish the half's gradient after each batch, and make no local step: synchronous mode."""
+    """Publish the half's gradient after each batch, and take no local step but of personal parts: synchronous mode."""
     personal: tuple[str, ...] = ()
     keep_optimizers: bool = False
     scheduler: SchedulerFactory | None = None
@@ -186,8 +186,8 @@ class Trainee:
         self, client: SplitClient, optimizer: Optimizer, scheduler: LRScheduler | None
     ) -> Generator[Next, None, None]:
         recipe, order = self._recipe, localdata.order(self._data, self._stream.generator)
-        for number, (inputs, targets) in enumerate(localdata.batches(self._data, recipe.batch_size, order)):
-            if recipe.gradients and number:
+        for inputs, targets in localdata.batches(self._data, recipe.batch_size, order):
+            if recipe.gradients and self.outcome.batches + self.outcome.expired:
                 yield Next.PULL
                 client.pull()
             yield Next.FORWARD
@@ -206,7 +206,7 @@ class Trainee:
             if recipe.gradients:
                 yield Next.PUSH
                 client.push(gradient=True)
-                continue
+                _forget_shared(client, recipe.personal)
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
@@ -217,3 +217,11 @@ class Trainee:
         self.outcome.num_samples += num_samples
         self.outcome.batches += 1
         self.outcome.loss += loss.item() * num_samples
+
+
+def _forget_shared(client: SplitClient, personal: Iterable[str]) -> None:
+    """Leave gradients to the personal parameters alone: an optimizer steps those that have one."""
+    own = personal_names(client.client_half, personal)
+    for name, parameter in client.client_half.named_parameters():
+        if name not in own:
+            parameter.grad = None
