@@ -28,7 +28,7 @@ from splitfed.packing import _plain, pack, pack_tree, unpack
 from splitfed.wire import METHODS
 
 LIMITS = Limits(body=4 << 20, in_flight=8 << 20, requests=8, tensors=40, samples=100, push_samples=1000)
-PUSH = PushRequest("a", 1, "first", 0, 0, None, {}, {}, {}, 1.0)
+PUSH = PushRequest("a", 1, "first", 0, 0, None, {}, {}, {}, 1.0, 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,9 @@ MAY_IMPORT = {
     "onetrip": "errors messages seeding cutpoint calls",
     "syncing": "errors messages personal template connection",
     "participating": "ids messages syncing",
-    "client": "errors ids messages cutpoint transport transports connection passes calls onetrip syncing participating",
+    "standin": "",
+    "client": "errors ids messages cutpoint transport transports connection passes calls onetrip syncing participating "
+    "standin",
     # The mathematics of a commit.
     "averaging": "errors ids",
     "buffers": "errors",
@@ -134,7 +136,7 @@ IO_MODULES = set(
 IO_CALLS = set("open print input exec eval load save from_file".split())
 
 CLIENT_SIDE = set(
-    "client calls passes onetrip connection syncing participating transport cutting cutpoint unsplit".split()
+    "client standin calls passes onetrip connection syncing participating transport cutting cutpoint unsplit".split()
 )
 SERVER_SIDE = set(
     "blobs layout versions lineage pile store sealing halves running lines server folding stepping accumulator".split()

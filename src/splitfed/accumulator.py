@@ -23,7 +23,7 @@ from splitfed import optimizers
 from splitfed.applied import BatchSet
 from splitfed.buffers import Rule, merge_buffers
 from splitfed.commits import Commit
-from splitfed.errors import InputError, MissingError, StoreError
+from splitfed.errors import MissingError, StoreError
 from splitfed.folding import Folded, Sorted, fold, sort_batches
 from splitfed.ids import BatchId, at_least, positive
 from splitfed.optimizers import Groups, OptimizerFactory, SchedulerFactory
@@ -31,8 +31,8 @@ from splitfed.personal import personal_names
 from splitfed.policies import constant
 from splitfed.selection import Selection
 from splitfed.stepping import Stepper
-from splitfed.store import GradientStore
-from splitfed.template import Template
+from splitfed.store import GradientStore, check_store
+from splitfed.template import Template, device_of
 
 KEEP_VERSIONS = 16
 
@@ -84,10 +84,7 @@ class Accumulator:
         device: torch.device | str | None = None,
         lock_seconds: float = 10.0,
     ) -> None:
-        if not isinstance(store, GradientStore):
-            raise InputError(
-                f"store is a {type(store).__name__}: expected a GradientStore, as in GradientStore('runs/demo')"
-            )
+        check_store(store)
         least = 2 + (max_staleness or 0)
         self.min_batches = at_least("min_batches", min_batches, 1)
         self.max_staleness = None if max_staleness is None else at_least("max_staleness", max_staleness, 0)
@@ -105,11 +102,7 @@ class Accumulator:
         self._stop = threading.Event()
         self._template = Template(body, personal_names(body, personal))
         state = self._template.state(body)
-        where = (
-            torch.device(device)
-            if device is not None
-            else next((t.device for t in state.values()), torch.device("cpu"))
-        )
+        where = device_of(state, device)
         self._stepper = Stepper(self._template, optimizer, lr_scheduler, param_groups, clip_norm, where)
         merge_buffers(
             self._template.blueprint, {name: state[name] for name in self._template.buffers}, [], buffer_rules

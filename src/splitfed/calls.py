@@ -103,9 +103,8 @@ class Session:
                 session.connection.release(RecordedCall(session, request, answer.version))
         raise ReplayError(
             "a cut point was called inside of a backward pass, as torch.utils.checkpoint does, and none of "
-            f"{len(candidates)} earlier "
-            "calls with that random state had the same outputs: keep preserve_rng_state=True, and the client "
-            "half free of state"
+            f"{len(candidates)} earlier calls with that random state had the same outputs: keep "
+            "preserve_rng_state=True, and the client half free of state"
         )
 
     def request(
@@ -195,8 +194,7 @@ class RecordedCall:
             if own is None or grad.data_ptr() != own.data_ptr():
                 raise InPlaceError(
                     f"the body changes its input {index} in place, and the client uses it elsewhere too: that use "
-                    "would see "
-                    "other values than in the unsplit model. Begin the body with inplace=False, or clone() "
+                    "would see other values than in the unsplit model. Begin the body with inplace=False, or clone() "
                     "before the cut"
                 )
 
@@ -244,8 +242,7 @@ def refuse_second_order() -> None:
     if torch.is_grad_enabled():
         raise UnsupportedError(
             "create_graph=True can't cross the cut: the server answers gradients, not their graph. Compute what "
-            "needs second "
-            "derivatives (gradient penalties, meta-learning) within the client half"
+            "needs second derivatives (gradient penalties, meta-learning) within the client half"
         )
 
 

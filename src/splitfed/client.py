@@ -1,8 +1,7 @@
 """The client: a module that disappears into the user's own training loop.
 
-It wraps a client half without copying it. Parameters, buffers and submodules are the half's own, under their own
-names, so an optimizer, a state_dict or a print shows the half; what is here besides is the way to the server. Where
-a call goes is decided by the call, not by the half: one half may serve many clients.
+It stands in for a client half (`standin`); what is here besides is the way to the server. Where a call goes is decided
+by the call, not by the half: one half may serve many clients.
 """
 
 from __future__ import annotations
@@ -24,14 +23,13 @@ from splitfed.messages import RoundInfo
 from splitfed.onetrip import LossSession
 from splitfed.participating import take_part
 from splitfed.passes import Passes, Scope, count_samples
+from splitfed.standin import StandIn
 from splitfed.syncing import HalfSync
 from splitfed.transport import Transport
 from splitfed.transports import as_transport
 
-_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
-
-class SplitClient(nn.Module):
+class SplitClient(StandIn):
     """Connects the cut points of a client half to a server.
 
     Args:
@@ -54,7 +52,6 @@ class SplitClient(nn.Module):
         InputError: `server` is neither a transport nor a URL, or a personal pattern fits nothing.
     """
 
-    client_half: nn.Module
     _connection: Connection
     _passes: Passes
     _sync: HalfSync
@@ -85,10 +82,7 @@ class SplitClient(nn.Module):
                 "CutPoint() where the "
                 "body belongs"
             )
-        super().__init__()
-        self.__dict__["client_half"] = client_half
-        for name in _SHARED:
-            self.__dict__[name] = client_half.__dict__[name]
+        super().__init__(client_half)
         self.__dict__["_connection"] = Connection(
             as_transport(server, client_id, token, options), client_id, loss_scale
         )
@@ -111,17 +105,6 @@ class SplitClient(nn.Module):
     def round(self) -> RoundInfo | None:
         """The round under way, as the last pull had it; `None` before, and where nobody runs rounds."""
         return self._sync.round
-
-    @property
-    def training(self) -> bool:
-        """The half's own mode."""
-        half = self.__dict__.get("client_half")
-        return True if half is None else half.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        if "client_half" in self.__dict__:
-            self.client_half.training = mode
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -212,23 +195,6 @@ class SplitClient(nn.Module):
         """
         return take_part(self._sync, poll, num_samples, gradient)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The half's own state_dict."""
-        return self.client_half.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the half."""
-        return self.client_half.load_state_dict(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> SplitClient:
-        """Set the half's mode, and with it the mode that the body runs in."""
-        self.client_half.train(mode)
-        return self
-
-    def _apply(self, *args: Any, **kwargs: Any) -> SplitClient:
-        self.client_half._apply(*args, **kwargs)
-        return self
-
     def _run(self, session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(self, "_is_replica", False):
             raise UnsupportedError(
@@ -239,15 +205,6 @@ class SplitClient(nn.Module):
             return self.client_half(*args, **kwargs)
         finally:
             active_caller.reset(token)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            half = self.__dict__.get("client_half")
-            if half is None:
-                raise
-            return getattr(half, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitClient:
         connection = self._connection

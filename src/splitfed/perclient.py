@@ -35,7 +35,7 @@ from splitfed.packing import digest
 from splitfed.policies import StalenessWeight, constant
 from splitfed.sealing import Sealer
 from splitfed.store import GradientStore
-from splitfed.template import Fingerprint, unwrap
+from splitfed.template import Fingerprint, device_of, unwrap
 
 _BEGUN = ("initial", "begin")
 
@@ -102,8 +102,7 @@ class PerClient:
         self._settings |= {"lr_scheduler": lr_scheduler, "param_groups": param_groups, "clip_norm": clip_norm}
         self._body = deep_copy(unwrap(body))
         self._optimizer = optimizer
-        where = torch.device(device) if device is not None else next((p.device for p in body.parameters()), None)
-        self._numerics = store.begin(where or torch.device("cpu"))
+        self._numerics = store.begin(device_of(dict(body.named_parameters()), device))
         self._kept: Bounded[str, Accumulator] = Bounded(at_least("keep_bodies", keep_bodies, 1))
 
     def clients(self) -> list[str]:

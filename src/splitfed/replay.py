@@ -66,6 +66,7 @@ def run(model: Model, call: ForwardRecord, *, grad: bool, finish: Callable[[Any]
     """
     parts = _parts(model.module, call.cut)
     spec, tensors = trees.flatten(call.inputs)
+    torch.get_num_threads()  # a thread that hasn't asked computes with OpenMP's count, which may have other bits
     draws = seeded(call.seed, () if model.device.type == "cpu" else (model.device,))
     with compute_lock, torch.inference_mode(False), torch.set_grad_enabled(grad):
         model.prepare(call.training, call.buffers)
@@ -127,6 +128,7 @@ def backward(done: Run, grad_outputs: Sequence[Tensor | None]) -> tuple[list[Ten
     targets = [*(leaf for leaf in done.leaves if leaf.requires_grad), *done.parameters.values()]
     if not pairs or not targets:
         return [None] * len(done.leaves), {}
+    torch.get_num_threads()  # as in `run`
     gradients = [codec.canonical(g.detach().to(t.device)) for t, g in pairs]
     device = pairs[0][0].device
     with compute_lock, torch.inference_mode(False), _autocast(None, device), _as_body_error():

@@ -38,8 +38,8 @@ from splitfed.messages import (
     PushRequest,
 )
 from splitfed.packing import digest
-from splitfed.store import GradientStore
-from splitfed.template import Template
+from splitfed.store import GradientStore, check_store
+from splitfed.template import Template, device_of
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -77,17 +77,13 @@ class SplitServer:
         keep_graphs: int = 8,
         keep_models: int = 2,
     ) -> None:
-        if not isinstance(store, GradientStore):
-            raise InputError(
-                f"store is a {type(store).__name__}: expected a GradientStore, as in GradientStore('runs/demo')"
-            )
+        check_store(store)
         self.store = store
         self.lineage = lineage
         self.loss_fn = loss_fn
         self._template = Template(body)
         state = self._template.state(body)
-        first = next((t.device for t in state.values()), torch.device("cpu"))
-        self.device = torch.device(device) if device is not None else first
+        self.device = device_of(state, device)
         numerics = store.begin(self.device)
         store.lineage(lineage).initialise(self._template.fingerprint(), state)
         self._halves = Halves(store, numerics)

@@ -216,3 +216,15 @@ class GradientStore:
                 lineage = Lineage(self.blobs, name)
                 found = self._lineages.put(name, (lineage, Pile(self.blobs, lineage.keys)))
             return found
+
+
+def check_store(store: object) -> None:
+    """Refuse what isn't a store.
+
+    Raises:
+        InputError: it isn't.
+    """
+    if not isinstance(store, GradientStore):
+        raise InputError(
+            f"store is a {type(store).__name__}: expected a GradientStore, as in GradientStore('runs/demo')"
+        )

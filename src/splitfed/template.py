@@ -211,6 +211,12 @@ def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name.replace("_orig_mod.", ""), tensor
 
 
+def device_of(state: Mapping[str, Tensor], device: torch.device | str | None = None) -> torch.device:
+    """The device that was asked for, or the one that a module's tensors are on."""
+    first = next((tensor.device for tensor in state.values()), torch.device("cpu"))
+    return first if device is None else torch.device(device)
+
+
 def transient_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Where the buffers are that `state_dict()` leaves out, as (owner, name in it)."""
     owners = list(module.modules())

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from splitfed import layout, wire
-from splitfed.errors import BodyError, IdError, InputError, SplitFedError
+from splitfed.errors import BodyError, IdError, SplitFedError
 from splitfed.ids import positive
 from splitfed.packing import pack, unpack
-from splitfed.store import GradientStore
+from splitfed.store import GradientStore, check_store
 from splitfed.transport import Transport
 
 MAX_CLAIMS = 5
@@ -69,10 +69,7 @@ class Worker:
         keep_seconds: float = 3600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not isinstance(store, GradientStore):
-            raise InputError(
-                f"store is a {type(store).__name__}: expected a GradientStore, as in GradientStore('runs/demo')"
-            )
+        check_store(store)
         self.claim_seconds = positive("claim_seconds", claim_seconds)
         self.keep_seconds = positive("keep_seconds", keep_seconds)
         self._server = server
