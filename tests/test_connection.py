@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitfed.connection import Connection, Counted
+from splitfed.connection import MOST_NOTES, Connection, Counted
 from splitfed.errors import InputError
 from splitfed.messages import Housekeeping
 
@@ -86,6 +86,14 @@ def test_a_request_confirms_what_happened_once() -> None:
     made.release(call(7, version=2))
     assert confirmed(made) == (((2, 7),), (3,), (4,))
     assert confirmed(made) == ((), (), ())
+
+
+def test_no_request_confirms_more_than_a_service_takes() -> None:
+    """What is left rides with the next one."""
+    made = connection()
+    for number in range(MOST_NOTES + 5):
+        made.abandon(number)
+    assert [len(confirmed(made)[1]) for _ in range(3)] == [MOST_NOTES, 5, 0]
 
 
 def test_a_request_that_fails_hands_it_back() -> None:

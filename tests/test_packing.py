@@ -245,3 +245,13 @@ OTHERS = {
 def test_any_other_content_has_another_digest(said: Any, tensors: Any) -> None:
     """A plain field, an element, a shape, a dtype, strides, or the place of a tensor."""
     assert digest(said, tensors) != digest(("a", 1), [T, None])
+
+
+@pytest.mark.parametrize("field", ["num_samples", "loss_scale"])
+def test_a_number_that_no_float_can_hold_is_of_no_kind(field: str) -> None:
+    """JSON has integers of any length; one of 400 digits would overflow far from here."""
+    message = PushRequest(
+        "a", None, "3f", 0, 0, None, {}, {}, {}, **{"num_samples": 1.0, "loss_scale": 1.0, field: 10**400}
+    )
+    with pytest.raises(FormatError, match=f"PushRequest.{field} is 1000"):
+        unpack(PushRequest, b"".join(pack(message)))

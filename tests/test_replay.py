@@ -116,8 +116,9 @@ def test_what_a_body_raises_is_a_body_error() -> None:
         ({"requires_grad": ()}, InputError, "a requires_grad flag for each of 1 input tensors, got 0"),
         ({"inputs": ((X, X + 1), {}), "requires_grad": (True, True)}, BodyError, "TypeError"),
         ({"inputs": ((X[:, :1],), {})}, BodyError, "RuntimeError: mat1 and mat2"),
+        ({"inputs": ((X.long(),), {})}, InputError, "require a gradient and is torch.int64: expected a floating dtype"),
     ],
-    ids=["autocast", "part", "flags", "arguments", "shape"],
+    ids=["autocast", "part", "flags", "arguments", "shape", "integers"],
 )
 def test_a_call_that_doesnt_fit_is_refused(changes: dict[str, Any], error: type[Exception], said: str) -> None:
     """By what it says wrong."""

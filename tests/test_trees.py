@@ -247,3 +247,12 @@ def test_a_malformed_spec_is_refused(spec: Any) -> None:
     """Never with an error of Python's own, and never as something else."""
     with pytest.raises((FormatError, ContainerError)):
         unflatten(spec, [T])
+
+
+def test_a_foreign_named_tuple_is_made_once() -> None:
+    """Its class has the names and the fields that the spec gives, and costs once however often it occurs."""
+    spec = {"l": [{"n": ["elsewhere:Point", ["x", "y"], [1, 2]]}, {"n": ["elsewhere:Point", ["x", "y"], [3, 4]]}]}
+    first, second = unflatten(spec, [])
+    assert (first.x, second.y) == (1, 4)
+    assert type(first) is type(second)
+    assert type(first).__name__ == "Point"

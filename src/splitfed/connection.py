@@ -24,6 +24,8 @@ from splitfed.messages import Housekeeping
 from splitfed.transport import Transport
 
 LossScale = float | Callable[[], float]
+MOST_NOTES = 1024
+"""So many of a kind ride with one request; a service takes no more."""
 
 
 class Recorded(Protocol):
@@ -123,8 +125,10 @@ class Connection:
                 else:
                     self._released.append((call.version, call.number))
             self._live = kept
-            notes = Housekeeping(tuple(self._released), tuple(self._abandoned), tuple(self._answered))
-            self._released, self._abandoned, self._answered = [], [], []
+            held: tuple[list[Any], ...] = (self._released, self._abandoned, self._answered)
+            notes = Housekeeping(*(tuple(numbers[:MOST_NOTES]) for numbers in held))
+            for numbers in held:
+                del numbers[:MOST_NOTES]
         try:
             yield notes
         except BaseException:

@@ -59,7 +59,11 @@ def _pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(type(number) is int for number in value)
 
 
-_INT, _STR, _BOOL, _NUMBER = _is(int), _is(str), _is(bool), _is(int, float)
+def _number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+_INT, _STR, _BOOL, _NUMBER = _is(int), _is(str), _is(bool), _number
 _CALL: dict[str, Kind] = {
     "cut": _STR,
     "inputs": lambda value: isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict),
@@ -110,6 +114,7 @@ KINDS: dict[type, dict[str, Kind]] = {
         "gradients": _tensors,
         "values": _tensors,
         "bases": _tensors,
+        "num_samples": _NUMBER,
         "loss_scale": _NUMBER,
     },
 }

@@ -161,6 +161,8 @@ def _enter(
         )
     leaves = [tensor.to(device).detach() for tensor in tensors]
     for leaf, needed in zip(leaves, requires_grad, strict=True):
+        if needed and not (leaf.is_floating_point() or leaf.is_complex()):
+            raise InputError(f"an input is said to require a gradient and is {leaf.dtype}: expected a floating dtype")
         leaf.requires_grad_(needed)
     return leaves, [enter(leaf) for leaf in leaves]
 

@@ -64,7 +64,12 @@ class GradientStore:
         self._opened: set[tuple[str, int]] = set()
 
     def __repr__(self) -> str:
-        return f"GradientStore({self.url!r}, sync={self.sync!r})"
+        return f"GradientStore({self._shown!r}, sync={self.sync!r})"
+
+    @property
+    def _shown(self) -> str:
+        """The URL without secrets."""
+        return str(getattr(self.blobs, "url", self.url))
 
     def latest_version(self, lineage: str = "body") -> int:
         """The newest version of a lineage.
@@ -143,7 +148,7 @@ class GradientStore:
             found = read_json(self.blobs.get(layout.FORMAT), layout.FORMAT)
             if found.get("format") != FORMAT_VERSION or not isinstance(found.get("numerics"), dict):
                 raise FormatError(
-                    f"{self.url} has format {found.get('format')!r}, expected {FORMAT_VERSION}: use the splitfed "
+                    f"{self._shown} has format {found.get('format')!r}, expected {FORMAT_VERSION}: use the splitfed "
                     "that wrote it"
                 )
             self._format = found
@@ -151,7 +156,7 @@ class GradientStore:
         if own != expected:
             differing = {k: (expected.get(k), own.get(k)) for k in {*own, *expected} if own.get(k) != expected.get(k)}
             warnings.warn(
-                f"this process computes in another numerics class than version 0 of {self.url} did: {differing} "
+                f"this process computes in another numerics class than version 0 of {self._shown} did: {differing} "
                 "(theirs, "
                 "ours). Its batches are exact up to rounding, and counted; bits may differ",
                 stacklevel=3,

@@ -12,6 +12,7 @@ another path, with other bits, when query, key and value are one object.)
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -198,7 +199,13 @@ def _named_tuple(path: str, fields: list[str]) -> Callable[..., Any]:
     if cls is not None and issubclass(cls, tuple) and list(getattr(cls, "_fields", ())) == fields:
         named: Callable[..., Any] = cls
         return named
-    return collections.namedtuple(path.rpartition(":")[2].rpartition(".")[2], fields)
+    return _stand_in(path.rpartition(":")[2].rpartition(".")[2], tuple(fields))
+
+
+@functools.lru_cache(256)
+def _stand_in(name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
+    """A named tuple for a class that isn't here. Making one costs as much as reading 10 KB, so each is made once."""
+    return collections.namedtuple(name, fields)
 
 
 def _is_transformers(cls: type, name: str) -> bool:
