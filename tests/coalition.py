@@ -85,6 +85,10 @@ class Coalition:
         """Another coordinator of the same federation, as a new process would have it."""
         return coordinator(store or GradientStore(self.url, sync="process"), self.clock, **self.settings)
 
+    def another_in(self, mode: Any, **body: Any) -> Federation:
+        """A coordinator in some mode, with settings of the body's accumulator."""
+        return coordinator(self.store, self.clock, mode=mode, body=body)
+
     def client(self, name: str) -> SplitClient:
         """A client of that name; the one that was asked for before, if any."""
         if name not in self.clients:

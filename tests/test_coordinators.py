@@ -13,7 +13,8 @@ from coalition import Coalition, coordinate
 from harness_store import Crash, Nth, commits, crash, hooked, lose_reply, meanwhile, refuse
 from processes import CONTEXT
 
-from splitfed import StoreError
+from splitfed import GradientStore, StoreError
+from splitfed.rounds import Rounds
 
 
 def ready(url: str, **settings: Any) -> Coalition:
@@ -119,3 +120,66 @@ def test_a_coordinator_that_is_killed(key: str, after: bool, tmp_path: Path) -> 
     assert report is not None
     assert (report["status"] == "complete") == (not after and key.endswith("ending")), "who decided, decided for all"
     check(run, report)
+
+
+def test_no_round_is_opened_that_nobody_ends() -> None:
+    """Another ends the last round just before run(1) would open one: run() opens no second, and clients are let go."""
+    run = Coalition.begun(f"memory://{uuid.uuid4()}", "a")
+    run.train("a", to=3.0)
+    store = GradientStore(run.url, sync="process")
+    first, newest = run.another(store), Rounds.newest
+    looked: list[int] = []
+
+    def meanwhile_closed(rounds: Rounds) -> int:
+        if rounds is first.rounds and len(looked) < 2:
+            looked.append(1)
+            if len(looked) == 2:
+                run.another().close()
+        return newest(rounds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rounds, "newest", meanwhile_closed)
+        assert [report["round"] for report in first.run(1, poll=0.001)] == [1]
+    assert run.store.rounds().newest() == 1
+    run.pull("a")
+    info = run.client("a").round
+    assert info is not None
+    assert info.finished
+
+
+@pytest.mark.parametrize("has_seen", [True, False], ids=["seen", "unseen"])
+def test_a_coordinator_that_is_slow_leaves_the_next_round_alone(has_seen: bool) -> None:
+    """SFLV1: one carries out round 1 while another ends round 2, having published one change of two: one average."""
+    run = Coalition.begun(f"memory://{uuid.uuid4()}", "a", "b", mode="sflv1")
+    first, slow = run.federation, run.another()
+
+    def answer() -> None:
+        for name, x in (("a", 2.0), ("b", 4.0)):
+            run.pull(name)
+            run.batch(name, x)
+            run.train(name, to=1.0)
+
+    answer()
+    plan, before = first.rounds.plan(1), run.store.latest_version()
+    run.poll()
+    ending = first.rounds.ending(1)
+    assert ending is not None
+    first.open()
+    answer()
+    publish, told = first.body._publish, []  # type: ignore[union-attr]
+
+    def interrupted(client_id: str, ended: Any) -> Any:
+        found = publish(client_id, ended)
+        if not told:
+            told.append(client_id)
+            if has_seen:
+                slow._carry_out(plan, ending)
+            else:  # it looked whether round 1 was carried out before it was
+                slow.body.average(ending.samples, upto=before)  # type: ignore[union-attr]
+        return found
+
+    first.body._publish = interrupted  # type: ignore[union-attr, method-assign]
+    report = run.poll()
+    assert told == ["a"]
+    assert [commit.num_batches for commit in commits(run.store)] == [0, 2, 2]
+    assert (report["version"], run.weight("body")) == (2, 1.0 - 3.0 - 3.0)

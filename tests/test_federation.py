@@ -164,6 +164,28 @@ def test_below_quorum_what_came_can_be_dropped(store_url: str) -> None:
     assert report["gradients_rejected"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*isn't finite")
+@pytest.mark.parametrize(("policy", "value"), [("drop", 3.0), ("keep", math.nan)])
+def test_a_client_that_was_refused_below_quorum_is_asked_anew(policy: str, value: float, store_url: str) -> None:
+    """What round 1 refused still waits in round 2: its client trains again, and the round waits for it."""
+    run = Coalition.begun(store_url, "a", "b", min_clients=2, below_quorum=policy)
+    run.train("a", to=value)
+    run.clock.now += 60
+    assert run.poll()["status"] == "below_quorum"
+    run.federation.open()
+    run.pull("a", "b")
+    for name, to in (("b", 5.0), ("a", 7.0)):
+        info = run.client(name).round
+        assert info is not None
+        assert (info.number, info.arrived) == (2, False)
+        assert run.federation.poll() is None, "the round waits for both"
+        run.train(name, to=to)
+    report = run.poll()
+    assert (report["status"], report["participants"], report["dropped"]) == ("complete", ["a", "b"], {})
+    assert run.weight() == 6.0
+    assert run.store.waiting("client") == []
+
+
 @pytest.mark.parametrize("late", ["count", "refuse"])
 def test_a_late_update_is_counted_or_refused(late: str, store_url: str) -> None:
     """An update of round 1 that arrives in round 2 is folded at staleness 1, or closed as stale; both are told."""
@@ -262,6 +284,20 @@ def test_settings_are_checked(store_url: str) -> None:
         Federation(run.federation.body, run.federation.body)
     with pytest.raises(InputError, match="deadline"):
         next(Federation(run.federation.body, run.federation.half).run(1))
+
+
+def test_the_accumulator_follows_the_mode(store_url: str) -> None:
+    """What differs is named, with how to mend it; a mode that says nothing of it leaves it free."""
+    run = Coalition(store_url)
+    buffered = policies.mode("buffered", min_batches=2)
+    with pytest.raises(InputError, match=r"min_batches is 1, but mode 'buffered' says 8.*mode\(\.\.\.\)\.settings\(\)"):
+        run.another_in("buffered")
+    with pytest.raises(InputError, match="staleness_weight is <function constant"):
+        run.another_in(buffered, min_batches=2, max_staleness=16)
+    with pytest.raises(InputError, match="max_staleness is 4, but mode 'sflv2' says None"):
+        run.another_in("sflv2", max_staleness=4)
+    run.another_in(buffered, **buffered.settings())
+    run.another_in("round", min_batches=3, max_staleness=4, staleness_weight=policies.inverse_sqrt)
 
 
 def test_run_yields_each_round_and_resumes_where_the_store_is(store_url: str) -> None:

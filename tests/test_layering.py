@@ -91,8 +91,9 @@ MAY_IMPORT = {
     "callbacks": "errors rows",
     "progress": "errors rows",
     "history": "errors blobs layout store rows",
-    "perclient": "errors copying ids cache messages packing template buffers policies optimizers commits lineage store "
-    "sealing accumulator",
+    "changes": "messages template buffers commits lineage",
+    "perclient": "errors copying ids cache messages packing template buffers policies optimizers applied selection "
+    "commits lineage store sealing accumulator changes",
     "pictures": "errors",
     "report": "errors rows pictures history splitfed",
     # What stands on top of both sides.

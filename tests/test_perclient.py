@@ -168,6 +168,19 @@ def test_some_can_be_averaged_and_the_rest_later() -> None:
     assert [site.weight(line) for line in LINES] == pytest.approx([2 - 0.5 / 2**0.5] * 3, abs=1e-15)
 
 
+def test_a_line_that_began_later_is_left_alone() -> None:
+    """It moved on from version 1, so an average of those that began at version 0 neither ends nor folds it."""
+    site = Site()
+    bodies = site.bodies()
+    site.batch("a")
+    assert bodies.average(upto=0) is not None
+    site.batch("a")
+    assert bodies.average(upto=0) is None
+    assert (site.weight("body"), site.weight("body@a")) == (0.5, 0.25)
+    assert bodies.average(upto=1) is not None
+    assert site.weight("body") == 0.25
+
+
 def test_a_change_that_is_too_stale_is_reported() -> None:
     """With max_staleness 0 it closes as stale with the next average, and its line begins anew."""
     site = Site()

@@ -93,10 +93,9 @@ class Accumulator:
         )
         if clip_norm is not None:
             positive("clip_norm", clip_norm)
-        self.store, self.lineage = store, lineage
+        self.store, self.lineage, self.staleness_weight = store, lineage, staleness_weight
         self.num_conflicts = 0
         """How often another accumulator won the version that this one had computed."""
-        self._weight = staleness_weight
         self._rules = buffer_rules
         self._lock_seconds = lock_seconds
         self._stop = threading.Event()
@@ -191,7 +190,8 @@ class Accumulator:
         found = sort_batches(waiting, self._header, head, self.max_staleness, only)
         if len(found.ready) < least:
             return None
-        folded = fold(found, self._pile, self._versions.fingerprint(), head, self._weight, self.store.numerics())
+        weight, numerics = self.staleness_weight, self.store.numerics()
+        folded = fold(found, self._pile, self._versions.fingerprint(), head, weight, numerics)
         if not found.ready:
             return None
         commit = self._publish(head, found, folded, applied)

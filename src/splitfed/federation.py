@@ -19,7 +19,7 @@ from typing import Literal
 from splitfed.accumulator import Accumulator
 from splitfed.errors import InputError
 from splitfed.ids import at_least, check_client_id, positive
-from splitfed.judging import Judge, Judged
+from splitfed.judging import Judge
 from splitfed.perclient import PerClient
 from splitfed.policies import Mode
 from splitfed.policies import mode as mode_of
@@ -40,8 +40,8 @@ class Federation:
         clients_per_round: How many are sampled for a round: a number, a share such as 0.1, or `None` for all.
         min_clients: Below so many clients with an update nothing is averaged.
         deadline: How long a round lasts at most, in seconds of the clock; `None` for as long as it takes.
-        late: Updates of earlier rounds `"count"` in the round in which they arrive, weighted by their staleness, or are
-            closed as stale (`"refuse"`). Either is reported.
+        late: Updates of earlier rounds `"count"` in the round in which they arrive, weighted by `half`'s
+            `staleness_weight` (1 unless you give one), or are closed as stale (`"refuse"`). Either is reported.
         below_quorum: What came to a round with too few is there for the next (`"keep"`), or refused (`"drop"`).
         barrier: Whether clients wait for each other. If not, the halves too are committed when `half.min_batches`
             wait, and a round is a stretch of as many updates as it has sampled clients.
@@ -49,7 +49,7 @@ class Federation:
         clock: Tells the time, in seconds.
 
     Raises:
-        InputError: a setting out of its range, or accumulators that don't belong together.
+        InputError: a setting out of its range, or accumulators that don't belong together or to the mode.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class Federation:
                 f"half accumulates lineage {half.lineage!r} of {half.store.url}: expected lineage 'client' of the "
                 f"body's own store object, {body.store.url}"
             )
+        if isinstance(body, Accumulator):
+            self.mode.check(body.min_batches, body.max_staleness, body.staleness_weight)
         check_sample_size(clients_per_round, at_least("min_clients", min_clients, 1))
         if deadline is not None:
             positive("deadline", deadline)
@@ -98,9 +100,13 @@ class Federation:
         Returns:
             Its plan; `None` while fewer than `min_clients` clients are known.
         """
+        return self._open(None)
+
+    def _open(self, last: int | None) -> Plan | None:
+        """As `open()`; but no round after number `last`, though another coordinator has just ended that one."""
         number = self.rounds.newest()
         before = self.rounds.report(number) if number else None
-        if number and before is None:
+        if number and (before is None or (last is not None and number >= last)):
             return self.rounds.plan(number)
         known = self._clients.union(self._store.clients())
         if len(known) < self._min_clients:
@@ -136,7 +142,7 @@ class Federation:
         if self.rounds.ending(plan.number) is None:
             self._stream(plan)
             is_past = plan.deadline is not None and self._clock() >= plan.deadline
-            if not is_past and not self._is_over(Judge(self._store, plan), plan):
+            if not is_past and not Judge(self._store, plan).is_over():
                 return None
         return self.close()
 
@@ -155,7 +161,10 @@ class Federation:
         report = self.rounds.report(plan.number)
         if report is not None:
             return report
-        ending = self.rounds.ending(plan.number) or self.rounds.end(self._decide(plan))
+        ending = self.rounds.ending(plan.number)
+        if ending is None:
+            judge = Judge(self._store, plan)
+            ending = self.rounds.end(judge.decide(self._clock(), is_streaming=self.mode.min_batches is not None))
         self._carry_out(plan, ending)
         return self.rounds.close(plan.number, make_report(self._store, plan, ending))
 
@@ -180,7 +189,7 @@ class Federation:
         newest = self.rounds.newest()
         done = newest if newest and self.rounds.report(newest) is not None else max(newest - 1, 0)
         while done < last and not wait.is_set():
-            if self.open() is None or self.poll() is None:
+            if self._open(last) is None or self.poll() is None:
                 wait.wait(poll)
             while done < last and (report := self.rounds.report(done + 1)) is not None:
                 done += 1
@@ -203,42 +212,13 @@ class Federation:
         if not plan.barrier:
             self.half.step()
 
-    def _is_over(self, judge: Judge, plan: Plan) -> bool:
-        """Whether every sampled client was heard from; or without a barrier, so many updates as there are of them."""
-        return (len(judge.heard()) if plan.barrier else judge.num_closed()) >= len(plan.sampled)
-
-    def _decide(self, plan: Plan) -> Ending:
-        judge, now = Judge(self._store, plan), self._clock()
-        updates = judge.updates() if plan.barrier else Judged(heard=judge.folded() & set(plan.sampled))
-        batches = judge.batches() if self.mode.min_batches is None else Judged()
-        is_over = len(updates.heard) == len(plan.sampled) if plan.barrier else self._is_over(judge, plan)
-        status = "complete" if is_over else "deadline"
-        dropped = {**batches.dropped, **updates.dropped}
-        if plan.barrier and len({*updates.samples, *judge.folded()}) < plan.min_clients:
-            status = "below_quorum"
-            if plan.below_quorum == "drop":
-                why = f"fewer than {plan.min_clients} clients had an update"
-                dropped = {**dict.fromkeys(updates.samples, why), **dropped}
-        return Ending(
-            number=plan.number,
-            status=status,
-            time=now,
-            ended=time.time(),
-            body=batches.selection(status, plan.below_quorum),
-            client=updates.selection(status, plan.below_quorum),
-            heard=tuple(sorted(updates.heard)),
-            late=tuple(sorted(updates.late)),
-            dropped=dict(sorted(dropped.items())),
-            samples=dict(sorted(updates.samples.items())),
-        )
-
     def _carry_out(self, plan: Plan, ending: Ending) -> None:
         """Commit what was decided; what has been committed already stays as it is."""
         if ending.status == "below_quorum":
             return
         if isinstance(self.body, PerClient):
             is_done = self._store.latest_version("body") > plan.body_version
-            self.body.average(() if is_done else ending.samples)
+            self.body.average(() if is_done else ending.samples, upto=plan.body_version)
         elif len(ending.body.fold):
             self.body.step(1, only=ending.body)
         elif self.mode.min_batches is not None and plan.barrier:

@@ -53,8 +53,15 @@ class Halves:
         return PullAnswer(version, self._versions.fingerprint(), self._versions.checked_state(version), info)
 
     def _has_update(self, plan: Plan, client_id: str) -> bool:
-        """Whether an update of a client waits that began from this round's version or a newer one."""
-        headers = map(self._pile.peek, self._pile.waiting(client_id) if plan.barrier else ())
+        """Whether an update of a client waits that began from this round's version or a newer one.
+
+        Below quorum the next round begins from the same version; what was refused there isn't an answer to this one.
+        """
+        if not plan.barrier:
+            return False
+        before = self._store.rounds().before(plan)
+        waiting = self._pile.waiting(client_id)
+        headers = (self._pile.peek(batch) for batch in waiting if before is None or not before.client.closes(batch))
         bases = (header["base_version"] for header in headers if header is not None)
         return any(isinstance(base, int) and base >= plan.client_version for base in bases)
 

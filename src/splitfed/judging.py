@@ -8,6 +8,7 @@ still is, so what was kept is as good as new.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from splitfed.applied import BatchSet
 from splitfed.errors import FormatError
 from splitfed.ids import BatchId
-from splitfed.rounds import Plan
+from splitfed.rounds import Ending, Plan
 from splitfed.selection import Selection
 from splitfed.store import GradientStore
 
@@ -62,12 +63,17 @@ class Judge:
         self._store = store
         self._plan = plan
         self._rounds = store.rounds()
-        self._before = self._rounds.ending(plan.number - 1) if plan.number > 1 else None
+        self._before = self._rounds.before(plan)
 
     def heard(self) -> set[str]:
-        """The sampled clients from which an update of this round has come, fit or not, counted or waiting."""
+        """The sampled clients from which an update of this round has come, fit or not, counted or waiting.
+
+        What the round before refused is told and over, though it waits for a commit: its client is asked anew.
+        """
         found = {batch.client_id for batch, base in self._closed() if base >= self._plan.client_version}
         for batch, header in self._waiting("client"):
+            if self._before is not None and self._before.client.closes(batch):
+                continue
             base = header.get("base_version")
             if isinstance(base, int) and base >= self._plan.client_version:
                 found.add(batch.client_id)
@@ -82,6 +88,41 @@ class Judge:
     def num_closed(self) -> int:
         """How many updates commits have closed since the round began."""
         return sum(1 for _ in self._closed())
+
+    def is_over(self) -> bool:
+        """Whether every sampled client was heard from; or without a barrier, so many updates as there are of them."""
+        return (len(self.heard()) if self._plan.barrier else self.num_closed()) >= len(self._plan.sampled)
+
+    def decide(self, now: float, is_streaming: bool) -> Ending:
+        """The decision that ends the round as things are.
+
+        Args:
+            now: The time by the coordinator's clock.
+            is_streaming: Whether the body's batches are committed while the round runs; then none is chosen here.
+        """
+        plan = self._plan
+        updates = self.updates() if plan.barrier else Judged(heard=self.folded() & set(plan.sampled))
+        batches = Judged() if is_streaming else self.batches()
+        is_over = len(updates.heard) == len(plan.sampled) if plan.barrier else self.is_over()
+        status = "complete" if is_over else "deadline"
+        dropped = {**batches.dropped, **updates.dropped}
+        if plan.barrier and len({*updates.samples, *self.folded()}) < plan.min_clients:
+            status = "below_quorum"
+            if plan.below_quorum == "drop":
+                why = f"fewer than {plan.min_clients} clients had an update"
+                dropped = {**dict.fromkeys(updates.samples, why), **dropped}
+        return Ending(
+            number=plan.number,
+            status=status,
+            time=now,
+            ended=time.time(),
+            body=batches.selection(status, plan.below_quorum),
+            client=updates.selection(status, plan.below_quorum),
+            heard=tuple(sorted(updates.heard)),
+            late=tuple(sorted(updates.late)),
+            dropped=dict(sorted(dropped.items())),
+            samples=dict(sorted(updates.samples.items())),
+        )
 
     def updates(self) -> Judged:
         """The client halves' updates."""

@@ -19,11 +19,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from splitfed.accumulator import Accumulator
-from splitfed.buffers import Rule, same_bits
+from splitfed.applied import BatchSet
+from splitfed.buffers import Rule
 from splitfed.cache import Bounded
+from splitfed.changes import BEGUN, change, since
 from splitfed.commits import Commit
 from splitfed.copying import deep_copy
 from splitfed.errors import ExpiredError, MissingError
@@ -34,10 +36,9 @@ from splitfed.optimizers import Groups, OptimizerFactory, SchedulerFactory
 from splitfed.packing import digest
 from splitfed.policies import StalenessWeight, constant
 from splitfed.sealing import Sealer
+from splitfed.selection import Selection
 from splitfed.store import GradientStore
-from splitfed.template import Fingerprint, device_of, unwrap
-
-_BEGUN = ("initial", "begin")
+from splitfed.template import device_of, unwrap
 
 
 def fedavg(parameters: Any) -> torch.optim.Optimizer:
@@ -129,13 +130,15 @@ class PerClient:
             commits.append(self._accumulator(client_id).step())
         return [commit for commit in commits if commit is not None]
 
-    def average(self, clients: Iterable[str] | None = None) -> Commit | None:
+    def average(self, clients: Iterable[str] | None = None, *, upto: int | None = None) -> Commit | None:
         """End the round: average the bodies that have moved, by samples, and begin all lines anew from there.
 
         What waits on these clients' lines is committed first. A repeated call counts nothing twice.
 
         Args:
             clients: Average these alone; the others keep what they have for a later round.
+            upto: Only lines that began at this version of `body` or before. Whoever ends a round that another has
+                ended meanwhile leaves the next one alone with it.
 
         Returns:
             The commit of `body`, or `None` if no change waits for one.
@@ -145,14 +148,22 @@ class PerClient:
         """
         chosen = self._begun(clients)
         self.step(chosen)
+        changes = []
         for client_id in chosen:
-            ended = self._end(self._line(client_id))
+            ended = self._end(self._line(client_id), upto)
             if ended is not None:
-                self._publish(client_id, ended)
-        commit = self.accumulator.step(min_batches=1)
+                changes.append(self._publish(client_id, ended))
+        commit = self.accumulator.step(min_batches=1, only=self._only(changes)) if changes else None
         for client_id in self.clients():
             self._begin(client_id)
         return commit
+
+    def _only(self, changes: list[BatchId]) -> Selection:
+        """These changes, and what isn't the change of any line or counts nowhere; not those of a round to come."""
+        pile = self.store.pile("body")
+        others = (batch for batch in pile.waiting() if batch not in changes)
+        free = [batch for batch in others if batch.incarnation or (pile.peek(batch) or {}).get("kind") == "rejected"]
+        return Selection(BatchSet([*changes, *free]))
 
     def _begun(self, clients: Iterable[str] | None) -> list[str]:
         if clients is None:
@@ -169,27 +180,29 @@ class PerClient:
             found = self._kept.put(client_id, made)
         return found
 
-    def _end(self, line: Lineage) -> Commit | None:
-        """Close a line that has moved; its closing commit, or `None` if it hasn't."""
+    def _end(self, line: Lineage, upto: int | None) -> Commit | None:
+        """Close a line that has moved; its closing commit, or `None` if it hasn't or began after `upto`."""
         while True:
             head = line.head()
+            began, samples = since(line, head)
+            if upto is not None and began.source is not None and began.source > upto:
+                return None
             if line.commit(head).kind == "end":
                 return line.commit(head)
-            began, samples = _since(line, head)
             if not samples:
                 return None
-            turn = next(commit.turn for commit in map(line.commit, range(head, -1, -1)) if commit.kind in _BEGUN)
+            turn = next(commit.turn for commit in map(line.commit, range(head, -1, -1)) if commit.kind in BEGUN)
             commit = Commit(head + 1, "end", "", {}, source=began.source, turn=turn, num_samples=samples)
             made = line.restate(commit, line.checked_state(head))
             if made is not None:
                 return made
 
-    def _publish(self, client_id: str, ended: Commit) -> None:
-        """Put the change of a closed line on the pile of `body`: once, since all of it follows from `ended`."""
+    def _publish(self, client_id: str, ended: Commit) -> BatchId:
+        """Put a closed line's change on the pile of `body`, once: all of it follows from `ended`. Answer its id."""
         batch, body = BatchId(client_id, 0, ended.turn), self.store.lineage("body")
         sealer = Sealer(body, self.store.pile("body"), self._numerics)
         if sealer.is_known(batch):
-            return
+            return batch
         if ended.source is None:
             raise MissingError(
                 f"lineage 'body@{client_id}' doesn't say which version of 'body' it began from: expected one that a "
@@ -201,7 +214,7 @@ class PerClient:
         )
         try:
             start = body.checked_state(ended.source)
-            record = _change(record, body.fingerprint(), start, self._line(client_id).checked_state(ended.version))
+            record = change(record, body.fingerprint(), start, self._line(client_id).checked_state(ended.version))
         except ExpiredError:
             record = replace(record, kind="rejected")
         if sealer.store(batch, record) == "rejected":
@@ -210,12 +223,13 @@ class PerClient:
                 "finite, or that version has left the retention window (keep_versions). Its line begins anew",
                 stacklevel=3,
             )
+        return batch
 
     def _begin(self, client_id: str) -> None:
         """Let a line go on from the newest average, once its change has counted or if there is none."""
         line, body, pile = self._line(client_id), self.store.lineage("body"), self.store.pile("body")
         head, newest = line.head(), body.head()
-        began, samples = _since(line, head)
+        began, samples = since(line, head)
         last = line.commit(head)
         turn, rejected = last.turn, False
         if last.kind == "end":
@@ -224,31 +238,7 @@ class PerClient:
             if not rejected and batch not in body.counted():
                 return
             turn += 1
-        elif samples or last.kind not in _BEGUN or began.source == newest:
+        elif samples or last.kind not in BEGUN or began.source == newest:
             return
         commit = Commit(head + 1, "begin", "", {}, source=newest, turn=turn)
         line.restate(commit, body.checked_state(newest), optimizer=not rejected)
-
-
-def _since(line: Lineage, head: int) -> tuple[Commit, float]:
-    """The commit that a line last began with, and the samples folded since; what a rollback undid left out."""
-    samples, commit = 0.0, line.commit(head)
-    while commit.kind not in _BEGUN:
-        samples += commit.num_samples if commit.kind == "fold" else 0.0
-        commit = line.commit(commit.version - 1 if commit.restored is None else commit.restored)
-    return commit, samples
-
-
-def _change(
-    record: GradientRecord, fingerprint: Fingerprint, start: Mapping[str, Tensor], end: Mapping[str, Tensor]
-) -> GradientRecord:
-    """`record` with start − end of the parameters, and the buffers that changed."""
-    roles = {name: entry.get("role") for name, entry in fingerprint.items()}
-    changed = [name for name, role in roles.items() if role == "buffer" and not same_bits(start[name], end[name])]
-    update = {
-        "values": {name: end[name] for name in changed},
-        "bases": {name: start[name] for name in changed},
-        "num_samples": record.num_samples,
-    }
-    gradients = {name: start[name] - end[name] for name, role in roles.items() if role == "trainable"}
-    return replace(record, gradients=gradients, buffers=[update])

@@ -78,6 +78,22 @@ class Mode:
         least = {} if self.per_client else {"min_batches": self.min_batches or 1}
         return {**least, "max_staleness": self.max_staleness, "staleness_weight": self.staleness_weight}
 
+    def check(self, min_batches: int, max_staleness: int | None, staleness_weight: StalenessWeight) -> None:
+        """Check that an accumulator follows this mode; if no number of batches makes a commit, in what the mode sets.
+
+        Raises:
+            InputError: it commits at another time, or staleness costs something else there.
+        """
+        expected, usual = self.settings(), {"min_batches": 1, "max_staleness": None, "staleness_weight": constant}
+        found = {"min_batches": min_batches, "max_staleness": max_staleness, "staleness_weight": staleness_weight}
+        for name, value in expected.items():
+            is_free = self.min_batches is None and value == usual[name]
+            if found[name] != value and not is_free:
+                raise InputError(
+                    f"the accumulator's {name} is {found[name]!r}, but mode {self.name!r} says {value!r}: give "
+                    "accumulator and federation the same mode, as in Accumulator(..., **policies.mode(...).settings())"
+                )
+
     def describe(self) -> dict[str, Any]:
         """The mode as plain JSON, for records."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -102,6 +118,9 @@ def mode(name: str | Mode, /, **settings: Any) -> Mode:
     - `synchronous`: a commit per global step, over one batch of every sampled client: large-batch training;
     - `sflv2`: a commit per batch on one body (Thapa et al. 2020, arXiv 2004.12088, section 3.2);
     - `sflv1`: a commit per batch on a body per client, and their average when the round ends (the same).
+
+    A commit per batch needs somebody who looks after each batch, as `simulate` does. A `Federation` looks at each poll
+    and folds what came since into one commit; `Accumulator.run(poll=0.005)` beside it makes commits in between.
 
     Args:
         name: One of these, or a `Mode`.

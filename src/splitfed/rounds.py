@@ -131,6 +131,10 @@ class Rounds:
         """How a round was ended, or `None` while it goes on."""
         return self._find(Ending, self._endings, number)
 
+    def before(self, plan: Plan) -> Ending | None:
+        """How the round before was ended; what that closed waits until a commit follows, and counts as no answer."""
+        return self.ending(plan.number - 1) if plan.number > 1 else None
+
     def report(self, number: int) -> Row | None:
         """The report of a round, or `None` if it hasn't got one."""
         data = self._blobs.get(layout.round_file(number, "report"))
