@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from splitfed.cli import main, serve
 from splitfed.http import serving
 from splitfed.http.auth import new_token
 from splitfed.http.limits import Limits
+from splitfed.server import SplitServer
+from splitfed.store import GradientStore
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +122,30 @@ def test_the_settings_of_a_worker_can_cross_a_process(served: list[Any]) -> None
 
 
 LIMITS = ("max_body", "max_in_flight", "max_requests", "max_connections", "max_tensors", "max_samples")
+
+
+def test_the_store_is_named_without_its_credentials(
+    served: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Logs are read by others."""
+
+    def opened(arguments: argparse.Namespace) -> SplitServer:
+        store = GradientStore(f"memory://{uuid.uuid4()}", sync="process")
+        monkeypatch.setattr(store.blobs, "url", "s3://***@bucket/run", raising=False)
+        return SplitServer(nn.Linear(2, 2), store)
+
+    monkeypatch.setattr(serve, "open_server", opened)
+    assert main(["serve", "my_body:body", "--store", "s3://key:secret@bucket/run"]) == 0
+    out, err = capsys.readouterr()
+    assert "my_body:body from s3://***@bucket/run, for" in err
+    assert "secret" not in out + err
+
+
+def test_it_leaves_what_still_computes(served: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that goes on would hold up the end of the process; without one it ends as any other."""
+    left: list[bool] = []
+    monkeypatch.setattr(serving, "leave", lambda: left.append(True))
+    for computing in (0, 1):
+        monkeypatch.setattr(serving, "serve", lambda *args, found=computing: found)
+        assert run() == 0
+    assert left == [True]

@@ -5,15 +5,20 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
+import types
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from harness_http import serving
 
 from splitfed.errors import StoreError
+from splitfed.http import app
 from splitfed.messages import PullAnswer, PullRequest
+from splitfed.store import GradientStore
 
 
 def openmp() -> ctypes.CDLL:
@@ -66,3 +71,30 @@ def test_the_status_is_read_once_for_many_that_ask() -> None:
         first, second = (service.ask("/v1/status")[1] for _ in range(2))
     assert first == second
     assert first["lineages"][0]["version"] == 0
+
+
+def test_a_long_listing_holds_up_neither_readiness_nor_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ask for the status of a store that takes long: it is listed once, and all get what is found."""
+    listing, go, seconds, read = threading.Event(), threading.Event(), [0.0], app.read_status
+    listed: list[float] = []
+
+    def slow(store: GradientStore) -> Any:
+        listed.append(seconds[0])
+        listing.set()
+        assert go.wait(60)
+        seconds[0] += 100.0
+        return read(store)
+
+    clock = types.SimpleNamespace(monotonic=lambda: seconds[0])
+    monkeypatch.setattr(app, "read_status", slow)
+    monkeypatch.setattr(app, "time", clock)
+    with serving(f"memory://{uuid.uuid4()}") as (_, service), ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(service.ask, "/v1/status") for _ in range(4)]
+        try:
+            assert listing.wait(60)
+            assert service.ask("/readyz")[0] == 200
+            assert service.ask("/metrics")[0] == 200
+        finally:
+            go.set()
+        assert [found.result()[0] for found in asked] == [200] * 4
+    assert listed == [0.0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,51 @@ def test_a_client_touches_its_own_ids_only() -> None:
     for other in ("b", "A", None, 3, ["a"]):
         with pytest.raises(AccessError, match="client 'a'"):
             check_owner("a", other)
+
+
+def test_revoking_keeps_mode_comments_and_other_lines(file: Path) -> None:
+    """A server of the file's group reads it as before, and sees what was revoked."""
+    new_token(file, "a")
+    other = new_token(file, "b")
+    file.write_text("# ours\n\n" + file.read_text() + "# end\n")
+    lines = file.read_text().splitlines()
+    file.chmod(0o640)
+    assert revoke(file, "a") == 1
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert file.read_text().splitlines() == [line for line in lines if not line.startswith("a ")]
+    assert Tokens(file).owner(f"Bearer {other}".encode()) == "b"
+
+
+def test_revoking_keeps_the_owner_or_revokes_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root revokes in a server's file; who may not leave it to the server is told so, and the file stays."""
+    new_token(file, "a")
+    before, found = file.read_bytes(), list[tuple[int, int]]()
+    mine, true = file.stat(), os.fstat
+
+    def made(descriptor: int) -> os.stat_result:
+        result = list(true(descriptor))
+        result[stat.ST_UID] = mine.st_uid + 1
+        return os.stat_result(result)
+
+    def refuse(descriptor: int, user: int, group: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fstat", made)
+    monkeypatch.setattr(os, "fchown", refuse)
+    with pytest.raises(InputError, match="nothing was revoked: run this as the file's owner"):
+        revoke(file, "a")
+    assert file.read_bytes() == before
+    assert os.listdir(file.parent) == [file.name]
+    monkeypatch.setattr(os, "fchown", lambda descriptor, user, group: found.append((user, group)))
+    assert revoke(file, "a") == 1
+    assert found == [(mine.st_uid, mine.st_gid)]
+
+
+def test_a_token_goes_on_a_line_of_its_own(file: Path) -> None:
+    """Also where an editor has left the last line without an end."""
+    first = new_token(file, "a")
+    file.write_text(file.read_text().rstrip("\n"))
+    second = new_token(file, "b")
+    tokens = Tokens(file)
+    assert [tokens.owner(f"Bearer {token}".encode()) for token in (first, second)] == ["a", "b"]
+    assert file.read_text().count("\n") == 3

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from harness_requests import ahead, back
+from harness_requests import SEAL, ahead, back
 
 from splitfed.errors import BusyError, InputError, TooLargeError
 from splitfed.http.limits import Budget, Limits, check_body, check_message
-from splitfed.messages import PullRequest
+from splitfed.messages import Chain, Housekeeping, LossRequest, PullRequest
 
 
 @pytest.mark.parametrize("wrong", [{"body": 0}, {"requests": -1}, {"receive_seconds": math.nan}, {"samples": math.inf}])
@@ -58,3 +59,27 @@ def test_messages_within_the_limits_pass() -> None:
     check_message(PullRequest("a"), small)
     with pytest.raises(TooLargeError, match="2 samples: this server takes 1 "):
         check_message(ahead(), Limits(samples=1))
+
+
+@pytest.mark.parametrize("name", ["released", "abandoned", "answered"])
+def test_what_rides_along_is_counted(name: str) -> None:
+    """Each number is work: two of them pass where two are taken, three don't, in any request that has them."""
+    limits = Limits(notes=2)
+    for count in (2, 3):
+        notes = Housekeeping(**{name: ((0, 1),) * count if name == "released" else tuple(range(count))})
+        first = ahead(housekeeping=notes)
+        for message in (first, LossRequest(first, 0, torch.ones(2, 2), 2.0), back(housekeeping=notes)):
+            if count == 2:
+                check_message(message, limits)
+                continue
+            with pytest.raises(TooLargeError, match=rf"names 3 .* {name}: this server takes 2 at a time"):
+                check_message(message, limits)
+
+
+@pytest.mark.parametrize(("name", "one"), [("parts", (0, 0)), ("chains", Chain(1.0, 0))])
+def test_parts_and_chains_of_a_batch_are_counted(name: str, one: Any) -> None:
+    """A seal names them."""
+    limits = Limits(notes=2)
+    check_message(back(seal=replace(SEAL, **{name: (one,) * 2})), limits)
+    with pytest.raises(TooLargeError, match=f"names 3 {name} of a batch"):
+        check_message(back(seal=replace(SEAL, **{name: (one,) * 3})), limits)

@@ -135,3 +135,42 @@ def test_who_was_answered_and_still_sends_is_cut_off(service: Service) -> None:
         with suppress(ConnectionError):
             while stream.recv(1 << 16):
                 pass
+
+
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+LINES = b"x: aaaaaaa\r\n" * 500  # more than the limit, in many lines that each are short
+
+
+def test_trailers_that_never_end_are_cut_off(service: Service) -> None:
+    """They would pile up among the headers: told as a 431, also to who sends a body that isn't refused yet."""
+    with service.raw(CHUNKED + b"1\r\na\r\n0\r\n") as stream, suppress(ConnectionError):
+        time.sleep(0.2)  # the headers come first: what is counted begins anew behind the body
+        stream.sendall(LINES)
+        assert stream.recv(1 << 16).startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))
+
+
+def test_trailers_behind_an_answer_end_the_connection(service: Service) -> None:
+    """A refused request whose trailers go on: no second answer, and no memory."""
+    with service.raw(CHUNKED.replace(b"octet-stream", b"json") + b"0\r\n") as stream:
+        assert stream.recv(1 << 16).startswith(b"HTTP/1.1 415")
+        sent = 0
+        with suppress(ConnectionError):
+            while sent < 50_000_000:
+                stream.sendall(LINES)
+                sent += len(LINES)
+        assert sent < 50_000_000
+
+
+def test_a_chunk_s_head_that_never_ends_is_a_431(service: Service) -> None:
+    """Its extensions are neither headers nor body."""
+    with service.raw(CHUNKED) as stream:
+        time.sleep(0.2)  # apart from the headers, behind which the count begins anew
+        stream.sendall(b"1;x=" + b"a" * 5000)
+        assert stream.recv(1 << 16).startswith(b"HTTP/1.1 431")
+
+
+def test_body_in_small_chunks_is_no_header(service: Service) -> None:
+    """More than the limit of heads of chunks, with a byte of body behind each."""
+    with service.raw(CHUNKED) as stream:
+        stream.sendall(b"1\r\na\r\n" * 5000 + b"0\r\n\r\n")
+        assert stream.recv(1 << 16).startswith(b"HTTP/1.1 400")

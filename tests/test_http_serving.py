@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from torch import nn
 
 import splitfed
 from splitfed.errors import InputError
+from splitfed.http import serving
 from splitfed.http.client import HttpTransport
 from splitfed.http.limits import Limits
 from splitfed.http.serving import Place, is_loopback, serve
@@ -38,6 +42,9 @@ class Slow(nn.Module):
         if x.shape[0] == 3:
             open("begun", "w").close()
             time.sleep(1.0)
+        if x.shape[0] == 4:
+            open("begun", "w").close()
+            time.sleep(600.0)
         return self.layer(x)
 
 def body():
@@ -171,3 +178,65 @@ def test_serving_over_ipv6(tmp_path: Path) -> None:
     with process(tmp_path, "--host", "::1") as (_, url):
         assert url.startswith("http://[::1]:")
         assert urllib3.request("GET", f"{url}/healthz").status == 200
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_call_that_outlasts_the_drain_is_told_to_come_again_and_holds_up_nobody(tmp_path: Path, workers: int) -> None:
+    """It would compute for ten minutes: its client hears a BusyError that it repeats, and the process ends with 0."""
+    with process(tmp_path, "--drain-seconds", "1", "--workers", str(workers)) as (server, url):
+        client = splitfed.SplitClient(half(), url, "a", patience=0.0)
+        if workers == 1:
+            client(torch.ones(1, 2))
+        with ThreadPoolExecutor(1) as pool:
+            under_way = pool.submit(client, torch.ones(4, 2))
+            until = time.monotonic() + 120
+            while not (tmp_path / "begun").exists() and time.monotonic() < until:
+                time.sleep(0.01)  # another process writes it
+            server.send_signal(signal.SIGTERM)
+            with pytest.raises(splitfed.BusyError, match="is being stopped: try again"):
+                under_way.result()
+        server.communicate(timeout=60)
+        assert server.returncode == 0
+
+
+def test_a_signal_as_soon_as_the_url_is_known_ends_it(tmp_path: Path) -> None:
+    """Before uvicorn has begun."""
+    with process(tmp_path) as (server, _):
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=60)
+        assert server.returncode == 0
+
+
+def test_a_signal_before_uvicorn_takes_signals_isn_t_lost() -> None:
+    """It comes while the URL is told: the server begins, and ends at once."""
+    began: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] != "lifespan.shutdown":
+            began.append(message["type"])
+            await send({"type": "lifespan.startup.complete"})
+        await send({"type": "lifespan.shutdown.complete"})
+
+    left = serve(lambda: app, Limits(), Place(port=0), lambda url: os.kill(os.getpid(), signal.SIGTERM))
+    assert left == 0
+    assert began == ["lifespan.startup"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_worker_that_doesn_t_end_is_killed(caplog: pytest.LogCaptureFixture) -> None:
+    """One that ignores SIGTERM."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    worker = context.Process(target=deaf, args=(there,))
+    worker.start()
+    assert here.recv() == "deaf"
+    serving._end([worker], 0.1)
+    assert worker.exitcode == -signal.SIGKILL
+    assert "it is killed" in caplog.text
+
+
+def deaf(told: Any) -> None:
+    """The main function of a process that SIGTERM doesn't end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    told.send("deaf")
+    threading.Event().wait()

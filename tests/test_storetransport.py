@@ -304,3 +304,61 @@ def test_options_that_do_not_apply_are_refused(store_url: str) -> None:
     """A misspelt option of ours is no option of a folder."""
     with pytest.raises(InputError, match="time_out"):
         storetransport.connect(store_url, client_id="a", time_out=3)
+
+
+class Sealed:
+    """Blobs of a client that may not list: what isn't there is refused as if it were, and so is all of `closed`."""
+
+    def __init__(self, blobs: Any, closed: str = "store") -> None:
+        self._blobs = blobs
+        self._closed = closed
+
+    def get(self, key: str) -> memoryview | None:
+        """As S3 answers."""
+        found: memoryview | None = self._blobs.get(key)
+        if found is None or not key.startswith("post/") or key.endswith(self._closed):
+            raise StoreError(f"can't read {key!r}: Access Denied") from PermissionError("Access Denied")
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._blobs, name)
+
+
+def test_a_client_that_may_not_list_takes_a_refusal_for_not_yet(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer comes after twelve seconds; the look at the request and its claim is no failure either."""
+    worker = Worker(site.server, site.store)
+    clock = clocked(monkeypatch)
+    clock.meanwhile = lambda: worker.step() if clock.now > 12 else None
+    under = transport(site.store.url)
+    under._blobs = Sealed(under._blobs)  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match="no worker has taken"):
+        assert under.pull(PULL).version == -1
+
+
+def test_a_client_that_may_not_list_hears_that_nobody_answers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can't know whether a store was begun, so nothing is said of that."""
+    clocked(monkeypatch)
+    under = transport(site.store.url, timeout=2.0)
+    under._blobs = Sealed(under._blobs)  # type: ignore[assignment]
+    with pytest.raises(BusyError, match="no worker has taken it"):
+        under.pull(PULL)
+
+
+def test_a_client_that_may_not_read_at_all_is_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own request, a moment after it was put, is refused: not after the whole timeout."""
+    clock = clocked(monkeypatch)
+    under = transport(site.store.url, pauses=())
+    under._blobs = Sealed(under._blobs, closed=".request")  # type: ignore[assignment]
+    with pytest.raises(StoreError, match="Access Denied"):
+        under.pull(PULL)
+    assert clock.now < 20
+
+
+def test_storage_that_fails_while_it_waits_is_no_not_yet(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a refusal is."""
+    clocked(monkeypatch)
+    under = transport(site.store.url, pauses=())
+    hook = Nth(0, refuse, "get post/")
+    under._blobs = hooked(site.store.url, hook).blobs
+    with hook.armed(), pytest.raises(StoreError):
+        under.pull(PULL)

@@ -8,7 +8,9 @@ An answer is created once, and the first one stands: two workers may have run a 
 client must see one. A request is deleted before its answer, so that whatever lies there without a request is rubbish
 and anybody may sweep it.
 
-A client writes beneath `post/<its id>/` and nowhere else, and lists nothing; a bucket's policy can hold it to that.
+A client writes beneath `post/<its id>/` and nowhere else, and lists nothing; a bucket's policy can hold it to that. The
+trap is what S3 then says of an answer that isn't there yet: without leave to list it is "403", not "404". So once the
+request was put, a refusal means "not yet" (`_peek`), until a request that was put a moment ago can't be read either.
 """
 
 from __future__ import annotations
@@ -153,7 +155,7 @@ class StoreTransport:
         began = time.monotonic()
         pause, look = _FIRST_POLL, _PATIENCE
         while True:
-            answer = self._blobs.get(f"{place}.answer")
+            answer = self._peek(f"{place}.answer")
             waited = time.monotonic() - began
             if answer is not None or waited >= self.timeout:
                 return answer
@@ -165,9 +167,10 @@ class StoreTransport:
 
     def _look_after(self, place: str, parts: list[memoryview | bytes], waited: float) -> None:
         """Post a request again that a worker has swept (this machine slept), and say so if nobody takes it."""
-        if self._blobs.get(f"{place}.request") is None:
+        if self._peek(f"{place}.request") is None:
             self._blobs.put(f"{place}.request", parts)
-        elif self._blobs.get(f"{place}.claim-0000") is None:
+            self._blobs.get(f"{place}.request")  # it is there: refused now, this client has no leave to read
+        elif self._peek(f"{place}.claim-0000") is None:
             warnings.warn(
                 f"no worker has taken a request of client {self.client_id!r} in {self._blobs!r} for {waited:.0f} "
                 "seconds: does one run there? splitfed work APP --store URL",
@@ -175,8 +178,8 @@ class StoreTransport:
             )
 
     def _unanswered(self, place: str) -> BusyError:
-        taken = self._blobs.get(f"{place}.claim-0000") is not None
-        begun = self._blobs.get(layout.FORMAT) is not None
+        taken = self._peek(f"{place}.claim-0000") is not None
+        begun = self._peek(layout.FORMAT, refused=memoryview(b"")) is not None  # a policy may well refuse it
         why = (
             "a worker has taken it: it died, or needs longer (timeout=)"
             if taken
@@ -187,6 +190,15 @@ class StoreTransport:
         return BusyError(
             f"client {self.client_id!r} had no answer from {self._blobs!r} within {self.timeout:g} seconds; {why}"
         )
+
+    def _peek(self, key: str, refused: memoryview | None = None) -> memoryview | None:
+        """What lies at a key; `refused` if the storage doesn't say whether anything does."""
+        try:
+            return self._blobs.get(key)
+        except StoreError as error:
+            if isinstance(error.__cause__, PermissionError):
+                return refused
+            raise
 
     def _place(self) -> str:
         """The keys of the next request; a forked process takes a name of its own."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from splitfed.http.limits import Limits
+    from splitfed.server import SplitServer
 
 _DESCRIPTION = """\
 Serve a body from a store over HTTP. A replica keeps nothing: run as many as you like on one store, behind any load
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     missing = [name for name in ("starlette", "uvicorn", "httptools") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"serve needs {' and '.join(missing)}: pip install 'splitfed[http]'")
-    from splitfed.http.serving import Place, is_loopback, serve
+    from splitfed.http.serving import Place, is_loopback, leave, serve
 
     if not (arguments.tokens or arguments.insecure or is_loopback(arguments.host)):
         raise InputError(
@@ -94,19 +95,20 @@ def run(arguments: argparse.Namespace) -> int:
         drain_seconds=arguments.drain_seconds,
     )
     settings = argparse.Namespace(**{name: value for name, value in vars(arguments).items() if name != "run"})
-    app = make(settings)
+    _begin_log()
+    server = open_server(settings)
+    app = _app(server, settings)
     ready = functools.partial(make, settings) if arguments.workers > 1 else lambda: app
-    serve(ready, limits(arguments), place, functools.partial(_listening, arguments))
+    where = getattr(server.store.blobs, "url", arguments.store)  # without what a URL may hold of credentials
+    if serve(ready, limits(arguments), place, functools.partial(_listening, arguments, where)):
+        leave()
     return 0
 
 
 def make(arguments: argparse.Namespace) -> Starlette:
     """The app of one process, and its log."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.captureWarnings(True)
-    from splitfed.http.app import make_app
-
-    return make_app(open_server(arguments), limits=limits(arguments), tokens=arguments.tokens)
+    _begin_log()
+    return _app(open_server(arguments), arguments)
 
 
 def limits(arguments: argparse.Namespace) -> Limits:
@@ -129,7 +131,18 @@ def limits(arguments: argparse.Namespace) -> Limits:
     return Limits(**{name: value for name, value in given.items() if value is not None})
 
 
-def _listening(arguments: argparse.Namespace, url: str) -> None:
+def _begin_log() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.captureWarnings(True)
+
+
+def _app(server: SplitServer, arguments: argparse.Namespace) -> Starlette:
+    from splitfed.http.app import make_app
+
+    return make_app(server, limits=limits(arguments), tokens=arguments.tokens)
+
+
+def _listening(arguments: argparse.Namespace, where: str, url: str) -> None:
     who = "clients with a token" if arguments.tokens else "everybody" if arguments.insecure else "this machine only"
     print(f"splitfed: serving on {url}", flush=True)
-    print(f"splitfed: {arguments.app} from {arguments.store}, for {who}", file=sys.stderr, flush=True)
+    print(f"splitfed: {arguments.app} from {where}, for {who}", file=sys.stderr, flush=True)

@@ -2,7 +2,8 @@
 
 It runs under any ASGI server; limits on time, raw headers and connections need `serving`, since an app can't see a
 request before its headers are complete. `/healthz` says that the process lives, `/readyz` that its store answers: the
-first is for restarting it, the second for sending it requests.
+first is for restarting it, the second for sending it requests. Listing a large store takes long, so the status has a
+thread of its own: a load balancer that asks `/readyz` doesn't wait for it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +57,7 @@ def make_app(
     count = torch.get_num_threads()
     threads = ThreadPoolExecutor(limits.requests, "splitfed", initializer=torch.set_num_threads, initargs=(count,))
     watchers = ThreadPoolExecutor(2, thread_name_prefix="splitfed-watch")
+    lister = ThreadPoolExecutor(1, thread_name_prefix="splitfed-list")
     desk = Desk(server, limits, None if tokens is None else Tokens(tokens), threads)
     store, versions = server.store, server.store.lineage(server.lineage)
 
@@ -76,7 +77,7 @@ def make_app(
     status = _Cached(lambda: json.dumps(read_status(store).to_json()).encode(), _STATUS_SECONDS)
     routes: list[BaseRoute] = [Route(f"{PREFIX}/{name}", Method(desk, name), methods=["POST"]) for name in wire.METHODS]
     reports = [
-        Report(desk, f"{PREFIX}/status", _JSON, lambda: (200, status()), watchers, private=True),
+        Report(desk, f"{PREFIX}/status", _JSON, lambda: (200, status()), lister, private=True),
         Report(desk, "/healthz", _JSON, lambda: (200, b'{"status": "alive"}')),
         Report(desk, "/readyz", _JSON, ready, watchers),
         Report(desk, "/metrics", metrics.CONTENT_TYPE, measure, watchers),
@@ -87,8 +88,8 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        watchers.shutdown(wait=True)
-        threads.shutdown(wait=True)
+        for pool in (lister, watchers, threads):  # what still computes was given its time, and is repeated elsewhere
+            pool.shutdown(wait=False, cancel_futures=True)
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
     app.router.redirect_slashes = False
@@ -96,19 +97,21 @@ def make_app(
 
 
 class _Cached:
-    """What a function returned last, for some seconds: asking for the status often doesn't list the store often."""
+    """What a function returned last, for some seconds: asking for the status often doesn't list the store often.
+
+    It is called in one thread, so it needs no lock; those who ask meanwhile wait for that thread.
+    """
 
     def __init__(self, read: Callable[[], bytes], seconds: float) -> None:
         self._read = read
         self._seconds = seconds
-        self._lock = threading.Lock()
         self._found: tuple[float, bytes] | None = None
 
     def __call__(self) -> bytes:
-        with self._lock:
-            if self._found is None or time.monotonic() - self._found[0] > self._seconds:
-                self._found = (time.monotonic(), self._read())
-            return self._found[1]
+        if self._found is None or time.monotonic() - self._found[0] > self._seconds:
+            data = self._read()
+            self._found = time.monotonic(), data  # not before: a listing may take longer than what it says is kept
+        return self._found[1]
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

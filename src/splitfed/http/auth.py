@@ -5,7 +5,8 @@ client's id and that hash, and whoever reads it learns no token. Comparison is i
 raises for what isn't ASCII), over all lines, so that time tells neither how much of a token nor whose was right.
 
 A running server sees a changed file at the next request. One that can't be read in the middle of an edit changes
-nothing: the last good one counts, and the log says so.
+nothing: the last good one counts, and the log says so. So a revoked token would live on if whoever revokes it made the
+file unreadable for the server: the new file has the mode and the owner of the old one, or there is none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import logging
 import os
 import re
 import secrets
+import stat
+import sys
 from pathlib import Path
 
 from splitfed.errors import AccessError, InputError, TokenError
@@ -107,9 +110,12 @@ def new_token(path: Path, client_id: str) -> str:
     try:
         if path.exists():
             _read(path)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            head = _HEAD if os.fstat(descriptor).st_size == 0 else ""
+            head = _HEAD
+            if os.fstat(descriptor).st_size:
+                os.lseek(descriptor, -1, os.SEEK_END)
+                head = "" if os.read(descriptor, 1) == b"\n" else "\n"  # an editor may have left the last line open
             os.write(descriptor, (head + line).encode())  # one write: two commands at once add two whole lines
         finally:
             os.close(descriptor)
@@ -119,25 +125,40 @@ def new_token(path: Path, client_id: str) -> str:
 
 
 def revoke(path: Path, client_id: str) -> int:
-    """Remove all tokens of a client from the file, which is replaced as a whole.
+    """Remove all tokens of a client from the file, which is replaced as a whole; everything else in it stays.
 
     Returns:
         How many there were.
 
     Raises:
-        InputError: the file can't be read or written.
+        InputError: the file can't be read or written, or the new one can't have the owner of the old one.
     """
-    kept = [(name, known) for name, known in _read(path) if name != client_id]
-    removed = len(_read(path)) - len(kept)
-    text = _HEAD + "".join(f"{name} {known.decode()}\n" for name, known in kept)
+    _read(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if line.startswith("#") or line.strip().partition(" ")[0] != client_id]
+    if len(kept) < len(lines):
+        _replace(path, "".join(f"{line}\n" for line in kept))
+    return len(lines) - len(kept)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Put a new file in the place of one, with its mode and owner."""
     beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            was, made = path.stat(), os.fstat(file.fileno())
+            if (was.st_uid, was.st_gid) != (made.st_uid, made.st_gid):
+                os.fchown(file.fileno(), was.st_uid, was.st_gid)
+            if sys.platform != "win32":
+                os.fchmod(file.fileno(), stat.S_IMODE(was.st_mode))
             file.write(text)
         beside.replace(path)
     except OSError as error:
-        raise InputError(f"the token file {path} can't be written: {error.strerror}") from error
-    return removed
+        beside.unlink(missing_ok=True)
+        raise InputError(
+            f"the token file {path} can't be replaced by one of the same owner and mode: {error.strerror}; nothing was "
+            "revoked: run this as the file's owner"
+        ) from error
 
 
 def clients(path: Path) -> list[str]:

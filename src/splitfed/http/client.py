@@ -2,30 +2,28 @@
 
 Every request may be repeated, since the server answers a repeated one as the first. So whatever may pass is tried again
 until `patience` is spent: a replica that dies under a request, a busy one, a load balancer without one. Two things are
-not: what the server refuses by one of our errors, and a first contact that finds nobody, since that is a wrong URL.
-
-The jitter between tries comes from the system, not from `random`: a user's seeded program draws the same numbers
-whether or not a request had to be repeated. Redirects aren't followed: a token goes to the host that it was given for.
+not: what the server refuses by one of our errors, and a wrong URL: a first contact that finds nobody, or an answer that
+isn't ours, whatever its status (a portal says 200). Redirects aren't followed: a token goes to the host that it was
+given for.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import threading
-import time
 from typing import Any
 
 import torch
 import urllib3
-from urllib3.exceptions import HTTPError, LocationParseError, NewConnectionError, SSLError
-from urllib3.util import Retry, Timeout, parse_url
+from urllib3.exceptions import HTTPError, LocationParseError
+from urllib3.util import Timeout, parse_url
 
 from splitfed import __version__, wire
-from splitfed.errors import InputError, UnreachableError
+from splitfed.errors import FormatError, InputError, UnreachableError
 from splitfed.http.contract import BINARY, PREFIX, RETRIED, decode_error
+from splitfed.http.patience import Tries, asked_for, passes, reason
 from splitfed.messages import (
     BackwardAnswer,
     BackwardRequest,
@@ -44,8 +42,6 @@ VARIABLE = "SPLITFED_TOKEN"
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _SMALL = 64 << 10  # below, one send of joined bytes is cheaper than one for each tensor
 _CHUNK = 1 << 20
-_FIRST_PAUSE, _LAST_PAUSE = 0.05, 5.0
-_JITTER = random.SystemRandom()
 
 Body = list[memoryview | bytes]
 
@@ -148,7 +144,12 @@ class HttpTransport:
 
     def _ask(self, method: str, request: Any) -> Any:
         data = self._send("POST", f"{PREFIX}/{method}", pack(request), self._patience)
-        return unpack(wire.METHODS[method][1], data)
+        try:
+            return unpack(wire.METHODS[method][1], data)
+        except FormatError as error:
+            raise UnreachableError(
+                f"{self.url}{PREFIX}/{method} answered what isn't a splitfed server's: is the URL right? ({error})"
+            ) from error
 
     def _json(self, data: memoryview | bytes) -> dict[str, Any]:
         try:
@@ -161,15 +162,14 @@ class HttpTransport:
 
     def _send(self, verb: str, path: str, parts: Body | None, patience: float) -> memoryview | bytes:
         """The body of the answer, after as many tries as it takes."""
-        deadline, pause = time.monotonic() + patience, _FIRST_PAUSE
+        tries = Tries(patience)
         while True:
             asked: float | None = None
             try:
                 status, told, data = self._once(verb, path, parts)
             except (HTTPError, OSError) as error:
-                reason = _reason(error)
-                failure: Exception = UnreachableError(f"{self.url} can't be reached: {reason}")
-                if _certificate(error) or (not self._met and _nobody(error)):
+                failure: Exception = UnreachableError(f"{self.url} can't be reached: {reason(error)}")
+                if not passes(error, met=self._met):
                     raise failure from error
             else:
                 self._met = True
@@ -181,11 +181,8 @@ class HttpTransport:
                 if status not in RETRIED:
                     raise failure
                 asked = told
-            wait = max(pause, min(asked or 0.0, _LAST_PAUSE)) * _JITTER.uniform(0.5, 1.5)
-            if time.monotonic() + wait > deadline:
+            if not tries.wait(asked):
                 raise failure
-            time.sleep(wait)
-            pause = min(2 * pause, _LAST_PAUSE)
 
     def _once(self, verb: str, path: str, parts: Body | None) -> tuple[int, float | None, memoryview | bytes]:
         """One try: status, what Retry-After asks for in seconds, and body."""
@@ -213,8 +210,7 @@ class HttpTransport:
             raise
         finally:
             response.release_conn()
-        asked = response.headers.get("retry-after")
-        return response.status, None if asked is None else _seconds(asked), data
+        return response.status, asked_for(response.headers.get("retry-after")), data
 
     def _connections(self) -> urllib3.HTTPConnectionPool:
         with self._lock:
@@ -252,23 +248,3 @@ def _read(response: urllib3.BaseHTTPResponse) -> memoryview | bytes:
         memory[end : end + len(part)] = part
         end += len(part)
     return memory
-
-
-def _seconds(asked: str) -> float | None:
-    try:
-        return max(0.0, Retry().parse_retry_after(asked))
-    except HTTPError:
-        return None
-
-
-def _reason(error: BaseException) -> str:
-    inner = getattr(error, "reason", None)
-    return f"{type(error).__name__}: {inner if isinstance(inner, Exception) else error}"
-
-
-def _nobody(error: BaseException) -> bool:
-    return isinstance(error, NewConnectionError | urllib3.exceptions.ConnectTimeoutError)
-
-
-def _certificate(error: BaseException) -> bool:
-    return isinstance(error, SSLError)

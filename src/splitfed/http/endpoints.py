@@ -6,7 +6,7 @@ tensors are written from where they lie. In between, a thread does the work: the
 
 A refused request is answered while its body may still be arriving. uvicorn then throws the rest away as it comes, and
 `protocol` ends one that never ends. A client that leaves in the middle is no error: what it asked for is idempotent,
-so nobody needs to know.
+so nobody needs to know. Nor is an end of the replica in the middle: it is told as a 503, and repeated elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 from splitfed import wire
-from splitfed.errors import InputError, SplitFedError, TokenError, TooLargeError
+from splitfed.errors import BusyError, InputError, SplitFedError, TokenError, TooLargeError
 from splitfed.http.arrival import GoneError, Receive, Received, RefusedError
 from splitfed.http.auth import Tokens, check_owner
 from splitfed.http.contract import BINARY, PREFIX, encode_error
@@ -90,6 +90,9 @@ class Endpoint:
                 status, kind, parts = await self.answer(scope, receive, received)
             except GoneError:
                 return
+            except asyncio.CancelledError:  # the time to drain is over: uvicorn would answer a 500 that nobody repeats
+                stopped = BusyError("this replica is being stopped: try again")
+                status, headers, parts = self._told(RefusedError(stopped, 503))
             except Exception as error:  # noqa: BLE001 -- the last border: nothing may leave as a traceback
                 status, headers, parts = self._told(error)
             try:

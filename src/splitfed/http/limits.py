@@ -3,6 +3,7 @@
 A service that reads whatever comes dies of it: so every size is known or bounded before memory is taken, and what is
 too much now gets an answer that says when to come back. The trap is the tensor that is small on the wire and large in
 memory: an expanded one names few bytes and many elements, so what is limited is also the size that tensors have.
+Numbers that ask for work are counted as well: each call that a request says was abandoned is an object to delete.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Limits:
     """Leading dimension of a call's first tensor, and weight of a batch."""
     push_samples: int = 1_000_000_000
     """Weight of a push, which counts all batches since the pull."""
+    notes: int = 4096
+    """Numbers of a kind that ride with a request: calls released, abandoned or answered, and parts of a batch."""
     receive_seconds: float = 20.0
     """Time for a request to arrive, besides what its bytes may take ..."""
     bytes_per_second: int = 64 << 10
@@ -120,7 +123,7 @@ def check_body(num_bytes: int, limits: Limits) -> None:
 
 
 def check_message(message: Any, limits: Limits) -> None:
-    """Refuse a request by what its tensors hold and its batch weighs.
+    """Refuse a request by what its tensors hold, its batch weighs, and what rides along.
 
     Raises:
         TooLargeError: it is over a limit.
@@ -134,6 +137,9 @@ def check_message(message: Any, limits: Limits) -> None:
     for weight in _weights(message):
         if isinstance(weight, int | float) and weight > most:
             raise TooLargeError(f"the batch has {weight:g} samples: this server takes {most} at a time")
+    for name, count in _notes(message):
+        if count > limits.notes:
+            raise TooLargeError(f"the request names {count} {name}: this server takes {limits.notes} at a time")
 
 
 def _tensors(message: Any) -> Iterator[Tensor]:
@@ -157,3 +163,16 @@ def _weights(message: Any) -> Iterator[Any]:
     elif isinstance(message, BackwardRequest) and message.seal is not None:
         yield message.seal.num_samples
         yield from (chain.num_samples for chain in message.seal.chains)
+
+
+def _notes(message: Any) -> Iterator[tuple[str, int]]:
+    if isinstance(message, LossRequest):
+        message = message.forward
+    if isinstance(message, ForwardRequest | BackwardRequest):
+        notes = message.housekeeping
+        yield "calls that were released", len(notes.released)
+        yield "calls that were abandoned", len(notes.abandoned)
+        yield "batches that were answered", len(notes.answered)
+    if isinstance(message, BackwardRequest) and message.seal is not None:
+        yield "parts of a batch", len(message.seal.parts)
+        yield "chains of a batch", len(message.seal.chains)

@@ -5,6 +5,9 @@ for ever, and a header can grow until the memory is full. This protocol watches 
 `receive_seconds`, and a second more for each `bytes_per_second` that have come: a large body over a slow line arrives,
 a trickle doesn't. An answer that nobody takes is cut off likewise.
 
+The trap is that headers don't stop where the body begins: a chunked one may have trailers, which uvicorn adds to the
+headers, and extensions of each chunk. So what is limited is the number of bytes in a row that aren't body.
+
 It overrides only callbacks of asyncio and of the parser, and answers by the method that uvicorn itself uses for a
 request that it can't read; where a release of uvicorn names these otherwise, the tests of this module fail.
 """
@@ -46,6 +49,7 @@ class Guarded(HttpToolsProtocol):
     _stalled: asyncio.TimerHandle | None = None
     _begun = 0.0
     _num_bytes = 0
+    _loose = 0  # bytes since the last that were body
     _in_headers = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -68,12 +72,11 @@ class Guarded(HttpToolsProtocol):
         if self._deadline is None:
             self._watch()
         self._num_bytes += len(data)
+        self._loose += len(data)
         super().data_received(data)
         most = self.config.limits.http_header
-        if self._in_headers and self._num_bytes > most and not self.transport.is_closing():
-            self._refuse(
-                431, TooLargeError(f"the headers have more than {most} bytes, which is what this server takes")
-            )
+        if self._loose > most and not self.transport.is_closing():
+            self._end(431, TooLargeError(f"the headers have more than {most} bytes, which is what this server takes"))
 
     def on_message_begin(self) -> None:
         """A request begins, maybe behind another one in the same bytes."""
@@ -84,12 +87,18 @@ class Guarded(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """From here on it is the body that comes."""
-        self._in_headers = False
+        self._in_headers, self._loose = False, 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """It does."""
+        self._loose = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """A request is there."""
         self._unwatch()
+        self._loose = 0
         super().on_message_complete()
 
     def pause_writing(self) -> None:
@@ -103,7 +112,7 @@ class Guarded(HttpToolsProtocol):
         super().resume_writing()
 
     def _watch(self) -> None:
-        self._begun, self._num_bytes, self._in_headers = self.loop.time(), 0, True
+        self._begun, self._num_bytes, self._loose, self._in_headers = self.loop.time(), 0, 0, True
         self._deadline = self.loop.call_at(self._begun + self.config.limits.receive_seconds, self._look)
 
     def _unwatch(self) -> None:
@@ -121,10 +130,16 @@ class Guarded(HttpToolsProtocol):
         due = self._begun + limits.receive_seconds + self._num_bytes / limits.bytes_per_second
         if self.loop.time() < due:
             self._deadline = self.loop.call_at(due, self._look)
-        elif self.cycle is not None and not self._in_headers and self.cycle.response_started:
-            self.transport.abort()  # it was answered, and still sends
         else:
-            self._refuse(408, InputError("the request didn't arrive in time: is the connection very slow?"))
+            self._end(408, InputError("the request didn't arrive in time: is the connection very slow?"))
+
+    def _end(self, status: int, error: SplitFedError) -> None:
+        """Refuse the request that is arriving; one that was answered, and still sends, gets no second answer."""
+        if self.cycle is not None and not self._in_headers and self.cycle.response_started:
+            self._unwatch()
+            self.transport.abort()
+        else:
+            self._refuse(status, error)
 
     def _refuse(self, status: int, error: SplitFedError) -> None:
         self._unwatch()

@@ -4,12 +4,17 @@ The socket is bound here, before anything else is started, so that a port that i
 a number. It is made with its protocol named: asyncio turns Nagle's algorithm off only then, and with it on each answer
 waits 40 ms for an acknowledgement.
 
-SIGTERM and SIGINT stop the listening and let what is under way end, for `drain_seconds` at most. With several workers
-one that dies is started anew.
+SIGTERM and SIGINT stop the listening and let what is under way end, for `drain_seconds` at most. A thread that still
+computes then can't be ended, and Python waits for it at its own end: so the process leaves without, as it would by
+SIGKILL, and the call is repeated elsewhere. With several workers one that dies is started anew.
+
+The trap is a signal that comes before uvicorn takes signals itself: from before anybody is told the URL, one of ours
+tells its server to end as soon as it has begun.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
 import os
@@ -25,7 +30,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 
@@ -34,7 +39,7 @@ from splitfed.http.limits import Limits
 from splitfed.http.protocol import GuardedConfig
 
 _BACKLOG = 2048
-_TICK, _QUICK = 0.2, 5.0  # seconds
+_TICK, _QUICK, _GRACE = 0.2, 5.0, 10.0  # seconds
 _log = logging.getLogger("splitfed.http")
 
 
@@ -61,7 +66,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def serve(make: Callable[[], Any], limits: Limits, place: Place, listening: Callable[[str], None]) -> None:
+def serve(make: Callable[[], Any], limits: Limits, place: Place, listening: Callable[[str], None]) -> int:
     """Serve until a signal ends it.
 
     Args:
@@ -69,6 +74,9 @@ def serve(make: Callable[[], Any], limits: Limits, place: Place, listening: Call
         limits: What connections keep.
         place: Where to listen.
         listening: Called with the URL once requests are taken in.
+
+    Returns:
+        How many threads of this process still compute; its caller has nothing to wait for (`leave`).
 
     Raises:
         InputError: the address can't be used, or the certificate can't.
@@ -81,20 +89,27 @@ def serve(make: Callable[[], Any], limits: Limits, place: Place, listening: Call
         bound.listen(_BACKLOG)
         host = f"[{place.host}]" if ":" in place.host else place.host
         scheme = "http" if place.certificate is None else "https"
-        listening(f"{scheme}://{host}:{bound.getsockname()[1]}")
+        ready = functools.partial(listening, f"{scheme}://{host}:{bound.getsockname()[1]}")
         if place.workers == 1:
-            _work(make, limits, place, bound)
-        else:
-            _supervise(make, limits, place, bound)
+            return _work(make, limits, place, bound, ready)
+        _supervise(make, limits, place, bound, ready)
+        return 0
     finally:
         bound.close()
 
 
-def _work(make: Callable[[], Any], limits: Limits, place: Place, bound: socket.socket) -> None:
-    """Serve in this process; as a worker, no longer than the process that started it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+def leave() -> NoReturn:
+    """End this process with status 0, and whatever its threads compute."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _work(
+    make: Callable[[], Any], limits: Limits, place: Place, bound: socket.socket, ready: Callable[[], None]
+) -> int:
+    """Serve in this process; how many threads still compute afterwards."""
     config = GuardedConfig(
         make,
         limits,
@@ -108,8 +123,33 @@ def _work(make: Callable[[], Any], limits: Limits, place: Place, bound: socket.s
         ssl_keyfile=place.key,
         server_header=False,
     )
-    with _signals([]):  # uvicorn raises the signal once more when it has drained: that isn't a failure
-        uvicorn.Server(config).run([bound])
+    server = uvicorn.Server(config)
+
+    def stop(number: int) -> None:
+        server.should_exit = True
+
+    with _signals(stop):  # uvicorn raises the signal once more when it has drained: that isn't a failure
+        ready()
+        server.run([bound])
+    return _computing()
+
+
+def _computing() -> int:
+    """The app's threads that go on; those with nothing to do end at once."""
+    found = [thread for thread in threading.enumerate() if thread.name.startswith("splitfed")]
+    until = time.monotonic() + _TICK
+    for thread in found:
+        thread.join(max(0.0, until - time.monotonic()))
+    return sum(thread.is_alive() for thread in found)
+
+
+def _be_worker(make: Callable[[], Any], limits: Limits, place: Place, bound: socket.socket) -> None:
+    """Serve as one of several processes, no longer than the one that started it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    if _work(make, limits, place, bound, lambda: None):
+        leave()
 
 
 def _end_with(sentinel: int) -> None:
@@ -117,7 +157,9 @@ def _end_with(sentinel: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _supervise(make: Callable[[], Any], limits: Limits, place: Place, bound: socket.socket) -> None:
+def _supervise(
+    make: Callable[[], Any], limits: Limits, place: Place, bound: socket.socket, ready: Callable[[], None]
+) -> None:
     """Serve in processes of their own; one that dies is started anew.
 
     uvicorn's supervisor isn't used: it kills a worker that doesn't answer within seconds, as one does that loads torch
@@ -128,11 +170,12 @@ def _supervise(make: Callable[[], Any], limits: Limits, place: Place, bound: soc
     told: list[int] = []
     quick = 0
 
-    with _signals(told):
+    with _signals(told.append):
+        ready()
         while not told:
             for number in range(place.workers):
                 if number not in workers:
-                    worker: BaseProcess = context.Process(target=_work, args=(make, limits, place, bound))
+                    worker: BaseProcess = context.Process(target=_be_worker, args=(make, limits, place, bound))
                     worker.start()
                     workers[number] = worker, time.monotonic()
             wait([worker.sentinel for worker, _ in workers.values()], timeout=_TICK)
@@ -144,19 +187,29 @@ def _supervise(make: Callable[[], Any], limits: Limits, place: Place, bound: soc
                 _log.warning("worker %s ended with %s: another one begins", worker.pid, worker.exitcode)
             if quick > 2 * place.workers:
                 told.append(0)
-        for worker, _ in workers.values():
-            worker.terminate()
-        for worker, _ in workers.values():
-            worker.join()
+        _end([worker for worker, _ in workers.values()], place.drain_seconds + _GRACE)
     if told == [0]:
         raise BusyError("the workers end as soon as they have begun: their log says why")
 
 
+def _end(workers: list[BaseProcess], seconds: float) -> None:
+    """Tell processes to end, and kill those that haven't in time."""
+    for worker in workers:
+        worker.terminate()
+    until = time.monotonic() + seconds
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))
+        if worker.is_alive():
+            _log.error("worker %s doesn't end: it is killed", worker.pid)
+            worker.kill()
+            worker.join()
+
+
 @contextmanager
-def _signals(told: list[int]) -> Iterator[None]:
+def _signals(note: Callable[[int], object]) -> Iterator[None]:
     """Note SIGTERM and SIGINT instead of dying of them."""
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda number, frame: told.append(number)) for number in numbers}
+    before = {number: signal.signal(number, lambda number, frame: note(number)) for number in numbers}
     try:
         yield
     finally:
