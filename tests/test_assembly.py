@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
+import torch
 import toy
+from torch.nn.functional import cross_entropy
 
+from splitfed import policies
 from splitfed.accumulator import Accumulator
 from splitfed.assembly import Assembly
+from splitfed.localdata import batches
 from splitfed.perclient import PerClient
 from splitfed.simulated import Simulation
+from splitfed.virtual import VirtualTime
 
 
 def assembly(**settings: Any) -> tuple[Assembly, Simulation]:
@@ -57,3 +64,40 @@ def test_what_a_store_has_already_is_no_news() -> None:
     again = toy.run(rounds=2, store=first.store)
     list(again)
     assert [row["version"] for row in again.history.commits("body")] == [2]
+
+
+def damped(staleness: int) -> float:
+    """Half of what is stale."""
+    return 0.5 if staleness else 1.0
+
+
+def test_a_late_half_is_weighted_as_the_mode_says() -> None:
+    """The slow client's one batch is of version 0 and averaged into version 2: half its step, of two alike, is missing.
+
+    By hand: its step is 0.5 · gradient, so weighing it 0.5 and not 1 leaves out 0.5 · 0.5 · gradient / 2.
+    """
+    clients = toy.clients(2, each=4)
+    virtual = VirtualTime(compute={"client-0": 1, "client-1": 8})
+    ends = []
+    for weight in (policies.constant, damped):
+        mode = policies.mode("round", staleness_weight=weight)
+        simulation = toy.run(clients=clients, deadline=5, virtual=virtual, mode=mode)
+        assert [row["late"] for row in simulation] == [[], ["client-1"]]
+        ends.append(simulation.store.load_weights(lineage="client")["0.weight"])
+    whole = toy.model()
+    inputs, targets = next(batches(clients["client-1"], 4, range(4)))
+    cross_entropy(whole(inputs), targets).backward()
+    gradient = whole.get_parameter("0.weight").grad
+    assert gradient is not None
+    torch.testing.assert_close(ends[1] - ends[0], gradient / 8, rtol=0, atol=1e-6)
+
+
+def test_who_is_in_already_isnt_asked() -> None:
+    """But for gradients, of which each global step wants another."""
+    for mode, asked in (("round", ("client-1", "client-2")), ("synchronous", tuple(toy.clients()))):
+        parts, simulation = assembly(mode=mode, loss_fn=toy.dying(2))
+        with pytest.raises(toy.Killed):
+            next(simulation)
+        plan = parts.federation.rounds.plan(1)
+        assert parts.asked(plan) == asked
+        assert parts.asked(replace(plan, barrier=False)) == plan.sampled

@@ -77,3 +77,15 @@ def test_what_workers_cant_be_told_is_refused() -> None:
         toy.run(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), workers=1)
     with pytest.raises(InputError, match="memory://mine is in this process's memory"):
         toy.run(store=GradientStore("memory://mine"), workers=1)
+
+
+def test_workers_go_on_with_a_killed_round(tmp_path: Path) -> None:
+    """One client's update is in: it isn't trained again, and the round ends in the bits of one go."""
+    alone, store = toy.run(rounds=1), GradientStore(tmp_path / "store", sync="process")
+    list(alone)
+    with pytest.raises(toy.Killed):
+        next(toy.run(rounds=1, store=store, loss_fn=toy.dying(2)))
+    crew = toy.run(rounds=1, store=store, workers=1)
+    (row,) = crew
+    assert (row["batches"], row["dropped"]) == (6, {})
+    assert toy.same(alone.whole(), crew.whole())

@@ -110,9 +110,9 @@ MAY_IMPORT = {
     "localdata": "errors ids",
     "evaluation": "errors localdata",
     "trainee": "errors copying template personal transport client optimizers streams localdata evaluation",
-    "assembly": "rows transport roundrobin store optimizers policies server accumulator perclient reporting federation "
-    "metering",
-    "schedule": "rounds streams timeline virtual localdata trainee assembly",
+    "assembly": "rows transport roundrobin rounds store optimizers policies server accumulator perclient judging "
+    "reporting federation metering",
+    "schedule": "rounds rows streams timeline virtual localdata trainee assembly",
     "worker": "errors store metering localdata trainee assembly",
     "crew": "errors rounds rows store localdata trainee assembly worker",
     "simulated": "errors copying template cutting rounds rows callbacks history timeline evaluation trainee assembly",

@@ -170,3 +170,42 @@ def test_what_a_client_keeps_can_be_looked_at() -> None:
     assert isinstance(schedule, Schedule)
     assert sorted(schedule.belongings("client-0").personal) == ["3.bias", "3.weight"]
     assert schedule.belongings("nobody").personal == {}
+
+
+def test_a_round_of_global_steps_is_over_when_its_last_client_is() -> None:
+    """Two batches of a second: the rounds end at 2 and 4 seconds, however far off the deadline is."""
+    rows = list(toy.run(mode="synchronous", virtual=VirtualTime(), deadline=100))
+    assert [(row["status"], row["time"]) for row in rows] == [
+        ("complete", pytest.approx(2)),
+        ("complete", pytest.approx(4)),
+    ]
+
+
+def test_a_deadline_takes_the_global_step_that_a_straggler_holds_up() -> None:
+    """The others take part in every round: one step in the first, in later ones each step of theirs but that one."""
+    virtual = VirtualTime(compute={"client-0": 1, "client-1": 1, "client-2": 1000})
+    rows = list(toy.run(mode="synchronous", virtual=virtual, deadline=100, rounds=4))
+    assert [row["time"] for row in rows] == [100, 200, 300, 400]
+    assert [row["participants"] for row in rows] == [["client-0", "client-1"]] * 4
+    assert all(row["commits"] for row in rows)
+
+
+def test_who_was_kept_below_quorum_isnt_asked_again() -> None:
+    """The first client's update is in at 1 second and kept at 10; the second's comes at 11, in the second round.
+
+    Both are of version 0 and count in the second round, with one batch each; the third is never heard from.
+    """
+    virtual = VirtualTime(compute={"client-0": 1, "client-1": 11, "client-2": 1000})
+    rows = list(toy.run(clients=toy.clients(3, each=4), virtual=virtual, deadline=10, min_clients=2))
+    assert [row["status"] for row in rows] == ["below_quorum", "deadline"]
+    assert (rows[1]["participants"], rows[1]["batches"]) == (["client-0", "client-1"], 2)
+    assert rows[1]["dropped"] == {}
+
+
+@pytest.mark.parametrize("mode", ["round", "sflv1", "sflv2"])
+def test_clients_that_never_wait_take_turns(mode: str) -> None:
+    """Without a barrier and without virtual time, in any mode: none goes on for ever."""
+    simulation = toy.run(mode=mode, barrier=False, rounds=3)
+    rows = list(simulation)
+    assert [row["status"] for row in rows] == ["complete"] * 3
+    assert {name for row in rows for name in row["clients"]} == set(toy.clients())

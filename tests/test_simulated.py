@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import toy
 
+from splitfed.store import GradientStore
 from splitfed.trainee import Outcome, total
+from splitfed.virtual import VirtualTime
 
 
 class Listener:
@@ -73,3 +75,55 @@ def test_several_activations_of_a_client_are_one_entry() -> None:
         "train_accuracy": 0.4,
         "expired": 1,
     }
+
+
+@pytest.mark.parametrize("batches", [0, 2, 4])
+def test_a_round_that_was_killed_goes_on_with_the_clients_that_are_missing(batches: int) -> None:
+    """Two batches a client: whose update is in doesn't train again, and the round ends in the bits of one go."""
+    whole, store = toy.run(), GradientStore(f"memory://killed-{batches}")
+    list(whole)
+    with pytest.raises(toy.Killed):
+        next(toy.run(store=store, loss_fn=toy.dying(batches)))
+    again = toy.run(store=store)
+    rows = list(again)
+    assert [(row["batches"], row["dropped"]) for row in rows] == [(6, {}), (6, {})]
+    assert toy.same(whole.whole(), again.whole())
+
+
+def test_a_round_that_is_decided_only_wants_its_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between decision and report, two global steps in: nobody trains for it any more."""
+
+    def killed(*_: object) -> None:
+        raise toy.Killed
+
+    store = GradientStore("memory://decided")
+    first = toy.run(store=store, mode="synchronous", rounds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(store.rounds(), "close", killed)
+        with pytest.raises(toy.Killed):
+            next(first)
+    (row,) = toy.run(store=store, mode="synchronous", rounds=1)
+    assert (row["status"], row["batches"], store.latest_version()) == ("complete", 6, 2)
+
+
+@pytest.mark.parametrize("batches", [6, 8])
+def test_virtual_time_goes_on_where_it_was(batches: int) -> None:
+    """A round takes 2 seconds: killed in the second at its beginning or amid it, that one begins at 2 again."""
+    store, settings = GradientStore(f"memory://clock-{batches}"), {"virtual": VirtualTime(), "mode": "sflv2"}
+    with pytest.raises(toy.Killed):
+        list(toy.run(**settings, store=store, loss_fn=toy.dying(batches)))
+    rows = list(toy.run(**settings, store=store, rounds=3))
+    assert [row["time"] for row in rows] == pytest.approx([4, 6])
+    assert [row["time"] for row in toy.run(**settings, store=store, rounds=4)] == pytest.approx([8])
+
+
+@pytest.mark.parametrize("settings", [{"personal": ("3.*",)}, {"keep_optimizers": True}])
+def test_going_on_without_what_clients_kept_is_said(settings: dict[str, Any]) -> None:
+    """Once, and only if there is anything to go on with."""
+    store = GradientStore(f"memory://kept-{'-'.join(settings)}")
+    list(toy.run(**settings, store=store))
+    with pytest.warns(UserWarning, match="it begins anew in this run") as told:
+        assert len(list(toy.run(**settings, store=store, rounds=4))) == 2
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    assert list(toy.run(**settings, store=store, rounds=4)) == []

@@ -227,6 +227,7 @@ def test_a_store_that_was_not_given_goes_with_its_run() -> None:
         ({"deadline": 3.0}, InputError, "deadline=3.0 needs a clock"),
         ({"workers": 2, "virtual": VirtualTime()}, InputError, "leave virtual and barrier out"),
         ({"workers": 2, "barrier": False}, InputError, "leave virtual and barrier out"),
+        ({"mode": "synchronous", "barrier": False}, InputError, "leave barrier=False out"),
         ({"personal": ("tail.*",)}, InputError, "fits no parameter"),
         ({"at": "7"}, CutError, "7"),
         ({"clients": {}}, InputError, "expected a mapping"),
@@ -257,6 +258,13 @@ def test_a_barrier_can_be_set_by_hand() -> None:
             found.append(simulation.history.run["settings"]["barrier"])
     assert found == [True, True, False, False, True, False]
     assert splitfed.simulate.__module__ == "splitfed.simulation"
+
+
+def test_global_steps_are_a_barrier_whatever_the_mode_says_of_staleness() -> None:
+    """In virtual time too."""
+    mode = policies.mode("synchronous", max_staleness=4)
+    rows = list(toy.run(mode=mode, virtual=VirtualTime()))
+    assert [(row["status"], row["commits"]) for row in rows] == [("complete", 2)] * 2
 
 
 MEASURE = """

@@ -239,3 +239,11 @@ class _Bomb:
 
     def __reduce__(self) -> object:
         return os.mkdir, (self.path,)
+
+
+def test_what_the_filesystem_is_told_can_be_read_but_not_changed() -> None:
+    """So that others open the store as this process did; it isn't in the repr, as it may hold secrets."""
+    store = GradientStore("ftp://elsewhere/run", password="hunter2")
+    assert store.storage_options == {"password": "hunter2"}
+    assert not hasattr(store.storage_options, "update")
+    assert "hunter2" not in repr(store)

@@ -12,8 +12,9 @@ import pytest
 import torch
 import toy
 
+from splitfed import worker
 from splitfed.crew import Crew
-from splitfed.errors import WorkerError
+from splitfed.errors import InputError, WorkerError
 from splitfed.store import GradientStore
 from splitfed.trainee import Belongings
 from splitfed.worker import Answer, Job, Order, receive, send, work
@@ -109,3 +110,14 @@ def test_a_worker_whose_pipe_is_closed_at_once_just_ends() -> None:
     work(theirs)
     with pytest.raises((EOFError, OSError)):
         receive(theirs)
+
+
+def test_a_worker_opens_the_store_with_its_options(tmp_path: Any) -> None:
+    """What the filesystem is told is told the worker too; a folder has no options, and says so there."""
+    first = told(tmp_path)
+    store = GradientStore("ftp://elsewhere/run", port=2121)
+    job: Job = pickle.loads(worker.job(store, first.plans, first.recipe, first.clients))
+    assert job.storage_options == store.storage_options == {"port": 2121}
+    (answer,) = answers(replace(first, storage_options=job.storage_options), [Order("client-0", (1, 0), Belongings())])
+    with pytest.raises(InputError, match=r"storage options \['port'\] don't apply"):
+        raise answer.error or AssertionError(answer)

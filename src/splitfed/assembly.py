@@ -15,12 +15,14 @@ from torch import nn
 
 from splitfed.accumulator import Accumulator
 from splitfed.federation import Federation
+from splitfed.judging import Judge
 from splitfed.metering import Arrivals, Meter
 from splitfed.optimizers import OptimizerFactory, SchedulerFactory
 from splitfed.perclient import PerClient
 from splitfed.policies import Mode
 from splitfed.reporting import commit_rows
 from splitfed.roundrobin import RoundRobin
+from splitfed.rounds import Plan
 from splitfed.rows import Row
 from splitfed.server import SplitServer
 from splitfed.store import GradientStore
@@ -73,7 +75,9 @@ class Assembly:
             self.body = PerClient(plans.body, store, plans.server_optimizer, **common)
         else:
             self.body = Accumulator(plans.body, store, plans.server_optimizer, **common)
-        halves = {} if plans.barrier else {**plans.mode.settings(), "min_batches": plans.min_updates}
+        halves: dict[str, Any] = {"staleness_weight": plans.mode.staleness_weight}
+        if not plans.barrier:
+            halves = {**plans.mode.settings(), "min_batches": plans.min_updates}
         self.half = Accumulator(
             plans.half, store, plans.half_optimizer, lineage="client", personal=plans.personal, **halves
         )
@@ -93,6 +97,17 @@ class Assembly:
         self._reported = {lineage: store.latest_version(lineage) for lineage in LINEAGES}
         self._noted = dict(self._reported)
         self._times: dict[tuple[str, int], float] = {}
+
+    def asked(self, plan: Plan) -> tuple[str, ...]:
+        """The sampled clients that have yet to train: not those whose update is in already.
+
+        An update may be in from a run that was killed, or from a round below quorum; were its client to train again,
+        the body would count its batches twice.
+        """
+        if self.mode.gradients or not plan.barrier:
+            return plan.sampled
+        heard = Judge(self.store, plan).heard()
+        return tuple(name for name in plan.sampled if name not in heard)
 
     def commit(self, client_id: str) -> None:
         """Commit what waits of the body, if the mode doesn't wait for the end of the round."""

@@ -66,7 +66,8 @@ class Crew:
         """
         for worker in self._workers:
             worker.start(self._job)
-        orders = [Order(name, (plan.number, 0), self._belongings.get(name, Belongings())) for name in plan.sampled]
+        asked = self._assembly.asked(plan)
+        orders = [Order(name, (plan.number, 0), self._belongings.get(name, Belongings())) for name in asked]
         while orders:
             parked = [answer for answer in self._work(orders) if answer.outcome is None]
             if self._recipe.gradients:

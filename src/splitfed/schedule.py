@@ -10,11 +10,11 @@ A client that is asked while it is still busy with an earlier round begins when 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from splitfed.assembly import Assembly
 from splitfed.localdata import Data
 from splitfed.rounds import Plan
+from splitfed.rows import Row
 from splitfed.streams import uniform
 from splitfed.timeline import Process, Timeline
 from splitfed.trainee import Belongings, Next, Outcome, Recipe, Trainee
@@ -50,34 +50,35 @@ class Schedule:
         self._belongings: dict[str, Belongings] = {}
         self._busy: set[str] = set()
         self._plan: Plan | None = None
-        self._sampled: frozenset[str] = frozenset()
+        self._asked_for: frozenset[str] = frozenset()
+        """Who is to train in this round, as far as is known: not those whose update is in already."""
         self._begun: dict[str, tuple[int, int]] = {}
         """The round of a client's last activation, and which of that round's it was."""
         self._outcomes: list[Outcome] = []
         self._pushed = self._waiting = False
         """Whether an update has come since the coordinator last looked; whether gradients wait for a global step."""
 
-    def run(self, plan: Plan) -> dict[str, Any]:
+    def run(self, plan: Plan) -> Row:
         """Let clients train until the round is over; returns the coordinator's report."""
-        self._plan, self._sampled = plan, frozenset(plan.sampled)
-        for client_id in plan.sampled:
+        asked = self._assembly.asked(plan)
+        self._plan, self._asked_for = plan, frozenset(asked)
+        self._in_turns |= not plan.barrier  # who goes on and on would never let another have a turn
+        for client_id in asked:
             if client_id not in self._busy:
                 self._busy.add(client_id)
                 self._timeline.start(self._life(client_id))
-        federation = self._assembly.federation
         while True:
             if self._waiting and not len(self._timeline):
                 self._global_step()
                 continue
+            if not (len(self._timeline) and self._asked_for) and (report := self._look()) is not None:
+                return report
             self._pushed = False
-            moved = self._timeline.advance(plan.deadline)
-            if moved and not self._pushed:
-                continue
-            report = federation.poll()
-            if report is None and not moved:
-                report = federation.close()
-            self._assembly.note()
-            if report is not None:
+            if not self._timeline.advance(plan.deadline):
+                if self._waiting:  # a deadline doesn't wait for stragglers, nor does the step of the others
+                    self._global_step()
+                return self._look() or self._assembly.federation.close()
+            if self._pushed and (report := self._look()) is not None:
                 return report
 
     def outcomes(self) -> list[Outcome]:
@@ -93,8 +94,14 @@ class Schedule:
         """Leave every client where it is."""
         self._timeline.close()
 
+    def _look(self) -> Row | None:
+        """Let the coordinator do what is due; returns its report if the round has ended."""
+        report = self._assembly.federation.poll()
+        self._assembly.note()
+        return report
+
     def _global_step(self) -> None:
-        """All clients have sent a gradient and wait: commit, and let them go on."""
+        """All clients, or at a deadline all but stragglers, have sent a gradient and wait: commit, and let them go on."""
         self._waiting = False
         self._assembly.global_step()
         self._timeline.release()
@@ -113,7 +120,7 @@ class Schedule:
     def _asked(self, client_id: str) -> tuple[int, int] | None:
         """The round in which the client is to train now, and which of its activations in that round it is."""
         plan = self._plan
-        if plan is None or client_id not in self._sampled:
+        if plan is None or client_id not in self._asked_for:
             return None
         number, count = self._begun.get(client_id, (0, 0))
         if number == plan.number and plan.barrier:
@@ -151,6 +158,8 @@ class Schedule:
             self._waiting = True
         elif made is Next.PUSH:
             self._pushed = True
+            if self._plan is not None and self._plan.number != trainee.occasion[0]:
+                self._asked_for = frozenset(self._assembly.asked(self._plan))  # below quorum, late may be in time
 
     def _vanishing(self, trainee: Trainee, pace: Pace) -> int | None:
         """The batch at which the client vanishes in this activation; `None` if it stays."""

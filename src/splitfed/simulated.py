@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from splitfed.errors import InputError
 from splitfed.evaluation import Evaluation
 from splitfed.evaluation import evaluate as score
 from splitfed.history import History
-from splitfed.rounds import Plan
+from splitfed.rounds import Ending, Plan
 from splitfed.rows import Row, plain
 from splitfed.timeline import Timeline
 from splitfed.trainee import Outcome, Recipe, total
@@ -97,19 +98,33 @@ class Simulation(Iterator[Row]):
         with Callbacks([self.history, *self._callbacks]) as watchers, contextlib.closing(self._driver):
             started = time.time()
             watchers.on_row(self._head)
+            if newest and done < rounds:
+                self._go_on(federation.rounds.plan(newest), federation.rounds.ending(newest))
             while done < rounds:
                 plan = federation.open()
                 if plan is None:
                     raise InputError(
                         f"{len(self._head['clients'])} clients are fewer than min_clients: a round needs more"
                     )
-                row = self._row(self._driver.run(plan), started)
+                is_decided = federation.rounds.ending(plan.number) is not None  # by a run that was killed
+                row = self._row(federation.close() if is_decided else self._driver.run(plan), started)
                 for commit in self._assembly.commit_rows(plan.number, started if self._timeline is None else 0.0):
                     watchers.on_row(commit)
                 watchers.on_row(row)
                 done = plan.number
                 yield row
             federation.finish()
+
+    def _go_on(self, plan: Plan, ending: Ending | None) -> None:
+        """Go on from a store's newest round: by its clock, and without what clients keep to themselves."""
+        if self._timeline is not None:
+            self._timeline.now = max(self._timeline.now, plan.opened if ending is None else ending.time)
+        if self._recipe.personal or self._recipe.keep_optimizers:
+            warnings.warn(
+                f"{self.store!r} has rounds already, but what clients keep to themselves (personal parts, optimizers) "
+                "isn't in a store: it begins anew in this run",
+                stacklevel=4,
+            )
 
     def _row(self, report: Row, started: float) -> Row:
         """The coordinator's report, and what only the simulation knows besides."""

@@ -115,7 +115,7 @@ def simulate(
         replicas: How many servers share the requests, in turn.
         barrier: Whether clients wait for each other at the end of a round. By default they do, except in virtual time
             and a mode with `max_staleness`, such as `buffered`: there each goes on as soon as it has pushed, and a
-            round is as many updates as there are sampled clients.
+            round is as many updates as there are sampled clients. Synchronous mode always has one.
         min_updates: Without a barrier: halves are committed when so many updates wait; by default a tenth of the
             sampled clients.
         seed: Of everything that is drawn: samples of clients, orders of examples, dropout.
@@ -139,7 +139,9 @@ def simulate(
         )
     half, body = split(model, at)
     policy, active = mode_of(mode), sample_size(clients_per_round, len(ids), min_clients)
-    waits = (virtual is None or policy.max_staleness is None) if barrier is None else barrier
+    if policy.gradients and barrier is False:
+        raise InputError(f"mode {policy.name!r} has a barrier in its global steps: leave barrier=False out")
+    waits = virtual is None or policy.max_staleness is None or policy.gradients if barrier is None else barrier
     plans = Plans(
         half=half,
         body=body,

@@ -10,6 +10,8 @@ import json
 import os
 import threading
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -56,6 +58,8 @@ class GradientStore:
             )
         self.url = os.fspath(url)
         self.sync = sync
+        self.storage_options: Mapping[str, Any] = MappingProxyType(dict(storage_options))
+        """What the fsspec filesystem is told; it may hold secrets."""
         self.blobs: Blobs = open_blobs(self.url, fsync=sync == "power", **storage_options)
         self._lineages: Bounded[str, tuple[Lineage, Pile]] = Bounded(KEPT_LINEAGES)
         self._rounds: Rounds | None = None

@@ -31,6 +31,7 @@ class Job:
 
     url: str
     sync: Any
+    storage_options: Mapping[str, Any]
     plans: Plans
     recipe: Recipe
     clients: Mapping[str, Data]
@@ -87,7 +88,8 @@ class _Site:
         torch.set_float32_matmul_precision(job.matmul)
         torch.use_deterministic_algorithms(job.deterministic)
         self._job = job
-        self._assembly = Assembly(job.plans, GradientStore(job.url, sync=job.sync), sorted(job.clients), None)
+        store = GradientStore(job.url, sync=job.sync, **job.storage_options)
+        self._assembly = Assembly(job.plans, store, sorted(job.clients), None)
         self._under_way: dict[str, Generator[None, None, Answer]] = {}
 
     def carry_out(self, order: Order) -> Answer:
@@ -123,6 +125,7 @@ def job(store: GradientStore, plans: Plans, recipe: Recipe, clients: Mapping[str
     told = Job(
         url=store.url,
         sync=store.sync,
+        storage_options=dict(store.storage_options),
         plans=plans,
         recipe=recipe,
         clients=dict(clients),
