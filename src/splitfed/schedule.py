@@ -101,7 +101,7 @@ class Schedule:
         return report
 
     def _global_step(self) -> None:
-        """All clients, or at a deadline all but stragglers, have sent a gradient and wait: commit, and let them go on."""
+        """All clients (at a deadline: all but stragglers) have sent a gradient and wait: commit, and let them go on."""
         self._waiting = False
         self._assembly.global_step()
         self._timeline.release()
