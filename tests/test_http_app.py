@@ -22,9 +22,9 @@ from splitfed.store import GradientStore
 
 
 def openmp() -> ctypes.CDLL:
-    """The OpenMP that torch has loaded: torch itself can't be asked, since asking sets it."""
+    """The OpenMP that came with torch (others have theirs): torch itself can't be asked, since asking sets it."""
     for line in Path("/proc/self/maps").read_text().splitlines():
-        if re.search(r"lib(g|i)omp[^/]*\.so", line):
+        if re.search(r"/torch[^ ]*/lib(g|i)omp[^/]*\.so", line):
             return ctypes.CDLL(line.split(maxsplit=5)[5])
     pytest.skip("torch was built without OpenMP, or this isn't Linux")
 

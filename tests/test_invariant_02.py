@@ -117,17 +117,17 @@ def test_all_calls_of_one_client_call_run_at_one_version(tmp_path: Path) -> None
 def test_clients_in_threads_of_one_process_keep_their_seeds(tmp_path: Path) -> None:
     """Torch's generator is the process's, yet a client's draw never disturbs a body that runs in another thread."""
     split = Split(model(), "1", tmp_path, keep_graphs=0)
+    clients = [splitfed.SplitClient(splitfed.split(model(), "1")[0], split.wire, name) for name in "abcd"]
     errors: list[Exception] = []
 
-    def work(name: str) -> None:
-        client = splitfed.SplitClient(splitfed.split(model(), "1")[0], split.wire, name)
+    def work(client: splitfed.SplitClient) -> None:  # a model that is built in a thread draws beside the lock
         try:
             for _ in range(20):
                 client(torch.ones(4, 8)).sum().backward()
         except splitfed.SplitFedError as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+    threads = [threading.Thread(target=work, args=(client,)) for client in clients]
     for thread in threads:
         thread.start()
     for thread in threads:
