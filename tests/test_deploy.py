@@ -105,6 +105,7 @@ def on_port(port: int, *texts: str) -> list[str]:
     return [re.sub(r"\b800[01]\b", str(port), text) for text in texts]
 
 
+@pytest.mark.soak
 def test_two_terminals(clone: Path, environment: dict[str, str]) -> None:
     """Word by word: two owners train over HTTP, end well, and all their batches are in the body's versions."""
     (port,) = free_ports(1)

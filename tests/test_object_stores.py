@@ -148,6 +148,7 @@ def test_replies_that_are_lost_between_client_library_and_server_change_nothing(
     assert got == outcome(train_two(f"memory://{uuid.uuid4()}", calm))
 
 
+@pytest.mark.soak
 def test_batches_and_kills_on_s3(s3: Place) -> None:
     """Real processes, SIGKILL at random moments: every acknowledged batch counts once, in the bits of its schedule."""
     url = s3.url()

@@ -300,6 +300,7 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+@pytest.mark.soak
 def test_a_thousand_clients_need_the_memory_of_the_active_ones() -> None:
     """Fifty rounds of 10 clients sampled of 1,000 grow the process by at most 10 MB more than of 20."""
     grown = {}
