@@ -217,10 +217,11 @@ def test_a_signal_before_uvicorn_takes_signals_isn_t_lost() -> None:
             await send({"type": "lifespan.startup.complete"})
         await send({"type": "lifespan.shutdown.complete"})
 
+    before = signal.getsignal(signal.SIGTERM)
     left = serve(lambda: app, Limits(), Place(port=0), lambda url: os.kill(os.getpid(), signal.SIGTERM))
     assert left == 0
     assert began == ["lifespan.startup"]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_worker_that_doesn_t_end_is_killed(caplog: pytest.LogCaptureFixture) -> None:

@@ -20,7 +20,7 @@ from splitfed.transports import open_transport
 ROUNDS = 3
 
 
-@pytest.fixture(params=["file", "seaweed"])
+@pytest.fixture(params=["file", pytest.param("seaweed", marks=pytest.mark.soak)])
 def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
     """Nobody yet, around an empty store: files, and a real S3 server."""
     if request.param == "file":
