@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "replay": "errors messages trees codec seeding boundary model",
     # The client side.
     "transport": "messages",
-    "roundrobin": "messages transport",
+    "roundrobin": "transport",
     "transports": "errors transport",
     "connection": "errors messages transport",
     "passes": "messages connection",
@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "rounds": "errors ids messages rows packing cache blobs selection layout",
     "store": "errors ids numerics packing cache blobs layout lineage pile rounds",
     # A store as the way to a server; the worker at its other end is below the server.
-    "storetransport": "errors ids messages packing wire blobs layout",
+    "storetransport": "errors ids packing wire transport blobs layout",
     # The server: forward and backward.
     "sealing": "errors ids messages numerics packing applied versions pile",
     "halves": "errors ids kinds messages packing template rounds store sealing",

@@ -8,44 +8,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
-from splitfed.messages import (
-    BackwardAnswer,
-    BackwardRequest,
-    ForwardAnswer,
-    ForwardRequest,
-    LossAnswer,
-    LossRequest,
-    PullAnswer,
-    PullRequest,
-    PushAnswer,
-    PushRequest,
-)
-from splitfed.transport import Transport
+from splitfed.transport import Relay, Transport
 
 
-class RoundRobin:
+class RoundRobin(Relay):
     """A transport over a circle of transports."""
 
     def __init__(self, replicas: Sequence[Transport]) -> None:
         self._turns = itertools.cycle(replicas)
 
-    def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
-        """Run a call of the body on the next replica."""
-        return next(self._turns).forward(request)
-
-    def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
-        """Answer gradients from the next replica: not the one that ran the forward."""
-        return next(self._turns).backward(request)
-
-    def loss(self, request: LossRequest, /) -> LossAnswer:
-        """Make all of a step on the next replica."""
-        return next(self._turns).loss(request)
-
-    def push(self, request: PushRequest, /) -> PushAnswer:
-        """Publish a half's update through the next replica."""
-        return next(self._turns).push(request)
-
-    def pull(self, request: PullRequest, /) -> PullAnswer:
-        """Fetch the newest half through the next replica."""
-        return next(self._turns).pull(request)
+    def _ask(self, method: str, request: Any) -> Any:
+        """The next replica's answer: with two or more, so another one's for a backward than for its forward."""
+        return getattr(next(self._turns), method)(request)

@@ -26,19 +26,8 @@ from splitfed import layout, wire
 from splitfed.blobs import open_blobs
 from splitfed.errors import BusyError, CorruptedError, InputError, StoreCapabilityError, StoreError
 from splitfed.ids import check_client_id, positive
-from splitfed.messages import (
-    BackwardAnswer,
-    BackwardRequest,
-    ForwardAnswer,
-    ForwardRequest,
-    LossAnswer,
-    LossRequest,
-    PullAnswer,
-    PullRequest,
-    PushAnswer,
-    PushRequest,
-)
 from splitfed.packing import pack
+from splitfed.transport import Relay
 
 _FIRST_POLL = 0.002
 _PATIENCE = 10.0
@@ -58,7 +47,7 @@ def connect(url: str, *, client_id: str, token: str | None = None, **options: An
     return StoreTransport(url, client_id=client_id, **options)
 
 
-class StoreTransport:
+class StoreTransport(Relay):
     """Requests and answers as files; a `Transport`.
 
     Args:
@@ -95,31 +84,6 @@ class StoreTransport:
 
     def __repr__(self) -> str:
         return f"StoreTransport({self._blobs!r}, client_id={self.client_id!r})"
-
-    def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
-        """Have a call of the body run and recorded."""
-        answer: ForwardAnswer = self._ask("forward", request)
-        return answer
-
-    def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
-        """Have the gradients of a recorded call computed and stored."""
-        answer: BackwardAnswer = self._ask("backward", request)
-        return answer
-
-    def loss(self, request: LossRequest, /) -> LossAnswer:
-        """Forward, loss and backward in one trip."""
-        answer: LossAnswer = self._ask("loss", request)
-        return answer
-
-    def push(self, request: PushRequest, /) -> PushAnswer:
-        """Publish a client half's update."""
-        answer: PushAnswer = self._ask("push", request)
-        return answer
-
-    def pull(self, request: PullRequest, /) -> PullAnswer:
-        """Fetch the newest client half."""
-        answer: PullAnswer = self._ask("pull", request)
-        return answer
 
     def _ask(self, method: str, request: Any) -> Any:
         """The answer, after as many tries as there are pauses; a repeated request is answered as the first was."""

@@ -7,7 +7,8 @@ repeated request as it did the first.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import Any, Protocol, runtime_checkable
 
 from splitfed.messages import (
     BackwardAnswer,
@@ -46,3 +47,36 @@ class Transport(Protocol):
     def pull(self, request: PullRequest, /) -> PullAnswer:
         """Fetch the newest client half."""
         ...
+
+
+class Relay(ABC):
+    """A `Transport` whose requests all go one way, whatever they ask for."""
+
+    def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
+        """Have a call of the body run and recorded."""
+        answer: ForwardAnswer = self._ask("forward", request)
+        return answer
+
+    def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
+        """Have the gradients of a recorded call's inputs computed, and its parameter gradient stored."""
+        answer: BackwardAnswer = self._ask("backward", request)
+        return answer
+
+    def loss(self, request: LossRequest, /) -> LossAnswer:
+        """Have forward, loss and backward made in one trip."""
+        answer: LossAnswer = self._ask("loss", request)
+        return answer
+
+    def push(self, request: PushRequest, /) -> PushAnswer:
+        """Publish a client half's update."""
+        answer: PushAnswer = self._ask("push", request)
+        return answer
+
+    def pull(self, request: PullRequest, /) -> PullAnswer:
+        """Fetch the newest client half."""
+        answer: PullAnswer = self._ask("pull", request)
+        return answer
+
+    @abstractmethod
+    def _ask(self, method: str, request: Any) -> Any:
+        """The answer to a request of a method of `Transport`."""

@@ -24,19 +24,8 @@ from splitfed import __version__, wire
 from splitfed.errors import FormatError, InputError, UnreachableError
 from splitfed.http.contract import BINARY, PREFIX, RETRIED, decode_error
 from splitfed.http.patience import Tries, asked_for, passes, reason
-from splitfed.messages import (
-    BackwardAnswer,
-    BackwardRequest,
-    ForwardAnswer,
-    ForwardRequest,
-    LossAnswer,
-    LossRequest,
-    PullAnswer,
-    PullRequest,
-    PushAnswer,
-    PushRequest,
-)
 from splitfed.packing import pack, unpack
+from splitfed.transport import Relay
 
 VARIABLE = "SPLITFED_TOKEN"
 _TOKEN = re.compile(r"[\x21-\x7e]+")
@@ -51,7 +40,7 @@ def connect(url: str, *, client_id: str, token: str | None = None, **options: An
     return HttpTransport(url, token=token, **options)
 
 
-class HttpTransport:
+class HttpTransport(Relay):
     """A `Transport` to a service over HTTP. It may be shared between threads, and used after a fork.
 
     Args:
@@ -92,31 +81,6 @@ class HttpTransport:
 
     def __repr__(self) -> str:
         return f"HttpTransport({self.url!r})"
-
-    def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
-        """Run a call of the body."""
-        answer: ForwardAnswer = self._ask("forward", request)
-        return answer
-
-    def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
-        """Answer the gradients of a recorded call's inputs."""
-        answer: BackwardAnswer = self._ask("backward", request)
-        return answer
-
-    def loss(self, request: LossRequest, /) -> LossAnswer:
-        """Forward, loss and backward in one trip."""
-        answer: LossAnswer = self._ask("loss", request)
-        return answer
-
-    def push(self, request: PushRequest, /) -> PushAnswer:
-        """Publish a client half's update."""
-        answer: PushAnswer = self._ask("push", request)
-        return answer
-
-    def pull(self, request: PullRequest, /) -> PullAnswer:
-        """Fetch the newest client half."""
-        answer: PullAnswer = self._ask("pull", request)
-        return answer
 
     def status(self) -> dict[str, Any]:
         """The run, as the service's store has it.
