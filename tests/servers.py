@@ -28,16 +28,20 @@ from splitfed.store import GradientStore
 
 KEY, SECRET, REGION, BUCKET = "splitfed-key", "splitfed-secret", "us-east-1", "splitfed"
 START_SECONDS = 60.0
-# Moto as WSGI, with the header that makes a create conditional left out if so asked.
+# Moto as WSGI, with the header that makes a create conditional left out if so asked. It looks for the key and writes it in
+# two steps, so that two of its threads may both win: the lock makes one step of them, as they are on a real server.
 EMULATOR = """
 import sys
+import threading
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 app = DomainDispatcherApplication(create_backend_app)
+one_at_a_time = threading.Lock()
 def door(environ, start_response):
     if sys.argv[2] == "ignore":
         environ.pop("HTTP_IF_NONE_MATCH", None)
-    return app(environ, start_response)
+    with one_at_a_time:
+        return app(environ, start_response)
 make_server("127.0.0.1", int(sys.argv[1]), door, threaded=True).serve_forever()
 """
 
