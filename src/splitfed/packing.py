@@ -124,8 +124,9 @@ def digest(said: object, tensors: Iterable[Tensor | None]) -> str:
     return hasher.hexdigest()
 
 
-def _fields(cls: Any) -> list[str]:
-    return list(cls.__dataclass_fields__)
+def _fields(cls: Any) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = cls.__dataclass_fields__
+    return found
 
 
 def _plain(message: Any) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def _plain(message: Any) -> dict[str, Any]:
     for name in _NESTED:
         value = fields.get(name)
         if isinstance(value, tuple):
-            fields[name] = tuple(_plain(item) for item in value)
+            fields[name] = tuple([_plain(item) for item in value])
         elif value is not None:
             fields[name] = _plain(value)
     return fields
@@ -154,11 +155,12 @@ def _spec(kind: str, metadata: Mapping[str, str]) -> Any:
 
 
 def _rebuild(cls: type[M], values: Any) -> M:
-    if not isinstance(values, dict) or set(values) != set(_fields(cls)):
-        raise FormatError(f"a {cls.__name__} needs the fields {_fields(cls)}, got {str(values)[:200]}")
+    if not isinstance(values, dict) or values.keys() != _fields(cls).keys():
+        raise FormatError(f"a {cls.__name__} needs the fields {list(_fields(cls))}, got {str(values)[:200]}")
     for name, nested in _NESTED.items():
-        if isinstance(values.get(name), dict):
-            values[name] = _rebuild(nested, values[name])
-        elif isinstance(values.get(name), tuple):
-            values[name] = tuple(_rebuild(nested, item) for item in values[name])
+        value = values.get(name)
+        if isinstance(value, dict):
+            values[name] = _rebuild(nested, value)
+        elif isinstance(value, tuple):
+            values[name] = tuple([_rebuild(nested, item) for item in value])
     return check_kinds(cls(**values))

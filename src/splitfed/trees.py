@@ -118,18 +118,12 @@ def _items(value: Any, tensors: list[Tensor], seen: dict[int, int], where: _Path
 
 
 def _unflatten(spec: Spec, tensors: list[Tensor], depth: int) -> Any:
-    if spec is None or isinstance(spec, bool | int | float | str):
+    if type(spec) in _LEAVES:
         return spec
-    if depth > MAX_DEPTH or not isinstance(spec, dict) or len(spec) != 1:
+    if depth > MAX_DEPTH or type(spec) is not dict or len(spec) != 1:
         raise FormatError(f"a tree's spec is malformed: a {type(spec).__name__} that is no spec, at depth {depth}")
     ((kind, body),) = spec.items()
-
-    def inner(child: Spec) -> Any:
-        return _unflatten(child, tensors, depth + 1)
-
-    def pairs(children: Spec) -> dict[Any, Any]:
-        return {inner(key): inner(child) for key, child in children}
-
+    depth += 1
     if kind == "t":
         if not isinstance(body, int) or not 0 <= body < len(tensors):
             raise FormatError(f"a tree names tensor {body!r} of {len(tensors)}")
@@ -137,23 +131,32 @@ def _unflatten(spec: Spec, tensors: list[Tensor], depth: int) -> Any:
     if kind == "f":
         return float(body)
     if kind in _SEQUENCE_OF:
-        return _SEQUENCE_OF[kind]([inner(child) for child in body])
+        return _SEQUENCE_OF[kind]([_unflatten(child, tensors, depth) for child in body])
     if kind in _MAPPING_OF:
-        return _MAPPING_OF[kind](pairs(body))
+        return _MAPPING_OF[kind](_pairs(body, tensors, depth))
     if kind == "c":
         if body[0] not in _containers:
             raise ContainerError(f"container {body[0]!r} isn't registered in this process: call register_container()")
-        return _containers[body[0]].unflatten(inner(body[1]))
+        return _containers[body[0]].unflatten(_unflatten(body[1], tensors, depth))
     if kind == "n":
-        return _named_tuple(body[0], body[1])(*[inner(child) for child in body[2]])
+        return _named_tuple(body[0], body[1])(*[_unflatten(child, tensors, depth) for child in body[2]])
     if kind == "h":
         cls = _find(body[0])
         if cls is None or not _is_transformers(cls, "ModelOutput"):
             raise ContainerError(
                 f"{body[0]!r} isn't an imported transformers ModelOutput: import its module here first"
             )
-        return cls(**pairs(body[1]))
+        return cls(**_pairs(body[1], tensors, depth))
     raise FormatError(f"a tree's spec has an unknown kind {kind!r}")
+
+
+def _pairs(children: Spec, tensors: list[Tensor], depth: int) -> dict[Any, Any]:
+    found = {}
+    for key, child in children:
+        if type(key) not in _LEAVES:
+            key = _unflatten(key, tensors, depth)
+        found[key] = child if type(child) in _LEAVES else _unflatten(child, tensors, depth)
+    return found
 
 
 def _counter(items: dict[Any, int]) -> collections.Counter[Any]:
@@ -161,6 +164,7 @@ def _counter(items: dict[Any, int]) -> collections.Counter[Any]:
 
 
 _PLAIN = frozenset((type(None), bool, int, str))
+_LEAVES = _PLAIN | {float}
 _SEQUENCES: dict[type, str] = {list: "l", tuple: "u", torch.Size: "z"}
 _SEQUENCE_OF: dict[str, Callable[[list[Any]], Any]] = {"l": list, "u": tuple, "z": torch.Size}
 _MAPPINGS: dict[type, str] = {dict: "d", collections.OrderedDict: "o", collections.Counter: "k"}
