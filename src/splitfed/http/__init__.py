@@ -5,6 +5,7 @@ crosses the wire is what lies on disk. Each replica is as stateless as the serve
 any request to any replica, and every request may be sent again.
 
     contract.py   what both sides agree on: paths, content type, errors as JSON
+    exchange.py   one request and its answer on a connection
     client.py     the transport: connections, retries
     limits.py     how much a request may be, and how much may be under way
     auth.py       tokens, hashed at rest
@@ -16,5 +17,5 @@ any request to any replica, and every request may be sent again.
     protocol.py   what uvicorn lacks: limits on time, headers and connections
     serving.py    running it: sockets, workers, drain
 
-The client's side is `contract.py` and `client.py`, which import nothing of the rest.
+The client's side is `contract.py`, `exchange.py`, `patience.py` and `client.py`, which import nothing of the rest.
 """

@@ -15,24 +15,21 @@ import re
 import threading
 from typing import Any
 
-import torch
 import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError
-from urllib3.util import Timeout, parse_url
+from urllib3.util import Retry, Timeout, parse_url
 
 from splitfed import __version__, wire
 from splitfed.errors import FormatError, InputError, UnreachableError
 from splitfed.http.contract import BINARY, PREFIX, RETRIED, decode_error
+from splitfed.http.exchange import Body, PlainExchange, SecureExchange
 from splitfed.http.patience import Tries, asked_for, passes, reason
 from splitfed.packing import pack, unpack
 from splitfed.transport import Relay
 
 VARIABLE = "SPLITFED_TOKEN"
 _TOKEN = re.compile(r"[\x21-\x7e]+")
-_SMALL = 64 << 10  # below, one send of joined bytes is cheaper than one for each tensor
-_CHUNK = 1 << 20
-
-Body = list[memoryview | bytes]
+_ONCE = Retry(False, redirect=False)  # it is for `_send` to try again
 
 
 def connect(url: str, *, client_id: str, token: str | None = None, **options: Any) -> HttpTransport:
@@ -64,11 +61,17 @@ class HttpTransport(Relay):
         ca_certs: str | None = None,
     ) -> None:
         self.url = _checked(url)
-        self._path = parse_url(self.url).path or ""
+        parsed = parse_url(self.url)
+        self._path = parsed.path or ""
         token = os.environ.get(VARIABLE) if token is None else token
         if token is not None and not _TOKEN.fullmatch(token):
             raise InputError("the token has characters that no token has: expected what 'splitfed token new' printed")
-        self._headers = {"user-agent": f"splitfed/{__version__}", "content-type": BINARY}
+        self._headers = {
+            "host": parsed.netloc or "",
+            "accept-encoding": "identity",
+            "user-agent": f"splitfed/{__version__}",
+            "content-type": BINARY,
+        }
         if token is not None:
             self._headers["authorization"] = f"Bearer {token}"
         self._timeout = Timeout(connect=min(10.0, timeout), read=timeout)
@@ -115,7 +118,7 @@ class HttpTransport(Relay):
                 f"{self.url}{PREFIX}/{method} answered what isn't a splitfed server's: is the URL right? ({error})"
             ) from error
 
-    def _json(self, data: memoryview | bytes) -> dict[str, Any]:
+    def _json(self, data: memoryview) -> dict[str, Any]:
         try:
             found = json.loads(bytes(data))
         except ValueError:
@@ -124,7 +127,7 @@ class HttpTransport(Relay):
             raise UnreachableError(f"what answers at {self.url} isn't a splitfed server: is the URL right?")
         return found
 
-    def _send(self, verb: str, path: str, parts: Body | None, patience: float) -> memoryview | bytes:
+    def _send(self, verb: str, path: str, parts: Body | None, patience: float) -> memoryview:
         """The body of the answer, after as many tries as it takes."""
         tries = Tries(patience)
         while True:
@@ -148,39 +151,31 @@ class HttpTransport(Relay):
             if not tries.wait(asked):
                 raise failure
 
-    def _once(self, verb: str, path: str, parts: Body | None) -> tuple[int, float | None, memoryview | bytes]:
+    def _once(self, verb: str, path: str, parts: Body | None) -> tuple[int, float | None, memoryview]:
         """One try: status, what Retry-After asks for in seconds, and body."""
         headers = self._headers
-        body: Any = None  # urllib3's types don't know that it sends memoryviews
         if parts is not None:
-            size = sum(map(len, parts))
-            body = b"".join(parts) if size < _SMALL else parts
-            headers = {**headers, "content-length": str(size)}
-        response = self._connections().urlopen(
+            headers = {**headers, "content-length": str(sum(map(len, parts)))}
+        body: Any = parts  # urllib3's types don't know that it passes on whatever its connections take
+        response: Any = self._connections().urlopen(
             verb,
             self._path + path,
             body=body,
             headers=headers,
             timeout=self._timeout,
-            retries=False,
+            retries=_ONCE,
             redirect=False,
-            preload_content=False,
-            decode_content=False,
+            release_conn=True,
         )
-        try:
-            data = _read(response)
-        except BaseException:
-            response.close()  # in the middle of an answer: nothing else may use this connection
-            raise
-        finally:
-            response.release_conn()
-        return response.status, asked_for(response.headers.get("retry-after")), data
+        return response.status, asked_for(response.headers.get("retry-after")), response.memory
 
     def _connections(self) -> urllib3.HTTPConnectionPool:
         with self._lock:
             if self._pool is None or self._process != os.getpid():  # a child must not write into its parent's sockets
-                options = {"ca_certs": self._ca_certs} if self.url.lower().startswith("https") else {}
+                secure = self.url.lower().startswith("https")
+                options = {"ca_certs": self._ca_certs} if secure else {}
                 self._pool = urllib3.connection_from_url(self.url, maxsize=16, **options)
+                self._pool.ConnectionCls = SecureExchange if secure else PlainExchange
                 self._process = os.getpid()
             return self._pool
 
@@ -195,20 +190,3 @@ def _checked(url: str) -> str:
     if found.auth:
         raise InputError(f"the URL of {found.host} holds a password: give the token by SplitClient(..., token=...)")
     return url.rstrip("/")
-
-
-def _read(response: urllib3.BaseHTTPResponse) -> memoryview | bytes:
-    """The body; a large one in memory that its tensors can share."""
-    text = response.headers.get("content-length", "")
-    size = int(text) if text.isdigit() else 0
-    if size < _CHUNK:
-        return response.read(decode_content=False)
-    array: Any = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
-    memory, end = memoryview(array), 0
-    while end < size:
-        part = response.read(min(_CHUNK, size - end), decode_content=False)
-        if not part:
-            raise urllib3.exceptions.IncompleteRead(end, size - end)
-        memory[end : end + len(part)] = part
-        end += len(part)
-    return memory

@@ -1,0 +1,132 @@
+"""One request and its answer on a connection: urllib3's pool, and neither urllib3's nor http.client's ceremony.
+
+For a tiny body the library costs more than the network: headers are checked and sent one by one, the answer's go
+through the parser of e-mails. Here a request leaves in one send where it is small. An answer as our server writes it is
+recognized by its first bytes, and goes into the memory that its tensors will be views of. Any other answer, such as
+an error, or one that a gateway has rewritten, is left as it is for http.client, which reads all that HTTP allows.
+
+The trap is to decide before anything is taken: so the first bytes are looked at without consuming them, which TLS
+can't. There every answer is http.client's.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable, Mapping
+from http.client import HTTPResponse, IncompleteRead
+from typing import Any
+
+import torch
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.response import BaseHTTPResponse
+
+from splitfed.http.contract import BINARY
+
+Body = list[memoryview | bytes]
+
+_SMALL = 64 << 10  # below, one send of joined bytes is cheaper than one for each tensor
+_PEEK = 1024
+_OURS = re.compile(
+    rb"HTTP/1\.1 200 OK\r\n((date|server): [^\r\n]*\r\n)*"
+    rb"content-type: %s\r\ncontent-length: (?P<size>\d{1,15})\r\n\r\n" % re.escape(BINARY.encode())
+)
+
+
+class Answer(BaseHTTPResponse):
+    """An answer that has arrived as a whole; its body is in `memory`."""
+
+    memory: memoryview
+    length_remaining = 0
+
+
+class _Exchange(HTTPConnection):
+    """What both kinds of connection do otherwise than urllib3's."""
+
+    def request(  # type: ignore[override] # as urllib3 itself does
+        self, method: str, url: str, body: Any = None, headers: Mapping[str, str] | None = None, **options: Any
+    ) -> None:
+        """Send a request.
+
+        Args:
+            method: Its verb.
+            url: Its path.
+            body: Its buffers, one after another.
+            headers: All of its headers.
+            options: What urllib3's own answers need.
+        """
+        if self.sock is None:
+            self.connect()
+        self.sock.settimeout(self.timeout)
+        self._verb = method
+        lines = [f"{method} {url} HTTP/1.1", *[f"{name}: {value}" for name, value in (headers or {}).items()]]
+        parts: Body = ["\r\n".join([*lines, "\r\n"]).encode("latin-1"), *(body or ())]
+        if sum(map(len, parts)) < _SMALL:
+            parts = [b"".join(parts)]
+        for part in parts:
+            self.sock.sendall(part)
+
+    def getresponse(self) -> Answer:  # type: ignore[override]
+        """Receive the answer, all of it.
+
+        Raises:
+            OSError: the connection failed.
+            http.client.HTTPException: what came isn't HTTP, or not all of it came.
+        """
+        self.sock.settimeout(self.timeout)
+        return self._ours() or self._any()
+
+    def _ours(self) -> Answer | None:
+        if type(self.sock) is not socket.socket:
+            return None
+        found = _OURS.match(self.sock.recv(_PEEK, socket.MSG_PEEK))
+        if found is None:
+            return None
+        self.sock.recv(found.end())
+        return _answer(200, {}, _filled(int(found["size"]), self.sock.recv_into))
+
+    def _any(self) -> Answer:
+        response = HTTPResponse(self.sock, method=self._verb)
+        try:
+            response.begin()
+            size = response.length
+            body = memoryview(response.read()) if size is None else _filled(size, response.readinto)
+            if response.will_close:
+                self.close()
+        finally:
+            response.close()
+        return _answer(response.status, dict(response.headers), body)
+
+
+class PlainExchange(_Exchange):
+    """A connection over HTTP."""
+
+
+class SecureExchange(_Exchange, HTTPSConnection):
+    """A connection over HTTPS."""
+
+
+def _answer(status: int, headers: dict[str, str], memory: memoryview) -> Answer:
+    answer = Answer(
+        headers=headers,
+        status=status,
+        version=11,
+        version_string="HTTP/1.1",
+        reason=None,
+        decode_content=False,
+        request_url=None,
+    )
+    answer.memory = memory
+    return answer
+
+
+def _filled(size: int, read_into: Callable[[memoryview], int]) -> memoryview:
+    """So many bytes, in memory that is aligned as tensors need it."""
+    array: Any = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
+    memory, end = memoryview(array), 0
+    while end < size:
+        count = read_into(memory[end:])
+        if not count:
+            raise IncompleteRead(b"", size - end)
+        end += count
+    return memory

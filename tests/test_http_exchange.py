@@ -1,0 +1,93 @@
+"""One request and its answer on a connection: every way in which HTTP may say the same."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+from harness_http import listener, read_request, scripted
+
+from splitfed.errors import UnreachableError
+from splitfed.http import exchange
+from splitfed.http.client import HttpTransport
+from splitfed.messages import PullAnswer, PullRequest
+from splitfed.packing import pack
+
+PULLED = b"".join(pack(PullAnswer(5, None, {})))
+OURS = b"HTTP/1.1 200 OK\r\ndate: now\r\ncontent-type: application/octet-stream\r\ncontent-length: %d\r\n\r\n"
+KIND = b"Content-Type: application/octet-stream\r\n"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        OURS % len(PULLED) + PULLED,
+        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nVia: a gateway\r\n%s\r\n" % (len(PULLED), KIND) + PULLED,
+        b"HTTP/1.1 100 Continue\r\n\r\n" + OURS % len(PULLED) + PULLED,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (KIND, len(PULLED), PULLED),
+        b"HTTP/1.0 200 OK\r\n%s\r\n" % KIND + PULLED,
+        b"HTTP/1.1 200 OK\r\nx: %s\r\ncontent-length: %d\r\n\r\n" % (b"y" * 2000, len(PULLED)) + PULLED,
+    ],
+    ids="ours gateway continue chunked close long".split(),
+)
+def test_an_answer_is_read_however_http_says_it(said: bytes) -> None:
+    """As our server writes it, and as what stands in front of it may."""
+    with scripted(said) as (url, _):
+        assert HttpTransport(url).pull(PullRequest("a")).version == 5
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"SSH-2.0-server\r\n",
+        OURS % 9 + b"half",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n9\r\nhalf",
+    ],
+    ids="nothing another half chunk".split(),
+)
+def test_an_answer_that_isn_t_whole_is_a_failed_connection(said: bytes) -> None:
+    """It may pass, so it is tried again while there is patience."""
+    with scripted(said) as (url, _), pytest.raises(UnreachableError, match="can't be reached"):
+        HttpTransport(url, patience=0.0).pull(PullRequest("a"))
+
+
+def test_answers_in_pieces_of_any_size_and_on_one_connection() -> None:
+    """Ours byte by byte, then at once, then another's: each request is one send, and none opens a second connection."""
+    said = OURS % len(PULLED) + PULLED
+    seen: list[bytes] = []
+
+    def serve() -> None:
+        stream, _ = bound.accept()
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with stream:
+            for parts in ([said[i : i + 1] for i in range(len(said))], [said], [said.replace(b"date", b"Via")]):
+                seen.append(read_request(stream))
+                for part in parts:
+                    stream.sendall(part)
+
+    with listener() as bound:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        transport = HttpTransport(f"http://127.0.0.1:{bound.getsockname()[1]}")
+        assert [transport.pull(PullRequest("a")).version for _ in range(3)] == [5, 5, 5]
+        thread.join()
+    assert len(set(seen)) == 1
+    assert f"host: 127.0.0.1:{transport.url.rpartition(':')[2]}\r\n".encode() in seen[0]
+
+
+def test_only_what_our_server_writes_is_read_without_http_client() -> None:
+    """Another coding, a second length or another status may mean another end of the body."""
+    ours = OURS % 4
+    assert exchange._OURS.match(ours)
+    for change in (
+        ours.replace(b"200 OK", b"206 Partial Content"),
+        ours.replace(b"date", b"transfer-encoding"),
+        ours.replace(b"date: now", b"content-length: 5"),
+        ours.replace(b"length: 4", b"length: 4\r\ncontent-length: 5"),
+        ours.replace(b"length: 4", b"length: +4"),
+        ours.replace(b"\r\n", b"\n"),
+        ours.replace(b"octet-stream", b"json"),
+    ):
+        assert not exchange._OURS.match(change)
