@@ -11,6 +11,7 @@ any request to any replica, and every request may be sent again.
     auth.py       tokens, hashed at rest
     metrics.py    Prometheus text
     openapi.py    the OpenAPI document
+    threads.py    where requests are worked on
     arrival.py    a body as it arrives
     endpoints.py  one request: admit, receive, serve, answer
     app.py        the ASGI app

@@ -9,11 +9,11 @@ thread of its own: a load balancer that asks `/readyz` doesn't wait for it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from splitfed.http.contract import PREFIX, encode_error
 from splitfed.http.endpoints import Desk, Method, Report
 from splitfed.http.limits import Limits
 from splitfed.http.openapi import document
+from splitfed.http.threads import Threads
 from splitfed.server import SplitServer
 from splitfed.status import read_status
 
@@ -55,9 +56,8 @@ def make_app(
     # OpenMP counts for each thread by itself: one that wasn't told would compute with as many as there are cores, which
     # is another numerics class, and slow.
     count = torch.get_num_threads()
-    threads = ThreadPoolExecutor(limits.requests, "splitfed", initializer=torch.set_num_threads, initargs=(count,))
-    watchers = ThreadPoolExecutor(2, thread_name_prefix="splitfed-watch")
-    lister = ThreadPoolExecutor(1, thread_name_prefix="splitfed-list")
+    threads = Threads(limits.requests, "splitfed", functools.partial(torch.set_num_threads, count))
+    watchers, lister = Threads(2, "splitfed-watch"), Threads(1, "splitfed-list")
     desk = Desk(server, limits, None if tokens is None else Tokens(tokens), threads)
     store, versions = server.store, server.store.lineage(server.lineage)
 
@@ -89,7 +89,7 @@ def make_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         for pool in (lister, watchers, threads):  # what still computes was given its time, and is repeated elsewhere
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.close()
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
     app.router.redirect_slashes = False

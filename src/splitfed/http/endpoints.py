@@ -15,7 +15,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Executor
 from typing import Any
 
 from splitfed import wire
@@ -25,6 +24,7 @@ from splitfed.http.auth import Tokens, check_owner
 from splitfed.http.contract import BINARY, PREFIX, encode_error
 from splitfed.http.limits import Budget, Limits, check_message
 from splitfed.http.metrics import Metrics
+from splitfed.http.threads import Threads
 from splitfed.packing import pack, unpack
 from splitfed.transport import Transport
 
@@ -46,7 +46,7 @@ class Desk:
         threads: Where it computes, one for each request that may be under way.
     """
 
-    def __init__(self, server: Transport, limits: Limits, tokens: Tokens | None, threads: Executor) -> None:
+    def __init__(self, server: Transport, limits: Limits, tokens: Tokens | None, threads: Threads) -> None:
         self.server = server
         self.limits = limits
         self.tokens = tokens
@@ -137,7 +137,7 @@ class Method(Endpoint):
         headers, owner = self.desk.admit(scope)
         _check_type(headers)
         body = await received.body(headers, receive, self.desk.limits)
-        return 200, BINARY.encode(), await _work(self.desk.threads, self._run, body, owner)
+        return 200, BINARY.encode(), await self.desk.threads.run(self._run, body, owner)
 
     def _run(self, body: memoryview, owner: str | None) -> Buffers:
         limits = self.desk.limits
@@ -165,7 +165,7 @@ class Report(Endpoint):
         path: str,
         kind: bytes,
         read: Callable[[], tuple[int, bytes]],
-        threads: Executor | None = None,
+        threads: Threads | None = None,
         *,
         private: bool = False,
     ) -> None:
@@ -179,12 +179,8 @@ class Report(Endpoint):
         """Read it."""
         if self._private:
             self.desk.admit(scope)
-        status, body = self._read() if self._threads is None else await _work(self._threads, self._read)
+        status, body = self._read() if self._threads is None else await self._threads.run(self._read)
         return status, self._kind, [body]
-
-
-async def _work(threads: Executor, function: Callable[..., Any], *args: Any) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
 
 
 def _check_type(headers: Mapping[bytes, bytes]) -> None:
