@@ -36,6 +36,7 @@ from splitfed.messages import (
     PullRequest,
     PushAnswer,
     PushRequest,
+    Seal,
 )
 from splitfed.packing import digest
 from splitfed.store import GradientStore, check_store
@@ -153,7 +154,7 @@ class SplitServer:
         grad_inputs, gradients = replay.backward(done, request.grad_outputs)
         if not record.training:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
-        said = (batch, request.part, request.version, request.call, request.seal)
+        said = (*batch, request.part, request.version, request.call, _said(request.seal))
         share = line.runner.share(done, gradients, digest(said, request.grad_outputs))
         if request.seal is not None:
             return BackwardAnswer(tuple(grad_inputs), line.sealer.seal(batch, request.part, request.seal, share))
@@ -210,6 +211,14 @@ class SplitServer:
             SupersededError: the client has a newer process.
         """
         return self._halves.push(request)
+
+
+def _said(seal: Seal | None) -> object:
+    """What a seal says, in plain values."""
+    if seal is None:
+        return None
+    chains = [(chain.num_samples, chain.last_part) for chain in seal.chains]
+    return seal.parts, seal.num_samples, seal.loss_scale, chains
 
 
 def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:
