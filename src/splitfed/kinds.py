@@ -28,15 +28,13 @@ def _maybe(kind: Kind) -> Kind:
 
 
 def _tuple(kind: Kind) -> Kind:
-    return lambda value: isinstance(value, tuple) and all(_fits(inner, kind) for inner in value)
+    if isinstance(kind, frozenset):
+        return lambda value: isinstance(value, tuple) and kind.issuperset(map(type, value))
+    return lambda value: isinstance(value, tuple) and all(map(kind, value))
 
 
 def _instance(kind: type) -> Kind:
     return lambda value: isinstance(value, kind)
-
-
-def _fits(value: Any, kind: Kind) -> bool:
-    return type(value) in kind if isinstance(kind, frozenset) else kind(value)
 
 
 def _tensors(value: Any) -> bool:
@@ -134,7 +132,7 @@ def check_kinds(message: M) -> M:
     """
     for name, kind in KINDS.get(type(message), {}).items():
         value = getattr(message, name)
-        if not (type(value) in kind if type(kind) is frozenset else _fits(value, kind)):
+        if not (type(value) in kind if isinstance(kind, frozenset) else kind(value)):
             shown = (
                 f"{value!r:.60}"
                 if value is None or isinstance(value, int | float | str)

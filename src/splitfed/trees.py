@@ -61,6 +61,8 @@ def flatten(tree: Any) -> tuple[Spec, list[Tensor]]:
     Raises:
         ContainerError: a value is of a kind that can't cross the cut; the message says where it is.
     """
+    if type(tree) is Tensor:
+        return {"t": 0}, [tree]
     tensors: list[Tensor] = []
     return _flatten(tree, tensors, {}, (), 0), tensors
 
