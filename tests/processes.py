@@ -223,6 +223,15 @@ class Company:
         if anew:
             self.start(role, self._roles[role][0], *self._roles[role][1])
 
+    def ended(self, role: str, limit: float) -> int | None:
+        """Wait until its process ends by itself, for so many seconds: the exit code."""
+        process = self._running[role]
+        process.join(limit)
+        assert not process.is_alive(), f"{role} didn't end in {limit} seconds"
+        code: int | None = self._running.pop(role).exitcode
+        process.close()
+        return code
+
     def disband(self) -> None:
         """Kill what still runs."""
         for role in [*self._running]:

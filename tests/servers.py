@@ -28,8 +28,8 @@ from splitfed.store import GradientStore
 
 KEY, SECRET, REGION, BUCKET = "splitfed-key", "splitfed-secret", "us-east-1", "splitfed"
 START_SECONDS = 60.0
-# Moto as WSGI, with the header that makes a create conditional left out if so asked. It looks for the key and writes it in
-# two steps, so that two of its threads may both win: the lock makes one step of them, as they are on a real server.
+# Moto as WSGI, with the header that makes a create conditional left out if so asked. It looks for the key and writes it
+# in two steps, so that two of its threads may both win: the lock makes one step of them, as they are on a real server.
 EMULATOR = """
 import sys
 import threading

@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "halves": "errors ids kinds messages packing template rounds store sealing",
     "running": "errors messages cache template model replay buffers versions pile",
     "lines": "errors ids cache template pile store sealing running",
-    "server": "errors ids kinds messages trees packing template boundary replay store halves lines",
+    "server": "errors ids kinds messages trees packing template boundary replay store halves sealing lines",
     "working": "errors ids packing wire transport layout store",
     # The accumulator: stored gradients become the next version.
     "folding": "errors ids numerics messages template averaging buffers selection pile",

@@ -40,13 +40,23 @@ def reference(tmp_path: Path) -> str:
     return (tmp_path / "reference").as_uri()
 
 
-def test_three_replicas_and_eight_owners_over_http(service: Service, reference: str) -> None:
-    """Three servers, an accumulator that commits every eighth batch, eight clients: the bits of one process."""
-    urls = service.serve()
-    service.accumulate()
-    service.hire(urls)
-    for _ in range(ROUNDS):
-        service.round()
+@pytest.mark.parametrize(
+    ("service", "installed"),
+    [
+        pytest.param("file", False, id="file"),
+        pytest.param("file", True, id="file-installed", marks=pytest.mark.soak),
+        pytest.param("seaweed", True, id="seaweed-installed", marks=pytest.mark.soak),
+    ],
+    indirect=["service"],
+)
+def test_a_driver_commits_every_eighth_batch_by_command(service: Service, reference: str, installed: bool) -> None:
+    """Three servers, eight clients, a new `accumulate --once` after each eighth batch: the bits of one process."""
+    service.hire(service.serve())
+    for version in range(ROUNDS):
+        service.step()
+        assert (service.store.latest_version(), len(service.store.waiting())) == (version, 8)
+        service.commit(installed=installed)
+        assert service.store.latest_version() == version + 1
     check_same(service.store, service.halves(), ROUNDS, reference)
 
 

@@ -8,8 +8,7 @@ leaves it as one sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,30 +17,31 @@ from torch import Tensor
 from splitfed import codec
 
 
-@contextmanager
-def uncached() -> Iterator[None]:
+class uncached:  # noqa: N801 -- reads as the adjective that it is
     """Keep autocast's cache of cast weights from crossing the cut: what is cached on one side belongs to one graph."""
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        torch.clear_autocast_cache()
+
+    def __exit__(self, *exception: object) -> None:
         torch.clear_autocast_cache()
 
 
-@contextmanager
-def unhooked() -> Iterator[None]:
+def unhooked() -> AbstractContextManager[Any]:
     """Keep saved-tensor hooks (torch.utils.checkpoint sets them around the client's code) out of the body's graph."""
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        yield
-        return
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):
-        yield
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
 
 
 def enter(tensor: Tensor) -> Tensor:
     """`tensor` as a body gets it: not a leaf, in memory of its own."""
     if not tensor.requires_grad:
         return fresh(tensor)
+    if type(tensor) is Tensor and codec.is_plain(tensor):
+        return tensor.clone()  # the same in one operation of torch's
     entered: Tensor = _Enter.apply(tensor)  # type: ignore[no-untyped-call]
     return entered
 
@@ -63,6 +63,8 @@ def alias(parameter: Tensor) -> Tensor:
 def fresh(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """A detached copy in memory of its own, with the strides that survive the codec."""
     tensor = tensor.detach()
+    if (device is None or tensor.device == device) and codec.is_plain(tensor):
+        return tensor.clone()
     moved = tensor if device is None or tensor.device == device else tensor.to(device)
     kept = codec.canonical(moved)
     if kept is not tensor and kept.data_ptr() != tensor.data_ptr():

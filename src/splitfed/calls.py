@@ -147,8 +147,7 @@ class Session:
     def _connect(self, request: ForwardRequest, answer: ForwardAnswer, tensors: list[Tensor]) -> Any:
         """The outputs, as autograd should see them."""
         spec, outputs = trees.flatten(answer.outputs)
-        if tensors:
-            outputs = [output.to(tensors[0].device) for output in outputs]
+        outputs = [output.to(tensors[0].device) for output in outputs] if tensors else outputs
         if request.grad:
             recorded = RecordedCall(self, request, answer.version)
             if any(answer.requires_grad):

@@ -140,6 +140,8 @@ def canonical(tensor: Tensor) -> Tensor:
     Raises:
         ContainerError: the kind or dtype of the tensor has no place in the format.
     """
+    if is_plain(tensor) and tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
     tensor = _checked(tensor)
     layout, shape = _layout(tensor), list(tensor.shape)
     strides = contiguous_strides(shape) if layout is None else list(tensor.stride())
@@ -147,6 +149,19 @@ def canonical(tensor: Tensor) -> Tensor:
         return tensor
     copy = stored(tensor, layout).clone(memory_format=torch.contiguous_format)
     return restored(copy, shape, strides, layout)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor fits the format and is contiguous beyond doubt (a dimension of 1 may have any stride)."""
+    return (
+        tensor.layout is torch.strided
+        and tensor.dtype in _CODES
+        and 1 not in tensor.shape
+        and tensor.is_contiguous()
+        and 0 < tensor.dim() <= foreign.MAX_DIMS
+        and tensor.numel() > 0
+        and not (tensor.is_nested or tensor.is_meta or tensor.is_conj() or tensor.is_neg())
+    )
 
 
 def crc32(tensor: Tensor) -> int:

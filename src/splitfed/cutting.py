@@ -238,11 +238,8 @@ def _build(points: Sequence[CutPoint], weights: Mapping[str, Tensor]) -> nn.Modu
             "this cut point was placed by hand, so its body isn't known: join(client_half, body) with the module"
         )
     needed = {**template.parameters, **template.buffers}
-    wrong = [
-        n
-        for n in needed
-        if n not in weights or weights[n].shape != needed[n].shape or weights[n].dtype != needed[n].dtype
-    ]
+    like = {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
+    wrong = [name for name, tensor in needed.items() if like.get(name) != (tensor.shape, tensor.dtype)]
     extra = [n for n in weights if n not in template.names]
     if wrong or extra:
         raise ArchitectureError(

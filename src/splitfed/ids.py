@@ -60,7 +60,7 @@ def check_number(name: str, value: object) -> int:
     Raises:
         IdError: it is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_NUMBER:
+    if type(value) is not int or not 0 <= value <= MAX_NUMBER:
         raise IdError(f"{name} {str(value)[:40]!r} isn't allowed: expected an integer from 0 to {MAX_NUMBER}")
     return value
 

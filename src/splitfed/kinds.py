@@ -15,18 +15,21 @@ from splitfed import messages as m
 from splitfed.errors import FormatError
 
 M = TypeVar("M")
-Kind = Callable[[Any], bool]
+Kind = frozenset[type] | Callable[[Any], bool]
+"""The classes that a value may have, or a test of it."""
 
 
 def _is(*kinds: type) -> Kind:
-    return lambda value: type(value) in kinds
+    return frozenset(kinds)
 
 
 def _maybe(kind: Kind) -> Kind:
-    return lambda value: value is None or kind(value)
+    return kind | {type(None)} if isinstance(kind, frozenset) else lambda value: value is None or kind(value)
 
 
 def _tuple(kind: Kind) -> Kind:
+    if isinstance(kind, frozenset):
+        return lambda value: isinstance(value, tuple) and kind.issuperset(map(type, value))
     return lambda value: isinstance(value, tuple) and all(map(kind, value))
 
 
@@ -77,7 +80,7 @@ KINDS: dict[type, dict[str, Kind]] = {
     m.ForwardRequest: _CALL
     | {"incarnation": _maybe(_INT), "process": _STR, "call": _INT, "grad": _BOOL}
     | {"version": _maybe(_INT), "seen": _INT, "previous": _maybe(_INT)}
-    | {"housekeeping": _instance(m.Housekeeping)},
+    | {"housekeeping": _is(m.Housekeeping)},
     m.ForwardRecord: _CALL
     | {"buffers": _maybe(_tensors), "outputs": _tuple(_output), "crcs": _tuple(_INT), "numerics": _STR},
     m.GradientRecord: {
@@ -95,18 +98,18 @@ KINDS: dict[type, dict[str, Kind]] = {
         "parts": _tuple(_pair),
         "num_samples": _NUMBER,
         "loss_scale": _NUMBER,
-        "chains": _tuple(_instance(m.Chain)),
+        "chains": _tuple(_is(m.Chain)),
     },
     m.BackwardRequest: {
         "grad_outputs": _tuple(_maybe(_instance(Tensor))),
-        "seal": _maybe(_instance(m.Seal)),
-        "housekeeping": _instance(m.Housekeeping),
+        "seal": _maybe(_is(m.Seal)),
+        "housekeeping": _is(m.Housekeeping),
     },
-    m.LossRequest: {"forward": _instance(m.ForwardRequest), "num_samples": _NUMBER},
+    m.LossRequest: {"forward": _is(m.ForwardRequest), "num_samples": _NUMBER},
     m.PullRequest: {"version": _maybe(_INT), "weights": _BOOL},
     m.RoundInfo: {"number": _INT, "deadline": _maybe(_NUMBER)}
     | dict.fromkeys(("sampled", "barrier", "arrived", "closed", "finished"), _BOOL),
-    m.PullAnswer: {"version": _INT, "weights": _tensors, "round": _maybe(_instance(m.RoundInfo))},
+    m.PullAnswer: {"version": _INT, "weights": _tensors, "round": _maybe(_is(m.RoundInfo))},
     m.PushRequest: {
         "incarnation": _maybe(_INT),
         "process": _STR,
@@ -118,7 +121,7 @@ KINDS: dict[type, dict[str, Kind]] = {
         "loss_scale": _NUMBER,
     },
 }
-NESTED = ("housekeeping", "seal", "forward", "round")
+NESTED = frozenset(("housekeeping", "seal", "forward", "round", "chains"))
 
 
 def check_kinds(message: M) -> M:
@@ -129,7 +132,7 @@ def check_kinds(message: M) -> M:
     """
     for name, kind in KINDS.get(type(message), {}).items():
         value = getattr(message, name)
-        if not kind(value):
+        if not (type(value) in kind if isinstance(kind, frozenset) else kind(value)):
             shown = (
                 f"{value!r:.60}"
                 if value is None or isinstance(value, int | float | str)
@@ -137,8 +140,6 @@ def check_kinds(message: M) -> M:
             )
             raise FormatError(f"{type(message).__name__}.{name} is {shown}: not of the kind that it must be")
         if name in NESTED and value is not None:
-            check_kinds(value)
-        if name == "chains":
-            for chain in value:
-                check_kinds(chain)
+            for inner in value if name == "chains" else (value,):
+                check_kinds(inner)
     return message

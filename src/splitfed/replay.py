@@ -10,7 +10,7 @@ The trap: a body that keeps state in Python can't be pinned; it shows as a recom
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,12 +176,14 @@ def _autocast(dtype: str | None, device: torch.device) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype=AUTOCAST[dtype])
 
 
-@contextlib.contextmanager
-def _as_body_error() -> Iterator[None]:
+class _as_body_error:  # noqa: N801 -- reads as the phrase that it is
     """Translate what the user's own code raises; the only place where foreign exceptions become ours."""
-    try:
-        yield
-    except SplitFedError:
-        raise
-    except Exception as error:
-        raise BodyError(f"the body raised {type(error).__name__}: {error}") from error
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, SplitFedError):
+            raise BodyError(f"the body raised {type(error).__name__}: {error}") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -95,7 +96,7 @@ class Sealer:
             base_version=min(part.base_version for part in parts.values()),
             num_samples=seal.num_samples,
             loss_scale=seal.loss_scale,
-            digest=digest((batch, seal), ()) if share is None else share.digest,
+            digest=digest((*batch, said(seal)), ()) if share is None else share.digest,
             numerics=self._numerics,
             gradients=_sum([part.gradients for part in parts.values()]),
             buffers=[_chain(chain, parts) for chain in seal.chains],
@@ -129,6 +130,12 @@ class Sealer:
                 "under way or lost. Try again after the next commit"
             )
         return batch in applied
+
+
+def said(seal: Seal) -> tuple[Any, ...]:
+    """What a seal says, in plain values: their `repr` takes a tenth of the time."""
+    chains = [(chain.num_samples, chain.last_part) for chain in seal.chains]
+    return seal.parts, seal.num_samples, seal.loss_scale, chains
 
 
 def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

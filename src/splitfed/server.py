@@ -38,6 +38,7 @@ from splitfed.messages import (
     PushRequest,
 )
 from splitfed.packing import digest
+from splitfed.sealing import said
 from splitfed.store import GradientStore, check_store
 from splitfed.template import Template, device_of
 
@@ -153,8 +154,8 @@ class SplitServer:
         grad_inputs, gradients = replay.backward(done, request.grad_outputs)
         if not record.training:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
-        said = (batch, request.part, request.version, request.call, request.seal)
-        share = line.runner.share(done, gradients, digest(said, request.grad_outputs))
+        told = (*batch, request.part, request.version, request.call, request.seal and said(request.seal))
+        share = line.runner.share(done, gradients, digest(told, request.grad_outputs))
         if request.seal is not None:
             return BackwardAnswer(tuple(grad_inputs), line.sealer.seal(batch, request.part, request.seal, share))
         line.pile.put_part(request.version, batch, request.part, replace(share, kind="part"))
@@ -193,8 +194,8 @@ class SplitServer:
         status = "uncounted"
         if counts:
             spec, sent = trees.flatten((ahead.inputs, request.target))
-            said = (batch, version, ahead.call, ahead.cut, ahead.seed, ahead.autocast, request.num_samples, spec)
-            share = line.runner.share(done, gradients, digest(said, sent), request.num_samples)
+            told = (batch, version, ahead.call, ahead.cut, ahead.seed, ahead.autocast, request.num_samples, spec)
+            share = line.runner.share(done, gradients, digest(told, sent), request.num_samples)
             status = line.sealer.store(batch, share)
         return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)
 

@@ -61,6 +61,8 @@ def flatten(tree: Any) -> tuple[Spec, list[Tensor]]:
     Raises:
         ContainerError: a value is of a kind that can't cross the cut; the message says where it is.
     """
+    if type(tree) is Tensor:
+        return {"t": 0}, [tree]
     tensors: list[Tensor] = []
     return _flatten(tree, tensors, {}, (), 0), tensors
 
@@ -95,7 +97,12 @@ def _flatten(value: Any, tensors: list[Tensor], seen: dict[int, int], where: _Pa
         raise ContainerError(f"the value at {_place(where)} is nested more than {MAX_DEPTH} deep")
     depth += 1
     if kind in _SEQUENCES:
-        return {_SEQUENCES[kind]: [_flatten(child, tensors, seen, (where, i), depth) for i, child in enumerate(value)]}
+        return {
+            _SEQUENCES[kind]: [
+                child if type(child) in _PLAIN else _flatten(child, tensors, seen, (where, i), depth)
+                for i, child in enumerate(value)
+            ]
+        }
     if kind in _MAPPINGS:
         return {_MAPPINGS[kind]: _items(value, tensors, seen, where, depth)}
     path = _path(kind)

@@ -28,6 +28,7 @@ from typing import Literal, TypeAlias
 from filelock import FileLock
 
 from splitfed.blobs import files
+from splitfed.blobs.spares import Spares
 
 Way: TypeAlias = Literal["unnamed", "named", "locked"]
 
@@ -46,6 +47,7 @@ class Publisher:
         self._root = root
         self._way = way
         self._host = files.host_tag()
+        self._spares = Spares(root)
 
     def create(self, directory: str, path: str, parts: Sequence[memoryview], sync: bool) -> bool:
         """Publish a new file at `path` in `directory`; return False if there is one already."""
@@ -84,12 +86,12 @@ class Publisher:
                     os.unlink(os.path.join(directory, name))
 
     def _link_unnamed(self, directory: str, path: str, parts: Sequence[memoryview], sync: bool) -> None:
-        fd = files.create_unnamed(directory)
         try:
-            files.write(fd, parts, sync)
-            files.link_unnamed(fd, path)
-        finally:
-            os.close(fd)
+            _link(self._spares.take(), path, parts, sync)
+        except OSError as exc:
+            if exc.errno != errno.EXDEV:
+                raise
+            _link(files.create_unnamed(directory), path, parts, sync)  # another file system is mounted there
 
     def _rename_locked(self, temporary: str, path: str) -> bool:
         # One of a few lock files, by hash: a lock file can't be removed safely, so one per key would pile up.
@@ -119,7 +121,7 @@ class Publisher:
     def _experiment(self) -> Way:
         target, parts = self._name(self._root), [memoryview(b"experiment")]
         with suppress(OSError):  # whatever it was: the next way meets it too, if it wasn't that way's own
-            self._link_unnamed(self._root, target, parts, sync=False)
+            _link(files.create_unnamed(self._root), target, parts, sync=False)
             os.unlink(target)
             return "unnamed"
         with self._temporary(self._root, parts, sync=False) as temporary:
@@ -131,3 +133,12 @@ class Publisher:
                 return "locked"
             os.unlink(target)
             return "named"
+
+
+def _link(fd: int, path: str, parts: Sequence[memoryview], sync: bool) -> None:
+    """Write an unnamed file, give it its name and close it."""
+    try:
+        files.write(fd, parts, sync)
+        files.link_unnamed(fd, path)
+    finally:
+        os.close(fd)

@@ -1,0 +1,84 @@
+"""Files without a name, made ahead: a create then only writes and links.
+
+A file system takes 0.04 to 1 ms to find room for a new file, the longer the more files were deleted lately, and a
+batch creates two. So a thread makes them ahead, as many as are in use. Nobody else sees one: it has no name until it
+is linked, and dies with the process that holds it open.
+
+The trap: after a fork both processes hold the same files open. Whoever didn't make a file mustn't write to it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import weakref
+from collections import deque
+from contextlib import suppress
+
+from splitfed.blobs import files
+
+MOST = 2
+
+
+class Spares:
+    """Unnamed files of one directory's file system.
+
+    Args:
+        directory: Where they are made; it must exist once one is asked for.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._ready: deque[int] = deque()
+        self._process = os.getpid()
+        weakref.finalize(self, _close, self._ready)
+
+    def take(self) -> int:
+        """Open an unnamed file for writing; the caller closes it.
+
+        Raises:
+            OSError: that isn't possible here.
+        """
+        if self._process != os.getpid():
+            _close(self._ready)
+            self._process = os.getpid()
+        try:
+            found = self._ready.popleft()
+        except IndexError:
+            found = files.create_unnamed(self._directory)
+        _worker().put(self)
+        return found
+
+    def refill(self) -> None:
+        """Make what is missing; called by the thread."""
+        with suppress(OSError):  # the directory is gone, or no descriptor is left: who needs a file will hear of it
+            while len(self._ready) < MOST:
+                self._ready.append(files.create_unnamed(self._directory))
+
+
+def _close(ready: deque[int]) -> None:
+    while ready:
+        os.close(ready.popleft())
+
+
+_lock = threading.Lock()
+_workers: dict[int, queue.SimpleQueue[Spares]] = {}  # by process: a fork takes no thread along
+
+
+def _worker() -> queue.SimpleQueue[Spares]:
+    found = _workers.get(os.getpid())
+    if found is None:
+        with _lock:
+            found = _workers.get(os.getpid())
+            if found is None:
+                found = queue.SimpleQueue()
+                threading.Thread(target=_work, args=(found,), name="splitfed-spares", daemon=True).start()
+                _workers.clear()
+                _workers[os.getpid()] = found
+    return found
+
+
+def _work(asked: queue.SimpleQueue[Spares]) -> None:
+    while True:
+        asked.get().refill()
