@@ -52,7 +52,7 @@ def unpack(
         FormatError: the bytes aren't a `cls` of ours, or have more tensors or a larger header than that.
     """
     tensors, metadata = codec.decode(data, max_tensors=max_tensors, max_header=max_header)
-    return _rebuild(cls, _tree(cls.__name__, tensors, metadata))
+    return check_kinds(_rebuild(cls, _tree(cls.__name__, tensors, metadata)))
 
 
 def pack_tree(kind: str, tree: Any) -> list[memoryview | bytes]:
@@ -163,4 +163,4 @@ def _rebuild(cls: type[M], values: Any) -> M:
             values[name] = _rebuild(nested, value)
         elif isinstance(value, tuple):
             values[name] = tuple([_rebuild(nested, item) for item in value])
-    return check_kinds(cls(**values))
+    return cls(**values)

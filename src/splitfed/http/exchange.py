@@ -34,10 +34,21 @@ _OURS = re.compile(
 
 
 class Answer(BaseHTTPResponse):
-    """An answer that has arrived as a whole; its body is in `memory`."""
+    """An answer that has arrived as a whole, so it has nothing of what urllib3 needs to read on.
 
-    memory: memoryview
+    Args:
+        status: Its status.
+        headers: Its headers, under names of any case; none where nobody looks at them.
+        memory: Its body.
+    """
+
+    version_string = "HTTP/1.1"
     length_remaining = 0
+
+    def __init__(self, status: int, headers: Any, memory: memoryview) -> None:
+        self.status = status
+        self.headers = headers
+        self.memory = memory
 
 
 class _Exchange(HTTPConnection):
@@ -83,7 +94,7 @@ class _Exchange(HTTPConnection):
         if found is None:
             return None
         self.sock.recv(found.end())
-        return _answer(200, {}, _filled(int(found["size"]), self.sock.recv_into))
+        return Answer(200, {}, _filled(int(found["size"]), self.sock.recv_into))
 
     def _any(self) -> Answer:
         response = HTTPResponse(self.sock, method=self._verb)
@@ -95,7 +106,7 @@ class _Exchange(HTTPConnection):
                 self.close()
         finally:
             response.close()
-        return _answer(response.status, dict(response.headers), body)
+        return Answer(response.status, response.headers, body)
 
 
 class PlainExchange(_Exchange):
@@ -104,20 +115,6 @@ class PlainExchange(_Exchange):
 
 class SecureExchange(_Exchange, HTTPSConnection):
     """A connection over HTTPS."""
-
-
-def _answer(status: int, headers: dict[str, str], memory: memoryview) -> Answer:
-    answer = Answer(
-        headers=headers,
-        status=status,
-        version=11,
-        version_string="HTTP/1.1",
-        reason=None,
-        decode_content=False,
-        request_url=None,
-    )
-    answer.memory = memory
-    return answer
 
 
 def _filled(size: int, read_into: Callable[[memoryview], int]) -> memoryview:

@@ -128,13 +128,12 @@ def check_message(message: Any, limits: Limits) -> None:
     Raises:
         TooLargeError: it is over a limit.
     """
-    sizes = [tensor.numel() * tensor.itemsize for tensor in _tensors(message)]
-    if sum(sizes) > limits.body:
-        raise TooLargeError(
-            f"the tensors take {sum(sizes)} bytes when they are expanded: this server takes {limits.body}"
-        )
+    tensors = _tensors(message)
+    size = sum([tensor.numel() * tensor.itemsize for tensor in tensors])
+    if size > limits.body:
+        raise TooLargeError(f"the tensors take {size} bytes when they are expanded: this server takes {limits.body}")
     most = limits.push_samples if isinstance(message, PushRequest) else limits.samples
-    for weight in _weights(message):
+    for weight in _weights(message, tensors):
         if isinstance(weight, int | float) and weight > most:
             raise TooLargeError(f"the batch has {weight:g} samples: this server takes {most} at a time")
     for name, count in _notes(message):
@@ -142,22 +141,21 @@ def check_message(message: Any, limits: Limits) -> None:
             raise TooLargeError(f"the request names {count} {name}: this server takes {limits.notes} at a time")
 
 
-def _tensors(message: Any) -> Iterator[Tensor]:
+def _tensors(message: Any) -> list[Tensor]:
     if isinstance(message, ForwardRequest):
-        yield from trees.flatten(message.inputs)[1]
-    elif isinstance(message, LossRequest):
-        yield from trees.flatten((message.forward.inputs, message.target))[1]
-    elif isinstance(message, BackwardRequest):
-        yield from (gradient for gradient in message.grad_outputs if gradient is not None)
-    elif isinstance(message, PushRequest):
-        for group in (message.gradients, message.values, message.bases):
-            yield from group.values()
+        return trees.flatten(message.inputs)[1]
+    if isinstance(message, LossRequest):
+        return trees.flatten((message.forward.inputs, message.target))[1]
+    if isinstance(message, BackwardRequest):
+        return [gradient for gradient in message.grad_outputs if gradient is not None]
+    if isinstance(message, PushRequest):
+        return [*message.gradients.values(), *message.values.values(), *message.bases.values()]
+    return []
 
 
-def _weights(message: Any) -> Iterator[Any]:
+def _weights(message: Any, tensors: list[Tensor]) -> Iterator[Any]:
     if isinstance(message, ForwardRequest | LossRequest):
-        first = next(_tensors(message), None)
-        yield first.shape[0] if first is not None and first.dim() else 0
+        yield tensors[0].shape[0] if tensors and tensors[0].dim() else 0
     if isinstance(message, LossRequest | PushRequest):
         yield message.num_samples
     elif isinstance(message, BackwardRequest) and message.seal is not None:
