@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness_http import serving
+from harness_http import running, serving
+from harness_requests import Site
 
 from splitfed.errors import StoreError
 from splitfed.http import app
 from splitfed.messages import PullAnswer, PullRequest
+from splitfed.packing import pack
 from splitfed.store import GradientStore
 
 
@@ -98,3 +100,23 @@ def test_a_long_listing_holds_up_neither_readiness_nor_metrics(monkeypatch: pyte
             go.set()
         assert [found.result()[0] for found in asked] == [200] * 4
     assert listed == [0.0]
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_a_middleware_is_in_front_of_everything(method: str) -> None:
+    """Of what is a request of the protocol, and of what isn't."""
+    seen: list[str] = []
+
+    class Watching:
+        def __init__(self, inner: Any) -> None:
+            self._inner = inner
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            seen.append(scope.get("path", ""))
+            await self._inner(scope, receive, send)
+
+    service = app.make_app(Site(f"memory://{uuid.uuid4()}").server)
+    service.add_middleware(Watching)
+    with running(service) as served:
+        assert served.ask("/v1/pull", b"".join(pack(PullRequest("a"))), method)[0] == (200 if method == "POST" else 405)
+    assert "/v1/pull" in seen

@@ -19,7 +19,7 @@ from splitfed.kinds import check_kinds
 from splitfed.messages import Chain, ForwardRequest, Housekeeping, RoundInfo, Seal
 
 M = TypeVar("M")
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
+_to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # a spec is made anew, without circles
 
 _NESTED: dict[str, type] = {
     "housekeeping": Housekeeping,

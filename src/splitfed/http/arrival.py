@@ -6,7 +6,7 @@ a body over the limit ends the reading there, and what was reserved is given bac
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,8 +59,7 @@ class Received:
         self._entered = True
         text = headers.get(b"content-length")
         if text is None:
-            parts = [part async for part in self._parts(receive, limits, reserve=True)]
-            return _joined(parts, self.num_bytes)
+            return await self._gathered(receive, limits)
         if not text.isdigit():
             raise FormatError(f"the content length is {text[:40]!r}: expected a number of bytes")
         declared = int(text)
@@ -69,7 +68,9 @@ class Received:
         return await self._into(_memory(declared), receive, limits)
 
     async def _into(self, memory: memoryview, receive: Receive, limits: Limits) -> memoryview:
-        async for part in self._parts(receive, limits, reserve=False):
+        more = True
+        while more:
+            part, more = await self._part(receive, limits)
             if self.num_bytes > len(memory):
                 break
             memory[self.num_bytes - len(part) : self.num_bytes] = part
@@ -77,18 +78,23 @@ class Received:
             raise FormatError(f"the body has another length: expected {len(memory)} bytes, got {self.num_bytes}")
         return memory
 
-    async def _parts(self, receive: Receive, limits: Limits, *, reserve: bool) -> AsyncIterator[bytes]:
+    async def _gathered(self, receive: Receive, limits: Limits) -> memoryview:
+        parts: list[bytes] = []
         more = True
         while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise GoneError
-            part, more = message.get("body", b""), message.get("more_body", False)
-            self.num_bytes += len(part)
-            check_body(self.num_bytes, limits)
-            if reserve:
-                self._reserved += self._budget.reserve(len(part))
-            yield part
+            part, more = await self._part(receive, limits)
+            self._reserved += self._budget.reserve(len(part))
+            parts.append(part)
+        return _joined(parts, self.num_bytes)
+
+    async def _part(self, receive: Receive, limits: Limits) -> tuple[bytes, bool]:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise GoneError
+        part: bytes = message.get("body", b"")
+        self.num_bytes += len(part)
+        check_body(self.num_bytes, limits)
+        return part, message.get("more_body", False)
 
 
 def _memory(num_bytes: int) -> memoryview:
