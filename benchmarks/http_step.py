@@ -6,8 +6,9 @@ Variants, taken alternately in one run, each against one server process of its o
     echoes       the bytes of those two requests and answers, echoed raw: what HTTP itself costs
     JSON lists   the study's protocol, written afresh: tensors as nested JSON lists, the graph held in memory in between
 
-All three use the same client library, connection reuse and uvicorn. A step is the two requests; the bottom, the loss
-and the optimizer, which are the same everywhere, are left out.
+All three use urllib3's pool with connection reuse, and uvicorn; the other two as anybody would, ours with the reading
+and writing of `http/exchange.py`. A step is the two requests; the bottom, the loss and the optimizer, which are the
+same everywhere, are left out.
 """
 
 from __future__ import annotations
