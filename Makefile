@@ -35,7 +35,7 @@ types: $(HAVE_DEV)
 	$(BIN)/mypy
 
 unit: $(HAVE_DEV)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(ARGS)
 
 bench: $(HAVE_DEV) ## benchmarks: JSON in runs/bench, tables on the terminal
 	$(BIN)/python -m benchmarks --output runs/bench $(ARGS)

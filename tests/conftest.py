@@ -27,6 +27,19 @@ __all__ = ["azurite", "ignoring", "moto", "seaweed"]  # fixtures: each starts it
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("soak", deadline=None, max_examples=2_000, print_blob=True)
 
+# Files that take longest go first, so that two processes which take a file at a time end at about the same time.
+LONGEST = (
+    *("test_examples", "test_object_stores", "test_transparency", "test_http_serving", "test_crew", "test_kill"),
+    *("test_docs", "test_race", "test_study", "test_invariant_04", "test_perclient", "test_service_processes"),
+    *("test_demo", "test_blobs", "test_stragglers", "test_invariant_06", "test_foreign", "test_simulation"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the others as they came."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the hypothesis profile: fixed examples in the tests, many fresh ones in the soak."""

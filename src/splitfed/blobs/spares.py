@@ -73,7 +73,7 @@ def _worker() -> queue.SimpleQueue[Spares]:
             found = _workers.get(os.getpid())
             if found is None:
                 found = queue.SimpleQueue()
-                threading.Thread(target=_work, args=(found,), name="splitfed-spares", daemon=True).start()
+                threading.Thread(target=_work, args=(found,), name="spare files", daemon=True).start()
                 _workers.clear()
                 _workers[os.getpid()] = found
     return found
