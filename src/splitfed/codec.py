@@ -21,6 +21,7 @@ from torch import Tensor
 
 from splitfed import foreign
 from splitfed.errors import ContainerError, FormatError, InputError
+from splitfed.memory import aligned
 from splitfed.strides import Layout, check_layout, contiguous_strides, layout_of, restored, stored
 
 ALIGNMENT = 64
@@ -99,7 +100,9 @@ def decode(
     base = 0
     if data.readonly and entries:
         base = entries[0].begin
-        data = _copied(data[base:])
+        memory = aligned(len(data) - base)
+        memory[:] = data[base:]
+        data = memory
     tensors: dict[str, Tensor] = {}
     for name, dtype, core, begin, end in entries:
         layout, shape, strides = None, core, contiguous_strides(core)
@@ -249,10 +252,3 @@ def _memory(tensor: Tensor) -> memoryview:
         tensor = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     array: Any = tensor.numpy()
     return memoryview(array).cast("B").toreadonly()
-
-
-def _copied(data: memoryview) -> memoryview:
-    array: Any = torch.empty(len(data), dtype=torch.uint8, device="cpu").numpy()
-    memory = memoryview(array)
-    memory[:] = data
-    return memory

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
-import torch
-
 from splitfed.errors import BusyError, FormatError, SplitFedError
 from splitfed.http.limits import Budget, Limits, check_body
+from splitfed.memory import aligned
 
 Receive = Callable[[], Awaitable[Any]]
 
@@ -65,7 +64,7 @@ class Received:
         declared = int(text)
         check_body(declared, limits)
         self._reserved += self._budget.reserve(declared)
-        return await self._into(_memory(declared), receive, limits)
+        return await self._into(aligned(declared), receive, limits)
 
     async def _into(self, memory: memoryview, receive: Receive, limits: Limits) -> memoryview:
         more = True
@@ -97,13 +96,8 @@ class Received:
         return part, message.get("more_body", False)
 
 
-def _memory(num_bytes: int) -> memoryview:
-    array: Any = torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
-    return memoryview(array)
-
-
 def _joined(parts: Iterable[bytes], num_bytes: int) -> memoryview:
-    memory, end = _memory(num_bytes), 0
+    memory, end = aligned(num_bytes), 0
     for part in parts:
         memory[end : end + len(part)] = part
         end += len(part)

@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 from http.client import HTTPResponse, IncompleteRead
 from typing import Any
 
-import torch
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.response import BaseHTTPResponse
 
 from splitfed.http.contract import BINARY
+from splitfed.memory import aligned
 
 Body = list[memoryview | bytes]
 
@@ -119,8 +119,7 @@ class SecureExchange(_Exchange, HTTPSConnection):
 
 def _filled(size: int, read_into: Callable[[memoryview], int]) -> memoryview:
     """So many bytes, in memory that is aligned as tensors need it."""
-    array: Any = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
-    memory, end = memoryview(array), 0
+    memory, end = aligned(size), 0
     while end < size:
         count = read_into(memory[end:])
         if not count:
