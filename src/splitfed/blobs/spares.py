@@ -1,8 +1,8 @@
 """Files without a name, made ahead: a create then only writes and links.
 
 A file system takes 0.04 to 1 ms to find room for a new file, the longer the more files were deleted lately, and a
-batch creates two. So a thread makes them ahead, as many as are in use. Nobody else sees one: it has no name until it
-is linked, and dies with the process that holds it open.
+batch creates two. So a thread makes them ahead, some at a time: each time that it is woken it competes with the request
+under way. Nobody else sees one: it has no name until it is linked, and dies with the process that holds it open.
 
 The trap: after a fork both processes hold the same files open. Whoever didn't make a file mustn't write to it.
 """
@@ -18,7 +18,8 @@ from contextlib import suppress
 
 from splitfed.blobs import files
 
-MOST = 2
+LEAST, MOST = 2, 8
+"""With fewer ready than the first, the thread makes as many as the second."""
 
 
 class Spares:
@@ -47,7 +48,8 @@ class Spares:
             found = self._ready.popleft()
         except IndexError:
             found = files.create_unnamed(self._directory)
-        _worker().put(self)
+        if len(self._ready) < LEAST:
+            _worker().put(self)
         return found
 
     def refill(self) -> None:
@@ -62,20 +64,16 @@ def _close(ready: deque[int]) -> None:
         os.close(ready.popleft())
 
 
-_lock = threading.Lock()
 _workers: dict[int, queue.SimpleQueue[Spares]] = {}  # by process: a fork takes no thread along
 
 
 def _worker() -> queue.SimpleQueue[Spares]:
     found = _workers.get(os.getpid())
     if found is None:
-        with _lock:
-            found = _workers.get(os.getpid())
-            if found is None:
-                found = queue.SimpleQueue()
-                threading.Thread(target=_work, args=(found,), name="spare files", daemon=True).start()
-                _workers.clear()
-                _workers[os.getpid()] = found
+        own: queue.SimpleQueue[Spares] = queue.SimpleQueue()
+        found = _workers.setdefault(os.getpid(), own)
+        if found is own:
+            threading.Thread(target=_work, args=(own,), name="spare files", daemon=True).start()
     return found
 
 
