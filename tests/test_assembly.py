@@ -12,11 +12,11 @@ from torch.nn.functional import cross_entropy
 
 from splitfed import policies
 from splitfed.accumulator import Accumulator
-from splitfed.assembly import Assembly
-from splitfed.localdata import batches
 from splitfed.perclient import PerClient
-from splitfed.simulated import Simulation
-from splitfed.virtual import VirtualTime
+from splitfed.simulation.assembly import Assembly
+from splitfed.simulation.localdata import batches
+from splitfed.simulation.simulated import Simulation
+from splitfed.simulation.virtual import VirtualTime
 
 
 def assembly(**settings: Any) -> tuple[Assembly, Simulation]:

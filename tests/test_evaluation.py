@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from splitfed.errors import InputError
-from splitfed.evaluation import evaluate
+from splitfed.simulation.evaluation import evaluate
 
 
 class Fixed(nn.Module):

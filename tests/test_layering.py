@@ -103,28 +103,16 @@ MAY_IMPORT = {
     "reporting": "ids rows selection commits rounds store",
     "federation": "errors ids policies rows rounds accumulator perclient sampling judging reporting",
     "partition": "errors pictures",
-    # Simulation: virtual clients of a real federation.
-    "streams": "seeding",
-    "timeline": "",
-    "virtual": "errors streams",
-    "metering": "ids messages transport commits",
-    "localdata": "errors ids",
-    "evaluation": "errors localdata",
-    "trainee": "errors copying template personal transport client optimizers streams localdata evaluation",
-    "assembly": "rows transport roundrobin rounds store optimizers policies server accumulator perclient judging "
-    "reporting federation metering",
-    "schedule": "rounds rows streams timeline virtual localdata trainee assembly",
-    "worker": "errors store metering localdata trainee assembly",
-    "crew": "errors rounds rows store localdata trainee assembly worker",
-    "simulated": "errors copying template cutting rounds rows callbacks history timeline evaluation trainee assembly",
-    "simulation": "errors ids cutting policies optimizers blobs store rows callbacks progress history sampling "
-    "timeline virtual localdata evaluation trainee assembly schedule crew simulated",
+    # Virtual clients of a real federation.
+    "simulation": "errors ids messages seeding copying template cutting personal transport roundrobin client "
+    "optimizers policies blobs rounds commits store server accumulator perclient rows callbacks progress history "
+    "sampling judging reporting federation",
     "checking": "errors messages trees copying template cutting unsplit client store server",
     "inspecting": "messages trees codec packing client store server",
     "testing": "errors blobs",
     "status": "errors ids numerics packing commits layout pile store versions",
     "http": "errors ids messages memory trees foreign codec packing wire transport server status splitfed",
-    "demo": "errors rows callbacks store history policies pictures report partition evaluation simulation",
+    "demo": "errors rows callbacks store history policies pictures report partition simulation",
     "cli": "errors rows callbacks progress history report demo splitfed http server status store accumulator commits "
     "policies working inspecting cutpoint cutting numerics",
 }

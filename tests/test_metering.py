@@ -13,8 +13,8 @@ from splitfed.accumulator import Accumulator
 from splitfed.client import SplitClient
 from splitfed.cutting import split
 from splitfed.ids import BatchId
-from splitfed.metering import Arrivals, Meter, num_bytes
 from splitfed.server import SplitServer
+from splitfed.simulation.metering import Arrivals, Meter, num_bytes
 from splitfed.store import GradientStore
 from splitfed.transport import Transport
 

@@ -10,9 +10,9 @@ import toy
 
 from splitfed import policies
 from splitfed.messages import BackwardRequest, ForwardRequest, PullRequest, PushRequest
-from splitfed.schedule import Schedule
-from splitfed.simulated import Simulation
-from splitfed.virtual import VirtualTime
+from splitfed.simulation.schedule import Schedule
+from splitfed.simulation.simulated import Simulation
+from splitfed.simulation.virtual import VirtualTime
 
 KINDS = {PullRequest: "pull", ForwardRequest: "forward", BackwardRequest: "backward", PushRequest: "push"}
 

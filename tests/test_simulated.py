@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import toy
 
+from splitfed.simulation.trainee import Outcome, total
+from splitfed.simulation.virtual import VirtualTime
 from splitfed.store import GradientStore
-from splitfed.trainee import Outcome, total
-from splitfed.virtual import VirtualTime
 
 
 class Listener:

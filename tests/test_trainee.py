@@ -14,9 +14,9 @@ from splitfed.accumulator import Accumulator
 from splitfed.cutting import split
 from splitfed.errors import InputError
 from splitfed.server import SplitServer
-from splitfed.simulation import AVERAGING
+from splitfed.simulation.simulating import AVERAGING
+from splitfed.simulation.trainee import Belongings, Next, Recipe, Trainee
 from splitfed.store import GradientStore
-from splitfed.trainee import Belongings, Next, Recipe, Trainee
 
 
 class Site:

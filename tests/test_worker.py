@@ -12,12 +12,12 @@ import pytest
 import torch
 import toy
 
-from splitfed import worker
-from splitfed.crew import Crew
 from splitfed.errors import InputError, WorkerError
+from splitfed.simulation import worker
+from splitfed.simulation.crew import Crew
+from splitfed.simulation.trainee import Belongings
+from splitfed.simulation.worker import Answer, Job, Order, receive, send, work
 from splitfed.store import GradientStore
-from splitfed.trainee import Belongings
-from splitfed.worker import Answer, Job, Order, receive, send, work
 
 
 class StubbornError(Exception):

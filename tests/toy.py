@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from splitfed.simulated import Simulation
 from splitfed.simulation import deal, simulate
+from splitfed.simulation.simulated import Simulation
 
 AT = "1:3"
 sgd = functools.partial(torch.optim.SGD, lr=0.5)

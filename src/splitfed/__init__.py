@@ -56,12 +56,12 @@ if TYPE_CHECKING:
     from splitfed.ids import BatchId
     from splitfed.perclient import PerClient
     from splitfed.server import SplitServer
-    from splitfed.simulation import simulate
+    from splitfed.simulation.simulating import simulate
+    from splitfed.simulation.virtual import VirtualTime
     from splitfed.store import GradientStore
     from splitfed.transport import Transport
     from splitfed.trees import register_container
     from splitfed.unsplit import reference
-    from splitfed.virtual import VirtualTime
 
 __version__ = "0.1.0"
 
@@ -129,12 +129,12 @@ _MODULES = {
     "SplitClient": "client",
     "SplitServer": "server",
     "Transport": "transport",
-    "VirtualTime": "virtual",
+    "VirtualTime": "simulation.virtual",
     "check": "checking",
     "join": "cutting",
     "reference": "unsplit",
     "register_container": "trees",
-    "simulate": "simulation",
+    "simulate": "simulation.simulating",
     "split": "cutting",
 }
 

@@ -17,7 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from splitfed import evaluation
+from splitfed.simulation import evaluation
 
 BATCH = 64
 _RATE = 4e-3

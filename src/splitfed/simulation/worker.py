@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from splitfed.assembly import Assembly, Plans
 from splitfed.errors import InputError, WorkerError
-from splitfed.localdata import Data
-from splitfed.metering import Traffic
+from splitfed.simulation.assembly import Assembly, Plans
+from splitfed.simulation.localdata import Data
+from splitfed.simulation.metering import Traffic
+from splitfed.simulation.trainee import Belongings, Next, Outcome, Recipe, Trainee
 from splitfed.store import GradientStore
-from splitfed.trainee import Belongings, Next, Outcome, Recipe, Trainee
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,7 +16,6 @@ from torch import nn
 from splitfed.accumulator import Accumulator
 from splitfed.federation import Federation
 from splitfed.judging import Judge
-from splitfed.metering import Arrivals, Meter
 from splitfed.optimizers import OptimizerFactory, SchedulerFactory
 from splitfed.perclient import PerClient
 from splitfed.policies import Mode
@@ -25,6 +24,7 @@ from splitfed.roundrobin import RoundRobin
 from splitfed.rounds import Plan
 from splitfed.rows import Row
 from splitfed.server import SplitServer
+from splitfed.simulation.metering import Arrivals, Meter
 from splitfed.store import GradientStore
 from splitfed.transport import Transport
 

@@ -19,13 +19,13 @@ from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from splitfed.assembly import Assembly, Plans
 from splitfed.errors import InputError, WorkerError
-from splitfed.localdata import Data
 from splitfed.rounds import Plan
 from splitfed.rows import Row
-from splitfed.trainee import Belongings, Outcome, Recipe
-from splitfed.worker import Answer, Order, job, receive, send, work
+from splitfed.simulation.assembly import Assembly, Plans
+from splitfed.simulation.localdata import Data
+from splitfed.simulation.trainee import Belongings, Outcome, Recipe
+from splitfed.simulation.worker import Answer, Order, job, receive, send, work
 
 PATIENCE = 10.0
 """Seconds for a worker to end by itself."""

@@ -14,18 +14,18 @@ from typing import Protocol
 
 from torch import nn
 
-from splitfed.assembly import Assembly
 from splitfed.callbacks import AnyCallback, Callbacks
 from splitfed.copying import deep_copy
 from splitfed.cutting import join
 from splitfed.errors import InputError
-from splitfed.evaluation import Evaluation
-from splitfed.evaluation import evaluate as score
 from splitfed.history import History
 from splitfed.rounds import Ending, Plan
 from splitfed.rows import Row, plain
-from splitfed.timeline import Timeline
-from splitfed.trainee import Outcome, Recipe, total
+from splitfed.simulation.assembly import Assembly
+from splitfed.simulation.evaluation import Evaluation
+from splitfed.simulation.evaluation import evaluate as score
+from splitfed.simulation.timeline import Timeline
+from splitfed.simulation.trainee import Outcome, Recipe, total
 
 
 class Driver(Protocol):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitfed import localdata
 from splitfed.errors import InputError
-from splitfed.localdata import Data
+from splitfed.simulation import localdata
+from splitfed.simulation.localdata import Data
 
 Evaluation = Data | Callable[[nn.Module], Mapping[str, float]]
 BATCH_SIZE = 500

@@ -21,31 +21,29 @@ from typing import Literal
 import torch
 from torch import nn
 
-from splitfed import localdata
-from splitfed.assembly import Assembly, Plans
 from splitfed.blobs import Blobs
 from splitfed.callbacks import AnyCallback
-from splitfed.crew import Crew
 from splitfed.cutting import split
 from splitfed.errors import InputError
-from splitfed.evaluation import Evaluation
 from splitfed.history import History
 from splitfed.ids import at_least
-from splitfed.localdata import Data, deal
 from splitfed.optimizers import OptimizerFactory, SchedulerFactory
 from splitfed.policies import Mode
 from splitfed.policies import mode as mode_of
 from splitfed.progress import Progress
 from splitfed.rows import Row
 from splitfed.sampling import check_sample_size, sample_size
-from splitfed.schedule import Schedule
-from splitfed.simulated import Simulation
+from splitfed.simulation import localdata
+from splitfed.simulation.assembly import Assembly, Plans
+from splitfed.simulation.crew import Crew
+from splitfed.simulation.evaluation import Evaluation
+from splitfed.simulation.localdata import Data
+from splitfed.simulation.schedule import Schedule
+from splitfed.simulation.simulated import Simulation
+from splitfed.simulation.timeline import Timeline
+from splitfed.simulation.trainee import LossFunction, Optimizers, Recipe
+from splitfed.simulation.virtual import VirtualTime
 from splitfed.store import GradientStore
-from splitfed.timeline import Timeline
-from splitfed.trainee import LossFunction, Optimizers, Recipe
-from splitfed.virtual import VirtualTime
-
-__all__ = ["Simulation", "deal", "simulate"]
 
 AVERAGING = functools.partial(torch.optim.SGD, lr=1.0)
 """The optimizer of the client lineage that makes it FedAvg."""

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from splitfed import localdata
 from splitfed.client import SplitClient
 from splitfed.copying import deep_copy
 from splitfed.errors import ExpiredError, InputError
-from splitfed.evaluation import num_right
-from splitfed.localdata import Data
 from splitfed.optimizers import SchedulerFactory
 from splitfed.personal import personal_names
-from splitfed.streams import Stream
+from splitfed.simulation import localdata
+from splitfed.simulation.evaluation import num_right
+from splitfed.simulation.localdata import Data
+from splitfed.simulation.streams import Stream
 from splitfed.transport import Transport
 
 LossFunction = Callable[[Any, Any], Tensor]

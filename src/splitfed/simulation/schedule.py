@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from splitfed.assembly import Assembly
-from splitfed.localdata import Data
 from splitfed.rounds import Plan
 from splitfed.rows import Row
-from splitfed.streams import uniform
-from splitfed.timeline import Process, Timeline
-from splitfed.trainee import Belongings, Next, Outcome, Recipe, Trainee
-from splitfed.virtual import Pace, VirtualTime
+from splitfed.simulation.assembly import Assembly
+from splitfed.simulation.localdata import Data
+from splitfed.simulation.streams import uniform
+from splitfed.simulation.timeline import Process, Timeline
+from splitfed.simulation.trainee import Belongings, Next, Outcome, Recipe, Trainee
+from splitfed.simulation.virtual import Pace, VirtualTime
 
 
 class Schedule:
