@@ -108,8 +108,8 @@ def test_a_middleware_is_in_front_of_everything(method: str) -> None:
     seen: list[str] = []
 
     class Watching:
-        def __init__(self, inner: Any) -> None:
-            self._inner = inner
+        def __init__(self, app: Any) -> None:
+            self._inner = app
 
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             seen.append(scope.get("path", ""))
