@@ -26,7 +26,7 @@ from splitfed.memory import aligned
 Body = list[memoryview | bytes]
 
 _SMALL = 64 << 10  # below, one send of joined bytes is cheaper than one for each tensor
-_SLICE = 256 << 10  # the time that a send may take counts for all of it: a slow line gets that for each slice
+_SLICE = 512 << 10  # the time for a send is for all of it: so a line may be as slow as a server takes it
 _PEEK = 1024
 _OURS = re.compile(
     rb"HTTP/1\.1 200 OK\r\n((date|server): [^\r\n]*\r\n)*"
