@@ -266,6 +266,17 @@ def test_encode_refuses(kind: str) -> None:
         codec.encode({"good": torch.ones(1), "bad": make()})  # type: ignore[dict-item]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_canonical_refuses(kind: str) -> None:
+    """The same tensors, at the cut."""
+    make, message = REFUSED[kind]
+    if kind != "no tensor":
+        with pytest.raises(ContainerError, match=message):
+            codec.canonical(make())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["__metadata__", "a\0b", "../a", "a/..", "..\\a", "a" * 1025, "\ud800"])
 def test_encode_refuses_names(name: str) -> None:
     """A name that decode would refuse is refused on the way out."""

@@ -44,8 +44,12 @@ def test_an_answer_is_read_however_http_says_it(said: bytes) -> None:
         b"SSH-2.0-server\r\n",
         OURS % 9 + b"half",
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n9\r\nhalf",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n-9\r\nhalf",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffff\r\nhalf",
+        OURS % (10**15 - 1) + b"half",
+        b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\nhalf" % 10**24,
     ],
-    ids="nothing another half chunk".split(),
+    ids="nothing another half chunk negative_chunk huge_chunk huge endless".split(),
 )
 def test_an_answer_that_isn_t_whole_is_a_failed_connection(said: bytes) -> None:
     """It may pass, so it is tried again while there is patience."""
@@ -75,6 +79,39 @@ def test_answers_in_pieces_of_any_size_and_on_one_connection() -> None:
         thread.join()
     assert len(set(seen)) == 1
     assert f"host: 127.0.0.1:{transport.url.rpartition(':')[2]}\r\n".encode() in seen[0]
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [("http://h:80/x", "h:80"), ("http://[::1]:81", "[::1]:81"), ("http://[fe80::1%25eth0]:81", "[fe80::1]:81")],
+)
+def test_a_host_is_named_as_http_has_it(url: str, host: str) -> None:
+    """The zone of an address names an interface of this machine (RFC 6874); gateways refuse it as a host."""
+    assert HttpTransport(url)._headers["host"] == host
+
+
+def test_a_large_tensor_is_sent_in_slices() -> None:
+    """A socket's timeout is for all of one send: on a slow line a large one would never be over in time."""
+    sent: list[int] = []
+
+    class Line:
+        def settimeout(self, seconds: float) -> None:
+            pass
+
+        def sendall(self, data: memoryview) -> None:
+            sent.append(len(data))
+
+    connection = exchange.PlainExchange("host")
+    connection.sock = Line()  # type: ignore[assignment]
+    connection.request("POST", "/", [b"header", memoryview(bytes(1_000_000))], {})
+    assert sum(sent) == len(b"POST / HTTP/1.1\r\n\r\n") + len(b"header") + 1_000_000
+    assert max(sent) <= 1 << 19
+
+
+def test_an_answer_has_what_each_urllib3_logs_of_it() -> None:
+    """2.1 and 2.2 its version as a number, later ones as text; the first failed otherwise."""
+    answer = exchange.Answer(200, {}, memoryview(b""))
+    assert (answer.version, answer.version_string, answer.length_remaining) == (11, "HTTP/1.1", 0)
 
 
 def test_only_what_our_server_writes_is_read_without_http_client() -> None:

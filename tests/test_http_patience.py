@@ -44,6 +44,8 @@ def test_a_retry_after_that_can_t_be_read_asks_for_nothing() -> None:
     assert asked_for("7") == 7.0
     assert asked_for("Thu, 01 Jan 1970 00:00:00 GMT") == 0.0
     assert asked_for("soon") is None
+    assert asked_for("Thu, 01 Jan 99999 00:00:00 GMT") is None
+    assert asked_for("9" * 5000) is None
     assert asked_for(None) is None
 
 

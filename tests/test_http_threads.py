@@ -80,6 +80,43 @@ def test_a_job_that_nobody_waits_for_isn_t_begun() -> None:
     asyncio.run(main())
 
 
+def test_a_pool_that_was_closed_begins_anew() -> None:
+    """An app may be begun and ended twice; who still works then takes no job, and no end, of the new ones."""
+
+    async def main() -> None:
+        threads, gate = Threads(1, "splitfed"), threading.Event()
+        first = asyncio.ensure_future(threads.run(gate.wait))
+        await asyncio.sleep(0)
+        threads.close()
+        try:
+            assert await asyncio.wait_for(threads.run(divmod, 7, 2), 10) == (3, 1)
+        finally:
+            gate.set()
+        assert await first
+        assert await asyncio.wait_for(threads.run(divmod, 7, 2), 60) == (3, 1)
+        threads.close()
+
+    asyncio.run(main())
+
+
+def test_a_thread_that_can_t_be_started_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next job doesn't wait for one that never began."""
+
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        threads = Threads(1, "splitfed")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none_left)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                await threads.run(int)
+        assert await asyncio.wait_for(threads.run(divmod, 7, 2), 60) == (3, 1)
+        threads.close()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_of_a_job_is_kept_alive_after_it(fails: bool) -> None:
     """A thread that waits for hours doesn't hold a body, nor does an error that was dealt with."""

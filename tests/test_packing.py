@@ -182,8 +182,10 @@ def test_a_nested_message_has_exactly_its_fields(seal: Any) -> None:
         b"".join(codec.encode({}, {"kind": "Seal", "spec": '{"l":[' * 3000})),
         b"".join(codec.encode({}, {"kind": "Seal", "spec": '{"l":[' * 600 + "]}" * 600})),
         b"".join(codec.encode({}, {"kind": "Seal", "spec": "1" * 5000})),
+        b"".join(codec.encode({}, {"kind": "Seal", "spec": f'{{"z":[{2**70}]}}'})),
+        b"".join(codec.encode({"x": torch.ones(2)}, {"kind": "Seal", "spec": '{"k":[["a",0],["b",{"t":0}]]}'})),
     ],
-    ids="empty pickle cut half no_kind no_spec bad_json endless_json deep_json digits".split(),
+    ids="empty pickle cut half no_kind no_spec bad_json endless_json deep_json digits size counter".split(),
 )
 def test_foreign_bytes_are_refused(data: bytes) -> None:
     """With our own error, whatever they are."""

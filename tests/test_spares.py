@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import gc
 import os
+import pickle
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from splitfed.blobs import files
 from splitfed.blobs.local import LocalBlobs
-from splitfed.blobs.spares import MOST, Spares
+from splitfed.blobs.spares import MOST, Spares, _close
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="this system has no unnamed files")
 
@@ -74,6 +78,29 @@ def test_a_fork_makes_its_own(tmp_path: Path) -> None:
         assert [bytes(blobs.get(f"a/{who}-{i}") or b"") for i in range(8)] == [
             b"%s %d" % (who.encode(), i) for i in range(8)
         ]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda blobs: pickle.loads(pickle.dumps(blobs))])
+def test_a_copy_makes_its_own(tmp_path: Path, again: Callable[[LocalBlobs], LocalBlobs]) -> None:
+    """A number of a descriptor means nothing in another process, and another file after a while in this one."""
+    blobs = LocalBlobs(tmp_path / "store", fsync=False)
+    blobs.create("a/first", [b"1"])
+    full(blobs._publisher._spares)
+    copied = again(blobs)
+    assert not copied._publisher._spares._ready
+    for who in (blobs, copied):
+        assert all(who.create(f"{id(who)}/{i}", [b"%d" % i]) for i in range(8))
+        assert [bytes(who.get(f"{id(who)}/{i}") or b"") for i in range(8)] == [b"%d" % i for i in range(8)]
+
+
+def test_two_threads_of_a_fork_may_close_what_it_inherited() -> None:
+    """One finds that the other was faster: that is no error."""
+
+    class Emptied(deque[int]):
+        def __bool__(self) -> bool:
+            return True
+
+    _close(Emptied())
 
 
 def test_a_directory_of_another_file_system_gets_files_of_its_own(

@@ -157,13 +157,14 @@ def canonical(tensor: Tensor) -> Tensor:
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor fits the format and is contiguous beyond doubt (a dimension of 1 may have any stride)."""
     return (
-        tensor.layout is torch.strided
+        not tensor.is_nested  # it has no shape to ask for
+        and tensor.layout is torch.strided
         and tensor.dtype in _CODES
         and 1 not in tensor.shape
         and tensor.is_contiguous()
         and 0 < tensor.dim() <= foreign.MAX_DIMS
         and tensor.numel() > 0
-        and not (tensor.is_nested or tensor.is_meta or tensor.is_conj() or tensor.is_neg())
+        and not (tensor.is_meta or tensor.is_conj() or tensor.is_neg())
     )
 
 

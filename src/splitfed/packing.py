@@ -156,7 +156,8 @@ def _spec(kind: str, metadata: Mapping[str, str]) -> Any:
 
 def _rebuild(cls: type[M], values: Any) -> M:
     if not isinstance(values, dict) or values.keys() != _fields(cls).keys():
-        raise FormatError(f"a {cls.__name__} needs the fields {list(_fields(cls))}, got {str(values)[:200]}")
+        got = [key for key in values if type(key) is str] if isinstance(values, dict) else type(values).__name__
+        raise FormatError(f"a {cls.__name__} needs the fields {list(_fields(cls))}, got {str(got)[:200]}")
     for name, nested in _NESTED.items():
         value = values.get(name)
         if isinstance(value, dict):

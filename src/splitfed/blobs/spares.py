@@ -35,6 +35,9 @@ class Spares:
         self._process = os.getpid()
         weakref.finalize(self, _close, self._ready)
 
+    def __reduce__(self) -> tuple[type[Spares], tuple[str]]:
+        return Spares, (self._directory,)  # a copy with the same numbers would write to the same files, or to any
+
     def take(self) -> int:
         """Open an unnamed file for writing; the caller closes it.
 
@@ -60,8 +63,9 @@ class Spares:
 
 
 def _close(ready: deque[int]) -> None:
-    while ready:
-        os.close(ready.popleft())
+    with suppress(IndexError):  # another thread of a fork may have closed the last
+        while True:
+            os.close(ready.popleft())
 
 
 _workers: dict[int, queue.SimpleQueue[Spares]] = {}  # by process: a fork takes no thread along

@@ -67,7 +67,7 @@ class HttpTransport(Relay):
         if token is not None and not _TOKEN.fullmatch(token):
             raise InputError("the token has characters that no token has: expected what 'splitfed token new' printed")
         self._headers = {
-            "host": parsed.netloc or "",
+            "host": re.sub(r"%[^\]]*", "", parsed.netloc or ""),  # the zone of an IPv6 address is this machine's affair
             "accept-encoding": "identity",
             "user-agent": f"splitfed/{__version__}",
             "content-type": BINARY,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Callable, Mapping
-from http.client import HTTPResponse, IncompleteRead
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from typing import Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -26,6 +26,7 @@ from splitfed.memory import aligned
 Body = list[memoryview | bytes]
 
 _SMALL = 64 << 10  # below, one send of joined bytes is cheaper than one for each tensor
+_SLICE = 512 << 10  # the time for a send is for all of it: so a line may be as slow as a server takes it
 _PEEK = 1024
 _OURS = re.compile(
     rb"HTTP/1\.1 200 OK\r\n((date|server): [^\r\n]*\r\n)*"
@@ -42,7 +43,7 @@ class Answer(BaseHTTPResponse):
         memory: Its body.
     """
 
-    version_string = "HTTP/1.1"
+    version, version_string = 11, "HTTP/1.1"  # urllib3 2.1 and 2.2 log the first, later ones the second
     length_remaining = 0
 
     def __init__(self, status: int, headers: Any, memory: memoryview) -> None:
@@ -75,7 +76,8 @@ class _Exchange(HTTPConnection):
         if sum(map(len, parts)) < _SMALL:
             parts = [b"".join(parts)]
         for part in parts:
-            self.sock.sendall(part)
+            for begin in range(0, len(part), _SLICE):
+                self.sock.sendall(part[begin : begin + _SLICE])
 
     def getresponse(self) -> Answer:  # type: ignore[override]
         """Receive the answer, all of it.
@@ -85,7 +87,10 @@ class _Exchange(HTTPConnection):
             http.client.HTTPException: what came isn't HTTP, or not all of it came.
         """
         self.sock.settimeout(self.timeout)
-        return self._ours() or self._any()
+        try:
+            return self._ours() or self._any()
+        except (MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise HTTPException(f"a part of the answer has no length that memory can have: {error}") from error
 
     def _ours(self) -> Answer | None:
         if type(self.sock) is not socket.socket:

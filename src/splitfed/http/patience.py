@@ -67,5 +67,5 @@ def asked_for(retry_after: str | None) -> float | None:
         return None
     try:
         return max(0.0, Retry().parse_retry_after(retry_after))
-    except HTTPError:
+    except (HTTPError, ValueError, OverflowError):  # the last two: a year or a number that Python can't have
         return None

@@ -41,11 +41,12 @@ class Threads:
         """What the function returns or raises, called in a thread."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
-        self._under_way += 1
-        if len(self._threads) < min(self._under_way, self._most):
-            thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
+        if len(self._threads) < min(self._under_way + 1, self._most):
+            name = f"{self._name}-{len(self._threads)}"
+            thread = threading.Thread(target=self._work, args=(self._jobs,), name=name, daemon=True)
+            thread.start()  # may fail, and then nothing has changed
             self._threads.append(thread)
-            thread.start()
+        self._under_way += 1
         self._jobs.put((loop, done, function, args))
         found, error = await done
         try:
@@ -60,10 +61,11 @@ class Threads:
         for thread in self._threads:
             self._jobs.put(None)
             threading.Thread(target=thread.join, name="waiting").start()
+        self._threads, self._jobs = [], SimpleQueue()  # an app that is begun once more gets new ones
 
-    def _work(self) -> None:
+    def _work(self, jobs: SimpleQueue[Job | None]) -> None:
         self._begin()
-        while (job := self._jobs.get()) is not None:
+        while (job := jobs.get()) is not None:
             self._do(*job)
             del job  # while it waits, nothing is kept alive
 
