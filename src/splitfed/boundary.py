@@ -85,6 +85,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         """A fresh copy of `tensor` (any shape)."""
+        ctx.set_materialize_grads(False)  # none stays none, as it does through a clone
         return fresh(tensor)
 
     @staticmethod
