@@ -156,16 +156,10 @@ def canonical(tensor: Tensor) -> Tensor:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor fits the format and is contiguous beyond doubt (a dimension of 1 may have any stride)."""
-    return (
-        not tensor.is_nested  # it has no shape to ask for
-        and tensor.layout is torch.strided
-        and tensor.dtype in _CODES
-        and 1 not in tensor.shape
-        and tensor.is_contiguous()
-        and 0 < tensor.dim() <= foreign.MAX_DIMS
-        and tensor.numel() > 0
-        and not (tensor.is_meta or tensor.is_conj() or tensor.is_neg())
-    )
+    if tensor.is_nested or tensor.layout is not torch.strided or tensor.dtype not in _CODES:  # the first has no shape
+        return False
+    sized = 0 < tensor.dim() <= foreign.MAX_DIMS and tensor.numel() > 0 and 1 not in tensor.shape
+    return sized and tensor.is_contiguous() and not (tensor.is_meta or tensor.is_conj() or tensor.is_neg())
 
 
 def crc32(tensor: Tensor) -> int:
