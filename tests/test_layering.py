@@ -104,9 +104,9 @@ MAY_IMPORT = {
     "federation": "errors ids policies rows rounds accumulator perclient sampling judging reporting",
     "partition": "errors pictures",
     # Virtual clients of a real federation.
-    "simulation": "errors ids messages seeding copying template cutting personal transport roundrobin client "
-    "optimizers policies blobs rounds commits store server accumulator perclient rows callbacks progress history "
-    "sampling judging reporting federation",
+    "simulation": "errors ids messages seeding copying template cutting personal wire transport roundrobin "
+    "client optimizers policies blobs rounds commits store server accumulator perclient rows callbacks progress "
+    "history sampling judging reporting federation",
     "checking": "errors messages trees copying template cutting unsplit client store server",
     "inspecting": "messages trees codec packing client store server",
     "testing": "errors blobs",

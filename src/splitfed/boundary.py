@@ -63,8 +63,6 @@ def alias(parameter: Tensor) -> Tensor:
 def fresh(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """A detached copy in memory of its own, with the strides that survive the codec."""
     tensor = tensor.detach()
-    if (device is None or tensor.device == device) and codec.is_plain(tensor):
-        return tensor.clone()
     moved = tensor if device is None or tensor.device == device else tensor.to(device)
     kept = codec.canonical(moved)
     if kept is not tensor and kept.data_ptr() != tensor.data_ptr():

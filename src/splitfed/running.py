@@ -7,6 +7,7 @@ function of its version, and a graph is dropped for a recompute with the same bi
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,18 +105,7 @@ class Runner:
     def keep(self, key: CallKey, call: ForwardRecord, done: Run) -> None:
         """Record a call that has run, and keep its graph at hand."""
         outputs = tuple((tuple(t.shape), str(t.dtype).removeprefix("torch."), t.requires_grad) for t in done.tensors)
-        call = ForwardRecord(
-            cut=call.cut,
-            inputs=call.inputs,
-            requires_grad=call.requires_grad,
-            training=call.training,
-            seed=call.seed,
-            autocast=call.autocast,
-            buffers=call.buffers,
-            outputs=outputs,
-            crcs=done.crcs,
-            numerics=call.numerics,
-        )
+        call = replace(call, outputs=outputs, crcs=done.crcs)
         self._pile.put_forward(*key, call)
         self._graphs.put(key, (call, done))
 

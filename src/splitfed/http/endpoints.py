@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -69,7 +70,7 @@ class Desk:
         return headers, owner
 
 
-class Endpoint:
+class Endpoint(ABC):
     """An ASGI app for one path: counts, and turns whatever is raised into an answer.
 
     Args:
@@ -103,9 +104,9 @@ class Endpoint:
         finally:
             received.close()
 
+    @abstractmethod
     async def answer(self, scope: Scope, receive: Receive, received: Received) -> tuple[int, bytes, Buffers]:
         """Status, content type and body of the answer."""
-        raise NotImplementedError
 
     def _told(self, error: Exception) -> tuple[int, list[tuple[bytes, bytes]], Buffers]:
         status = getattr(error, "status", 500)

@@ -9,27 +9,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from splitfed.commits import Commit
 from splitfed.ids import BatchId
-from splitfed.messages import (
-    BackwardAnswer,
-    BackwardRequest,
-    ForwardAnswer,
-    ForwardRequest,
-    LossAnswer,
-    LossRequest,
-    PullAnswer,
-    PullRequest,
-    PushAnswer,
-    PushRequest,
-)
-from splitfed.transport import Transport
+from splitfed.messages import BackwardRequest, LossRequest, PushRequest
+from splitfed.transport import Relay, Transport
+from splitfed.wire import owner
 
-Answer = TypeVar("Answer")
 Traffic = dict[str, tuple[int, int]]
 """Bytes (up, down) by client id."""
 
@@ -75,7 +64,7 @@ class Arrivals:
         return sum(waited) / len(waited) if waited else None
 
 
-class Meter:
+class Meter(Relay):
     """Counts the tensor bytes of each client, in each direction.
 
     Args:
@@ -109,42 +98,22 @@ class Meter:
                     before = tally.get(client_id, (0, 0))
                     tally[client_id] = (before[0] + up, before[1] + down)
 
-    def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
-        """Activations go up, outputs come down."""
-        return self._count(request.client_id, request, self._transport.forward(request))
-
-    def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
-        """Gradients of outputs go up, gradients of activations come down."""
-        answer = self._count(request.client_id, request, self._transport.backward(request))
-        if request.seal is not None and answer.status != "uncounted":
-            self._note("body", request.client_id, request.incarnation, request.seq)
+    def _ask(self, method: str, request: Any) -> Any:
+        """The transport's answer: what the request holds went up, what the answer holds came down."""
+        answer = getattr(self._transport, method)(request)
+        client_id = owner(request)
+        self.add({client_id: (num_bytes(request), num_bytes(answer))})
+        if isinstance(request, BackwardRequest) and request.seal is not None and answer.status != "uncounted":
+            self._note("body", client_id, request.incarnation, request.seq)
+        elif isinstance(request, LossRequest) and answer.status != "uncounted":
+            self._note("body", client_id, answer.incarnation, request.seq)
+        elif isinstance(request, PushRequest) and answer.status != "published":
+            self._note("client", client_id, answer.incarnation, request.seq)
         return answer
-
-    def loss(self, request: LossRequest, /) -> LossAnswer:
-        """Activations and labels go up, the loss and gradients of activations come down."""
-        answer = self._count(request.forward.client_id, request, self._transport.loss(request))
-        if answer.status != "uncounted":
-            self._note("body", request.forward.client_id, answer.incarnation, request.seq)
-        return answer
-
-    def push(self, request: PushRequest, /) -> PushAnswer:
-        """The update of a client half goes up."""
-        answer = self._count(request.client_id, request, self._transport.push(request))
-        if answer.status != "published":
-            self._note("client", request.client_id, answer.incarnation, request.seq)
-        return answer
-
-    def pull(self, request: PullRequest, /) -> PullAnswer:
-        """A client half comes down."""
-        return self._count(request.client_id, request, self._transport.pull(request))
 
     def _note(self, lineage: str, client_id: str, incarnation: int | None, seq: int) -> None:
         if self._arrivals is not None and incarnation is not None:
             self._arrivals.note(lineage, BatchId(client_id, incarnation, seq))
-
-    def _count(self, client_id: str, request: Any, answer: Answer) -> Answer:
-        self.add({client_id: (num_bytes(request), num_bytes(answer))})
-        return answer
 
 
 def num_bytes(message: Any) -> int:
