@@ -9,26 +9,24 @@ import pytest
 import toy
 
 from splitfed import policies
-from splitfed.messages import BackwardRequest, ForwardRequest, PullRequest, PushRequest
 from splitfed.simulation.schedule import Schedule
 from splitfed.simulation.simulated import Simulation
 from splitfed.simulation.virtual import VirtualTime
-
-KINDS = {PullRequest: "pull", ForwardRequest: "forward", BackwardRequest: "backward", PushRequest: "push"}
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, simulation: Simulation) -> list[tuple[float, str, str]]:
     """The (time, client, request) of each request that a simulation makes from now on."""
     log: list[tuple[float, str, str]] = []
     meter, timeline = simulation._assembly.meter, simulation._timeline
-    count = meter._count
+    ask = meter._ask
 
-    def counting(client_id: str, request: Any, answer: Any) -> Any:
+    def asking(method: str, request: Any) -> Any:
+        answer = ask(method, request)
         if getattr(request, "base_version", 0) != -1:
-            log.append((round(timeline.now if timeline is not None else 0.0, 6), client_id, KINDS[type(request)]))
-        return count(client_id, request, answer)
+            log.append((round(timeline.now if timeline is not None else 0.0, 6), request.client_id, method))
+        return answer
 
-    monkeypatch.setattr(meter, "_count", counting)
+    monkeypatch.setattr(meter, "_ask", asking)
     return log
 
 
