@@ -19,7 +19,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from servers import azurite, ignoring, moto, seaweed
+from servers import COUNTING, azurite, ignoring, moto, seaweed
 
 __all__ = ["azurite", "ignoring", "moto", "seaweed"]  # fixtures: each starts its server when a test first asks for it
 
@@ -57,6 +57,13 @@ def deterministic() -> Iterator[None]:
     yield
     if torch.are_deterministic_algorithms_enabled():  # asked first: switching loads the compiler, which takes seconds
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def uncounted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is marked `no_cover` for its length counts no lines in the processes that it starts either."""
+    if request.node.get_closest_marker("no_cover") is not None:
+        monkeypatch.delenv(COUNTING, raising=False)
 
 
 @pytest.fixture(params=["file", "memory"])
