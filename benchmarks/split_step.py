@@ -4,6 +4,7 @@ Variants, for each model, all with the same input, loss and client optimizer (SG
 
     unsplit      forward, loss, backward, optimizer step of the whole model
     in memory    the same split with both halves in one process and nothing stored: a detach at each cut
+    no files     split over a store on memory://; the server still has the graph at the backward
     kept         split over a store on file://, sync="process"; the server still has the graph at the backward
     recomputed   the same with keep_graphs=0: every backward runs the forward again from its file
     commit       what the accumulator needs to fold the last four such gradients into the next version (not in the step)
@@ -81,9 +82,11 @@ def variants(model: nn.Module, at: str, x: Tensor, y: Tensor, folder: Path) -> d
     steps = {"unsplit": training(model, model, x, y)}
     inner = InMemory(*splitfed.split(model, at))
     steps["in memory"] = training(nn.ModuleList([inner.half, inner.body]), inner, x, y)
-    for name, graphs in (("kept", 8), ("recomputed", 0)):
+    places = {"no files": f"memory:/{folder}", "kept": folder / "kept", "recomputed": folder / "recomputed"}
+    for name, place in places.items():
         half, body = splitfed.split(model, at)
-        store = splitfed.GradientStore(folder / name, sync="process")
+        store = splitfed.GradientStore(place, sync="process")
+        graphs = 0 if name == "recomputed" else 8
         client = splitfed.SplitClient(half, splitfed.SplitServer(body, store, keep_graphs=graphs), "a")
         accumulator = splitfed.Accumulator(body, store, optimizer, keep_versions=2)
         steps[name] = training(client, client, x, y)
