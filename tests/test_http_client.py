@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
@@ -11,6 +12,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -221,6 +223,13 @@ def test_a_silent_server_is_given_up_after_the_timeout() -> None:
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         with pytest.raises(UnreachableError, match=url):
             HttpTransport(url, timeout=0.2, patience=0.0).pull(PullRequest("a"))
+
+
+@pytest.mark.parametrize("option", [{"timeout": 0}, {"timeout": "1"}, {"patience": -1.0}, {"patience": math.nan}])
+def test_a_time_that_is_none_is_refused_at_once(option: dict[str, Any]) -> None:
+    """Not by urllib3, at the first request."""
+    with pytest.raises(InputError, match=next(iter(option))):
+        HttpTransport("http://127.0.0.1:1", **option)
 
 
 def test_one_connection_serves_many_requests() -> None:
