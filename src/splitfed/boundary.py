@@ -17,6 +17,9 @@ from torch import Tensor
 from splitfed import codec
 
 
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.4 can't tell
+
+
 class uncached:  # noqa: N801 -- reads as the adjective that it is
     """Keep autocast's cache of cast weights from crossing the cut: what is cached on one side belongs to one graph."""
 
@@ -31,7 +34,7 @@ class uncached:  # noqa: N801 -- reads as the adjective that it is
 
 def unhooked() -> AbstractContextManager[Any]:
     """Keep saved-tensor hooks (torch.utils.checkpoint sets them around the client's code) out of the body's graph."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if _top_hooks is not None and _top_hooks(True) is None:
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
 

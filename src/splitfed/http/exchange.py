@@ -51,6 +51,9 @@ class Answer(BaseHTTPResponse):
         self.headers = headers
         self.memory = memory
 
+    def close(self) -> None:
+        """Nothing is open. Python 3.13 asks at the end of whatever urllib3 derives from io, and prints what is raised."""
+
 
 class _Exchange(HTTPConnection):
     """What both kinds of connection do otherwise than urllib3's."""
