@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import random
 import socket
@@ -140,6 +141,17 @@ def test_something_else_at_the_url_is_told_at_once(said: bytes, status: int) -> 
         HttpTransport(url).pull(PullRequest("a"))
     assert len(seen) == 1
     assert url in str(caught.value)
+
+
+def test_an_answer_that_a_proxy_has_compressed_is_told_as_that() -> None:
+    """The URL is right, so it isn't doubted."""
+    script = scripted(answer(200, gzip.compress(PULLED), content_encoding="gzip"))
+    with (
+        script as (url, _),
+        pytest.raises(UnreachableError, match=r"content-encoding 'gzip'.*proxy in between") as caught,
+    ):
+        HttpTransport(url).pull(PullRequest("a"))
+    assert "is the URL right" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

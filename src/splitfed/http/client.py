@@ -134,6 +134,8 @@ class HttpTransport(Relay):
             asked: float | None = None
             try:
                 status, told, data = self._once(verb, path, parts)
+            except UnreachableError:
+                raise
             except (HTTPError, OSError) as error:
                 failure: Exception = UnreachableError(f"{self.url} can't be reached: {reason(error)}")
                 if not passes(error, met=self._met):
@@ -167,6 +169,12 @@ class HttpTransport(Relay):
             redirect=False,
             release_conn=True,
         )
+        encoding = response.headers.get("content-encoding", "identity").lower()
+        if response.status == 200 and encoding != "identity":
+            raise UnreachableError(
+                f"{self.url}{path} answered with content-encoding {encoding!r}, expected 'identity' as it was asked "
+                "for: a proxy in between compresses; turn that off for this path"
+            )
         return response.status, asked_for(response.headers.get("retry-after")), response.memory
 
     def _connections(self) -> urllib3.HTTPConnectionPool:
