@@ -448,7 +448,7 @@ def test_a_root_that_links_to_nowhere_is_told_as_that(tmp_path: Path) -> None:
     (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")
     blobs = LocalBlobs(tmp_path / "run")
     for write in (blobs.create, blobs.put):
-        with pytest.raises(StoreError, match="a link to .*which isn't there; is its disk mounted") as caught:
+        with pytest.raises(StoreError, match=r"a link to .*which isn't there; is its disk mounted") as caught:
             write("a/b", [b"x"])
         assert not isinstance(caught.value, BusyError)
     (tmp_path / "disk").mkdir()

@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -287,6 +288,23 @@ def test_a_token_that_can_t_stand_in_a_header_is_refused(token: str) -> None:
     """It could smuggle one."""
     with pytest.raises(InputError, match="splitfed token new"):
         HttpTransport("http://host", token=token)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("timeout", 0),
+        ("timeout", -1.0),
+        ("timeout", "5"),
+        ("timeout", float("inf")),
+        ("patience", -1),
+        ("patience", float("nan")),
+    ],
+)
+def test_a_time_that_is_none_is_refused(option: str, value: Any) -> None:
+    """When it is given; with a patience that is NaN the tries would never end."""
+    with pytest.raises(InputError, match=f"{option} is {value!r}: expected"):
+        HttpTransport("http://127.0.0.1:1", **{option: value})
 
 
 def test_a_path_in_the_url_is_kept() -> None:

@@ -24,6 +24,7 @@ from splitfed.errors import FormatError, InputError, UnreachableError
 from splitfed.http.contract import BINARY, PREFIX, RETRIED, decode_error
 from splitfed.http.exchange import Body, PlainExchange, SecureExchange
 from splitfed.http.patience import Tries, asked_for, passes, reason
+from splitfed.ids import positive
 from splitfed.packing import pack, unpack
 from splitfed.transport import Relay
 
@@ -48,7 +49,7 @@ class HttpTransport(Relay):
         ca_certs: File with the certificates to trust, instead of the system's.
 
     Raises:
-        InputError: it isn't such a URL, or the token can't stand in a header.
+        InputError: it isn't such a URL, the token can't stand in a header, or a time isn't one.
     """
 
     def __init__(
@@ -74,6 +75,9 @@ class HttpTransport(Relay):
         }
         if token is not None:
             self._headers["authorization"] = f"Bearer {token}"
+        positive("timeout", timeout)
+        if not isinstance(patience, int | float) or not patience >= 0:
+            raise InputError(f"patience is {patience!r}: expected seconds, 0 for a single try")
         self._timeout = Timeout(connect=min(10.0, timeout), read=timeout)
         self._patience = patience
         self._ca_certs = ca_certs
