@@ -59,7 +59,9 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="a class of torch.optim, such as AdamW; or module:attribute, a function that makes one from parameters",
     )
-    group.add_argument("--lr", type=float, metavar="X", help="its learning rate (default: the class's own)")
+    group.add_argument(
+        "--lr", type=float, metavar="X", help="its learning rate, for the whole run (default: the class's own)"
+    )
     group.add_argument("--momentum", type=float, metavar="X", help="its momentum")
     group.add_argument("--weight-decay", type=float, metavar="X", help="its weight decay")
     group.add_argument(
