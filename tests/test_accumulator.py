@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from typing import Any
 
 import harness_store as h
 import pytest
 import torch
-from harness_store import Point, again, batch, bits, drain, record, sgd
+from harness_store import Point, again, batch, bits, drain, plant, record, sgd
 from torch import nn
 
 from splitfed.accumulator import Accumulator
@@ -247,3 +248,17 @@ def test_the_body_that_was_given_isnt_changed(store: GradientStore) -> None:
     assert len(drain(accumulator)) == 1
     assert bits(body.state_dict()) == before != bits(again(store).load_weights())
     assert all(parameter.grad is None for parameter in body.parameters())
+
+
+def test_another_rate_at_a_restart_is_told_and_the_store_s_goes_on() -> None:
+    """From 0 a step of rate 1 and, by an accumulator that was asked for ½, another: −2, and not −1.5."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    for seq, rate in enumerate((1.0, 0.5)):
+        accumulator = Accumulator(Point(), store, sgd(rate))
+        plant(store, batch(seq), record(base_version=seq))
+        if rate == 1.0:
+            accumulator.step()
+            continue
+        with pytest.warns(UserWarning, match=r"goes on with the store's .*'lr': 1.0.*, not with .*'lr': 0.5"):
+            accumulator.step()
+    assert store.load_weights()["w"].tolist() == [-2.0, -2.0]

@@ -443,6 +443,19 @@ def test_a_directory_that_never_stays_is_given_up(local: LocalBlobs, monkeypatch
             write("a/b", [b"1"])
 
 
+def test_a_root_that_links_to_nowhere_is_told_as_that(tmp_path: Path) -> None:
+    """As a disk that isn't mounted leaves it: trying again wouldn't help, so it isn't proposed."""
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")
+    blobs = LocalBlobs(tmp_path / "run")
+    for write in (blobs.create, blobs.put):
+        with pytest.raises(StoreError, match=r"a link to .*which isn't there; is its disk mounted") as caught:
+            write("a/b", [b"x"])
+        assert not isinstance(caught.value, BusyError)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "run").mkdir()
+    assert blobs.create("a/b", [b"x"])
+
+
 def test_a_directory_above_the_root_may_be_another_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parent of the root that we may not read stops no durable create; one of our own directories does."""
     real, closed = files.sync_directory, [str(tmp_path)]

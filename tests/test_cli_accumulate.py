@@ -143,6 +143,7 @@ def test_staleness_can_weigh_less(store: GradientStore) -> None:
         (["--optimizer", "Optimizer2", "--lr", "1"], "isn't a class of torch.optim"),
         (["--optimizer", "Adam", "--momentum", "0.9"], "--momentum: torch.optim.Adam takes none"),
         (["--optimizer", "SGD", "--lr", "-1"], "torch.optim.SGD refuses {'lr': -1.0}"),
+        (["--optimizer", "SGD", "--lr", "nan"], "--lr is nan: expected a finite number"),
         (["--optimizer", "points:optimizer", "--lr", "1"], "--lr goes with a class of torch.optim"),
         (["--optimizer", "points:nothing"], "--optimizer 'points:nothing'"),
         (["--optimizer", "points:broken"], "--optimizer 'points:broken' raised RuntimeError: no such rate"),

@@ -27,6 +27,16 @@ def build():
 
 def broken():
     raise RuntimeError("no weights here")
+
+def needy(width):
+    return nn.Linear(width, 7)
+
+class Lazy:
+    @property
+    def body(self):
+        raise RuntimeError("no disk")
+
+lazy = Lazy()
 """
 
 
@@ -35,6 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder has a module of the user's."""
     (tmp_path / "my_site.py").write_text(SOURCE)
     (tmp_path / "my_broken.py").write_text("x = 1\nimport not_installed_at_all\n")
+    (tmp_path / "my_typo.py").write_text("body = (\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("my_site", "my_broken"):
@@ -71,6 +82,11 @@ def test_an_object_needn_t_be_a_module() -> None:
         ("my_site:bodies", "no attribute 'bodies'"),
         ("my_site:number", "is a int: expected the body as an nn.Module"),
         ("my_site:broken", r"RuntimeError: no weights here \(my_site.py, line 16\)"),
+        ("my_site.py:body", "names a file: expected the name by which Python imports it"),
+        ("./my_site:body", "names a file: expected the name by which Python imports it"),
+        ("my_typo:body", r"SyntaxError: .*\(my_typo.py, line 1\)$"),
+        ("my_site:needy", r"missing 1 required positional argument: 'width'$"),
+        ("my_site:lazy.body", r"reading 'body' raised RuntimeError: no disk \(my_site.py, line 24\)"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(spec: str, said: str) -> None:

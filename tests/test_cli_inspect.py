@@ -58,6 +58,7 @@ def test_a_body_of_integers(app: str, capsys: pytest.CaptureFixture[str]) -> Non
     [
         (["body", "--input", "2x"], 2, "expected a shape and perhaps a dtype"),
         (["body", "--input", "2x3:nosuch"], 2, "expected a shape and perhaps a dtype"),
+        (["body", "--input", "9999999999x9999999999"], 2, "can't be made: "),
         (["body"], 2, "--input"),
         (["model", "--at", "9", "--input", "7x3"], 1, "no submodule '9'"),
         (["model", "--at", "1", "--input", "7x4"], 2, "doesn't run on input 7x4: RuntimeError: mat1"),

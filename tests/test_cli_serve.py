@@ -87,6 +87,7 @@ def test_others_are_let_in_with_tokens_or_in_so_many_words(
     [
         (["--tokens", "nowhere"], "token file nowhere can't be read"),
         (["--workers", "0"], "--workers takes 1 or more"),
+        (["--workers", "2", "--store", "memory://run"], "each would have a memory://run of its own"),
         (["--tls-key", "k"], "--tls-key needs --tls-cert"),
         (["--max-body", "0"], "limit body is 0"),
         (["--max-in-flight", "5"], "less than one body may have"),

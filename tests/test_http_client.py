@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import gzip
 import os
 import random
 import socket
@@ -144,6 +144,17 @@ def test_something_else_at_the_url_is_told_at_once(said: bytes, status: int) -> 
     assert url in str(caught.value)
 
 
+def test_an_answer_that_a_proxy_has_compressed_is_told_as_that() -> None:
+    """The URL is right, so it isn't doubted."""
+    script = scripted(answer(200, gzip.compress(PULLED), content_encoding="gzip"))
+    with (
+        script as (url, _),
+        pytest.raises(UnreachableError, match=r"content-encoding 'gzip'.*proxy in between") as caught,
+    ):
+        HttpTransport(url).pull(PullRequest("a"))
+    assert "is the URL right" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "failures",
     [
@@ -225,13 +236,6 @@ def test_a_silent_server_is_given_up_after_the_timeout() -> None:
             HttpTransport(url, timeout=0.2, patience=0.0).pull(PullRequest("a"))
 
 
-@pytest.mark.parametrize("option", [{"timeout": 0}, {"timeout": "1"}, {"patience": -1.0}, {"patience": math.nan}])
-def test_a_time_that_is_none_is_refused_at_once(option: dict[str, Any]) -> None:
-    """Not by urllib3, at the first request."""
-    with pytest.raises(InputError, match=next(iter(option))):
-        HttpTransport("http://127.0.0.1:1", **option)
-
-
 def test_one_connection_serves_many_requests() -> None:
     """It is kept open; a child after a fork takes its own."""
     with serving(f"memory://{uuid.uuid4()}") as (_, service):
@@ -284,6 +288,23 @@ def test_a_token_that_can_t_stand_in_a_header_is_refused(token: str) -> None:
     """It could smuggle one."""
     with pytest.raises(InputError, match="splitfed token new"):
         HttpTransport("http://host", token=token)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("timeout", 0),
+        ("timeout", -1.0),
+        ("timeout", "5"),
+        ("timeout", float("inf")),
+        ("patience", -1),
+        ("patience", float("nan")),
+    ],
+)
+def test_a_time_that_is_none_is_refused(option: str, value: Any) -> None:
+    """When it is given; with a patience that is NaN the tries would never end."""
+    with pytest.raises(InputError, match=f"{option} is {value!r}: expected"):
+        HttpTransport("http://127.0.0.1:1", **{option: value})
 
 
 def test_a_path_in_the_url_is_kept() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from splitfed.accumulator import Accumulator
 from splitfed.errors import CorruptedError, ExpiredError, MissingError
+from splitfed.server import SplitServer
 from splitfed.store import GradientStore
 
 BIG = 20_000  # float32: 80 KB, which a local store maps into memory
@@ -236,3 +237,24 @@ def test_states_are_read_once_and_shared(store_url: str) -> None:
     with hook.armed():
         assert store.lineage().state(1)["w"] is store.lineage().state(1)["w"]
     assert hook.count == 1
+
+
+@pytest.mark.parametrize("begun_anew", [False, True])
+def test_a_run_that_was_deleted_under_its_processes_is_told_and_loses_no_batch(
+    store_url: str, begun_anew: bool
+) -> None:
+    """The first batch of client a has the id that version 1 of the old run had counted: nobody takes it for that."""
+    server = SplitServer(Point(), GradientStore(store_url, sync="process"))
+    store = trained(store_url, 1)
+    accumulator = Accumulator(Point(), store, sgd())
+    assert accumulator.step() is None
+    assert server.store.latest_version() == 1
+    for top in ("body", "clients"):
+        store.blobs.delete_tree(top)
+    if begun_anew:
+        Accumulator(Point(), again(store), sgd())
+        store.pile().create(batch(0), record())
+    for act in (accumulator.step, lambda: server.store.open_client("a"), server.store.lineage().checked_head):
+        with pytest.raises(CorruptedError, match="deleted or begun anew while a server or accumulator used it"):
+            act()
+    assert again(store).waiting() == [batch(0)] * begun_anew

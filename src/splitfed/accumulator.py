@@ -125,12 +125,12 @@ class Accumulator:
 
         Raises:
             StoreError: the storage failed; nothing is lost, and a later step continues.
-            CorruptedError: the version to build upon was changed from outside.
+            CorruptedError: the version to build upon was changed or deleted from outside.
         """
         least = self.min_batches if min_batches is None else at_least("min_batches", min_batches, 1)
         with self.store.blobs.lock(self._versions.keys.lock, self._lock_seconds):
             while True:
-                head = self._versions.head()
+                head = self._versions.checked_head()
                 try:
                     return self._try(head, least, only)
                 except MissingError:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from splitfed import codec
 
-
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.4 can't tell
 
 

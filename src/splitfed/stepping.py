@@ -2,10 +2,14 @@
 
 Module, optimizer and scheduler live in the store between commits. What stays in memory is a cache: it is used only
 if the head is the very commit (by nonce) that it came from, and it equals what the store would give, bit for bit.
+
+The optimizer's settings are of its state, so the store's win over those of a factory that was changed meanwhile. Who
+restarts with another rate would wait for it in vain: that is told.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,6 +23,8 @@ from splitfed.optimizers import Groups, OptimizerFactory, SchedulerFactory
 from splitfed.template import Template
 from splitfed.versions import Versions
 
+_SETTINGS = ("lr", "momentum", "betas", "weight_decay")
+
 
 @dataclass(slots=True, eq=False)
 class Live:
@@ -28,6 +34,14 @@ class Live:
     module: nn.Module
     optimizer: Optimizer
     scheduler: LRScheduler | None
+
+
+def _settings(optimizer: Optimizer) -> list[dict[str, object]]:
+    """What people set, by group."""
+    groups = optimizer.param_groups
+    return [
+        {key: group[key] for key in _SETTINGS if isinstance(group.get(key), float | int | tuple)} for group in groups
+    ]
 
 
 class Stepper:
@@ -71,7 +85,15 @@ class Stepper:
         optimizer, scheduler = optimizers.build(module, *self._factories)
         saved = versions.optimizer(head)
         if saved is not None:
+            given = _settings(optimizer)
             optimizers.restore(optimizer, scheduler, saved)
+            if scheduler is None and _settings(optimizer) != given:
+                warnings.warn(
+                    f"the optimizer goes on with the store's {_settings(optimizer)}, not with {given} as it was "
+                    "made now: settings are part of its state. Make it as before; for rates that change give a "
+                    "lr_scheduler from the beginning, or begin a new run from load_weights()",
+                    stacklevel=2,
+                )
         return Live(nonce, module, optimizer, scheduler)
 
     def keep(self, live: Live, nonce: str) -> None:

@@ -182,7 +182,11 @@ class GradientStore:
         Args:
             client_id: The client.
             process: What the process calls itself; a random string, so that a repeated request opens nothing new.
+
+        Raises:
+            CorruptedError: the run was deleted or begun anew while this store was open.
         """
+        self.lineage().checked_head()
         mine = json.dumps({"process": process or os.urandom(16).hex()}).encode()
         names = [key.rpartition("/")[2] for key in self.blobs.list(layout.client(client_id))]
         taken = [int(name) for name in names if name.isdecimal() and name.isascii()]

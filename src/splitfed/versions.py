@@ -78,6 +78,22 @@ class Versions:
         self._head = max(self._head, version)
         return self._head
 
+    def checked_head(self) -> int:
+        """As `head`, after a look that the newest version known here is still what it was: for what is begun on it.
+
+        Raises:
+            CorruptedError: the run was deleted or replaced meanwhile, and all that is cached here is of the old one.
+        """
+        version, known = self._head, self._commits.get(self._head)
+        if version >= 0:
+            data = self.blobs.get(self.keys.commit(version))
+            if data is None or (known is not None and Commit.from_json(data).nonce != known.nonce):
+                raise CorruptedError(
+                    f"version {version} of lineage {self.name!r} isn't there any more, or is another: the run was "
+                    "deleted or begun anew while a server or accumulator used it, and that one has to be started anew"
+                )
+        return self.head()
+
     def commit(self, version: int) -> Commit:
         """The record of a version.
 

@@ -151,6 +151,11 @@ class LocalBlobs:
             raise
         except OSError as exc:
             raise self._failed(verb, key, exc) from exc
+        if os.path.islink(self.root) and not os.path.exists(self.root):
+            raise StoreError(
+                f"can't {verb} {key!r} in {self!r}: that is a link to {os.readlink(self.root)!r}, which isn't there; "
+                "is its disk mounted?"
+            )
         raise BusyError(f"can't {verb} {key!r} in {self!r}: its directory vanished {_TRIES} times; try again")
 
     def _make(self, directory: str, sync: bool) -> None:

@@ -2,12 +2,14 @@
 
 A verb's module has `add(verbs)`, which describes its arguments and sets `run`, a function from the parsed arguments to
 the exit status. It imports what it needs in `run`, so that `--help` doesn't wait for torch. What the user got wrong is
-told in one line, without a traceback: exit status 2; anything else that fails by our own errors: 1.
+told in one line, without a traceback: exit status 2; anything else that fails by our own errors, or by the system's: 1.
+Who reads the output may leave before its end, as `head` does: that is no failure to speak of.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -27,7 +29,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 for a user's mistake, 1 for a failure, 130 for an interrupt.
+    """Run a command and return its exit status: 0, 2 for a user's mistake, 1 for a failure.
+
+    130 is an interrupt, and 141 output that nobody reads any more, as shells have it.
 
     Args:
         argv: The arguments after the program's name; those of the process if not given.
@@ -35,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         status: int = arguments.run(arguments)
+        sys.stdout.flush()  # later its failure would be a traceback
         return status
     except KeyboardInterrupt:
         print("splitfed: interrupted", file=sys.stderr)
@@ -42,6 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SplitFedError as error:
         print(f"splitfed: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except OSError as error:
+        _drop_output()
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"splitfed: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _drop_output() -> None:
+    """Let what can't be written go: Python would try once more at its end, and say so."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

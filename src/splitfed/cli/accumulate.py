@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,9 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="a class of torch.optim, such as AdamW; or module:attribute, a function that makes one from parameters",
     )
-    group.add_argument("--lr", type=float, metavar="X", help="its learning rate (default: the class's own)")
+    group.add_argument(
+        "--lr", type=float, metavar="X", help="its learning rate, for the whole run (default: the class's own)"
+    )
     group.add_argument("--momentum", type=float, metavar="X", help="its momentum")
     group.add_argument("--weight-decay", type=float, metavar="X", help="its weight decay")
     group.add_argument(
@@ -165,7 +168,9 @@ def optimizer_factory(arguments: argparse.Namespace) -> Callable[[Any], Any]:
     kind = getattr(torch.optim, name, None)
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise InputError(f"--optimizer {name!r} isn't a class of torch.optim: expected such as SGD, Adam or AdamW")
-    for field in settings:
+    for field, value in settings.items():
+        if not math.isfinite(value):
+            raise InputError(f"--{field.replace('_', '-')} is {value}: expected a finite number")
         if field not in inspect.signature(kind).parameters:
             raise InputError(f"--{field.replace('_', '-')}: torch.optim.{name} takes none; leave it out")
 

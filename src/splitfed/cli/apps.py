@@ -26,11 +26,16 @@ def load_object(spec: str, what: str) -> Any:
         what: Which argument it is, for the message.
 
     Raises:
-        InputError: it isn't of this form, or there is no such module or attribute, or importing it raised.
+        InputError: it isn't of this form, or there is no such module or attribute, or importing or reading it raised.
     """
     module, colon, path = spec.partition(":")
     if not (module and colon and path):
         raise InputError(f"{what} is {spec!r}: expected module:attribute, such as my_models:body")
+    if "/" in module or module.startswith(".") or module.endswith(".py"):
+        raise InputError(
+            f"{what} is {spec!r}, which names a file: expected the name by which Python imports it from the current "
+            "folder, such as my_models:body for my_models.py, or sites.my_models:body for sites/my_models.py"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -38,9 +43,12 @@ def load_object(spec: str, what: str) -> Any:
     except Exception as error:
         raise InputError(f"{what} {spec!r}: importing {module!r} from {os.getcwd()} raised {_told(error)}") from error
     for name in path.split("."):
-        if not hasattr(found, name):
-            raise InputError(f"{what} {spec!r}: {module!r} has no attribute {name!r} of {path!r}")
-        found = getattr(found, name)
+        try:
+            found = getattr(found, name)
+        except AttributeError as error:
+            raise InputError(f"{what} {spec!r}: {module!r} has no attribute {name!r} of {path!r}") from error
+        except Exception as error:
+            raise InputError(f"{what} {spec!r}: reading {name!r} raised {_told(error)}") from error
     return found
 
 
@@ -67,5 +75,8 @@ def load_body(spec: str) -> nn.Module:
 
 
 def _told(error: Exception) -> str:
+    """What was raised, and where; a place in here or in Python's import would be none of the user's."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({os.path.basename(last.filename)}, line {last.lineno})"
+    mine = last.filename != __file__ and not last.filename.startswith("<frozen importlib")
+    where = f" ({os.path.basename(last.filename)}, line {last.lineno})" if mine else ""
+    return f"{type(error).__name__}: {error}{where}"

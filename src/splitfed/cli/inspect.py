@@ -83,7 +83,10 @@ def _example(text: str) -> Tensor:
         raise InputError(f"--input {text!r} isn't allowed: expected a shape and perhaps a dtype, such as 8x128:int64")
     shape = [int(number) for number in found[1].split("x")]
     floating = dtype.is_floating_point or dtype.is_complex
-    return torch.randn(shape).to(dtype) if floating else torch.zeros(shape, dtype=dtype)
+    try:
+        return torch.randn(shape).to(dtype) if floating else torch.zeros(shape, dtype=dtype)
+    except RuntimeError as error:
+        raise InputError(f"--input {text!r} can't be made: {str(error).splitlines()[0]}") from error
 
 
 def _page(found: Inspection) -> str:

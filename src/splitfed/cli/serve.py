@@ -84,6 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.workers < 1 or arguments.drain_seconds < 0:
         raise InputError("--workers takes 1 or more, --drain-seconds 0 or more")
+    if arguments.workers > 1 and (arguments.store or "").lower().startswith("memory:"):
+        raise InputError(
+            f"--workers {arguments.workers}: each would have a {arguments.store} of its own; give a folder"
+        )
     if arguments.tls_key and not arguments.tls_cert:
         raise InputError("--tls-key needs --tls-cert: the certificate that it belongs to")
     place = Place(

@@ -62,7 +62,8 @@ def make_app(
     store, versions = server.store, server.store.lineage(server.lineage)
 
     def ready() -> tuple[int, bytes]:
-        return 200, json.dumps({"status": "ready", "version": versions.head(), "splitfed": __version__}).encode()
+        found = {"status": "ready", "version": versions.checked_head(), "splitfed": __version__}
+        return 200, json.dumps(found).encode()
 
     def measure() -> tuple[int, bytes]:
         gauges = {

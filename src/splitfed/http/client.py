@@ -75,9 +75,10 @@ class HttpTransport(Relay):
         }
         if token is not None:
             self._headers["authorization"] = f"Bearer {token}"
-        self._timeout = Timeout(connect=min(10.0, positive("timeout", timeout)), read=timeout)
+        positive("timeout", timeout)
         if not isinstance(patience, int | float) or not patience >= 0:
             raise InputError(f"patience is {patience!r}: expected seconds, 0 for a single try")
+        self._timeout = Timeout(connect=min(10.0, timeout), read=timeout)
         self._patience = patience
         self._ca_certs = ca_certs
         self._lock = threading.Lock()
@@ -137,6 +138,8 @@ class HttpTransport(Relay):
             asked: float | None = None
             try:
                 status, told, data = self._once(verb, path, parts)
+            except UnreachableError:
+                raise
             except (HTTPError, OSError) as error:
                 failure: Exception = UnreachableError(f"{self.url} can't be reached: {reason(error)}")
                 if not passes(error, met=self._met):
@@ -170,6 +173,12 @@ class HttpTransport(Relay):
             redirect=False,
             release_conn=True,
         )
+        encoding = response.headers.get("content-encoding", "identity").lower()
+        if response.status == 200 and encoding != "identity":
+            raise UnreachableError(
+                f"{self.url}{path} answered with content-encoding {encoding!r}, expected 'identity' as it was asked "
+                "for: a proxy in between compresses; turn that off for this path"
+            )
         return response.status, asked_for(response.headers.get("retry-after")), response.memory
 
     def _connections(self) -> urllib3.HTTPConnectionPool:

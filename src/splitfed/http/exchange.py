@@ -52,7 +52,7 @@ class Answer(BaseHTTPResponse):
         self.memory = memory
 
     def close(self) -> None:
-        """Nothing is open. Python 3.13 asks at the end of whatever urllib3 derives from io, and prints what is raised."""
+        """Nothing is open; but Python 3.13 calls this at the end of what derives from io, and prints what is raised."""
 
 
 class _Exchange(HTTPConnection):
