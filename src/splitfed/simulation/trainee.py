@@ -186,7 +186,7 @@ class Trainee:
         self, client: SplitClient, optimizer: Optimizer, scheduler: LRScheduler | None
     ) -> Generator[Next, None, None]:
         recipe, order = self._recipe, localdata.order(self._data, self._stream.generator)
-        for inputs, targets in localdata.batches(self._data, recipe.batch_size, order):
+        for number, (inputs, targets) in enumerate(localdata.batches(self._data, recipe.batch_size, order)):
             if recipe.gradients and self.outcome.batches + self.outcome.expired:
                 yield Next.PULL
                 client.pull()
@@ -202,7 +202,8 @@ class Trainee:
             except ExpiredError:
                 self.outcome.expired += 1
                 continue
-            self._count(len(targets), loss, num_right(outputs, targets))
+            num_samples = min(recipe.batch_size, len(order) - number * recipe.batch_size)
+            self._count(num_samples, loss, num_right(outputs, targets))
             if recipe.gradients:
                 yield Next.PUSH
                 client.push(gradient=True)
