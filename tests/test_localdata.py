@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from splitfed import partition
 from splitfed.errors import IdError, InputError
@@ -27,6 +27,15 @@ def test_batches_hold_the_examples_in_the_order_given(data: Any) -> None:
     assert taken(data, 2, [4, 1, 3, 0, 2]) == [[4, 1], [3, 0], [2]]
     targets = [batch[1].tolist() for batch in batches(data, 3, [1, 2, 5])]
     assert targets == [[1, 2, 2]]
+
+
+@pytest.mark.parametrize("data", [PAIR, TensorDataset(*PAIR), Shard(PAIR, torch.arange(10))])
+def test_an_example_of_a_part_is_one_of_the_whole(data: Any) -> None:
+    """Without an axis for the batch, so that a `Subset` or a data set of one's own may lie over a part."""
+    part = Subset(Shard(data, torch.tensor([9, 8, 7])), [1, 2])
+    inputs, targets = next(batches(part, 2, [0, 1]))
+    assert inputs.tolist() == [[8.0], [7.0]]
+    assert targets.tolist() == [2, 1]
 
 
 def test_a_part_of_a_part_counts_in_its_own_indices() -> None:

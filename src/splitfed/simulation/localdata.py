@@ -48,7 +48,8 @@ class Shard:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Any:
-        return next(batches(self.data, 1, [int(self.indices[index])]))
+        chosen = int(self.indices[index])
+        return tuple(part[chosen] for part in self.data) if isinstance(self.data, tuple) else self.data[chosen]
 
 
 def deal(data: Data, parts: Sequence[Tensor], names: Sequence[str] | None = None) -> dict[str, Shard]:
