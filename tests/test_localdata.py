@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from splitfed import partition
 from splitfed.errors import IdError, InputError
@@ -90,6 +90,37 @@ def test_clients_that_cant_be_simulated_are_refused(clients: Any, error: type[Ex
     """Each with what was expected."""
     with pytest.raises(error, match=said):
         localdata.check(clients)
+
+
+@pytest.mark.parametrize(
+    ("examples", "said"),
+    [
+        ([{"pixels": 1.0, "label": 0}], "example 0 of a list is a dict: expected a pair"),
+        ([(1.0, 0, "site-a")], "example 0 of a list is 3 parts: expected a pair"),
+        (list(PAIR), "example 0 of a list is a Tensor: expected a pair"),
+        ([(torch.ones(1), 0), (torch.ones(2), 0)], "stack expects each tensor to be equal size.* pad them"),
+        ([(object(), 0)], "found <class 'object'>.* convert"),
+        ([({"text": 1.0}, 0), ({"image": 1.0}, 0)], "can't be put together .*'text'"),
+    ],
+)
+def test_what_makes_no_batch_is_refused(examples: list[Any], said: str) -> None:
+    """A data set's usual dicts and triples, and examples of unlike shapes: by what was found, and how to mend it."""
+    with pytest.raises(InputError, match=said):
+        list(batches(examples, 2, range(len(examples))))
+
+
+def test_a_stream_is_refused_though_it_has_a_length() -> None:
+    """It can't be indexed."""
+
+    class Stream(IterableDataset[int]):
+        def __iter__(self) -> Any:
+            return iter(range(3))
+
+        def __len__(self) -> int:
+            return 3
+
+    with pytest.raises(InputError, match=r"data is a Stream: .* a list of what a stream yields"):
+        localdata.check({"a": Stream()})
 
 
 def test_an_order_is_every_example_once() -> None:

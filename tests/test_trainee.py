@@ -148,8 +148,11 @@ def test_a_batch_whose_version_has_gone_is_lost_and_counted() -> None:
 
 
 def test_a_loss_that_isnt_a_scalar_is_refused() -> None:
-    """With its shape, before autograd complains."""
+    """With its shape or its type, before autograd complains."""
     site = Site("scalar")
+    site.recipe = replace(site.recipe, loss_fn=lambda outputs, targets: outputs.sum().item())  # type: ignore[return-value]
+    with pytest.raises(InputError, match="loss_fn returned a float: expected a scalar tensor"):
+        list(site.trainee(Belongings()).run())
     site.recipe = replace(site.recipe, loss_fn=lambda outputs, targets: outputs.sum(1))
     with pytest.raises(InputError, match=r"shape \(3,\): expected a scalar"):
         list(site.trainee(Belongings()).run())

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from splitfed.errors import InputError
 from splitfed.ids import check_client_id
@@ -101,8 +102,11 @@ def size(data: Data) -> int:
             raise InputError("data is a tuple: expected two tensors, inputs (N, *) and targets (N, *)")
         if len(data[0]) != len(data[1]):
             raise InputError(f"{len(data[0])} inputs and {len(data[1])} targets: expected as many")
-    elif not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise InputError(f"data is a {type(data).__name__}: expected a pair of tensors, or a sequence of examples")
+    elif isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise InputError(
+            f"data is a {type(data).__name__}: expected a pair of tensors, or a sequence of examples, such as "
+            "loader.dataset of a DataLoader or a list of what a stream yields"
+        )
     return len(data[0]) if isinstance(data, tuple) else len(data)
 
 
@@ -112,7 +116,11 @@ def order(data: Data, generator: torch.Generator) -> list[int]:
 
 
 def batches(data: Data, batch_size: int, indices: Iterable[int]) -> Iterator[tuple[Any, Any]]:
-    """Pairs (inputs (N, *), targets (N, *)) of these examples in this order; the last one may be smaller."""
+    """Pairs (inputs (N, *), targets (N, *)) of these examples in this order; the last one may be smaller.
+
+    Raises:
+        InputError: an example isn't a pair, or examples don't make a batch.
+    """
     wanted = torch.as_tensor(list(indices), dtype=torch.int64)
     while isinstance(data, Shard):
         wanted = data.indices[wanted]
@@ -121,8 +129,29 @@ def batches(data: Data, batch_size: int, indices: Iterable[int]) -> Iterator[tup
         if isinstance(data, tuple):
             yield data[0][part], data[1][part]
         else:
-            inputs, targets = torch.utils.data.default_collate([data[index] for index in part.tolist()])
-            yield inputs, targets
+            yield _collate([_pair(data, index) for index in part.tolist()])
+
+
+def _pair(data: Items, index: int) -> Any:
+    example = data[index]
+    if not isinstance(example, tuple | list) or len(example) != 2:
+        found = f"{len(example)} parts" if isinstance(example, tuple | list) else f"a {type(example).__name__}"
+        raise InputError(
+            f"example {index} of a {type(data).__name__} is {found}: expected a pair (input, target), of which either "
+            "may be a dict or tuple; let the data set return that"
+        )
+    return example
+
+
+def _collate(examples: list[Any]) -> tuple[Any, Any]:
+    try:
+        inputs, targets = torch.utils.data.default_collate(examples)
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise InputError(
+            f"examples can't be put together in a batch ({error}): expected tensors or numbers of one shape; let the "
+            "data set convert or pad them"
+        ) from error
+    return inputs, targets
 
 
 def classes(data: Data) -> dict[str, int] | None:

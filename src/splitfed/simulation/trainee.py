@@ -194,8 +194,9 @@ class Trainee:
             optimizer.zero_grad()
             outputs = client(inputs)
             loss = recipe.loss_fn(outputs, targets)
-            if loss.dim():
-                raise InputError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}: expected a scalar")
+            if not isinstance(loss, Tensor) or loss.dim():
+                found = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise InputError(f"loss_fn returned a {found}: expected a scalar tensor")
             yield Next.BACKWARD
             try:
                 loss.backward()
