@@ -99,6 +99,22 @@ def test_synchronous_mode_is_centralised_training_on_all_batches() -> None:
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:a gradient of client 'client-1' isn't finite")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_client_with_nan_in_all_its_data_is_reported_and_the_others_train(mode: str) -> None:
+    """Each of its batches is rejected, and its update; the run goes on as without it."""
+    clients = toy.clients()
+    inputs, labels = toy.examples(8)
+    rows = list(
+        toy.run(mode=mode, clients={**clients, "client-1": (inputs * float("nan"), labels)}, evaluate=toy.examples())
+    )
+    for row in rows:
+        assert (row["participants"], row["missing"]) == (["client-0", "client-2"], [])
+        assert row["clients"]["client-1"]["status"] == "dropped"
+        assert "finite" in row["dropped"]["client-1"]
+    assert rows[1]["loss"] < rows[0]["loss"]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_same_seed_gives_the_same_bits_and_another_one_others(mode: str) -> None:
     """Whatever the caller drew before; dropout in the body draws too."""
