@@ -56,6 +56,7 @@ def test_dealing_makes_one_client_of_each_part() -> None:
     assert len(deal(PAIR, [torch.arange(1)] * 11)) == 11
     assert next(iter(deal(PAIR, [torch.arange(1)] * 11))) == "client-00"
     assert list(deal(PAIR, [torch.arange(2), torch.arange(3)], ["north", "south"])) == ["north", "south"]
+    assert taken(deal(PAIR, [[3, 1]])["client-0"], 2, [0, 1]) == [[3, 1]]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,9 @@ def test_dealing_makes_one_client_of_each_part() -> None:
         ([torch.arange(2)], ["a", "b"], "2 distinct names for 1 parts"),
         ([torch.arange(2)] * 2, ["a", "a"], "1 distinct names for 2 parts"),
         ([torch.arange(0)], None, "the part of client-0 is empty"),
+        ([[]], None, "the part of client-0 is empty"),
+        ([torch.ones(10, dtype=torch.bool)], None, r"the part of client-0 is torch.bool .* mask.nonzero"),
+        ([torch.tensor([0.0, 1.0])], None, "expected indices of shape"),
         ([torch.tensor([10])], None, "expected indices from 0 to 9"),
         ([torch.tensor([-1])], None, "expected indices from 0 to 9"),
     ],

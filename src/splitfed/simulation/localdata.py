@@ -53,7 +53,7 @@ class Shard:
         return tuple(part[chosen] for part in self.data) if isinstance(self.data, tuple) else self.data[chosen]
 
 
-def deal(data: Data, parts: Sequence[Tensor], names: Sequence[str] | None = None) -> dict[str, Shard]:
+def deal(data: Data, parts: Sequence[Tensor | Sequence[int]], names: Sequence[str] | None = None) -> dict[str, Shard]:
     """Make the mapping of clients that `simulate` takes, from one data set and the lists of `splitfed.partition`.
 
     Args:
@@ -62,17 +62,26 @@ def deal(data: Data, parts: Sequence[Tensor], names: Sequence[str] | None = None
         names: The clients' ids; `client-0`, `client-1` ..., padded with zeros, if they aren't given.
 
     Raises:
-        InputError: not as many names as parts, a part without examples, or an index beyond the data.
+        InputError: not as many names as parts, a part without examples or that isn't indices, or one beyond the data.
     """
     width = len(str(max(len(parts) - 1, 0)))
     ids = [f"client-{i:0{width}d}" for i in range(len(parts))] if names is None else list(names)
     if len(ids) != len(parts) or len(set(ids)) != len(ids):
         raise InputError(f"{len(set(ids))} distinct names for {len(parts)} parts: expected one for each")
     total = size(data)
-    for name, part in zip(ids, parts, strict=True):
-        if not len(part) or int(part.min()) < 0 or int(part.max()) >= total:
-            raise InputError(f"the part of {name} is empty or exceeds the data: expected indices from 0 to {total - 1}")
-    return {name: Shard(data, part) for name, part in zip(ids, parts, strict=True)}
+    return {name: Shard(data, _indices(name, part, total)) for name, part in zip(ids, parts, strict=True)}
+
+
+def _indices(name: str, part: Tensor | Sequence[int], total: int) -> Tensor:
+    found = torch.as_tensor(part)
+    if len(part) and (found.dtype == torch.bool or found.is_floating_point() or found.dim() != 1):
+        raise InputError(
+            f"the part of {name} is {found.dtype} of shape {tuple(found.shape)}: expected indices of shape (N,); those "
+            "of a mask are mask.nonzero().flatten()"
+        )
+    if not len(found) or int(found.min()) < 0 or int(found.max()) >= total:
+        raise InputError(f"the part of {name} is empty or exceeds the data: expected indices from 0 to {total - 1}")
+    return found.long()
 
 
 def check(clients: Mapping[str, Data]) -> list[str]:
