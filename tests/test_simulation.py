@@ -247,6 +247,11 @@ def test_a_store_that_was_not_given_goes_with_its_run() -> None:
         ({"personal": ("tail.*",)}, InputError, "fits no parameter"),
         ({"at": "7"}, CutError, "7"),
         ({"clients": {}}, InputError, "expected a mapping"),
+        ({"virtual": True}, InputError, "virtual is True: expected a VirtualTime"),
+        ({"virtual": VirtualTime}, InputError, "expected a VirtualTime"),
+        ({"optimizer": toy.sgd([nn.Parameter(torch.ones(1))])}, InputError, "optimizer is SGD: expected a function"),
+        ({"loss_fn": "mse"}, InputError, "loss_fn is str: expected a function"),
+        ({"scheduler": 0.1}, InputError, "scheduler is float: expected a function"),
     ],
 )
 def test_a_setting_out_of_its_range_is_refused_at_once(

@@ -44,7 +44,11 @@ class Next(Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
-    """What all virtual clients of a run have in common."""
+    """What all virtual clients of a run have in common.
+
+    Raises:
+        InputError: a loss function, or what is to make an optimizer or a scheduler, can't be called.
+    """
 
     half: nn.Module
     """The client half; each activation trains a copy."""
@@ -60,6 +64,15 @@ class Recipe:
     scheduler: SchedulerFactory | None = None
     """Of the optimizer; steps once per batch, and is kept with it."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("loss_fn", "optimizer", "scheduler"):
+            made = getattr(self, name)
+            if made is not None and not callable(made):
+                raise InputError(
+                    f"{name} is {type(made).__name__}: expected a function, such as functools.partial(torch.optim.SGD, "
+                    "lr=0.1) for an optimizer: each client makes its own"
+                )
 
 
 @dataclass(slots=True, eq=False)
