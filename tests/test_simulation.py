@@ -262,6 +262,15 @@ def test_a_setting_out_of_its_range_is_refused_at_once(
         toy.run(**settings)
 
 
+def test_a_store_with_clients_that_have_no_data_is_refused() -> None:
+    """As one that is left of a run over more of them: its rounds would sample them."""
+    store = GradientStore("memory://strangers")
+    next(toy.run(store=store, clients=toy.clients(3)))
+    with pytest.raises(InputError, match="has clients that weren't given, 'client-2' for one"):
+        toy.run(store=store, clients=toy.clients(2))
+    assert [row["round"] for row in toy.run(store=store, clients=toy.clients(4))] == [2]
+
+
 def test_fewer_clients_than_a_round_needs_is_an_error() -> None:
     """No round could ever begin."""
     with pytest.raises(InputError, match="min_clients"):
