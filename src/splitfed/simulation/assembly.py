@@ -74,8 +74,8 @@ class Assembly:
         strangers = sorted(set(store.clients()).difference(clients))
         if strangers:
             raise InputError(
-                f"{store!r} has clients that weren't given, {strangers[0]!r} for one: expected data for each that a store "
-                "has, or another store"
+                f"{store!r} has clients that weren't given, {strangers[0]!r} for one: expected data for each "
+                "that a store has, or another store"
             )
         self.store = store
         self.mode = plans.mode
