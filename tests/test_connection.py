@@ -161,7 +161,7 @@ def test_a_loss_scale_that_isnt_one_is_refused(value: Any) -> None:
 
 
 def test_samples_of_stored_batches_add_up() -> None:
-    """For the weight and the scale of the next push; rejected ones don't count, and are warned of once."""
+    """For the weight and the scale of the next push; rejected ones are kept apart, and warned of once."""
     made = connection()
     made.note_status("stored", 3, 0.5)
     with pytest.warns(UserWarning, match="'a' isn't finite"):
@@ -170,5 +170,5 @@ def test_samples_of_stored_batches_add_up() -> None:
         warnings.simplefilter("error")
         for status in ("rejected", "stored", "uncounted", "part"):
             made.note_status(status, 5, 0.25)
-    assert made.counted == Counted(num_samples=8, loss_scale=0.75)
-    assert made.counted - Counted(3, 0.5) == Counted(5, 0.25)
+    assert made.counted == Counted(num_samples=8, loss_scale=0.75, rejected=9)
+    assert made.counted - Counted(3, 0.5, 4) == Counted(5, 0.25, 5)

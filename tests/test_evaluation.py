@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +37,25 @@ def test_the_mean_is_over_examples_and_not_over_batches() -> None:
     inputs[500] = 1
     found = evaluate(Fixed(), (inputs, torch.zeros(501, 1)), mse_loss)
     assert found == {"loss": pytest.approx(4 / 501)}
+
+
+@pytest.mark.parametrize("form", [tuple, lambda pair: {"class": pair[0], "size": pair[1]}])
+def test_targets_of_several_parts_count_by_example(form: Callable[[tuple[int, float]], object]) -> None:
+    """Three examples with errors 0, 0 and 3 have a mean of 1, whether their targets are a pair or a dict."""
+
+    def loss_fn(outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        sizes = targets["size"] if isinstance(targets, dict) else targets[1]
+        return (outputs[:, 0] - sizes).abs().mean()
+
+    held = [(torch.ones(1), form((1, size))) for size in (2.0, 2.0, 5.0)]
+    assert evaluate(Fixed(), held, loss_fn) == {"loss": pytest.approx(1.0)}
+
+
+def test_one_logit_is_no_choice_of_a_class() -> None:
+    """The highest of one is always number 0, which would make the share of zeros the accuracy."""
+    held = (torch.tensor([[1.0], [-1.0]]), torch.tensor([1, 0]))
+    found = evaluate(Fixed(), held, lambda outputs, targets: mse_loss(outputs[:, 0], targets.float()))
+    assert found == {"loss": pytest.approx((1 + 4) / 2)}
 
 
 def test_a_function_of_the_model_says_what_it_likes() -> None:

@@ -276,6 +276,7 @@ def test_settings_are_checked(store_url: str) -> None:
         ({"late": "maybe"}, "'count'"),
         ({"below_quorum": "maybe"}, "'keep'"),
         ({"clients": ["../x"]}, "client id"),
+        ({"clients": "alice"}, "expected several ids"),
         ({"mode": "sflv1"}, "PerClient"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -12,7 +12,7 @@ import pytest
 from harness_store import Point, again, batch, check_counted_once, commits, drain, plant, record, sgd
 
 from splitfed.accumulator import Accumulator
-from splitfed.errors import FormatError, MissingError
+from splitfed.errors import FormatError, InputError, MissingError
 from splitfed.folding import Sorted, fold, sort_batches
 from splitfed.packing import pack
 from splitfed.policies import constant, inverse_sqrt
@@ -92,6 +92,17 @@ def test_staleness_weights_damp_by_hand_worked_numbers() -> None:
     assert folded.mean.num_samples == 4
     assert dict(folded.staleness) == {0: 1, 3: 1}
     assert folded.num_foreign == 0
+
+
+@pytest.mark.parametrize("value", [None, "x", -0.5, math.nan, math.inf])
+def test_a_weight_that_is_none_rejects_no_batch(value: Any) -> None:
+    """The function is wrong and not the batch: an error says so, and the batch waits for one that is right."""
+    store, _ = opened()
+    store.pile().create(batch(0), record([4.0, 4.0]))
+    found = Sorted(ready=[batch(0)])
+    with pytest.raises(InputError, match=r"staleness_weight\(0\) is .*: expected a finite number of 0 or more"):
+        fold(found, store.pile(), store.lineage().fingerprint(), 0, lambda _: value, "by hand")
+    assert (found.ready, found.rejected) == ([batch(0)], [])
 
 
 def test_batches_of_another_numerics_class_are_counted() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from splitfed import partition
 from splitfed.errors import IdError, InputError
@@ -29,6 +29,15 @@ def test_batches_hold_the_examples_in_the_order_given(data: Any) -> None:
     assert targets == [[1, 2, 2]]
 
 
+@pytest.mark.parametrize("data", [PAIR, TensorDataset(*PAIR), Shard(PAIR, torch.arange(10))])
+def test_an_example_of_a_part_is_one_of_the_whole(data: Any) -> None:
+    """Without an axis for the batch, so that a `Subset` or a data set of one's own may lie over a part."""
+    part = Subset(Shard(data, torch.tensor([9, 8, 7])), [1, 2])
+    inputs, targets = next(batches(part, 2, [0, 1]))
+    assert inputs.tolist() == [[8.0], [7.0]]
+    assert targets.tolist() == [2, 1]
+
+
 def test_a_part_of_a_part_counts_in_its_own_indices() -> None:
     """Its second is the whole's ninth, of a pair and of a data set alike."""
     inner = Shard(PAIR, torch.tensor([9, 8, 7, 6]))
@@ -47,6 +56,7 @@ def test_dealing_makes_one_client_of_each_part() -> None:
     assert len(deal(PAIR, [torch.arange(1)] * 11)) == 11
     assert next(iter(deal(PAIR, [torch.arange(1)] * 11))) == "client-00"
     assert list(deal(PAIR, [torch.arange(2), torch.arange(3)], ["north", "south"])) == ["north", "south"]
+    assert taken(deal(PAIR, [[3, 1]])["client-0"], 2, [0, 1]) == [[3, 1]]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +65,9 @@ def test_dealing_makes_one_client_of_each_part() -> None:
         ([torch.arange(2)], ["a", "b"], "2 distinct names for 1 parts"),
         ([torch.arange(2)] * 2, ["a", "a"], "1 distinct names for 2 parts"),
         ([torch.arange(0)], None, "the part of client-0 is empty"),
+        ([[]], None, "the part of client-0 is empty"),
+        ([torch.ones(10, dtype=torch.bool)], None, r"the part of client-0 is torch.bool .* mask.nonzero"),
+        ([torch.tensor([0.0, 1.0])], None, "expected indices of shape"),
         ([torch.tensor([10])], None, "expected indices from 0 to 9"),
         ([torch.tensor([-1])], None, "expected indices from 0 to 9"),
     ],
@@ -81,6 +94,37 @@ def test_clients_that_cant_be_simulated_are_refused(clients: Any, error: type[Ex
     """Each with what was expected."""
     with pytest.raises(error, match=said):
         localdata.check(clients)
+
+
+@pytest.mark.parametrize(
+    ("examples", "said"),
+    [
+        ([{"pixels": 1.0, "label": 0}], "example 0 of a list is a dict: expected a pair"),
+        ([(1.0, 0, "site-a")], "example 0 of a list is 3 parts: expected a pair"),
+        (list(PAIR), "example 0 of a list is a Tensor: expected a pair"),
+        ([(torch.ones(1), 0), (torch.ones(2), 0)], "stack expects each tensor to be equal size.* pad them"),
+        ([(object(), 0)], "found <class 'object'>.* convert"),
+        ([({"text": 1.0}, 0), ({"image": 1.0}, 0)], "can't be put together .*'text'"),
+    ],
+)
+def test_what_makes_no_batch_is_refused(examples: list[Any], said: str) -> None:
+    """A data set's usual dicts and triples, and examples of unlike shapes: by what was found, and how to mend it."""
+    with pytest.raises(InputError, match=said):
+        list(batches(examples, 2, range(len(examples))))
+
+
+def test_a_stream_is_refused_though_it_has_a_length() -> None:
+    """It can't be indexed."""
+
+    class Stream(IterableDataset[int]):
+        def __iter__(self) -> Any:
+            return iter(range(3))
+
+        def __len__(self) -> int:
+            return 3
+
+    with pytest.raises(InputError, match=r"data is a Stream: .* a list of what a stream yields"):
+        localdata.check({"a": Stream()})
 
 
 def test_an_order_is_every_example_once() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +93,19 @@ def test_labels_may_be_of_any_integer_dtype(dtype: torch.dtype) -> None:
     labels = LABELS % 2
     parts = dirichlet(labels.to(dtype), 3, alpha=1.0, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(parts, dirichlet(labels, 3, alpha=1.0, seed=0), strict=True))
+
+
+@pytest.mark.parametrize("form", [Tensor.tolist, Tensor.numpy])
+def test_labels_and_owners_may_be_lists_and_arrays(form: Callable[[Tensor], Any]) -> None:
+    """As `dataset.targets` or a column of a table come; they are dealt out as a tensor is."""
+    for deal in (
+        lambda labels: dirichlet(labels, 3, alpha=1.0, seed=0),
+        lambda labels: shards(labels, 3, seed=0),
+        natural,
+    ):
+        parts = deal(form(LABELS))
+        assert all(torch.equal(a, b) for a, b in zip(parts, deal(LABELS), strict=True))
+        assert counts(parts, form(LABELS)) == counts(parts, LABELS)
 
 
 @pytest.mark.parametrize("alpha", [1e-3, 1.0, 1e6])
@@ -183,6 +198,7 @@ def test_nonsense_is_refused() -> None:
         (lambda: quantity(3, 2, alpha=1.0, seed=0, min_examples=2), "3 examples are too few for 2 clients"),
         (lambda: shards(LABELS, 2, per_client=0, seed=0), "per_client 0"),
         (lambda: shards(LABELS[:3], 2, per_client=2, seed=0), "3 examples are too few for 2 clients with 2"),
+        (lambda: dirichlet(["cat", "dog"], 2, alpha=1.0, seed=0), "labels can't be a tensor .*: expected integers"),  # type: ignore[list-item]
         (lambda: natural([]), "can't be owners"),
         (lambda: natural([1, "a"]), "can't be owners: expected integers or strings"),
         (lambda: natural(torch.ones(3)), "can't be owners"),

@@ -98,6 +98,12 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = splitfed.Splitclient
 
 
+@pytest.mark.parametrize("path", ["policies.mode", "partition.iid", "report.write", "simulation.lognormal"])
+def test_modules_that_are_used_by_name_are_there_at_once(path: str) -> None:
+    """`import splitfed` is enough for `splitfed.policies.mode(...)`, whatever else has been imported before."""
+    assert fresh(f"import splitfed; print(splitfed.{path}.__name__)") == {path.rpartition(".")[2]}
+
+
 def test_no_public_name_is_the_name_of_a_module() -> None:
     """Importing a submodule sets its name on the package, so a name for both would mean what was imported last."""
     modules = {path.stem for path in PACKAGE.parent.iterdir() if path.suffix == ".py" or path.is_dir()}

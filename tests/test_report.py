@@ -13,7 +13,7 @@ import pytest
 
 from splitfed import report
 from splitfed.cli import main
-from splitfed.errors import InputError, MissingError
+from splitfed.errors import FormatError, InputError, MissingError
 from splitfed.history import History
 from splitfed.report import people
 from splitfed.report.reading import ages, at_rounds, dots, natural, read, states, traffic
@@ -169,6 +169,22 @@ def test_nothing_to_report_is_an_error() -> None:
     """A run row alone isn't a run."""
     with pytest.raises(MissingError, match="no round and no commit"):
         report.render(history(RUN))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"round": None}, "a row of kind 'round' has the round None: expected its number"),
+        ({"round": "1"}, "has the round '1'"),
+        ({"clients": ["x"]}, "'clients' of a row of kind 'round' is .*: expected a dict"),
+        ({"clients": {"x": None}}, "'clients' of a row of kind 'round' holds what isn't a dict"),
+        ({"sampled": "x"}, "'sampled' of a row of kind 'round' is 'x': expected a list"),
+    ],
+)
+def test_rows_of_ones_own_that_dont_fit_are_an_error(more: dict[str, Any], said: str) -> None:
+    """By what is wrong with them, not from the depths of a drawing."""
+    with pytest.raises(FormatError, match=said):
+        report.render(history(a_round(1) | more))
 
 
 def test_clients_sort_as_people_count() -> None:

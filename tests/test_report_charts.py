@@ -93,6 +93,24 @@ def test_limits_move_outwards_to_ticks() -> None:
     assert rounded(0, 0) == (-0.5, 0.5)
 
 
+@pytest.mark.parametrize("low", [0.0, 3e-16, 0.693147180559945])
+def test_values_that_hardly_differ_are_drawn(low: float) -> None:
+    """A loss of 1e-16, or one that moves in its last digit: the ticks are two or more, or room around one value."""
+    high = low + max(1e-13 * low, 1e-45)
+    bottom, top = rounded(low, high)
+    assert bottom <= low < high <= top
+    at = ticks(bottom, top, 6)
+    assert len(at) == len(set(at)) > 1
+    assert rounded(1.0, 1.0 + 1e-15) == pytest.approx((0.5, 1.5))
+
+
+def test_a_ceiling_that_is_broken_is_none() -> None:
+    """An accuracy of one's own in per cent doesn't turn the chart upside down."""
+    drawing = curves("Accuracy", [Curve("accuracy", [(1, 20.0), (2, 90.0)])], ROUNDS, percent, ceiling=1.0)
+    heights = [float(dot.get("cy", "")) for dot in of_class(drawing, "dot")]
+    assert HEIGHT > heights[0] > heights[1] > 0
+
+
 def test_scales_map_the_ends_to_the_ends() -> None:
     """The lowest value lies at the left and at the bottom."""
     x, y = horizontal(1, 5), vertical(0, 2)

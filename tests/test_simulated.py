@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import toy
+from torch import nn
+from torch.nn.functional import cross_entropy
 
+from splitfed.history import History
+from splitfed.simulation.evaluation import evaluate
 from splitfed.simulation.trainee import Outcome, total
 from splitfed.simulation.virtual import VirtualTime
 from splitfed.store import GradientStore
@@ -26,6 +32,18 @@ class Listener:
     def close(self) -> None:
         """Count it."""
         self.closed += 1
+
+
+def accuracies(most: int | None = None) -> Callable[[nn.Module], dict[str, float]]:
+    """An evaluation in which the process dies after so many."""
+    done = iter(itertools.count() if most is None else range(most))
+
+    def judge(model: nn.Module) -> dict[str, float]:
+        if next(done, None) is None:
+            raise toy.Killed
+        return evaluate(model, toy.examples(), cross_entropy)
+
+    return judge
 
 
 def test_it_is_its_own_iterator_and_ends_once() -> None:
@@ -104,6 +122,24 @@ def test_a_round_that_is_decided_only_wants_its_report(monkeypatch: pytest.Monke
             next(first)
     (row,) = toy.run(store=store, mode="synchronous", rounds=1)
     assert (row["status"], row["batches"], store.latest_version()) == ("complete", 6, 2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"virtual": VirtualTime()}])
+def test_a_round_that_was_killed_before_it_was_told_is_told(settings: dict[str, Any]) -> None:
+    """Killed in the evaluation of round 2, which is over: its row comes first and once, and time goes on."""
+    store = GradientStore(f"memory://untold-{len(settings)}")
+    whole = list(toy.run(**settings, rounds=3, evaluate=accuracies()))
+    with pytest.raises(toy.Killed):
+        list(toy.run(**settings, rounds=3, evaluate=accuracies(1), store=store, history=History(store)))
+    rows = list(toy.run(**settings, rounds=2, evaluate=accuracies(), store=store, history=History(store)))
+    assert [(row["round"], row["batches"], row["accuracy"]) for row in rows] == [(2, 6, whole[1]["accuracy"])]
+    assert "bytes_up" not in rows[0]
+    rows += toy.run(**settings, rounds=3, evaluate=accuracies(), store=store, history=History(store))
+    told = History(store).rounds()
+    assert told[1:] == rows
+    assert [row["accuracy"] for row in told] == [row["accuracy"] for row in whole]
+    assert [row["seconds"] for row in told] == sorted(row["seconds"] for row in told)
+    assert not settings or [row["time"] for row in told] == [row["time"] for row in whole]
 
 
 @pytest.mark.parametrize("batches", [6, 8])

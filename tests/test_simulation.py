@@ -99,6 +99,22 @@ def test_synchronous_mode_is_centralised_training_on_all_batches() -> None:
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:a gradient of client 'client-1' isn't finite")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_client_with_nan_in_all_its_data_is_reported_and_the_others_train(mode: str) -> None:
+    """Each of its batches is rejected, and its update; the run goes on as without it."""
+    clients = toy.clients()
+    inputs, labels = toy.examples(8)
+    rows = list(
+        toy.run(mode=mode, clients={**clients, "client-1": (inputs * float("nan"), labels)}, evaluate=toy.examples())
+    )
+    for row in rows:
+        assert (row["participants"], row["missing"]) == (["client-0", "client-2"], [])
+        assert row["clients"]["client-1"]["status"] == "dropped"
+        assert "finite" in row["dropped"]["client-1"]
+    assert rows[1]["loss"] < rows[0]["loss"]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_same_seed_gives_the_same_bits_and_another_one_others(mode: str) -> None:
     """Whatever the caller drew before; dropout in the body draws too."""
@@ -231,6 +247,11 @@ def test_a_store_that_was_not_given_goes_with_its_run() -> None:
         ({"personal": ("tail.*",)}, InputError, "fits no parameter"),
         ({"at": "7"}, CutError, "7"),
         ({"clients": {}}, InputError, "expected a mapping"),
+        ({"virtual": True}, InputError, "virtual is True: expected a VirtualTime"),
+        ({"virtual": VirtualTime}, InputError, "expected a VirtualTime"),
+        ({"optimizer": toy.sgd([nn.Parameter(torch.ones(1))])}, InputError, "optimizer is SGD: expected a function"),
+        ({"loss_fn": "mse"}, InputError, "loss_fn is str: expected a function"),
+        ({"scheduler": 0.1}, InputError, "scheduler is float: expected a function"),
     ],
 )
 def test_a_setting_out_of_its_range_is_refused_at_once(
@@ -239,6 +260,15 @@ def test_a_setting_out_of_its_range_is_refused_at_once(
     """Before anything trains."""
     with pytest.raises(error, match=said):
         toy.run(**settings)
+
+
+def test_a_store_with_clients_that_have_no_data_is_refused() -> None:
+    """As one that is left of a run over more of them: its rounds would sample them."""
+    store = GradientStore("memory://strangers")
+    next(toy.run(store=store, clients=toy.clients(3)))
+    with pytest.raises(InputError, match="has clients that weren't given, 'client-2' for one"):
+        toy.run(store=store, clients=toy.clients(2))
+    assert [row["round"] for row in toy.run(store=store, clients=toy.clients(4))] == [2]
 
 
 def test_fewer_clients_than_a_round_needs_is_an_error() -> None:

@@ -148,6 +148,23 @@ def test_a_push_counts_the_samples_since_the_last_one() -> None:
         client.push()
 
 
+@pytest.mark.parametrize(("step", "counts"), [(math.nan, None), (2.0, 5.0)])
+def test_a_client_whose_batches_were_all_rejected_is_heard_from(step: float, counts: float | None) -> None:
+    """Its update is judged: not finite, it is rejected too; finite, it counts what the batches would have."""
+    made = Federation()
+    client = made.client("a", 1.0)
+    client.pull()
+    with pytest.warns(UserWarning, match="isn't finite"):
+        train(client, torch.full((5, 1), math.nan))
+    learn(client, step)
+    client.push()
+    assert made.waiting() == ["a/1/0"]
+    commit = made.average()
+    assert (commit.num_samples if commit else None) == counts
+    with pytest.raises(InputError, match="train before push"):
+        client.push()
+
+
 @pytest.mark.parametrize("samples", [0, -2, math.nan, math.inf], ids=str)
 def test_a_push_weighs_something_and_comes_after_a_pull(samples: float) -> None:
     """A finite number above 0; and without a pull there is nothing to tell the change from."""

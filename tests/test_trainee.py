@@ -49,6 +49,16 @@ def test_an_activation_pulls_trains_each_batch_and_pushes() -> None:
     assert outcome.row()["train_loss"] == pytest.approx(outcome.loss / 16)
 
 
+def test_targets_of_several_parts_count_by_example() -> None:
+    """Eight examples are eight, though each target is a class and a weight; the loss is their mean all the same."""
+    site, (inputs, labels) = Site("several"), toy.examples(8)
+    recipe = replace(site.recipe, loss_fn=lambda outputs, targets: cross_entropy(outputs, targets[0]) * 0 + 2)
+    data = [(inputs[i], (labels[i], 1.0)) for i in range(8)]
+    trainee = Trainee(recipe, site.server, "a", data, Belongings(), (1, 0))
+    list(trainee.run())
+    assert trainee.outcome.row() == {"num_samples": 8, "batches": 3, "train_loss": 2.0}
+
+
 def test_gradients_are_pushed_after_each_batch() -> None:
     """And the half is pulled before each, in a second pass too: nothing is learned locally."""
     site = Site("gradients", gradients=True, local_passes=2)
@@ -138,8 +148,11 @@ def test_a_batch_whose_version_has_gone_is_lost_and_counted() -> None:
 
 
 def test_a_loss_that_isnt_a_scalar_is_refused() -> None:
-    """With its shape, before autograd complains."""
+    """With its shape or its type, before autograd complains."""
     site = Site("scalar")
+    site.recipe = replace(site.recipe, loss_fn=lambda outputs, targets: outputs.sum().item())  # type: ignore[return-value]
+    with pytest.raises(InputError, match="loss_fn returned a float: expected a scalar tensor"):
+        list(site.trainee(Belongings()).run())
     site.recipe = replace(site.recipe, loss_fn=lambda outputs, targets: outputs.sum(1))
     with pytest.raises(InputError, match=r"shape \(3,\): expected a scalar"):
         list(site.trainee(Belongings()).run())

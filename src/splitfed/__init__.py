@@ -138,10 +138,15 @@ _MODULES = {
     "split": "cutting",
 }
 
+# Modules that are used by their own names, as in `splitfed.policies.mode("buffered")`.
+_ROOMS = ("callbacks", "errors", "partition", "policies", "progress", "report", "simulation", "testing")
+
 
 if not TYPE_CHECKING:  # else a type checker would believe that every name exists
 
     def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return importlib.import_module(f"{__name__}.{name}")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)

@@ -172,7 +172,8 @@ class SplitClient(StandIn):
         """Publish what this half has learned since the last pull or push.
 
         Args:
-            num_samples: Its weight, in examples; by default what the batches since then counted.
+            num_samples: Its weight, in examples; by default what the batches since then counted, or would have
+                counted if all of them were rejected.
             gradient: Publish the parameters' `.grad` in place of the change, for the lineage's optimizer to step on
                 (synchronous mode). Take no local step then, and zero the gradients for the next one.
 

@@ -42,12 +42,16 @@ class Counted:
     num_samples: float = 0.0
     loss_scale: float = 0.0
     """Σ λᵢ: the half's `.grad` holds Σ λᵢgᵢ, so divided by this it is their mean."""
+    rejected: float = 0.0
+    """In samples: batches that aren't finite, and count nowhere."""
 
     def __add__(self, other: Counted) -> Counted:
-        return Counted(self.num_samples + other.num_samples, self.loss_scale + other.loss_scale)
+        samples, scale = self.num_samples + other.num_samples, self.loss_scale + other.loss_scale
+        return Counted(samples, scale, self.rejected + other.rejected)
 
     def __sub__(self, other: Counted) -> Counted:
-        return Counted(self.num_samples - other.num_samples, self.loss_scale - other.loss_scale)
+        samples, scale = self.num_samples - other.num_samples, self.loss_scale - other.loss_scale
+        return Counted(samples, scale, self.rejected - other.rejected)
 
 
 class Connection:
@@ -160,6 +164,8 @@ class Connection:
         with self._lock:
             if status == "stored":
                 self.counted = self.counted + Counted(num_samples, loss_scale)
+            elif status == "rejected":
+                self.counted = self.counted + Counted(rejected=num_samples)
             first, self._warned = status == "rejected" and not self._warned, self._warned or status == "rejected"
         if first:
             warnings.warn(

@@ -82,6 +82,8 @@ class Federation:
         if isinstance(body, Accumulator):
             self.mode.check(body.min_batches, body.max_staleness, body.staleness_weight)
         check_sample_size(clients_per_round, at_least("min_clients", min_clients, 1))
+        if isinstance(clients, str):
+            raise InputError(f"clients is {clients!r}: expected several ids, such as [{clients!r}]")
         if deadline is not None:
             positive("deadline", deadline)
         _one_of("late", late, ("count", "refuse"))

@@ -7,6 +7,7 @@ silently: every id that waits ends in one of the commit's lists.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,8 @@ from splitfed.numerics import all_finite
 from splitfed.pile import Pile
 from splitfed.selection import Selection
 from splitfed.template import Fingerprint, check_tensors
+
+_UNFIT = (FormatError, ArchitectureError, InputError, KeyError, TypeError, AttributeError)
 
 
 @dataclass(slots=True)
@@ -113,6 +116,7 @@ def fold(
 
     Raises:
         MissingError: a batch has gone meanwhile; ordinarily another accumulator has won this version.
+        InputError: `weight` answers what is no weight.
     """
     folded = Folded(StreamingMean(), [], Counter(), 0)
     for batch in list(found.ready):
@@ -122,22 +126,37 @@ def fold(
                 raise MissingError(f"batch {batch} is gone")
             age = head - record.base_version
             updates = _checked(record, fingerprint)
-            folded.mean.add(
-                batch,
-                record.gradients,
-                num_samples=record.num_samples,
-                weight=weight(age),
-                loss_scale=record.loss_scale,
-            )
-        except (FormatError, ArchitectureError, InputError, KeyError, TypeError, AttributeError) as error:
-            found.ready.remove(batch)
-            _reject(found, batch, f"it doesn't fit ({error})")
-            found.rejected.sort()
+        except _UNFIT as error:
+            _leave_out(found, batch, error)
+            continue
+        share = _share(weight, age)  # a function that is wrong is no batch's fault
+        try:
+            numbers = {"num_samples": record.num_samples, "weight": share, "loss_scale": record.loss_scale}
+            folded.mean.add(batch, record.gradients, **numbers)
+        except _UNFIT as error:
+            _leave_out(found, batch, error)
             continue
         folded.updates.extend(updates)
         folded.staleness[age] += 1
         folded.num_foreign += record.numerics != numerics
     return folded
+
+
+def _share(weight: Callable[[int], float], age: int) -> float:
+    value = weight(age)
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0 <= share < math.inf:
+        raise InputError(f"staleness_weight({age}) is {value!r}: expected a finite number of 0 or more")
+    return share
+
+
+def _leave_out(found: Sorted, batch: BatchId, error: Exception) -> None:
+    found.ready.remove(batch)
+    _reject(found, batch, f"it doesn't fit ({error})")
+    found.rejected.sort()
 
 
 def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpdate]:

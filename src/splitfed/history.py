@@ -99,8 +99,15 @@ class History:
             self._held = []
 
     def rounds(self) -> list[Row]:
-        """The reports of the rounds by number; of a round that is on record twice, the last."""
-        last = {row["round"]: row for row in self.rows if row.get("kind") == "round"}
+        """The reports of the rounds by number; of a round that is on record twice, the last.
+
+        Raises:
+            FormatError: a row of kind `round` has no number.
+        """
+        last: dict[Any, Row] = {row.get("round"): row for row in self.rows if row.get("kind") == "round"}
+        unknown = [number for number in last if type(number) is not int]
+        if unknown:
+            raise FormatError(f"a row of kind 'round' has the round {unknown[0]!r}: expected its number, an integer")
         return [last[number] for number in sorted(last)]
 
     def commits(self, lineage: str | None = None) -> list[Row]:

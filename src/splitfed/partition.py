@@ -22,6 +22,8 @@ from splitfed.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Labels = Tensor | Sequence[int]
+
 
 def iid(num_examples: int, num_clients: int, *, seed: int) -> list[Tensor]:
     """Deal out shuffled examples evenly; the numbers of two clients differ by one at most.
@@ -34,15 +36,13 @@ def iid(num_examples: int, num_clients: int, *, seed: int) -> list[Tensor]:
     Raises:
         InputError: no client, or fewer examples than clients.
     """
-    _check_count("num_clients", num_clients)
     _check_count("num_examples", num_examples)
-    if num_examples < num_clients:
-        raise InputError(f"{num_examples} examples are too few for {num_clients} clients: expected one each at least")
+    _check_enough(num_examples, num_clients, 1)
     shuffled = torch.randperm(num_examples, generator=_generator(seed))
     return [part.sort().values for part in shuffled.tensor_split(num_clients)]
 
 
-def dirichlet(labels: Tensor, num_clients: int, *, alpha: float, seed: int, min_examples: int = 1) -> list[Tensor]:
+def dirichlet(labels: Labels, num_clients: int, *, alpha: float, seed: int, min_examples: int = 1) -> list[Tensor]:
     """Deal out each class in proportions drawn from a symmetric Dirichlet distribution: label skew.
 
     The smaller `alpha`, the fewer classes a client holds; a large one comes near `iid`. The skew is that of Hsu et al.
@@ -60,15 +60,14 @@ def dirichlet(labels: Tensor, num_clients: int, *, alpha: float, seed: int, min_
     Raises:
         InputError: labels that aren't integers of shape (N,), an `alpha` that isn't positive and finite, few examples.
     """
-    _check_count("num_clients", num_clients)
     _check_count("min_examples", min_examples, least=0)
-    _check_labels(labels)
+    labels = _checked(labels)
     _check_alpha(alpha)
     _check_enough(len(labels), num_clients, min_examples)
     generator = _generator(seed)
     dealt: list[list[Tensor]] = [[] for _ in range(num_clients)]
     for label in labels.unique().tolist():
-        members = (labels == label).nonzero().flatten().cpu()
+        members = (labels == label).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
         bounds = (_proportions(num_clients, alpha, generator).cumsum(0) * len(members)).round().long()
         for client, share in enumerate(members.tensor_split(bounds[:-1])):
@@ -94,7 +93,6 @@ def quantity(num_examples: int, num_clients: int, *, alpha: float, seed: int, mi
     Raises:
         InputError: an `alpha` that isn't positive and finite, or too few examples.
     """
-    _check_count("num_clients", num_clients)
     _check_count("num_examples", num_examples)
     _check_count("min_examples", min_examples, least=0)
     _check_alpha(alpha)
@@ -106,7 +104,7 @@ def quantity(num_examples: int, num_clients: int, *, alpha: float, seed: int, mi
     return [part.sort().values for part in parts]
 
 
-def shards(labels: Tensor, num_clients: int, *, per_client: int = 2, seed: int) -> list[Tensor]:
+def shards(labels: Labels, num_clients: int, *, per_client: int = 2, seed: int) -> list[Tensor]:
     """Sort by label, cut into equal shards, and give each client the same number of them: few classes each.
 
     The pathological deal of McMahan et al. 2017 (arXiv 1602.05629, section 3): two shards are two classes, or a few
@@ -121,13 +119,12 @@ def shards(labels: Tensor, num_clients: int, *, per_client: int = 2, seed: int) 
     Raises:
         InputError: labels that aren't integers of shape (N,), or fewer examples than shards.
     """
-    _check_count("num_clients", num_clients)
     _check_count("per_client", per_client)
-    _check_labels(labels)
+    labels = _checked(labels)
     _check_enough(len(labels), num_clients, per_client)
     generator = _generator(seed)
     order = torch.randperm(len(labels), generator=generator)
-    cut = order[labels.cpu()[order].argsort(stable=True)].tensor_split(num_clients * per_client)
+    cut = order[labels[order].argsort(stable=True)].tensor_split(num_clients * per_client)
     hands = torch.randperm(len(cut), generator=generator).view(num_clients, per_client).tolist()
     return [torch.cat([cut[shard] for shard in hand]).sort().values for hand in hands]
 
@@ -144,7 +141,7 @@ def natural(ids: Tensor | Sequence[int] | Sequence[str]) -> list[Tensor]:
     Raises:
         InputError: no example, or ids that can't be sorted.
     """
-    owners = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    owners: list[int | str] = getattr(ids, "tolist", lambda: list(ids))()  # of an array or column too
     whole = all(isinstance(owner, int) for owner in owners) or all(isinstance(owner, str) for owner in owners)
     if not owners or not whole:
         raise InputError(f"ids {str(owners)[:60]} can't be owners: expected integers or strings of shape (N,)")
@@ -154,7 +151,7 @@ def natural(ids: Tensor | Sequence[int] | Sequence[str]) -> list[Tensor]:
     return [torch.tensor(held[owner]) for owner in sorted(held)]
 
 
-def counts(parts: Sequence[Tensor], labels: Tensor) -> list[dict[str, int]]:
+def counts(parts: Sequence[Tensor], labels: Labels) -> list[dict[str, int]]:
     """How many examples of each class each client has; classes that it has none of are left out.
 
     Args:
@@ -164,17 +161,16 @@ def counts(parts: Sequence[Tensor], labels: Tensor) -> list[dict[str, int]]:
     Raises:
         InputError: labels that aren't integers of shape (N,).
     """
-    _check_labels(labels)
-    found = []
+    labels, found = _checked(labels), []
     for part in parts:
-        classes, numbers = labels.cpu()[part.cpu()].unique(return_counts=True)
+        classes, numbers = labels[part.cpu()].unique(return_counts=True)
         found.append({str(int(label)): number for label, number in zip(classes, numbers.tolist(), strict=True)})
     return found
 
 
 def chart(
     parts: Sequence[Tensor],
-    labels: Tensor,
+    labels: Labels,
     where: str | os.PathLike[str] | Axes,
     *,
     names: Sequence[str] | None = None,
@@ -227,9 +223,14 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _check_labels(labels: Tensor) -> None:
-    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
-        raise InputError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}: expected integers of shape (N,)")
+def _checked(labels: Labels) -> Tensor:
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"labels can't be a tensor ({error}): expected integers of shape (N,)") from error
+    if found.dim() != 1 or found.is_floating_point() or found.is_complex():
+        raise InputError(f"labels are {found.dtype} of shape {tuple(found.shape)}: expected integers of shape (N,)")
+    return found.cpu()
 
 
 def _check_alpha(alpha: float) -> None:
@@ -238,6 +239,7 @@ def _check_alpha(alpha: float) -> None:
 
 
 def _check_enough(num_examples: int, num_clients: int, least: int) -> None:
+    _check_count("num_clients", num_clients)
     if num_examples < num_clients * least:
         raise InputError(f"{num_examples} examples are too few for {num_clients} clients with {least} at least")
 

@@ -119,7 +119,7 @@ class HalfSync:
     def _has_news(self, settled: PushRequest, gradient: bool) -> bool:
         if not gradient:
             return self._has_moved(list(self._start))
-        if self._connection.counted.num_samples:
+        if self._connection.counted.num_samples or self._connection.counted.rejected:
             return True
         own = self._gradients()
         return own.keys() != settled.gradients.keys() or not all(own[n].equal(settled.gradients[n]) for n in own)
@@ -132,7 +132,8 @@ class HalfSync:
         self, names: Template, num_samples: float | None, gradient: bool
     ) -> tuple[PushRequest, dict[str, Tensor], Counted]:
         counted = self._connection.counted
-        samples = counted.num_samples if num_samples is None else num_samples
+        # Where every batch was rejected, the update goes all the same: it is judged, and its client heard from.
+        samples = (counted.num_samples or counted.rejected) if num_samples is None else num_samples
         if not samples > 0:
             raise InputError(
                 f"the update would count {samples} samples: train before push(), or give push(num_samples=...)"

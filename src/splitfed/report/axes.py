@@ -56,7 +56,7 @@ def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[fl
         most: How many there may be.
         whole: Whether only whole numbers make sense.
     """
-    if not high > low:
+    if _is_point(low, high):
         return [low]
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     if whole:
@@ -64,12 +64,18 @@ def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[fl
     while (high - low) / step > most - 1 + 1e-9:
         step *= 2.5 if f"{step:e}"[0] == "2" else 2
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    digits = max(12, 3 - math.floor(math.log10(step)))
+    return [round(number * step, digits) for number in range(first, last + 1)]
+
+
+def _is_point(low: float, high: float) -> bool:
+    """Whether there are no ten digits in which these differ: then no ticks that one could read lie between them."""
+    return not high - low > 1e-10 * max(abs(low), abs(high))
 
 
 def rounded(low: float, high: float, most: int = 6) -> tuple[float, float]:
     """The limits moved outwards to ticks."""
-    if not high > low:
+    if _is_point(low, high):
         return (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
     step = (found := ticks(low, high, most))[1] - found[0] if len(ticks(low, high, most)) > 1 else high - low
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step

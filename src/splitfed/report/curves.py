@@ -43,13 +43,14 @@ def curves(label: str, lines: Sequence[Curve], axis: Axis, y_format: Format, *, 
         lines: At least one, with a point at least.
         axis: What lies below.
         y_format: Writes the values.
-        ceiling: What no value can exceed, such as 1 for an accuracy.
+        ceiling: What no value should exceed, such as 1 for an accuracy; none if one does.
     """
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     low, high = rounded(min(ys), max(ys))
     x = horizontal(min(xs) - (len(set(xs)) == 1), max(xs) + (len(set(xs)) == 1))
-    y = vertical(low if min(ys) < 0 else max(low, 0.0), high if ceiling is None else min(high, ceiling))
+    top = high if ceiling is None or max(ys) > ceiling else min(high, ceiling)
+    y = vertical(low if min(ys) < 0 else max(low, 0.0), top)
     clients, own = [line for line in lines if line.client], [line for line in lines if not line.client]
     body = [frame(x, y, axis.at(x.low, x.high), axis.title, axis.format, y_format)]
     if len(clients) > MOST_LINES:

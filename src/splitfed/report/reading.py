@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from splitfed.errors import MissingError
+from splitfed.errors import FormatError, MissingError
 from splitfed.history import History
 from splitfed.report.columns import Dot
 from splitfed.report.curves import Curve, Points
@@ -18,6 +18,9 @@ from splitfed.rows import Row
 
 STATES = ("took part", "late", "missing", "dropped")
 _EPOCH = 1e8  # a time beyond is one since 1970, not since the start
+_SHAPES = dict.fromkeys(("clients", "dropped", "settings"), dict) | dict.fromkeys(
+    ("sampled", "participants", "late", "missing"), list
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,10 +40,13 @@ def read(history: History) -> Run:
 
     Raises:
         MissingError: it has neither rounds nor commits.
+        FormatError: a row isn't what its kind says.
     """
     rounds, commits, about = history.rounds(), history.commits(), history.run or {}
     if not rounds and not commits:
         raise MissingError("the history has no round and no commit as yet: expected one at least")
+    for row in (about, *rounds, *commits):
+        _check(row)
     clients = dict(about.get("clients", {}))
     for row in rounds:
         for name in [
@@ -51,6 +57,16 @@ def read(history: History) -> Run:
         ]:
             clients.setdefault(name, {})
     return Run(about, rounds, commits, dict(sorted(clients.items(), key=lambda item: natural(item[0]))))
+
+
+def _check(row: Row) -> None:
+    for name, shape in _SHAPES.items():
+        if name in row and not isinstance(row[name], shape):
+            raise FormatError(
+                f"{name!r} of a row of kind {row['kind']!r} is {str(row[name])[:40]!r}: expected a {shape.__name__}"
+            )
+    if not all(isinstance(known, dict) for known in row.get("clients", {}).values()):
+        raise FormatError(f"'clients' of a row of kind {row['kind']!r} holds what isn't a dict: expected one by client")
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

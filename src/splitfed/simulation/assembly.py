@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from splitfed.accumulator import Accumulator
+from splitfed.errors import InputError
 from splitfed.federation import Federation
 from splitfed.judging import Judge
 from splitfed.optimizers import OptimizerFactory, SchedulerFactory
@@ -62,11 +63,20 @@ class Assembly:
         store: Where.
         clients: The ids of all clients.
         clock: Virtual seconds; `None` for real ones, since 1970.
+
+    Raises:
+        InputError: the store knows other clients too, whom rounds would wait for.
     """
 
     def __init__(
         self, plans: Plans, store: GradientStore, clients: Sequence[str], clock: Callable[[], float] | None
     ) -> None:
+        strangers = sorted(set(store.clients()).difference(clients))
+        if strangers:
+            raise InputError(
+                f"{store!r} has clients that weren't given, {strangers[0]!r} for one: expected data for each "
+                "that a store has, or another store"
+            )
         self.store = store
         self.mode = plans.mode
         self.body: Accumulator | PerClient

@@ -26,7 +26,8 @@ def evaluate(model: nn.Module, how: Evaluation, loss_fn: Callable[[Any, Any], Te
         loss_fn: For held-out data; the mean over a batch.
 
     Returns:
-        `loss`, and `accuracy` where outputs are (N, classes) and targets integers (N,); or what the function returned.
+        `loss`, and `accuracy` where outputs are (N, classes), two of them at least, and targets integers (N,); or what
+        the function returned.
 
     Raises:
         InputError: the function returned no mapping, or there is no data.
@@ -41,9 +42,9 @@ def evaluate(model: nn.Module, how: Evaluation, loss_fn: Callable[[Any, Any], Te
     if not total:
         raise InputError("there is no held-out data to evaluate on: give one example at least, or evaluate=None")
     loss, right, classifies = 0.0, 0, True
-    for inputs, targets in localdata.batches(how, BATCH_SIZE, range(total)):
+    for number, (inputs, targets) in enumerate(localdata.batches(how, BATCH_SIZE, range(total))):
         outputs = model(inputs)
-        loss += float(loss_fn(outputs, targets)) * len(targets)
+        loss += float(loss_fn(outputs, targets)) * min(BATCH_SIZE, total - number * BATCH_SIZE)
         found = num_right(outputs, targets)
         classifies = classifies and found is not None
         right += found or 0
@@ -51,9 +52,12 @@ def evaluate(model: nn.Module, how: Evaluation, loss_fn: Callable[[Any, Any], Te
 
 
 def num_right(outputs: Any, targets: Any) -> int | None:
-    """How many of a batch are right; `None` unless outputs are (N, classes) and targets integers (N,)."""
+    """How many of a batch are right; `None` unless outputs are (N, classes) and targets integers (N,).
+
+    One output for each example, as of a binary classifier with one logit, isn't a choice between classes.
+    """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return None
-    if outputs.dim() != 2 or targets.dim() != 1 or targets.is_floating_point():
+    if outputs.dim() != 2 or outputs.shape[1] < 2 or targets.dim() != 1 or targets.is_floating_point():
         return None
     return int((outputs.argmax(1) == targets).sum())

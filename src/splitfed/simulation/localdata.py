@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from splitfed.errors import InputError
 from splitfed.ids import check_client_id
@@ -48,10 +49,11 @@ class Shard:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Any:
-        return next(batches(self.data, 1, [int(self.indices[index])]))
+        chosen = int(self.indices[index])
+        return tuple(part[chosen] for part in self.data) if isinstance(self.data, tuple) else self.data[chosen]
 
 
-def deal(data: Data, parts: Sequence[Tensor], names: Sequence[str] | None = None) -> dict[str, Shard]:
+def deal(data: Data, parts: Sequence[Tensor | Sequence[int]], names: Sequence[str] | None = None) -> dict[str, Shard]:
     """Make the mapping of clients that `simulate` takes, from one data set and the lists of `splitfed.partition`.
 
     Args:
@@ -60,17 +62,26 @@ def deal(data: Data, parts: Sequence[Tensor], names: Sequence[str] | None = None
         names: The clients' ids; `client-0`, `client-1` ..., padded with zeros, if they aren't given.
 
     Raises:
-        InputError: not as many names as parts, a part without examples, or an index beyond the data.
+        InputError: not as many names as parts, a part without examples or that isn't indices, or one beyond the data.
     """
     width = len(str(max(len(parts) - 1, 0)))
     ids = [f"client-{i:0{width}d}" for i in range(len(parts))] if names is None else list(names)
     if len(ids) != len(parts) or len(set(ids)) != len(ids):
         raise InputError(f"{len(set(ids))} distinct names for {len(parts)} parts: expected one for each")
     total = size(data)
-    for name, part in zip(ids, parts, strict=True):
-        if not len(part) or int(part.min()) < 0 or int(part.max()) >= total:
-            raise InputError(f"the part of {name} is empty or exceeds the data: expected indices from 0 to {total - 1}")
-    return {name: Shard(data, part) for name, part in zip(ids, parts, strict=True)}
+    return {name: Shard(data, _indices(name, part, total)) for name, part in zip(ids, parts, strict=True)}
+
+
+def _indices(name: str, part: Tensor | Sequence[int], total: int) -> Tensor:
+    found = torch.as_tensor(part)
+    if len(part) and (found.dtype == torch.bool or found.is_floating_point() or found.dim() != 1):
+        raise InputError(
+            f"the part of {name} is {found.dtype} of shape {tuple(found.shape)}: expected indices of shape (N,); those "
+            "of a mask are mask.nonzero().flatten()"
+        )
+    if not len(found) or int(found.min()) < 0 or int(found.max()) >= total:
+        raise InputError(f"the part of {name} is empty or exceeds the data: expected indices from 0 to {total - 1}")
+    return found.long()
 
 
 def check(clients: Mapping[str, Data]) -> list[str]:
@@ -100,8 +111,11 @@ def size(data: Data) -> int:
             raise InputError("data is a tuple: expected two tensors, inputs (N, *) and targets (N, *)")
         if len(data[0]) != len(data[1]):
             raise InputError(f"{len(data[0])} inputs and {len(data[1])} targets: expected as many")
-    elif not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise InputError(f"data is a {type(data).__name__}: expected a pair of tensors, or a sequence of examples")
+    elif isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise InputError(
+            f"data is a {type(data).__name__}: expected a pair of tensors, or a sequence of examples, such as "
+            "loader.dataset of a DataLoader or a list of what a stream yields"
+        )
     return len(data[0]) if isinstance(data, tuple) else len(data)
 
 
@@ -111,7 +125,11 @@ def order(data: Data, generator: torch.Generator) -> list[int]:
 
 
 def batches(data: Data, batch_size: int, indices: Iterable[int]) -> Iterator[tuple[Any, Any]]:
-    """Pairs (inputs (N, *), targets (N, *)) of these examples in this order; the last one may be smaller."""
+    """Pairs (inputs (N, *), targets (N, *)) of these examples in this order; the last one may be smaller.
+
+    Raises:
+        InputError: an example isn't a pair, or examples don't make a batch.
+    """
     wanted = torch.as_tensor(list(indices), dtype=torch.int64)
     while isinstance(data, Shard):
         wanted = data.indices[wanted]
@@ -120,8 +138,29 @@ def batches(data: Data, batch_size: int, indices: Iterable[int]) -> Iterator[tup
         if isinstance(data, tuple):
             yield data[0][part], data[1][part]
         else:
-            inputs, targets = torch.utils.data.default_collate([data[index] for index in part.tolist()])
-            yield inputs, targets
+            yield _collate([_pair(data, index) for index in part.tolist()])
+
+
+def _pair(data: Items, index: int) -> Any:
+    example = data[index]
+    if not isinstance(example, tuple | list) or len(example) != 2:
+        found = f"{len(example)} parts" if isinstance(example, tuple | list) else f"a {type(example).__name__}"
+        raise InputError(
+            f"example {index} of a {type(data).__name__} is {found}: expected a pair (input, target), of which either "
+            "may be a dict or tuple; let the data set return that"
+        )
+    return example
+
+
+def _collate(examples: list[Any]) -> tuple[Any, Any]:
+    try:
+        inputs, targets = torch.utils.data.default_collate(examples)
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise InputError(
+            f"examples can't be put together in a batch ({error}): expected tensors or numbers of one shape; let the "
+            "data set convert or pad them"
+        ) from error
+    return inputs, targets
 
 
 def classes(data: Data) -> dict[str, int] | None:

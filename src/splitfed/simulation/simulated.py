@@ -94,12 +94,19 @@ class Simulation(Iterator[Row]):
     def _run(self) -> Generator[Row, None, None]:
         federation, rounds = self._assembly.federation, self._head["settings"]["rounds"]
         newest = federation.rounds.newest()
-        done = newest if newest == 0 or federation.rounds.report(newest) is not None else newest - 1
+        report = federation.rounds.report(newest) if newest else None
+        done = newest if newest == 0 or report is not None else newest - 1
+        before = self.history.rounds() if newest and self.history.run is not None else None
+        untold = None if before is None or newest in {row["round"] for row in before} else report
         with Callbacks([self.history, *self._callbacks]) as watchers, contextlib.closing(self._driver):
-            started = time.time()
+            started = time.time() - max((row.get("seconds") or 0.0 for row in before or ()), default=0.0)
             watchers.on_row(self._head)
-            if newest and done < rounds:
+            if newest and (done < rounds or untold is not None):
                 self._go_on(federation.rounds.plan(newest), federation.rounds.ending(newest))
+            if untold is not None:  # by a run that was killed after the round, which knew what crossed the cut
+                row = self._row(untold, started)
+                watchers.on_row(row := {name: row[name] for name in row if not name.startswith("bytes_")})
+                yield row
             while done < rounds:
                 plan = federation.open()
                 if plan is None:

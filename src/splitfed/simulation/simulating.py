@@ -129,6 +129,8 @@ def simulate(
     """
     ids = localdata.check(clients)
     check_sample_size(clients_per_round, min_clients)
+    if virtual is not None and not isinstance(virtual, VirtualTime):
+        raise InputError(f"virtual is {virtual!r}: expected a VirtualTime, such as VirtualTime(compute=1.0)")
     if deadline is not None and virtual is None:
         raise InputError(f"deadline={deadline!r} needs a clock: give virtual=VirtualTime(...) too, or no deadline")
     if workers and (virtual is not None or barrier is False):

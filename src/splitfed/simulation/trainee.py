@@ -44,7 +44,11 @@ class Next(Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
-    """What all virtual clients of a run have in common."""
+    """What all virtual clients of a run have in common.
+
+    Raises:
+        InputError: a loss function, or what is to make an optimizer or a scheduler, can't be called.
+    """
 
     half: nn.Module
     """The client half; each activation trains a copy."""
@@ -60,6 +64,15 @@ class Recipe:
     scheduler: SchedulerFactory | None = None
     """Of the optimizer; steps once per batch, and is kept with it."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("loss_fn", "optimizer", "scheduler"):
+            made = getattr(self, name)
+            if made is not None and not callable(made):
+                raise InputError(
+                    f"{name} is {type(made).__name__}: expected a function, such as functools.partial(torch.optim.SGD, "
+                    "lr=0.1) for an optimizer: each client makes its own"
+                )
 
 
 @dataclass(slots=True, eq=False)
@@ -186,7 +199,7 @@ class Trainee:
         self, client: SplitClient, optimizer: Optimizer, scheduler: LRScheduler | None
     ) -> Generator[Next, None, None]:
         recipe, order = self._recipe, localdata.order(self._data, self._stream.generator)
-        for inputs, targets in localdata.batches(self._data, recipe.batch_size, order):
+        for number, (inputs, targets) in enumerate(localdata.batches(self._data, recipe.batch_size, order)):
             if recipe.gradients and self.outcome.batches + self.outcome.expired:
                 yield Next.PULL
                 client.pull()
@@ -194,15 +207,17 @@ class Trainee:
             optimizer.zero_grad()
             outputs = client(inputs)
             loss = recipe.loss_fn(outputs, targets)
-            if loss.dim():
-                raise InputError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}: expected a scalar")
+            if not isinstance(loss, Tensor) or loss.dim():
+                found = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise InputError(f"loss_fn returned a {found}: expected a scalar tensor")
             yield Next.BACKWARD
             try:
                 loss.backward()
             except ExpiredError:
                 self.outcome.expired += 1
                 continue
-            self._count(len(targets), loss, num_right(outputs, targets))
+            num_samples = min(recipe.batch_size, len(order) - number * recipe.batch_size)
+            self._count(num_samples, loss, num_right(outputs, targets))
             if recipe.gradients:
                 yield Next.PUSH
                 client.push(gradient=True)
