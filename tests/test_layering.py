@@ -51,7 +51,8 @@ MAY_IMPORT = {
     "transports": "errors transport",
     "connection": "errors messages transport",
     "passes": "messages connection",
-    "calls": "errors messages trees seeding cutpoint boundary connection passes",
+    "guards": "errors",
+    "calls": "errors messages trees seeding cutpoint boundary connection passes guards",
     "onetrip": "errors messages seeding cutpoint calls",
     "syncing": "errors messages personal template connection",
     "participating": "ids messages syncing",
@@ -126,7 +127,8 @@ IO_MODULES = set(
 IO_CALLS = set("open print input exec eval load save from_file".split())
 
 CLIENT_SIDE = set(
-    "client standin calls passes onetrip connection syncing participating transport cutting cutpoint unsplit".split()
+    "client standin calls guards passes onetrip connection syncing participating transport cutting cutpoint "
+    "unsplit".split()
 )
 SERVER_SIDE = set(
     "blobs layout versions lineage pile store sealing halves running lines server folding stepping accumulator".split()
