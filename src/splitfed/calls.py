@@ -238,4 +238,4 @@ def refuse_second_order() -> None:
 
 def dummy() -> Tensor:
     """Requires grad, so that autograd runs the backward even if nothing before the cut requires it."""
-    return torch.empty(0, requires_grad=True)
+    return torch.empty(0, requires_grad=True, device="cpu")

@@ -107,12 +107,12 @@ def size(data: Data) -> int:
 
 def order(data: Data, generator: torch.Generator) -> list[int]:
     """A shuffled order of the examples."""
-    return torch.randperm(size(data), generator=generator).tolist()
+    return torch.randperm(size(data), generator=generator, device="cpu").tolist()
 
 
 def batches(data: Data, batch_size: int, indices: Iterable[int]) -> Iterator[tuple[Any, Any]]:
     """Pairs (inputs (N, *), targets (N, *)) of these examples in this order; the last one may be smaller."""
-    wanted = torch.as_tensor(list(indices), dtype=torch.int64)
+    wanted = torch.as_tensor(list(indices), dtype=torch.int64, device="cpu")
     while isinstance(data, Shard):
         wanted = data.indices[wanted]
         data = data.data
