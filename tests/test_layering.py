@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "cutpoint": "errors template absent",
     "cutting": "errors copying template cutpoint",
     "boundary": "codec",
-    "unsplit": "trees seeding copying template cutting boundary",
+    "unsplit": "errors trees seeding copying template cutting boundary",
     "model": "errors template boundary",
     "replay": "errors messages trees codec seeding boundary model",
     # The client side.
