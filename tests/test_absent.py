@@ -115,6 +115,19 @@ def test_a_container_that_isnt_called_is_no_cut(make: Any, said: str) -> None:
         splitfed.split(sandwich(make()), "body")
 
 
+# The warning comes from torch's own tracing.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_half_asks_too(tmp_path: Path) -> None:
+    """A trace makes an `Absent` of its own before it fills it."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    net = Calls(lambda m, x: m.head(m.te(m.bottom(x))), bottom=nn.Linear(6, 8), te=encoder, head=nn.Linear(8, 3))
+    compiled = torch.compile(Split(net, "te.layers.0", tmp_path).client, backend="eager")
+    given = torch.randn(2, 5, 6)
+    assert torch.equal(compiled(given), splitfed.reference(net, "te.layers.0")(given))
+    torch.compiler.reset()  # what it has learned of shapes would show in other tests' graphs
+
+
 def test_a_penalty_on_the_bodys_weights_is_refused() -> None:
     """In the client half it would be computed from nothing: the error comes from client(...)."""
     net = sandwich(Layer())

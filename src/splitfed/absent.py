@@ -31,6 +31,8 @@ class Absent:
         self._place = place
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # Python's own look-ups, and torch.compile's of one that isn't initialised yet
+            raise AttributeError(name)
         return told(self._what, name, self._place)
 
     def __getitem__(self, key: Any) -> Any:
