@@ -110,7 +110,7 @@ class SplitClient(StandIn):
     def forward(self) -> Callable[..., Any]:
         """Run the half; has the signature of the half's own `forward`."""
         replaced: Callable[..., Any] | None = self.__dict__.get("_replaced_forward")
-        return _Forward(self) if replaced is None else replaced
+        return _Within(self, self.client_half, self.client_half.forward) if replaced is None else replaced
 
     @forward.setter
     def forward(self, value: Callable[..., Any]) -> None:
@@ -132,7 +132,7 @@ class SplitClient(StandIn):
         *inputs, target = args
         session = LossSession(self._connection, self._passes, count_samples(inputs, kwargs), self._scope, self._pinned)
         session.target = target
-        return session.finish(lambda: self._run(session, tuple(inputs), kwargs))
+        return session.finish(lambda: self._run(session, self.client_half, tuple(inputs), kwargs))
 
     @contextmanager
     def at(self, version: int) -> Iterator[SplitClient]:
@@ -195,14 +195,20 @@ class SplitClient(StandIn):
         """
         return take_part(self._sync, poll, num_samples, gradient)
 
-    def _run(self, session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if inspect.ismethod(found) and found.__self__ is self.__dict__.get("client_half"):
+            return _Within(self, found, found)
+        return found
+
+    def _run(self, session: Session, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(self, "_is_replica", False):
             raise UnsupportedError(
                 "nn.DataParallel can't replicate a SplitClient: call it directly; the server scales by replicas"
             )
         token = active_caller.set(session)
         try:
-            return self.client_half(*args, **kwargs)
+            return run(*args, **kwargs)
         finally:
             active_caller.reset(token)
 
@@ -213,18 +219,20 @@ class SplitClient(StandIn):
         return SplitClient(half, connection.transport, connection.client_id, **settings)
 
 
-class _Forward:
-    """The client's forward, with the half's signature."""
+class _Within:
+    """The half's forward, or another method of it (`encode`, `generate`), as one call of the client."""
 
-    def __init__(self, client: SplitClient) -> None:
+    def __init__(self, client: SplitClient, run: Callable[..., Any], method: Callable[..., Any]) -> None:
         self._client = client
+        self._run = run
+        self._method = method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         client = self._client
         samples = count_samples(args, kwargs)
         session = Session(client._connection, client._passes, samples, client._scope, client._pinned)
-        return client._run(session, args, kwargs)
+        return client._run(session, self._run, args, kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._client.client_half.forward)
+        return inspect.signature(self._method)
