@@ -172,3 +172,16 @@ def test_nothing_to_check_says_so() -> None:
         check(model, "body", torch.tensor([1, 2]))
     with pytest.raises(UnknownCutError, match="nearest"):
         check(sandwich(nn.Linear(8, 8)), "bodi")
+
+
+def test_a_buffer_of_the_half_may_change_its_shape() -> None:
+    """As an observer's does when it first sees data; the body's own may not."""
+
+    def observe(m: Any, x: Tensor) -> Tensor:
+        m.low = x.detach().amin(0)
+        return x
+
+    observer = Calls(observe)
+    observer.register_buffer("low", torch.zeros(0))
+    found = check(nn.Sequential(observer, nn.Linear(6, 8), nn.Linear(8, 3)), "1")
+    assert found.ok

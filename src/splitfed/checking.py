@@ -133,12 +133,9 @@ def _split_step(
 def _disturb(half: nn.Module, server: SplitServer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Let the second server run something before, so that a body that keeps state in Python is found out."""
     state = torch.get_rng_state()
-    buffers = {name: buffer.clone() for name, buffer in half.named_buffers()}
     with torch.no_grad():
         args, kwargs = _own((args, kwargs))
-        SplitClient(half, server, "other")(*args, **kwargs)
-        for name, buffer in half.named_buffers():
-            buffer.copy_(buffers[name])
+        SplitClient(deep_copy(half), server, "other")(*args, **kwargs)
     torch.set_rng_state(state)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from splitfed.copying import deep_copy
+from splitfed.copying import check_hooks, deep_copy
 from splitfed.cutpoint import CutPoint, Origin
 from splitfed.errors import ArchitectureError, CutError, SharedParameterError, UnknownCutError, UnsupportedError
 from splitfed.template import Template, unwrap
@@ -76,8 +76,9 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
         UnknownCutError: there is no such submodule; the message lists the nearest names.
         SharedParameterError: a parameter or buffer would be on both sides.
         CutError: the cuts overlap or are empty.
-        UnsupportedError: lazy parameters, a data-parallel wrapper, or a model that can't be copied.
+        UnsupportedError: lazy parameters, hooks on tensors, a data-parallel wrapper, or what can't be copied.
     """
+    check_hooks(unwrap(model))
     half = whole = deep_copy(unwrap(model))
     for name, parameter in whole.named_parameters():
         if is_lazy(parameter):
@@ -166,7 +167,7 @@ def _find(model: nn.Module, at: str) -> Cut:
     module = modules[name]
     kind = type(module).__name__
     if name == at:
-        if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+        if getattr(type(module), "forward", None) is nn.Module.forward and "forward" not in vars(module):
             hint = f"its members {[f'{at}.{leaf}' for leaf in module._modules][:8]}, or the module that uses it"
             raise CutError(f"{at!r} is a {kind}, which isn't called itself: cut at {hint}")
         return Cut(at, ())
