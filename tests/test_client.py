@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
+import pickle
 import uuid
 from collections import UserDict
 from types import SimpleNamespace
@@ -276,3 +278,16 @@ def test_a_compiled_body_trains_under_its_plain_names(where: str) -> None:
     assert made.accumulator.step() is not None
     moved = layer.weight.detach() - 0.5 * record.gradients["0.weight"]
     assert torch.equal(made.store.load_weights()["0.weight"], moved)
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, lambda what: torch.save(what, io.BytesIO())], ids=["pickle", "save"])
+def test_what_belongs_to_this_process_isnt_pickled(save: Any) -> None:
+    """The client says to save its state, the store and who is on it to open it again; the half itself can be saved."""
+    made = split(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), "1")
+    with pytest.raises(UnsupportedError, match=r"save client.state_dict\(\), or pickle client.client_half"):
+        save(made.client)
+    for what in (made.store, made.servers[0], made.accumulator):
+        with pytest.raises(UnsupportedError, match=r"open the store again where it is needed, GradientStore\('memory:"):
+            save(what)
+    save(made.half)
+    assert copy.copy(made.client)(x()).shape == (4, 3)

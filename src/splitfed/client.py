@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -217,6 +217,17 @@ class SplitClient(StandIn):
         half = copy.deepcopy(self.client_half, memo)
         settings: dict[str, Any] = {"loss_scale": connection.loss_scale, "personal": self._sync.patterns}
         return SplitClient(half, connection.transport, connection.client_id, **settings)
+
+    def __copy__(self) -> SplitClient:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedError(
+            "a SplitClient can't be pickled, as it is one process's line to its server: save client.state_dict(), or "
+            "pickle client.client_half and make a SplitClient of it there"
+        )
 
 
 class _Within:
