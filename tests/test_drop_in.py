@@ -66,6 +66,7 @@ def test_forward_has_the_signature_of_the_half(tmp_path: Path) -> None:
     signature = inspect.signature(client.forward)
     assert signature == inspect.signature(client.client_half.forward)
     assert list(signature.parameters) == ["input_ids", "mask", "labels"]
+    assert list(inspect.signature(type(client).forward).parameters) == ["self", "args", "kwargs"]
     assert client.temperature == 2.0
     with pytest.raises(AttributeError, match="nowhere"):
         _ = client.nowhere

@@ -55,11 +55,12 @@ MAY_IMPORT = {
     "guards": "errors",
     "calls": "errors messages trees seeding cutpoint boundary connection passes guards",
     "onetrip": "errors messages seeding cutpoint calls",
+    "methods": "passes calls",
     "syncing": "errors messages personal template connection",
     "participating": "ids messages syncing",
     "standin": "",
-    "client": "errors ids messages cutpoint transport transports connection passes calls onetrip syncing participating "
-    "standin",
+    "client": "errors ids messages cutpoint transport transports connection passes calls methods onetrip syncing "
+    "participating standin",
     # The mathematics of a commit.
     "averaging": "errors ids",
     "buffers": "errors",
@@ -128,7 +129,7 @@ IO_MODULES = set(
 IO_CALLS = set("open print input exec eval load save from_file".split())
 
 CLIENT_SIDE = set(
-    "client standin calls guards passes onetrip connection syncing participating transport cutting cutpoint "
+    "client standin calls guards methods passes onetrip connection syncing participating transport cutting cutpoint "
     "unsplit".split()
 )
 SERVER_SIDE = set(

@@ -20,6 +20,7 @@ from splitfed.cutpoint import CutPoint, active_caller
 from splitfed.errors import CutError, InputError, UnsupportedError
 from splitfed.ids import check_client_id, check_number
 from splitfed.messages import RoundInfo
+from splitfed.methods import Forward, Within
 from splitfed.onetrip import LossSession
 from splitfed.participating import take_part
 from splitfed.passes import Passes, Scope, count_samples
@@ -106,15 +107,7 @@ class SplitClient(StandIn):
         """The round under way, as the last pull had it; `None` before, and where nobody runs rounds."""
         return self._sync.round
 
-    @property
-    def forward(self) -> Callable[..., Any]:
-        """Run the half; has the signature of the half's own `forward`."""
-        replaced: Callable[..., Any] | None = self.__dict__.get("_replaced_forward")
-        return _Within(self, self.client_half, self.client_half.forward) if replaced is None else replaced
-
-    @forward.setter
-    def forward(self, value: Callable[..., Any]) -> None:
-        self.__dict__["_replaced_forward"] = value
+    forward = Forward()
 
     def loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """Loss of `(*inputs, target)`, computed by the server in one trip; call `.backward()` on it.
@@ -198,7 +191,7 @@ class SplitClient(StandIn):
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
         if inspect.ismethod(found) and found.__self__ is self.__dict__.get("client_half"):
-            return _Within(self, found, found)
+            return Within(self, found, found)
         return found
 
     def _run(self, session: Session, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -228,22 +221,3 @@ class SplitClient(StandIn):
             "a SplitClient can't be pickled, as it is one process's line to its server: save client.state_dict(), or "
             "pickle client.client_half and make a SplitClient of it there"
         )
-
-
-class _Within:
-    """The half's forward, or another method of it (`encode`, `generate`), as one call of the client."""
-
-    def __init__(self, client: SplitClient, run: Callable[..., Any], method: Callable[..., Any]) -> None:
-        self._client = client
-        self._run = run
-        self._method = method
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        client = self._client
-        samples = count_samples(args, kwargs)
-        session = Session(client._connection, client._passes, samples, client._scope, client._pinned)
-        return client._run(session, self._run, args, kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._method)
