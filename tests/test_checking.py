@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import splitfed
 from splitfed.blobs import memory
-from splitfed.errors import InputError, ReplayError, UnknownCutError
+from splitfed.errors import InputError, ReplayError, UnknownCutError, UnsupportedError
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 
@@ -142,7 +142,27 @@ def test_a_difference_is_shown_with_its_size_and_place() -> None:
     assert _compare(a, b) == "up to 2.5e-01 at w"
     assert _compare(a, {**a, "w": None}) == "differ in kind at w"
     assert _compare({"w": torch.tensor(float("nan"))}, {"w": torch.tensor(float("nan"))}) == "equal"
+    imaginary = {"w": torch.tensor([0.5j])}
+    assert _compare(imaginary, {"w": torch.tensor([0j])}) == "up to 5.0e-01 at w"
     assert not Check((("outputs", "equal", _compare(a, b)),)).ok
+
+
+def test_a_clients_own_embedding_may_have_sparse_gradients() -> None:
+    """They never cross the cut, and are compared like any other."""
+    embedded = Calls(
+        lambda m, x: m.head(m.body(m.words(x))),
+        words=nn.Embedding(5, 8, sparse=True),
+        body=nn.Linear(8, 8),
+        head=nn.Tanh(),
+    )
+    assert {split for _, *both in check(embedded, "body", torch.tensor([1, 3, 3])).rows for split in both} == {"equal"}
+
+
+def test_a_body_that_writes_to_its_parameters_is_refused() -> None:
+    """By the error that a server answers with, which says what to do."""
+    renormed = Calls(lambda m, x: m.head(m.body(x)), body=nn.Embedding(5, 8, max_norm=0.1), head=nn.Linear(8, 3))
+    with pytest.raises(UnsupportedError, match="changes its own parameters in forward: keep"):
+        check(renormed, "body", torch.tensor([1, 3, 3]))
 
 
 def test_nothing_to_check_says_so() -> None:
@@ -152,3 +172,16 @@ def test_nothing_to_check_says_so() -> None:
         check(model, "body", torch.tensor([1, 2]))
     with pytest.raises(UnknownCutError, match="nearest"):
         check(sandwich(nn.Linear(8, 8)), "bodi")
+
+
+def test_a_buffer_of_the_half_may_change_its_shape() -> None:
+    """As an observer's does when it first sees data; the body's own may not."""
+
+    def observe(m: Any, x: Tensor) -> Tensor:
+        m.low = x.detach().amin(0)
+        return x
+
+    observer = Calls(observe)
+    observer.register_buffer("low", torch.zeros(0))
+    found = check(nn.Sequential(observer, nn.Linear(6, 8), nn.Linear(8, 3)), "1")
+    assert found.ok

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
+import pickle
 import uuid
+from collections import UserDict
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,6 +80,54 @@ def test_the_half_shows_through(client: SplitClient) -> None:
     assert (client.client_id, client.version) == ("a", None)
     with pytest.raises(AttributeError, match="'Half' object has no attribute 'nothing'"):
         _ = client.nothing
+
+
+def test_what_is_set_reaches_the_half() -> None:
+    """A coefficient that a loop moves on, a tensor and a new head: forward reads them from the half."""
+    net = sandwich(nn.Linear(8, 8))
+    net.run = lambda m, x: m.head(m.body(m.bottom(x))) * m.beta + m.shift
+    net.beta, net.shift = 1.0, torch.zeros(3)
+    client, given = split(net).client, x()
+    before = client(given)
+    client.beta, client.shift = 2.0, torch.ones(3)
+    assert client.client_half.beta == client.beta == 2.0
+    assert torch.equal(client(given), before * 2 + 1)
+    client.head = nn.Linear(8, 3, bias=False)
+    assert client(given).shape == (4, 3)
+    assert [name for name, _ in client.named_parameters()] == ["bottom.weight", "bottom.bias", "head.weight"]
+
+
+def test_another_method_of_the_half_is_a_call_too() -> None:
+    """`client.encode(x)` runs across the cut as `client(x)` does, with its own signature, and trains."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(6, 4)
+
+        def encode(self, pixels: Tensor, *, scale: float = 1.0) -> Tensor:
+            return self.body(pixels) * scale
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return self.encode(pixels).relu()
+
+    net = Encoder()
+    made, given = split(net), x()
+    assert torch.equal(made.client.encode(given, scale=2.0), net.encode(given, scale=2.0))
+    assert list(inspect.signature(made.client.encode).parameters) == ["pixels", "scale"]
+    made.client.encode(given).sum().backward()
+    (waits,) = made.waiting()
+    assert waits.num_samples == 4
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_samples_are_counted_in_any_mapping(kind: Any) -> None:
+    """Tokenizers return dictionaries of their own kind; a batch of 5 in one isn't a batch of 1."""
+    net = sandwich(nn.Linear(8, 8))
+    net.run = lambda m, batch: m.head(m.body(m.bottom(batch["x"])))
+    made = split(net)
+    made.client(kind(x=x(5))).sum().backward()
+    assert made.waiting()[0].num_samples == 5
 
 
 def test_loading_and_casting_reach_the_half(client: SplitClient) -> None:
@@ -226,3 +278,16 @@ def test_a_compiled_body_trains_under_its_plain_names(where: str) -> None:
     assert made.accumulator.step() is not None
     moved = layer.weight.detach() - 0.5 * record.gradients["0.weight"]
     assert torch.equal(made.store.load_weights()["0.weight"], moved)
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, lambda what: torch.save(what, io.BytesIO())], ids=["pickle", "save"])
+def test_what_belongs_to_this_process_isnt_pickled(save: Any) -> None:
+    """The client says to save its state, the store and who is on it to open it again; the half itself can be saved."""
+    made = split(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), "1")
+    with pytest.raises(UnsupportedError, match=r"save client.state_dict\(\), or pickle client.client_half"):
+        save(made.client)
+    for what in (made.store, made.servers[0], made.accumulator):
+        with pytest.raises(UnsupportedError, match=r"open the store again where it is needed, GradientStore\('memory:"):
+            save(what)
+    save(made.half)
+    assert copy.copy(made.client)(x()).shape == (4, 3)

@@ -10,6 +10,7 @@ import torch
 from cases import CASES, Case
 from torch import Tensor, nn
 
+import splitfed
 from splitfed.copying import deep_copy
 from splitfed.errors import UnsupportedError
 
@@ -99,3 +100,14 @@ def test_what_cant_be_copied_is_said_to_the_user() -> None:
     model.lock = __import__("threading").Lock()
     with pytest.raises(UnsupportedError, match=r"Linear can't be copied .*lock.*keep what can't be deep-copied out"):
         deep_copy(model)
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_parameters_own_hook_isnt_lost_without_a_word(kind: str) -> None:
+    """A mask on a gradient would be gone from both halves: `split` says where to put it."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    hook = getattr(model[1].weight, kind)(lambda *_: None)
+    with pytest.raises(UnsupportedError, match=r"'1.weight' has a hook of its own.*the client half"):
+        splitfed.split(model, "1")
+    hook.remove()
+    splitfed.split(model, "1")

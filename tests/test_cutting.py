@@ -11,7 +11,7 @@ from bodies import Calls
 from torch import nn
 
 from splitfed.cutpoint import CutPoint
-from splitfed.cutting import join, split
+from splitfed.cutting import find_cuts, join, split
 from splitfed.errors import (
     ArchitectureError,
     CutError,
@@ -243,3 +243,11 @@ def test_a_body_of_several_parts_isnt_called_as_a_whole() -> None:
     _, body = split(line(), ["1", "3"])
     with pytest.raises(CutError, match="through a SplitClient"):
         body(torch.zeros(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_submodule_is_found() -> None:
+    """torch.jit gives no class a `forward` to look at."""
+    assert [cut.owner for cut in find_cuts(nn.Sequential(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))), "0")] == [
+        "0"
+    ]

@@ -66,6 +66,7 @@ def test_forward_has_the_signature_of_the_half(tmp_path: Path) -> None:
     signature = inspect.signature(client.forward)
     assert signature == inspect.signature(client.client_half.forward)
     assert list(signature.parameters) == ["input_ids", "mask", "labels"]
+    assert list(inspect.signature(type(client).forward).parameters) == ["self", "args", "kwargs"]
     assert client.temperature == 2.0
     with pytest.raises(AttributeError, match="nowhere"):
         _ = client.nowhere
@@ -149,3 +150,20 @@ def test_torch_compile(tmp_path: Path) -> None:
         split.accumulator.step()
         plain.step()
     assert graphs == [["linear"], ["dropout", "linear"]]
+
+
+@pytest.mark.parametrize("how", ["forward", "loss"])
+def test_a_default_device_of_the_users_own(how: str, tmp_path: Path) -> None:
+    """Under torch.set_default_device what is ours stays on the CPU, the client's draws too ("meta" has no data)."""
+    net = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 3), nn.Dropout(0.5))
+    split = Split(net, "1:3", tmp_path, loss_fn=nn.functional.mse_loss)
+    given, target = torch.randn(8, 6), torch.randn(8, 3)
+    torch.set_default_device("meta")
+    try:
+        for _ in range(2):
+            (split.client.loss(given, target) if how == "loss" else split.client(given).sum()).backward()
+            commit = split.accumulator.step()
+        assert commit is not None
+        assert commit.version == 2
+    finally:
+        torch.set_default_device(None)

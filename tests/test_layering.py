@@ -39,10 +39,11 @@ MAY_IMPORT = {
     "copying": "errors",
     "template": "errors copying",
     "personal": "errors template",
-    "cutpoint": "errors template",
+    "absent": "errors",
+    "cutpoint": "errors template absent",
     "cutting": "errors copying template cutpoint",
     "boundary": "codec",
-    "unsplit": "trees seeding copying template cutting boundary",
+    "unsplit": "errors trees seeding copying template cutting boundary",
     "model": "errors template boundary",
     "replay": "errors messages trees codec seeding boundary model",
     # The client side.
@@ -51,13 +52,15 @@ MAY_IMPORT = {
     "transports": "errors transport",
     "connection": "errors messages transport",
     "passes": "messages connection",
-    "calls": "errors messages trees seeding cutpoint boundary connection passes",
+    "guards": "errors",
+    "calls": "errors messages trees seeding cutpoint boundary connection passes guards",
     "onetrip": "errors messages seeding cutpoint calls",
+    "methods": "passes calls",
     "syncing": "errors messages personal template connection",
     "participating": "ids messages syncing",
     "standin": "",
-    "client": "errors ids messages cutpoint transport transports connection passes calls onetrip syncing participating "
-    "standin",
+    "client": "errors ids messages cutpoint transport transports connection passes calls methods onetrip syncing "
+    "participating standin",
     # The mathematics of a commit.
     "averaging": "errors ids",
     "buffers": "errors",
@@ -126,7 +129,8 @@ IO_MODULES = set(
 IO_CALLS = set("open print input exec eval load save from_file".split())
 
 CLIENT_SIDE = set(
-    "client standin calls passes onetrip connection syncing participating transport cutting cutpoint unsplit".split()
+    "client standin calls guards methods passes onetrip connection syncing participating transport cutting cutpoint "
+    "unsplit".split()
 )
 SERVER_SIDE = set(
     "blobs layout versions lineage pile store sealing halves running lines server folding stepping accumulator".split()

@@ -206,3 +206,26 @@ def test_nonsense_is_refused() -> None:
     for call, message in cases:
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_a_default_device_of_the_users_own_changes_nothing() -> None:
+    """Indices are dealt on the CPU, from a generator of the CPU, whatever torch.set_default_device says."""
+    labels = torch.arange(40) % 4
+
+    def deals() -> list[list[torch.Tensor]]:
+        return [
+            iid(40, 4, seed=0),
+            dirichlet(labels, 4, alpha=0.5, seed=0, min_examples=3),
+            quantity(40, 4, alpha=0.5, seed=0),
+            shards(labels, 4, seed=0),
+            natural(["a", "b"] * 20),
+        ]
+
+    expected = deals()
+    torch.set_default_device("meta")
+    try:
+        found = deals()
+    finally:
+        torch.set_default_device(None)
+    for got, wanted in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from splitfed.cutpoint import CutPoint
     from splitfed.cutting import join, split
     from splitfed.errors import (
+        AbsentError,
         AccessError,
         AlreadyAppliedError,
         ArchitectureError,
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AbsentError",
     "AccessError",
     "Accumulator",
     "AlreadyAppliedError",

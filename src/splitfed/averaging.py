@@ -46,7 +46,7 @@ class StreamingMean:
         self._last: BatchId | None = None
         # The first batch is kept unscaled until a second one comes: n·g/n isn't always g in float64.
         self._first = (1.0, 1.0, 1.0)
-        self._scratch = torch.empty(0, dtype=torch.float64)
+        self._scratch = torch.empty(0, dtype=torch.float64, device="cpu")
 
     @property
     def num_batches(self) -> int:

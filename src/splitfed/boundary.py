@@ -113,8 +113,8 @@ class _Alias(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor) -> Tensor:
-        """The same memory under another name."""
-        return parameter.view_as(parameter)
+        """The same memory under another name, and no view of it: who writes to it in place isn't told about views."""
+        return parameter.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

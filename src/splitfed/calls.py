@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from splitfed import trees
 from splitfed.boundary import uncached
 from splitfed.connection import Connection
 from splitfed.cutpoint import CutPoint
-from splitfed.errors import InPlaceError, ReplayError, UnsupportedError
+from splitfed.errors import ReplayError, UnsupportedError
+from splitfed.guards import guard
 from splitfed.messages import ForwardAnswer, ForwardRequest, Housekeeping
 from splitfed.passes import Passes, Scope
 from splitfed.seeding import Seed
@@ -156,7 +158,7 @@ class Session:
             else:
                 self.connection.release(recorded)
             for index in (i for i in answer.changed if tensors[i].requires_grad):
-                recorded.guard(index, tensors[index])
+                guard(tensors[index], index, partial(recorded.answered, index))
         for index, value in answer.changed.items():
             if not (request.grad and tensors[index].requires_grad):
                 with torch.no_grad():
@@ -184,20 +186,9 @@ class RecordedCall:
         self._answered = () if answer is None else answer.grad_inputs
         return self._answered
 
-    def guard(self, index: int, tensor: Tensor) -> None:
-        """Watch an input that the body changed in place, unlike the client's copy: no other use may count on it."""
-        torch.autograd.graph.increment_version(tensor)
-
-        def check(grad: Tensor) -> None:
-            own = self._answered[index] if self._answered else None
-            if own is None or grad.data_ptr() != own.data_ptr():
-                raise InPlaceError(
-                    f"the body changes its input {index} in place, and the client uses it elsewhere too: that use "
-                    "would see other values than in the unsplit model. Begin the body with inplace=False, or clone() "
-                    "before the cut"
-                )
-
-        tensor.register_hook(check)
+    def answered(self, index: int) -> Tensor | None:
+        """The gradient of an input, as the last backward answered it."""
+        return self._answered[index] if self._answered else None
 
 
 class _Cross(torch.autograd.Function):
@@ -247,4 +238,4 @@ def refuse_second_order() -> None:
 
 def dummy() -> Tensor:
     """Requires grad, so that autograd runs the backward even if nothing before the cut requires it."""
-    return torch.empty(0, requires_grad=True)
+    return torch.empty(0, requires_grad=True, device="cpu")

@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from splitfed.cutpoint import CutPoint, active_caller
 from splitfed.errors import CutError, InputError, UnsupportedError
 from splitfed.ids import check_client_id, check_number
 from splitfed.messages import RoundInfo
+from splitfed.methods import Forward, Within
 from splitfed.onetrip import LossSession
 from splitfed.participating import take_part
 from splitfed.passes import Passes, Scope, count_samples
@@ -106,15 +107,7 @@ class SplitClient(StandIn):
         """The round under way, as the last pull had it; `None` before, and where nobody runs rounds."""
         return self._sync.round
 
-    @property
-    def forward(self) -> Callable[..., Any]:
-        """Run the half; has the signature of the half's own `forward`."""
-        replaced: Callable[..., Any] | None = self.__dict__.get("_replaced_forward")
-        return _Forward(self) if replaced is None else replaced
-
-    @forward.setter
-    def forward(self, value: Callable[..., Any]) -> None:
-        self.__dict__["_replaced_forward"] = value
+    forward = Forward()
 
     def loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """Loss of `(*inputs, target)`, computed by the server in one trip; call `.backward()` on it.
@@ -132,7 +125,7 @@ class SplitClient(StandIn):
         *inputs, target = args
         session = LossSession(self._connection, self._passes, count_samples(inputs, kwargs), self._scope, self._pinned)
         session.target = target
-        return session.finish(lambda: self._run(session, tuple(inputs), kwargs))
+        return session.finish(lambda: self._run(session, self.client_half, tuple(inputs), kwargs))
 
     @contextmanager
     def at(self, version: int) -> Iterator[SplitClient]:
@@ -196,14 +189,20 @@ class SplitClient(StandIn):
         """
         return take_part(self._sync, poll, num_samples, gradient)
 
-    def _run(self, session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if getattr(self, "_is_replica", False):
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if inspect.ismethod(found) and found.__self__ is self.__dict__.get("client_half"):
+            return Within(self, found, found)
+        return found
+
+    def _run(self, session: Session, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "_is_replica" in self.__dict__:
             raise UnsupportedError(
                 "nn.DataParallel can't replicate a SplitClient: call it directly; the server scales by replicas"
             )
         token = active_caller.set(session)
         try:
-            return self.client_half(*args, **kwargs)
+            return run(*args, **kwargs)
         finally:
             active_caller.reset(token)
 
@@ -213,19 +212,13 @@ class SplitClient(StandIn):
         settings: dict[str, Any] = {"loss_scale": connection.loss_scale, "personal": self._sync.patterns}
         return SplitClient(half, connection.transport, connection.client_id, **settings)
 
+    def __copy__(self) -> SplitClient:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
-class _Forward:
-    """The client's forward, with the half's signature."""
-
-    def __init__(self, client: SplitClient) -> None:
-        self._client = client
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        client = self._client
-        samples = count_samples(args, kwargs)
-        session = Session(client._connection, client._passes, samples, client._scope, client._pinned)
-        return client._run(session, args, kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._client.client_half.forward)
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedError(
+            "a SplitClient can't be pickled, as it is one process's line to its server: save client.state_dict(), or "
+            "pickle client.client_half and make a SplitClient of it there"
+        )

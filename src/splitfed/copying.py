@@ -38,6 +38,20 @@ def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         ) from error
 
 
+def check_hooks(module: nn.Module) -> None:
+    """Refuse what a copy would lose without a word: hooks on parameters, such as one that masks a gradient.
+
+    Raises:
+        UnsupportedError: a parameter has one.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise UnsupportedError(
+                f"parameter {name!r} has a hook of its own, which no copy of it has: remove it, and register it again "
+                "on the client half; in the body use a hook on the module, a parametrization, or a mask in forward"
+            )
+
+
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if not isinstance(value, nn.Module) or _has_a_say(type(value)):
         return copy.deepcopy(value, memo)

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from splitfed.errors import NotConnectedError, UnsupportedError
+from splitfed.absent import told
+from splitfed.errors import AbsentError, NotConnectedError, UnsupportedError
 from splitfed.template import Template
 
 REMEMBERED = 32
@@ -76,6 +77,20 @@ class CutPoint(nn.Module):
             UnsupportedError: called inside of a functorch transform.
         """
         return _eager(self, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("_"):
+                raise
+            origin: Origin | None = self.__dict__.get("origin")
+            if origin is None:
+                raise AbsentError(
+                    f"the client half asks its cut point for {name!r}, and this one was placed by hand: set that "
+                    "attribute on it, as the body has it"
+                ) from error
+        return told(origin.template.blueprint.get_submodule(origin.places[0][1]), name)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch._C._are_functorch_transforms_active():

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from splitfed.copying import deep_copy
+from splitfed.copying import check_hooks, deep_copy
 from splitfed.cutpoint import CutPoint, Origin
 from splitfed.errors import ArchitectureError, CutError, SharedParameterError, UnknownCutError, UnsupportedError
 from splitfed.template import Template, unwrap
@@ -76,8 +76,9 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
         UnknownCutError: there is no such submodule; the message lists the nearest names.
         SharedParameterError: a parameter or buffer would be on both sides.
         CutError: the cuts overlap or are empty.
-        UnsupportedError: lazy parameters, a data-parallel wrapper, or a model that can't be copied.
+        UnsupportedError: lazy parameters, hooks on tensors, a data-parallel wrapper, or what can't be copied.
     """
+    check_hooks(unwrap(model))
     half = whole = deep_copy(unwrap(model))
     for name, parameter in whole.named_parameters():
         if is_lazy(parameter):
@@ -144,12 +145,10 @@ def find_cuts(model: nn.Module, at: str | Sequence[str]) -> list[Cut]:
         CutError: two cuts overlap, or there are none.
     """
     wanted: list[Any] = list(at) if isinstance(at, list | tuple) else [at]
-    if not all(isinstance(name, str) for name in wanted) or wanted == [""] != [at]:
-        raise CutError(f"{at!r} names no cut: expected the name of a submodule, such as 'encoder', or a list of them")
+    if not wanted or not all(isinstance(name, str) for name in wanted) or wanted == [""] != [at]:
+        raise CutError(f"no cut was named: expected the name of a submodule, such as 'encoder', or several, got {at!r}")
     cuts = [_find(model, name) for name in wanted]
     names = [name for cut in cuts for name in cut.parts]
-    if not names:
-        raise CutError("no cut was named: expected the name of a submodule, such as 'encoder', or a list of them")
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             if a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.") or "" in (a, b):
@@ -165,24 +164,26 @@ def _find(model: nn.Module, at: str) -> Cut:
         near = difflib.get_close_matches(name, [m for m in modules if m], n=5, cutoff=0.3)
         hint = f"the nearest are {near}" if near else f"there are {[m for m in modules if m][:10]}"
         raise UnknownCutError(f"{type(model).__name__} has no submodule {name!r}: {hint}")
+    module = modules[name]
+    kind = type(module).__name__
     if name == at:
+        if getattr(type(module), "forward", None) is nn.Module.forward and "forward" not in vars(module):
+            hint = f"its members {[f'{at}.{leaf}' for leaf in module._modules][:8]}, or the module that uses it"
+            raise CutError(f"{at!r} is a {kind}, which isn't called itself: cut at {hint}")
         return Cut(at, ())
-    sequence = modules[name]
-    if not isinstance(sequence, nn.Sequential):
-        kind = type(sequence).__name__
+    if not isinstance(module, nn.Sequential):
         raise UnknownCutError(
             f"{at!r} slices {name or 'the model'!r}, which is a {kind}: only an nn.Sequential has slices"
         )
-    if type(sequence).forward is not nn.Sequential.forward:
-        kind = type(sequence).__name__
+    if type(module).forward is not nn.Sequential.forward:
         raise CutError(f"{at!r} slices a {kind}, whose forward is its own: its layers may not run one after another")
     start, _, stop = last.partition(":")
     try:
-        positions = tuple(sequence._modules)[slice(int(start) if start else None, int(stop) if stop else None)]
+        positions = tuple(module._modules)[slice(int(start) if start else None, int(stop) if stop else None)]
     except ValueError:
         raise UnknownCutError(f"{at!r} isn't a slice: expected two positions, such as '2:5'") from None
     if not positions:
-        raise UnknownCutError(f"the slice {at!r} is empty: {name or 'the model'!r} has {len(sequence)} positions")
+        raise UnknownCutError(f"the slice {at!r} is empty: {name or 'the model'!r} has {len(module)} positions")
     return Cut(name, positions)
 
 

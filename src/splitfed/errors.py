@@ -6,7 +6,8 @@ with, and keeps its class on the wire: a client catches what the server raised.
     SplitFedError
     ├── CutError(ValueError)                 a model can't be cut so
     │   ├── UnknownCutError(LookupError)     no submodule or slice of that name
-    │   └── SharedParameterError             one parameter on both sides of the cut
+    │   ├── SharedParameterError             one parameter on both sides of the cut
+    │   └── AbsentError(AttributeError)      the half uses what went to the other side
     ├── InputError(ValueError)               what was given doesn't fit
     │   ├── IdError                          an id that may not become a key
     │   ├── FormatError                      foreign bytes that aren't what they should be
@@ -55,6 +56,10 @@ class UnknownCutError(CutError, LookupError):
 
 class SharedParameterError(CutError):
     """A parameter or buffer would live on both sides of the cut."""
+
+
+class AbsentError(CutError, AttributeError):
+    """The client half uses something of the part that was cut out of it."""
 
 
 class InputError(SplitFedError, ValueError):

@@ -42,7 +42,7 @@ class LossSession(Session):
         ahead, tensors = self.request(point, args, kwargs, seed, None)
         samples = self.num_samples if self.scope is None or self.scope.num_samples is None else self.scope.num_samples
         self._pending = LossRequest(ahead, 0, self.target, samples), tensors, seed
-        self._stand_in = torch.empty(0)
+        self._stand_in = torch.empty(0, device="cpu")
         return self._stand_in
 
     def finish(self, run: Callable[[], Any]) -> Tensor:

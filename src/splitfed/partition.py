@@ -38,7 +38,7 @@ def iid(num_examples: int, num_clients: int, *, seed: int) -> list[Tensor]:
     """
     _check_count("num_examples", num_examples)
     _check_enough(num_examples, num_clients, 1)
-    shuffled = torch.randperm(num_examples, generator=_generator(seed))
+    shuffled = torch.randperm(num_examples, generator=_generator(seed), device="cpu")
     return [part.sort().values for part in shuffled.tensor_split(num_clients)]
 
 
@@ -68,11 +68,11 @@ def dirichlet(labels: Labels, num_clients: int, *, alpha: float, seed: int, min_
     dealt: list[list[Tensor]] = [[] for _ in range(num_clients)]
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()
-        members = members[torch.randperm(len(members), generator=generator)]
+        members = members[torch.randperm(len(members), generator=generator, device="cpu")]
         bounds = (_proportions(num_clients, alpha, generator).cumsum(0) * len(members)).round().long()
         for client, share in enumerate(members.tensor_split(bounds[:-1])):
             dealt[client].append(share)
-    parts = [torch.cat(shares) if shares else torch.empty(0, dtype=torch.int64) for shares in dealt]
+    parts = [torch.cat(shares) if shares else torch.empty(0, dtype=torch.int64, device="cpu") for shares in dealt]
     _level(parts, min_examples, generator)
     return [part.sort().values for part in parts]
 
@@ -99,7 +99,7 @@ def quantity(num_examples: int, num_clients: int, *, alpha: float, seed: int, mi
     _check_enough(num_examples, num_clients, min_examples)
     generator = _generator(seed)
     bounds = (_proportions(num_clients, alpha, generator).cumsum(0) * num_examples).round().long()
-    parts = list(torch.randperm(num_examples, generator=generator).tensor_split(bounds[:-1]))
+    parts = list(torch.randperm(num_examples, generator=generator, device="cpu").tensor_split(bounds[:-1]))
     _level(parts, min_examples, generator)
     return [part.sort().values for part in parts]
 
@@ -123,9 +123,9 @@ def shards(labels: Labels, num_clients: int, *, per_client: int = 2, seed: int) 
     labels = _checked(labels)
     _check_enough(len(labels), num_clients, per_client)
     generator = _generator(seed)
-    order = torch.randperm(len(labels), generator=generator)
+    order = torch.randperm(len(labels), generator=generator, device="cpu")
     cut = order[labels[order].argsort(stable=True)].tensor_split(num_clients * per_client)
-    hands = torch.randperm(len(cut), generator=generator).view(num_clients, per_client).tolist()
+    hands = torch.randperm(len(cut), generator=generator, device="cpu").view(num_clients, per_client).tolist()
     return [torch.cat([cut[shard] for shard in hand]).sort().values for hand in hands]
 
 
@@ -148,7 +148,7 @@ def natural(ids: Tensor | Sequence[int] | Sequence[str]) -> list[Tensor]:
     held: dict[int | str, list[int]] = {}
     for index, owner in enumerate(owners):
         held.setdefault(owner, []).append(index)
-    return [torch.tensor(held[owner]) for owner in sorted(held)]
+    return [torch.tensor(held[owner], device="cpu") for owner in sorted(held)]
 
 
 def counts(parts: Sequence[Tensor], labels: Labels) -> list[dict[str, int]]:
@@ -201,8 +201,9 @@ def _proportions(num_clients: int, alpha: float, generator: torch.Generator) -> 
     `alpha` the variates themselves are all zero in float64.
     """
     alpha = min(max(alpha, 1e-9), 1e9)  # beyond these nothing changes but that logarithms overflow
-    shape = torch.full((num_clients,), alpha + 1.0, dtype=torch.float64)
-    uniform = 1.0 - torch.rand(num_clients, generator=generator, dtype=torch.float64)  # in (0, 1]: has a logarithm
+    shape = torch.full((num_clients,), alpha + 1.0, dtype=torch.float64, device="cpu")
+    drawn = torch.rand(num_clients, generator=generator, dtype=torch.float64, device="cpu")
+    uniform = 1.0 - drawn  # in (0, 1]: has a logarithm
     return (torch._standard_gamma(shape, generator=generator).log() + uniform.log() / alpha).softmax(0)
 
 
@@ -211,7 +212,7 @@ def _level(parts: list[Tensor], least: int, generator: torch.Generator) -> None:
     for client in range(len(parts)):
         while len(parts[client]) < least:
             donor = max(range(len(parts)), key=lambda i: len(parts[i]))
-            shuffled = parts[donor][torch.randperm(len(parts[donor]), generator=generator)]
+            shuffled = parts[donor][torch.randperm(len(parts[donor]), generator=generator, device="cpu")]
             gift = min(least - len(parts[client]), len(shuffled) - least)
             parts[client] = torch.cat([parts[client], shuffled[:gift]])
             parts[donor] = shuffled[gift:]
@@ -225,12 +226,12 @@ def _generator(seed: int) -> torch.Generator:
 
 def _checked(labels: Labels) -> Tensor:
     try:
-        found = torch.as_tensor(labels)
+        found = torch.as_tensor(labels, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"labels can't be a tensor ({error}): expected integers of shape (N,)") from error
     if found.dim() != 1 or found.is_floating_point() or found.is_complex():
         raise InputError(f"labels are {found.dtype} of shape {tuple(found.shape)}: expected integers of shape (N,)")
-    return found.cpu()
+    return found
 
 
 def _check_alpha(alpha: float) -> None:

@@ -12,6 +12,7 @@ and belong to that one; then only the callback at the outer end may seal.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -221,5 +222,5 @@ def count_samples(*given: Any) -> float:
 def _first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, torch.Tensor):
         return value
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return next((found for found in map(_first_tensor, children) if found is not None), None)

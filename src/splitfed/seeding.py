@@ -30,7 +30,7 @@ class Seed:
     def __init__(self) -> None:
         with compute_lock:
             self._before = torch.default_generator.get_state()
-            drawn = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+            drawn = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
             self._after = torch.default_generator.get_state()
         self.value = int.from_bytes(hashlib.sha256(drawn.to_bytes(8, "little", signed=True)).digest()[:8], "little")
 

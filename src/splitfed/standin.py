@@ -1,7 +1,7 @@
 """A module that stands in for another one, in an optimizer, a loop, a print or a checkpoint.
 
 Nothing is copied: parameters, buffers and submodules are the other's own, under their own names. So is its mode, and
-any attribute that isn't found here is looked up there.
+any attribute that isn't found here is looked up, and set, there: `model.beta = 0.5` in a loop is what forward reads.
 
 The trap: nn.Module keeps all these in dicts of the instance, and `nn.Module.__init__` sets attributes before there is
 anything to stand in for. Hence the shared dicts, and a `training` that may be asked for too early.
@@ -59,6 +59,13 @@ class StandIn(nn.Module):
     def _apply(self: Self, *args: Any, **kwargs: Any) -> Self:
         self.client_half._apply(*args, **kwargs)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if own or "client_half" not in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.client_half, name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:

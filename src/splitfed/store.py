@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from splitfed import layout
 from splitfed.blobs import Blobs, open_blobs
 from splitfed.cache import Bounded
-from splitfed.errors import FormatError, InputError, MissingError, SupersededError
+from splitfed.errors import FormatError, InputError, MissingError, SupersededError, UnsupportedError
 from splitfed.ids import BatchId
 from splitfed.lineage import Lineage
 from splitfed.numerics import class_id, numerics_class
@@ -66,6 +66,12 @@ class GradientStore:
         self._lock = threading.Lock()
         self._format: dict[str, Any] | None = None
         self._opened: set[tuple[str, int]] = set()
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "a GradientStore, or a server or accumulator on it, can't be pickled or deep-copied: open the store again "
+            f"where it is needed, GradientStore({self._shown!r})"
+        )
 
     def __repr__(self) -> str:
         return f"GradientStore({self._shown!r}, sync={self.sync!r})"

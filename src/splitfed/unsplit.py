@@ -19,6 +19,7 @@ from splitfed import trees
 from splitfed.boundary import alias, enter, leave, uncached
 from splitfed.copying import deep_copy
 from splitfed.cutting import find_cuts
+from splitfed.errors import UnsupportedError
 from splitfed.seeding import Seed, compute_lock, seeded
 from splitfed.template import unwrap
 
@@ -91,6 +92,7 @@ def _aliased(parts: Sequence[nn.Module]) -> Iterator[None]:
         if parameter is not None and parameter.requires_grad
     ]
     aliases: dict[int, Any] = {}
+    versions = [parameter._version for _, _, parameter in slots]
     autocast = any(torch.is_autocast_enabled(parameter.device.type) for _, _, parameter in slots)
     try:
         for held, leaf, parameter in slots if torch.is_grad_enabled() and not autocast else ():
@@ -98,6 +100,8 @@ def _aliased(parts: Sequence[nn.Module]) -> Iterator[None]:
                 aliases[id(parameter)] = alias(parameter)
             held[leaf] = aliases[id(parameter)]
         yield
+        if versions != [parameter._version for _, _, parameter in slots]:
+            raise UnsupportedError("the body changes its own parameters in forward: keep what it changes in buffers")
     finally:
         for held, leaf, parameter in slots:
             held[leaf] = parameter

@@ -73,7 +73,7 @@ def deal(data: Data, parts: Sequence[Tensor | Sequence[int]], names: Sequence[st
 
 
 def _indices(name: str, part: Tensor | Sequence[int], total: int) -> Tensor:
-    found = torch.as_tensor(part)
+    found = torch.as_tensor(part, device="cpu")
     if len(part) and (found.dtype == torch.bool or found.is_floating_point() or found.dim() != 1):
         raise InputError(
             f"the part of {name} is {found.dtype} of shape {tuple(found.shape)}: expected indices of shape (N,); those "
@@ -121,7 +121,7 @@ def size(data: Data) -> int:
 
 def order(data: Data, generator: torch.Generator) -> list[int]:
     """A shuffled order of the examples."""
-    return torch.randperm(size(data), generator=generator).tolist()
+    return torch.randperm(size(data), generator=generator, device="cpu").tolist()
 
 
 def batches(data: Data, batch_size: int, indices: Iterable[int]) -> Iterator[tuple[Any, Any]]:
@@ -130,7 +130,7 @@ def batches(data: Data, batch_size: int, indices: Iterable[int]) -> Iterator[tup
     Raises:
         InputError: an example isn't a pair, or examples don't make a batch.
     """
-    wanted = torch.as_tensor(list(indices), dtype=torch.int64)
+    wanted = torch.as_tensor(list(indices), dtype=torch.int64, device="cpu")
     while isinstance(data, Shard):
         wanted = data.indices[wanted]
         data = data.data
