@@ -69,6 +69,7 @@ def test_sigterm_ends_it(store: GradientStore, capsys: pytest.CaptureFixture[str
         (["--claim-seconds", "0"], "claim_seconds is 0.0"),
         (["--keep-graphs", "-1"], "--keep-graphs is -1"),
         (["--threads", "0"], "--threads is 0"),
+        (["--threads", "99999999999"], "--threads is 99999999999"),
         (["--loss", "torch:nothing"], "--loss 'torch:nothing'"),
         (["--loss", "torch:__version__"], "expected a function"),
         (["--device", "nowhere"], "--device 'nowhere' can't be used"),

@@ -247,3 +247,11 @@ def test_tensors_must_be_those_of_the_fingerprint(name: str, tensor: Tensor, rol
     check_tensors(FINGERPRINT, {"kept": torch.zeros(2)}, "buffer")
     with pytest.raises(ArchitectureError, match=f"{name[:60]}.*doesn't fit the store: it has"):
         check_tensors(FINGERPRINT, {name: tensor}, role)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_part_is_refused() -> None:
+    """Its parameters live in C++, where no version's can be put."""
+    module = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
+    with pytest.raises(UnsupportedError, match=r"torch\.jit\.script.*give the module that it was made from"):
+        Template(module).build(dict(module.state_dict()))

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from splitfed.accumulator import Accumulator
 from splitfed.cutting import split
-from splitfed.errors import InputError
+from splitfed.errors import InputError, UnsupportedError
 from splitfed.server import SplitServer
 from splitfed.simulation.simulating import AVERAGING
 from splitfed.simulation.trainee import Belongings, Next, Recipe, Trainee
@@ -156,3 +156,15 @@ def test_a_loss_that_isnt_a_scalar_is_refused() -> None:
     site.recipe = replace(site.recipe, loss_fn=lambda outputs, targets: outputs.sum(1))
     with pytest.raises(InputError, match=r"shape \(3,\): expected a scalar"):
         list(site.trainee(Belongings()).run())
+
+
+@pytest.mark.parametrize(
+    ("name", "made"), [("optimizer", torch.optim.LBFGS), ("scheduler", torch.optim.lr_scheduler.ReduceLROnPlateau)]
+)
+def test_what_needs_more_than_a_step_is_refused(name: str, made: Any) -> None:
+    """Before anything trains, and not by torch."""
+    site = Site("closure")
+    site.recipe = replace(site.recipe, **{name: made})
+    with pytest.raises(UnsupportedError, match=f"{made.__name__}.step.. needs arguments"):
+        list(site.trainee(Belongings()).run())
+    assert site.store.waiting() == []

@@ -130,7 +130,7 @@ def _check_optimizer(optimizer: object, trainable: list[nn.Parameter]) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, SparseAdam):
         raise UnsupportedError("SparseAdam needs sparse gradients, and averaged ones are dense: use torch.optim.Adam")
-    if not _callable_alone(optimizer):
+    if not steps_alone(optimizer):
         raise UnsupportedError(
             f"{name}.step() needs arguments, such as a closure that computes the loss again, and a commit has only "
             "gradients: use torch.optim.AdamW or SGD"
@@ -151,7 +151,7 @@ def _check_scheduler(scheduler: object, optimizer: Optimizer) -> None:
         raise UnsupportedError("ReduceLROnPlateau needs a metric, and a commit has none: use StepLR, say")
     if not isinstance(scheduler, LRScheduler):
         raise InputError(f"the lr_scheduler factory returned {name}: expected a torch.optim.lr_scheduler.LRScheduler")
-    if not _callable_alone(scheduler):
+    if not steps_alone(scheduler):
         raise UnsupportedError(f"{name}.step() needs arguments, and a commit has none: use a schedule over steps alone")
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise InputError(f"{name} belongs to another optimizer: expected the one that the factory was given")
@@ -159,7 +159,7 @@ def _check_scheduler(scheduler: object, optimizer: Optimizer) -> None:
         _check_scheduler(child, optimizer)
 
 
-def _callable_alone(steps: object) -> bool:
+def steps_alone(steps: object) -> bool:
     """Whether `step()` does without arguments; asked of the class, since a scheduler wraps its optimizer's own."""
     try:
         inspect.signature(type(steps).step).bind(steps)  # type: ignore[attr-defined]

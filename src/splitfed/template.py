@@ -91,12 +91,21 @@ class Template:
         return {name: state[owner] for name, owner in self.names.items()}
 
     def build(self, state: Mapping[str, Tensor], device: torch.device | None = None) -> nn.Module:
-        """A module with these tensors (by first name) in it, moved to `device`; tensors there already aren't copied."""
+        """A module with these tensors (by first name) in it, moved to `device`; tensors there already aren't copied.
+
+        Raises:
+            UnsupportedError: it is scripted.
+        """
         memo: dict[int, Any] = {}
         for name, shell in self.parameters.items():
             memo[id(shell)] = nn.Parameter(state[name].to(device or state[name].device), shell.requires_grad)
         for name, buffer in self.buffers.items():
             memo[id(buffer)] = state[name].to(device or state[name].device)
+        if any(isinstance(part, torch.jit.ScriptModule) for part in self.blueprint.modules()):
+            raise UnsupportedError(
+                "a part of the body was made by torch.jit.script, whose parameters can't be exchanged for a version's: "
+                "give the module that it was made from"
+            )
         module = deep_copy(self.blueprint, memo)
         if device is not None:
             for owner, leaf in transient_buffers(module):

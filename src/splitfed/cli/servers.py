@@ -54,12 +54,12 @@ def set_threads(arguments: argparse.Namespace) -> None:
     """Let torch compute with as many threads as the arguments say.
 
     Raises:
-        InputError: fewer than one.
+        InputError: fewer than one, or more than torch can count.
     """
     if arguments.threads is None:
         return
-    if arguments.threads < 1:
-        raise InputError(f"--threads is {arguments.threads}: expected 1 or more")
+    if not 1 <= arguments.threads <= 4096:
+        raise InputError(f"--threads is {arguments.threads}: expected 1 or more, as many as there are cores at most")
     import torch
 
     torch.set_num_threads(arguments.threads)

@@ -20,8 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from splitfed.client import SplitClient
 from splitfed.copying import deep_copy
-from splitfed.errors import ExpiredError, InputError
-from splitfed.optimizers import SchedulerFactory
+from splitfed.errors import ExpiredError, InputError, UnsupportedError
+from splitfed.optimizers import SchedulerFactory, steps_alone
 from splitfed.personal import personal_names
 from splitfed.simulation import localdata
 from splitfed.simulation.evaluation import num_right
@@ -180,6 +180,12 @@ class Trainee:
         client.pull()
         optimizer = recipe.optimizer(client.parameters())
         scheduler = None if recipe.scheduler is None else recipe.scheduler(optimizer)
+        for made in (optimizer, scheduler):
+            if made is not None and not steps_alone(made):
+                raise UnsupportedError(
+                    f"{type(made).__name__}.step() needs arguments, such as a closure or a metric, and a simulated "
+                    "client's loop has none: use one that steps alone, such as AdamW or StepLR"
+                )
         if own.optimizer is not None:
             optimizer.load_state_dict(own.optimizer)
         if scheduler is not None and own.scheduler is not None:
