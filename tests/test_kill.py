@@ -11,8 +11,6 @@ from processes import Outcome, new_accumulator, replay, train, versions
 
 from splitfed.store import GradientStore
 
-pytestmark = pytest.mark.no_cover  # other tests count the lines that this one runs so often
-
 
 def check(url: str, outcome: Outcome, batches: int) -> None:
     """Each acknowledged batch counts once, and the bits are those of a serial replay of the schedule on record."""

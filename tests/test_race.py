@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from harness_store import Point, adam, again, batch, bits, check_counted_once, commits, drain, record
 from processes import CONTEXT
@@ -18,8 +17,6 @@ from splitfed.errors import ExpiredError
 from splitfed.ids import BatchId
 from splitfed.messages import GradientRecord
 from splitfed.store import GradientStore
-
-pytestmark = pytest.mark.no_cover  # other tests count the lines that this one runs so often
 
 SIZE = 20_000
 """80 KB of weights: a local store maps them into memory, and a torn file would have room for two versions."""

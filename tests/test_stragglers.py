@@ -10,8 +10,6 @@ import pytest
 import torch
 from benchmarks import stragglers
 
-pytestmark = pytest.mark.no_cover  # other tests count the lines that this one runs so often
-
 
 @pytest.fixture
 def settings() -> argparse.Namespace:

@@ -19,8 +19,6 @@ from torch import nn
 import splitfed
 from splitfed import messages, packing, trees
 
-pytestmark = pytest.mark.no_cover  # other tests count the lines that this one runs so often
-
 STEPS = 3
 CASE = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
 MODES: dict[str, dict[str, Any]] = {
