@@ -59,7 +59,7 @@ def set_threads(arguments: argparse.Namespace) -> None:
     if arguments.threads is None:
         return
     if not 1 <= arguments.threads <= 4096:
-        raise InputError(f"--threads is {arguments.threads}: expected 1 or more, as many as there are cores at most")
+        raise InputError(f"--threads is {arguments.threads}: expected 1 to 4096, as many as there are cores at most")
     import torch
 
     torch.set_num_threads(arguments.threads)

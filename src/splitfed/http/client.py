@@ -22,7 +22,7 @@ from urllib3.util import Retry, Timeout, parse_url
 from splitfed import __version__, wire
 from splitfed.errors import FormatError, InputError, UnreachableError
 from splitfed.http.contract import BINARY, PREFIX, RETRIED, decode_error
-from splitfed.http.exchange import Body, PlainExchange, SecureExchange
+from splitfed.http.exchange import Answer, Body, PlainExchange, SecureExchange
 from splitfed.http.patience import Tries, asked_for, passes, reason
 from splitfed.ids import positive
 from splitfed.packing import pack, unpack
@@ -137,33 +137,40 @@ class HttpTransport(Relay):
         while True:
             asked: float | None = None
             try:
-                status, told, data = self._once(verb, path, parts)
-            except UnreachableError:
-                raise
+                answer = self._once(verb, path, parts)
             except (HTTPError, OSError) as error:
                 failure: Exception = UnreachableError(f"{self.url} can't be reached: {reason(error)}")
                 if not passes(error, met=self._met):
                     raise failure from error
             else:
                 self._met = True
-                if status == 200:
-                    return data
-                failure = decode_error(bytes(data)) or UnreachableError(
-                    f"{self.url}{path} answered {status} without being a splitfed server: is the URL right?"
+                if answer.status == 200:
+                    self._check_encoding(path, answer)
+                    return answer.memory
+                failure = decode_error(bytes(answer.memory)) or UnreachableError(
+                    f"{self.url}{path} answered {answer.status} without being a splitfed server: is the URL right?"
                 )
-                if status not in RETRIED:
+                if answer.status not in RETRIED:
                     raise failure
-                asked = told
+                asked = asked_for(answer.headers.get("retry-after"))
             if not tries.wait(asked):
                 raise failure
 
-    def _once(self, verb: str, path: str, parts: Body | None) -> tuple[int, float | None, memoryview]:
-        """One try: status, what Retry-After asks for in seconds, and body."""
+    def _check_encoding(self, path: str, answer: Answer) -> None:
+        encoding = answer.headers.get("content-encoding", "identity").lower()
+        if encoding != "identity":
+            raise UnreachableError(
+                f"{self.url}{path} answered with content-encoding {encoding!r}, expected 'identity' as it was asked "
+                "for: a proxy in between compresses; turn that off for this path"
+            )
+
+    def _once(self, verb: str, path: str, parts: Body | None) -> Answer:
+        """One try."""
         headers = self._headers
         if parts is not None:
             headers = {**headers, "content-length": str(sum(map(len, parts)))}
         body: Any = parts  # urllib3's types don't know that it passes on whatever its connections take
-        response: Any = self._connections().urlopen(
+        answer: Answer = self._connections().urlopen(  # type: ignore[assignment] # of the connections' own class
             verb,
             self._path + path,
             body=body,
@@ -173,13 +180,7 @@ class HttpTransport(Relay):
             redirect=False,
             release_conn=True,
         )
-        encoding = response.headers.get("content-encoding", "identity").lower()
-        if response.status == 200 and encoding != "identity":
-            raise UnreachableError(
-                f"{self.url}{path} answered with content-encoding {encoding!r}, expected 'identity' as it was asked "
-                "for: a proxy in between compresses; turn that off for this path"
-            )
-        return response.status, asked_for(response.headers.get("retry-after")), response.memory
+        return answer
 
     def _connections(self) -> urllib3.HTTPConnectionPool:
         with self._lock:
