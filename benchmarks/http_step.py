@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 import splitfed
 from benchmarks.models import tiny
-from splitfed.http.client import HttpTransport
-from splitfed.messages import BackwardRequest, Chain, ForwardRequest, Seal
-from splitfed.packing import pack
+from splitfed.protocol.messages import BackwardRequest, Chain, ForwardRequest, Seal
+from splitfed.protocol.packing import pack
+from splitfed.service.http.client import HttpTransport
 
 Step = Callable[[], Any]
 _BINARY = {"content-type": "application/octet-stream"}
@@ -160,7 +160,7 @@ def _run(app: Any, bound: socket.socket) -> None:
 
 
 def _serve_splitfed(bound: socket.socket, folder: str) -> None:
-    from splitfed.http.app import make_app
+    from splitfed.service.http.app import make_app
 
     store = splitfed.GradientStore(str(Path(folder) / "run"), sync="process")
     _run(make_app(splitfed.SplitServer(splitfed.split(tiny(), "2")[1], store)), bound)

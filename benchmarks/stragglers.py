@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from splitfed import VirtualTime, partition, pictures, policies, simulate
-from splitfed.demo import data
-from splitfed.simulation import deal
+from splitfed import VirtualTime, partition, policies, simulate
+from splitfed.cli.demo import data
+from splitfed.simulation.data import deal
+from splitfed.tracking import plots
 
 RATES = (0.01, 0.003, 0.03, 0.001, 0.1)
 """From the middle outwards: a rate is given up once another has been sooner."""
@@ -147,12 +148,12 @@ def table(found: dict[str, Any]) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Test accuracy against virtual time."""
-    figure, (axes,) = pictures.figure(8, 4.2)
-    for (way, one), colour in zip(found["ways"].items(), pictures.PALETTE, strict=False):
+    figure, (axes,) = plots.figure(8, 4.2)
+    for (way, one), colour in zip(found["ways"].items(), plots.PALETTE, strict=False):
         axes.plot(one["time"], one["accuracy"], color=colour, linewidth=2, label=way)
         axes.plot(one["time"][-1:], one["accuracy"][-1:], "o", color=colour, markersize=6)
-    axes.axhline(found["target"], color=pictures.FAINT, linewidth=1, linestyle=":")
-    pictures.style(axes, title="Test accuracy, one client in ten ten times slower", x="virtual seconds")
+    axes.axhline(found["target"], color=plots.FAINT, linewidth=1, linestyle=":")
+    plots.style(axes, title="Test accuracy, one client in ten ten times slower", x="virtual seconds")
     axes.set_ylim(0, 1)
     axes.set_xscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")

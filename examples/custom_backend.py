@@ -23,8 +23,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import splitfed
-from splitfed.blobs import Blobs, open_blobs
-from splitfed.testing import BlobsSuite
+from splitfed.blobs import Blobs, BlobsSuite, open_blobs
 
 
 class SqliteFileSystem(fsspec.AbstractFileSystem):

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from mnist_study.recipe import Deal
-from splitfed import partition, pictures
+from splitfed import partition
+from splitfed.tracking import plots
 
 Curve = dict[str, list[Any]]
 _NAMES = {
@@ -25,9 +26,7 @@ _NAMES = {
     "sum": "the study's rule: the sum",
     "mean": "the mean in its place",
 }
-_COLOURS = dict(
-    zip(_NAMES, (*pictures.PALETTE[:5], "#1f2933", "#6b7785", "#a9b3bd", "#c2255c", "#1864ab"), strict=True)
-)
+_COLOURS = dict(zip(_NAMES, (*plots.PALETTE[:5], "#1f2933", "#6b7785", "#a9b3bd", "#c2255c", "#1864ab"), strict=True))
 
 
 def curves(path: Path, modes: Mapping[str, Curve], baselines: Mapping[str, Curve], title: str) -> None:
@@ -39,7 +38,7 @@ def curves(path: Path, modes: Mapping[str, Curve], baselines: Mapping[str, Curve
         baselines: The others, by name.
         title: What was trained.
     """
-    figure, axes = pictures.figure(13.5, 4.8, columns=3)
+    figure, axes = plots.figure(13.5, 4.8, columns=3)
     lines = {**modes, **baselines}
     for panel, (key, label, factor) in zip(
         axes,
@@ -52,7 +51,7 @@ def curves(path: Path, modes: Mapping[str, Curve], baselines: Mapping[str, Curve
                 continue  # what sends nothing has no place on an axis of bytes
             style = {"linestyle": "--", "marker": ""} if name in baselines else {"marker": "o", "markersize": 3.5}
             panel.plot(across, curve["accuracy"], color=_COLOURS[name], linewidth=1.8, label=_NAMES[name], **style)
-        pictures.style(panel, title="Test accuracy" if key == "round" else None, x=label)
+        plots.style(panel, title="Test accuracy" if key == "round" else None, x=label)
         _percent(panel)
         if key == "round":
             panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -63,25 +62,23 @@ def curves(path: Path, modes: Mapping[str, Curve], baselines: Mapping[str, Curve
             panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _same_height(axes, [value for curve in lines.values() for value in curve["accuracy"]])
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=pictures.INK, fontsize=9
-    )
-    figure.suptitle(title, x=0.01, ha="left", color=pictures.INK, fontsize=12.5, fontweight="bold")
-    pictures.save(figure, path)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=plots.INK, fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", color=plots.INK, fontsize=12.5, fontweight="bold")
+    plots.save(figure, path)
 
 
 def rule(path: Path, rules: Mapping[str, Curve], title: str) -> None:
     """Draw the study's rule and the mean in its place, round by round."""
-    figure, (axes,) = pictures.figure(9, 4.2)
+    figure, (axes,) = plots.figure(9, 4.2)
     for name, curve in rules.items():
         rounds = _across(curve, "round")
         axes.plot(rounds, curve["accuracy"], color=_COLOURS[name], linewidth=1.8, label=_NAMES[name])
-    pictures.style(axes, x="rounds")
+    plots.style(axes, x="rounds")
     _percent(axes)
     axes.set_ylim(0, 1)
-    axes.legend(frameon=False, labelcolor=pictures.INK, loc="lower right")
-    figure.suptitle(title, x=0.01, ha="left", color=pictures.INK, fontsize=12.5, fontweight="bold")
-    pictures.save(figure, path)
+    axes.legend(frameon=False, labelcolor=plots.INK, loc="lower right")
+    figure.suptitle(title, x=0.01, ha="left", color=plots.INK, fontsize=12.5, fontweight="bold")
+    plots.save(figure, path)
 
 
 def classes(path: Path, deal: Deal, title: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from splitfed import partition, policies, simulation
-from splitfed.demo import data
+from splitfed.cli.demo import data
 
 CUT = "2:4"
 """Bottom (0, 1) and head (4) stay with the client, in U-shape; the body (2, 3) runs on the server."""

@@ -28,7 +28,7 @@ import splitfed
 from mnist_study import baselines
 from mnist_study.baselines import Row
 from mnist_study.recipe import BATCH, Deal
-from splitfed.simulation.metering import Meter
+from splitfed.simulation.traffic import Meter
 
 SUM_RATES = (1e-4, 1e-3)
 """The study's rates, of the server and of a client, for sums."""

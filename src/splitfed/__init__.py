@@ -10,61 +10,9 @@ Names load when they are first used (PEP 562): a device that only wants `SplitCl
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from splitfed.accumulator import Accumulator
-    from splitfed.checking import check
-    from splitfed.client import SplitClient
-    from splitfed.commits import Commit
-    from splitfed.cutpoint import CutPoint
-    from splitfed.cutting import join, split
-    from splitfed.errors import (
-        AbsentError,
-        AccessError,
-        AlreadyAppliedError,
-        ArchitectureError,
-        BodyError,
-        BusyError,
-        ContainerError,
-        CorruptedError,
-        CutError,
-        DigestError,
-        ExpiredError,
-        FormatError,
-        IdError,
-        InPlaceError,
-        InputError,
-        MissingError,
-        NotConnectedError,
-        ProtocolError,
-        ReplayError,
-        SharedParameterError,
-        SplitFedError,
-        StoreCapabilityError,
-        StoreError,
-        SupersededError,
-        TokenError,
-        TooLargeError,
-        UnknownCutError,
-        UnreachableError,
-        UnsupportedError,
-        WorkerError,
-    )
-    from splitfed.federation import Federation
-    from splitfed.history import History
-    from splitfed.ids import BatchId
-    from splitfed.perclient import PerClient
-    from splitfed.server import SplitServer
-    from splitfed.simulation.simulating import simulate
-    from splitfed.simulation.virtual import VirtualTime
-    from splitfed.store import GradientStore
-    from splitfed.transport import Transport
-    from splitfed.trees import register_container
-    from splitfed.unsplit import reference
-
-__version__ = "0.1.0"
+from splitfed._version import __version__
 
 __all__ = [
     "AbsentError",
@@ -118,43 +66,129 @@ __all__ = [
     "split",
 ]
 
-# The imports above once more, for the run time: a module of the same name as what it exports would shadow it.
-_MODULES = {
-    "Accumulator": "accumulator",
-    "BatchId": "ids",
-    "Commit": "commits",
-    "CutPoint": "cutpoint",
-    "Federation": "federation",
-    "GradientStore": "store",
-    "History": "history",
-    "PerClient": "perclient",
-    "SplitClient": "client",
-    "SplitServer": "server",
-    "Transport": "transport",
-    "VirtualTime": "simulation.virtual",
-    "check": "checking",
-    "join": "cutting",
-    "reference": "unsplit",
-    "register_container": "trees",
-    "simulate": "simulation.simulating",
-    "split": "cutting",
-}
+if TYPE_CHECKING:
+    from splitfed import errors as errors
+    from splitfed import simulation as simulation
+    from splitfed.accumulator import policies as policies
+    from splitfed.accumulator.accumulator import Accumulator
+    from splitfed.blobs import testing as testing
+    from splitfed.client.client import SplitClient
+    from splitfed.diagnostics.comparison import check
+    from splitfed.errors import (
+        AbsentError,
+        AccessError,
+        AlreadyAppliedError,
+        ArchitectureError,
+        BodyError,
+        BusyError,
+        ContainerError,
+        CorruptedError,
+        CutError,
+        DigestError,
+        ExpiredError,
+        FormatError,
+        IdError,
+        InPlaceError,
+        InputError,
+        MissingError,
+        NotConnectedError,
+        ProtocolError,
+        ReplayError,
+        SharedParameterError,
+        SplitFedError,
+        StoreCapabilityError,
+        StoreError,
+        SupersededError,
+        TokenError,
+        TooLargeError,
+        UnknownCutError,
+        UnreachableError,
+        UnsupportedError,
+        WorkerError,
+    )
+    from splitfed.federation.federation import Federation
+    from splitfed.federation.per_client import PerClient
+    from splitfed.model.cut import join, split
+    from splitfed.model.cutpoint import CutPoint
+    from splitfed.model.unsplit import reference
+    from splitfed.protocol.ids import BatchId
+    from splitfed.protocol.pytree import register_container
+    from splitfed.protocol.transport import Transport
+    from splitfed.server.server import SplitServer
+    from splitfed.simulation import partition as partition
+    from splitfed.simulation.launch import simulate
+    from splitfed.simulation.virtual_time import VirtualTime
+    from splitfed.store import status as status
+    from splitfed.store.commit import Commit
+    from splitfed.store.store import GradientStore
+    from splitfed.tracking import callbacks as callbacks
+    from splitfed.tracking import progress as progress
+    from splitfed.tracking import report as report
+    from splitfed.tracking.history import History
+else:
+    from splitfed._lazy import lazily
 
-# Modules that are used by their own names, as in `splitfed.policies.mode("buffered")`.
-_ROOMS = ("callbacks", "errors", "partition", "policies", "progress", "report", "simulation", "testing")
-
-
-if not TYPE_CHECKING:  # else a type checker would believe that every name exists
-
-    def __getattr__(name: str) -> Any:
-        if name in _ROOMS:
-            return importlib.import_module(f"{__name__}.{name}")
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
-        globals()[name] = value
-        return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = lazily(
+        __name__,
+        names={
+            "AbsentError": "errors",
+            "AccessError": "errors",
+            "Accumulator": "accumulator.accumulator",
+            "AlreadyAppliedError": "errors",
+            "ArchitectureError": "errors",
+            "BatchId": "protocol.ids",
+            "BodyError": "errors",
+            "BusyError": "errors",
+            "Commit": "store.commit",
+            "ContainerError": "errors",
+            "CorruptedError": "errors",
+            "CutError": "errors",
+            "CutPoint": "model.cutpoint",
+            "DigestError": "errors",
+            "ExpiredError": "errors",
+            "Federation": "federation.federation",
+            "FormatError": "errors",
+            "GradientStore": "store.store",
+            "History": "tracking.history",
+            "IdError": "errors",
+            "InPlaceError": "errors",
+            "InputError": "errors",
+            "MissingError": "errors",
+            "NotConnectedError": "errors",
+            "PerClient": "federation.per_client",
+            "ProtocolError": "errors",
+            "ReplayError": "errors",
+            "SharedParameterError": "errors",
+            "SplitClient": "client.client",
+            "SplitFedError": "errors",
+            "SplitServer": "server.server",
+            "StoreCapabilityError": "errors",
+            "StoreError": "errors",
+            "SupersededError": "errors",
+            "TokenError": "errors",
+            "TooLargeError": "errors",
+            "Transport": "protocol.transport",
+            "UnknownCutError": "errors",
+            "UnreachableError": "errors",
+            "UnsupportedError": "errors",
+            "VirtualTime": "simulation.virtual_time",
+            "WorkerError": "errors",
+            "check": "diagnostics.comparison",
+            "join": "model.cut",
+            "reference": "model.unsplit",
+            "register_container": "protocol.pytree",
+            "simulate": "simulation.launch",
+            "split": "model.cut",
+        },
+        modules={
+            "callbacks": "tracking.callbacks",
+            "errors": "errors",
+            "partition": "simulation.partition",
+            "policies": "accumulator.policies",
+            "progress": "tracking.progress",
+            "report": "tracking.report",
+            "simulation": "simulation",
+            "status": "store.status",
+            "testing": "blobs.testing",
+        },
+    )

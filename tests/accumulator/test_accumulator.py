@@ -12,10 +12,10 @@ import torch
 from harness_store import Point, again, batch, bits, drain, plant, record, sgd
 from torch import nn
 
-from splitfed.accumulator import Accumulator
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.accumulator.policies import inverse_sqrt
 from splitfed.errors import InputError, UnsupportedError
-from splitfed.policies import inverse_sqrt
-from splitfed.store import GradientStore
+from splitfed.store.store import GradientStore
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from splitfed.buffers import BufferUpdate, Rule, merge_buffers, same_bits
+from splitfed.accumulator.buffers import BufferUpdate, Rule, merge_buffers
 from splitfed.errors import InputError
+from splitfed.model.numerics import same_bits
 
 
 class Holder(nn.Module):

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from harness_store import Point, again, batch, check_counted_once, commits, drain, plant, record, sgd
 
-from splitfed.accumulator import Accumulator
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.accumulator.fold import Sorted, fold, sort_batches
+from splitfed.accumulator.policies import constant, inverse_sqrt
 from splitfed.errors import FormatError, InputError, MissingError
-from splitfed.folding import Sorted, fold, sort_batches
-from splitfed.packing import pack
-from splitfed.policies import constant, inverse_sqrt
-from splitfed.store import GradientStore
+from splitfed.protocol.packing import pack
+from splitfed.store.store import GradientStore
 
 
 def opened() -> tuple[GradientStore, Accumulator]:

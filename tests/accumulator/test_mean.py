@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from splitfed import averaging
-from splitfed.averaging import StreamingMean
+from splitfed.accumulator import mean as averaging
+from splitfed.accumulator.mean import StreamingMean
 from splitfed.errors import InputError, UnsupportedError
-from splitfed.ids import BatchId
+from splitfed.protocol.ids import BatchId
 
 A0, A1, B0 = BatchId("a", 0, 0), BatchId("a", 0, 1), BatchId("b", 0, 0)
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

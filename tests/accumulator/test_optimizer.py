@@ -18,9 +18,10 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
 
-from splitfed import optimizers, trees
+from splitfed.accumulator import optimizer as optimizers
+from splitfed.accumulator.optimizer import OptimizerFactory, SchedulerFactory
 from splitfed.errors import InputError, UnsupportedError
-from splitfed.optimizers import OptimizerFactory, SchedulerFactory
+from splitfed.protocol import pytree
 
 BEFORE, AFTER = 5, 7
 
@@ -49,8 +50,8 @@ def train(module: nn.Module, built: tuple[Optimizer, LRScheduler | None], steps:
 
 def through_json(state: object) -> object:
     """A captured state as it comes back from the store."""
-    spec, tensors = trees.flatten(state)
-    return trees.unflatten(json.loads(json.dumps(spec, allow_nan=False)), [t.contiguous().clone() for t in tensors])
+    spec, tensors = pytree.flatten(state)
+    return pytree.unflatten(json.loads(json.dumps(spec, allow_nan=False)), [t.contiguous().clone() for t in tensors])
 
 
 def check_round_trip(
@@ -472,7 +473,7 @@ def test_functions_of_a_scheduler_come_from_the_factory_again(shape: Callable[[i
 
     check_round_trip(net, partial(optim.SGD, lr=0.1), lambda optimizer: Shaped(optimizer, growth))
     built = optimizers.build(net(), partial(optim.SGD, lr=0.1), chained)
-    spec, _ = trees.flatten(optimizers.capture(*built))
+    spec, _ = pytree.flatten(optimizers.capture(*built))
     assert "last_epoch" in json.dumps(spec)
     assert 'shape"' not in json.dumps(spec)
 

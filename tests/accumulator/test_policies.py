@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from splitfed import policies
+from splitfed.accumulator import policies
 from splitfed.errors import InputError
 
 

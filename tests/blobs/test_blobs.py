@@ -24,13 +24,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import splitfed
-from splitfed.blobs import Blobs, check_key, files, open_blobs
+from splitfed.blobs import files, open_blobs
+from splitfed.blobs.contract import Blobs, check_key
 from splitfed.blobs.local import LocalBlobs
 from splitfed.blobs.memory import MemoryBlobs
 from splitfed.blobs.publishing import Publisher, Way
 from splitfed.blobs.remote import RemoteBlobs
+from splitfed.blobs.testing import BlobsSuite
 from splitfed.errors import BusyError, IdError, InputError, StoreCapabilityError, StoreError
-from splitfed.testing import BlobsSuite
 
 WAYS: list[Way] = ["unnamed", "named", "locked"] if hasattr(os, "O_TMPFILE") else ["named", "locked"]
 BACKENDS = [*WAYS, "memory", "fsspec", "fsspec-async"]

@@ -17,16 +17,17 @@ from typing import Any
 import pytest
 import torch
 from harness_store import Crash, Hook, Nth, check_counted_once, commits, crash, deny, drain, hooked, lose_reply
+from killed import check
 from processes import AT, Owner, model, new_accumulator, train
 from servers import Place, free_ports
-from test_kill import check
 
-from splitfed.blobs import Blobs, open_blobs
-from splitfed.cutting import split
+from splitfed.blobs.contract import Blobs
+from splitfed.blobs.testing import BlobsSuite
+from splitfed.blobs.url import open_blobs
 from splitfed.errors import StoreCapabilityError, StoreError
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
-from splitfed.testing import BlobsSuite
+from splitfed.model.cut import split
+from splitfed.server.server import SplitServer
+from splitfed.store.store import GradientStore
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from splitfed.blobs import Blobs, Buffer, check_key
+from splitfed.blobs.contract import Blobs, Buffer, check_key
 from splitfed.blobs.memory import MemoryBlobs
+from splitfed.blobs.testing import BlobsSuite
 from splitfed.errors import InputError, StoreError, UnsupportedError
-from splitfed.testing import BlobsSuite
 
 TESTS = [name for name, _ in inspect.getmembers(BlobsSuite, inspect.isfunction) if name.startswith("test_")]
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from harness_store import Point, again, batch, bits, commits, net, plant, record
 
-from splitfed.accumulator import Accumulator
-from splitfed.cli import main
-from splitfed.store import GradientStore
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.cli.command import main
+from splitfed.store.store import GradientStore
 
 APP = """
 import torch

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitfed.cli import main
-from splitfed.demo import data, experiment, federated, model, recipe
-from splitfed.demo.recipe import Settings
+from splitfed.cli.command import main
+from splitfed.cli.demo import data, experiment, federated, model, recipe
+from splitfed.cli.demo.recipe import Settings
 from splitfed.errors import FormatError, InputError, StoreError
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

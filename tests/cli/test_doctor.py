@@ -13,12 +13,13 @@ from harness_store import Point, batch, drain, plant, record, sgd, spoil
 from servers import Place
 
 import splitfed
-from splitfed.accumulator import Accumulator
+from splitfed.accumulator.accumulator import Accumulator
 from splitfed.blobs.memory import MemoryBlobs
-from splitfed.cli import doctor, main
+from splitfed.cli import doctor
+from splitfed.cli.command import main
 from splitfed.errors import TokenError, UnreachableError
-from splitfed.http.client import HttpTransport
-from splitfed.store import GradientStore
+from splitfed.service.http.client import HttpTransport
+from splitfed.store.store import GradientStore
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from splitfed.cli import main
+from splitfed.cli.command import main
 
 SOURCE = """
 from torch import nn

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from torch import nn
 
-from splitfed.cli import main, serve
-from splitfed.http import serving
-from splitfed.http.auth import new_token
-from splitfed.http.limits import Limits
-from splitfed.server import SplitServer
+from splitfed.cli import serve
+from splitfed.cli.command import main
+from splitfed.server.server import SplitServer
+from splitfed.service.http import serve as serving
+from splitfed.service.http.auth import new_token
+from splitfed.service.http.limits import Limits
 from splitfed.store import GradientStore
 
 

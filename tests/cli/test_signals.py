@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from splitfed.cli.running import Stopping, keep_going
+from splitfed.cli.signals import Stopping, keep_going
 from splitfed.errors import CorruptedError, StoreCapabilityError, StoreError
 
 

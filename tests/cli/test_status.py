@@ -15,9 +15,9 @@ import pytest
 import torch
 from harness_store import Point, batch, drain, plant, record, sgd
 
-from splitfed.accumulator import Accumulator
-from splitfed.cli import main
-from splitfed.store import GradientStore
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.cli.command import main
+from splitfed.store.store import GradientStore
 
 
 @pytest.fixture

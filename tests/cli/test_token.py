@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from splitfed.cli import main
-from splitfed.http.auth import Tokens
+from splitfed.cli.command import main
+from splitfed.service.http.auth import Tokens
 
 
 def test_a_token_goes_to_standard_output_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

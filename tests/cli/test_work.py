@@ -14,9 +14,9 @@ import torch
 from harness_post import answer, post, transport
 from harness_requests import ahead, body
 
-from splitfed.cli import main
-from splitfed.messages import LossRequest, PullRequest
-from splitfed.store import GradientStore
+from splitfed.cli.command import main
+from splitfed.protocol.messages import LossRequest, PullRequest
+from splitfed.store.store import GradientStore
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from harness import Split, Wire, sgd
 from torch import Tensor, nn
 
 from splitfed.errors import ExpiredError, InputError, StoreError
-from splitfed.messages import BackwardAnswer, BackwardRequest
+from splitfed.protocol.messages import BackwardAnswer, BackwardRequest
 
 
 class Recorder(Wire):

@@ -18,16 +18,9 @@ from harness import Split, sgd
 from torch import Tensor, nn
 
 import splitfed
-from splitfed.client import SplitClient
-from splitfed.cutpoint import CutPoint
-from splitfed.errors import (
-    CutError,
-    IdError,
-    InputError,
-    MissingError,
-    SupersededError,
-    UnsupportedError,
-)
+from splitfed.client.client import SplitClient
+from splitfed.errors import CutError, IdError, InputError, MissingError, SupersededError, UnsupportedError
+from splitfed.model.cutpoint import CutPoint
 
 
 def split(model: nn.Module | None = None, at: str = "body", **settings: Any) -> Split:

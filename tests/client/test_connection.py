@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitfed.connection import MOST_NOTES, Connection, Counted
+from splitfed.client.connection import MOST_NOTES, Connection, Counted
 from splitfed.errors import InputError
-from splitfed.messages import Housekeeping
+from splitfed.protocol.messages import Housekeeping
 
 
 def connection(loss_scale: Any = 1.0) -> Connection:

@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 
 import splitfed
 from splitfed.errors import BodyError, CutError, DigestError, InputError
-from splitfed.messages import LossAnswer, LossRequest
-from splitfed.server import SplitServer
+from splitfed.protocol.messages import LossAnswer, LossRequest
+from splitfed.server.server import SplitServer
 
 
 def memory() -> str:

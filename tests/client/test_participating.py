@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from coalition import Coalition, set_weight
 
-from splitfed import InputError, participating
+from splitfed import InputError
+from splitfed.client import participating
 
 
 @pytest.fixture
@@ -180,6 +181,6 @@ def test_three_clients_and_a_coordinator_that_know_nothing_of_each_other(tmp_pat
 
 def participating_request(name: str) -> Any:
     """A look at the round, as a client has it: from then on it is known."""
-    from splitfed.messages import PullRequest
+    from splitfed.protocol.messages import PullRequest
 
     return PullRequest(name, weights=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import splitfed
 from splitfed.errors import InputError, StoreError
-from splitfed.messages import GradientRecord, PushAnswer, PushRequest
+from splitfed.protocol.messages import GradientRecord, PushAnswer, PushRequest
 
 
 class Lossy(Wire):

@@ -12,8 +12,8 @@ from harness_requests import Site
 from torch import nn
 
 import splitfed
+from splitfed.client.transports import as_transport, open_transport
 from splitfed.errors import InputError
-from splitfed.transports import as_transport, open_transport
 
 
 def half() -> nn.Module:
@@ -31,9 +31,9 @@ def test_http_and_https_lead_to_the_http_transport() -> None:
 def test_any_other_scheme_leads_to_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the client's id, which its keys need."""
     given: list[Any] = []
-    module = ModuleType("splitfed.storetransport")
+    module = ModuleType("splitfed.service.mailbox.client")
     module.connect = lambda url, **options: given.append((url, options)) or "it"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "splitfed.storetransport", module)
+    monkeypatch.setitem(sys.modules, "splitfed.service.mailbox.client", module)
     assert open_transport("s3://bucket/run", client_id="a", timeout=1.0) == "it"
     assert given == [("s3://bucket/run", {"client_id": "a", "token": None, "timeout": 1.0})]
 
@@ -58,7 +58,7 @@ def test_options_that_don_t_fit_are_told() -> None:
 def test_what_isn_t_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line says how to get it."""
     monkeypatch.setitem(sys.modules, "urllib3", None)
-    monkeypatch.delitem(sys.modules, "splitfed.http.client", raising=False)
+    monkeypatch.delitem(sys.modules, "splitfed.service.http.client", raising=False)
     with pytest.raises(InputError, match=r"needs urllib3: pip install 'splitfed\[http\]'"):
         open_transport("http://host", client_id="a")
 

@@ -136,7 +136,7 @@ def test_a_body_that_cant_be_replayed_is_loud(body: Callable[[], nn.Module]) -> 
 
 def test_a_difference_is_shown_with_its_size_and_place() -> None:
     """What differs by how much and where, and `ok` says no."""
-    from splitfed.checking import Check, _compare
+    from splitfed.diagnostics.comparison import Check, _compare
 
     a, b = {"w": torch.zeros(2), "v": torch.ones(1)}, {"w": torch.tensor([0.0, 0.25]), "v": torch.ones(1)}
     assert _compare(a, b) == "up to 2.5e-01 at w"

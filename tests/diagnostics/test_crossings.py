@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from splitfed.cutpoint import CutPoint
-from splitfed.cutting import split
+from splitfed.diagnostics.crossings import inspect
 from splitfed.errors import BodyError
-from splitfed.inspecting import inspect
+from splitfed.model.cut import split
+from splitfed.model.cutpoint import CutPoint
 
 
 def model() -> nn.Module:

@@ -24,8 +24,8 @@ from splitfed.errors import (
     SplitFedError,
     UnknownCutError,
 )
-from splitfed.messages import BackwardAnswer, BackwardRequest, LossRequest, PullRequest, PushRequest
-from splitfed.packing import pack, pack_tree, unpack, unpack_tree
+from splitfed.protocol.messages import BackwardAnswer, BackwardRequest, LossRequest, PullRequest, PushRequest
+from splitfed.protocol.packing import pack, pack_tree, unpack, unpack_tree
 
 
 def memory() -> str:

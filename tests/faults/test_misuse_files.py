@@ -17,9 +17,9 @@ from harness import Split, sgd
 from torch import Tensor, nn
 
 import splitfed
-from splitfed import codec, packing
 from splitfed.errors import SplitFedError
-from splitfed.messages import ForwardRecord
+from splitfed.protocol import packing, safetensors
+from splitfed.protocol.messages import ForwardRecord
 
 
 def memory() -> str:
@@ -79,8 +79,8 @@ FOREIGN = {
     "other_kind": forged("ForwardRecord", GRADIENT),
     "fields": forged("GradientRecord", {"kind": "gradient"}),
     "no_fields": forged("GradientRecord", 3),
-    "spec": b"".join(codec.encode({}, {"kind": "GradientRecord", "spec": '{"d": 5}'})),
-    "deep": b"".join(codec.encode({}, {"kind": "GradientRecord", "spec": '{"l":[' * 600 + "]}" * 600})),
+    "spec": b"".join(safetensors.encode({}, {"kind": "GradientRecord", "spec": '{"d": 5}'})),
+    "deep": b"".join(safetensors.encode({}, {"kind": "GradientRecord", "spec": '{"l":[' * 600 + "]}" * 600})),
     **{name: forged("GradientRecord", {**GRADIENT, **changes}) for name, changes in GRADIENTS.items()},
 }
 

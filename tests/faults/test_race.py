@@ -11,12 +11,12 @@ import torch
 from harness_store import Point, adam, again, batch, bits, check_counted_once, commits, drain, record
 from processes import CONTEXT
 
-from splitfed.accumulator import Accumulator
-from splitfed.averaging import StreamingMean
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.accumulator.mean import StreamingMean
 from splitfed.errors import ExpiredError
-from splitfed.ids import BatchId
-from splitfed.messages import GradientRecord
-from splitfed.store import GradientStore
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.messages import GradientRecord
+from splitfed.store.store import GradientStore
 
 SIZE = 20_000
 """80 KB of weights: a local store maps them into memory, and a torn file would have room for two versions."""

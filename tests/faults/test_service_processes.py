@@ -12,10 +12,10 @@ from harness_store import bits
 from processes import Owner
 from service import Service, body, check_same, company
 
-from splitfed.messages import ForwardRequest
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
-from splitfed.transports import open_transport
+from splitfed.client.transports import open_transport
+from splitfed.protocol.messages import ForwardRequest
+from splitfed.server.server import SplitServer
+from splitfed.store.store import GradientStore
 
 ROUNDS = 3
 

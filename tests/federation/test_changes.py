@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import splitfed
-from splitfed.changes import change, since
-from splitfed.messages import GradientRecord
+from splitfed.federation.changes import change, since
+from splitfed.protocol.messages import GradientRecord
 
 
 def test_a_change_has_the_parameters_and_the_buffers_that_moved() -> None:

@@ -14,7 +14,7 @@ from harness_store import Crash, Nth, commits, crash, hooked, lose_reply, meanwh
 from processes import CONTEXT
 
 from splitfed import GradientStore, StoreError
-from splitfed.rounds import Rounds
+from splitfed.store.rounds import Rounds
 
 
 def ready(url: str, **settings: Any) -> Coalition:

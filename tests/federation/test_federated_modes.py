@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import splitfed
-from splitfed import policies
-from splitfed.policies import Mode
+from splitfed.accumulator import policies
+from splitfed.accumulator.policies import Mode
 
 ONE = torch.ones(1, dtype=torch.float64)
 

@@ -9,9 +9,10 @@ import time
 import pytest
 from coalition import Coalition
 
-from splitfed import BatchId, Federation, InputError, policies
-from splitfed.reporting import commit_rows
-from splitfed.rows import plain
+from splitfed import BatchId, Federation, InputError
+from splitfed.accumulator import policies
+from splitfed.federation.reports import commit_rows
+from splitfed.store.rows import plain
 
 
 def test_a_round_averages_halves_and_folds_the_body_once(store_url: str) -> None:

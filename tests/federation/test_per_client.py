@@ -17,8 +17,8 @@ from harness_store import Crash, Hook, Nth, again, bits, commits, crash, hooked,
 from torch import Tensor, nn
 
 import splitfed
+from splitfed.accumulator.policies import inverse_sqrt
 from splitfed.errors import ExpiredError, InputError, MissingError, StoreError
-from splitfed.policies import inverse_sqrt
 
 LINES = ("body", "body@a", "body@b")
 

@@ -14,8 +14,8 @@ from harness import Split, assert_step
 from torch import Tensor, nn
 
 import splitfed
-from splitfed.cutpoint import CutPoint
 from splitfed.errors import AbsentError, CutError
+from splitfed.model.cutpoint import CutPoint
 
 
 class Layer(nn.Module):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitfed import boundary
-from splitfed.codec import ALIGNMENT, canonical, decode, encode
+from splitfed.model import boundary
+from splitfed.protocol.safetensors import ALIGNMENT, canonical, decode, encode
 
 BASE = torch.arange(48.0)
 STRIDED = {

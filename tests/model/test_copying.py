@@ -11,8 +11,8 @@ from cases import CASES, Case
 from torch import Tensor, nn
 
 import splitfed
-from splitfed.copying import deep_copy
 from splitfed.errors import UnsupportedError
+from splitfed.model.copying import deep_copy
 
 
 def described(value: Any, seen: dict[int, int]) -> Any:

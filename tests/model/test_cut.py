@@ -10,15 +10,9 @@ import torch
 from bodies import Calls
 from torch import nn
 
-from splitfed.cutpoint import CutPoint
-from splitfed.cutting import find_cuts, join, split
-from splitfed.errors import (
-    ArchitectureError,
-    CutError,
-    NotConnectedError,
-    UnknownCutError,
-    UnsupportedError,
-)
+from splitfed.errors import ArchitectureError, CutError, NotConnectedError, UnknownCutError, UnsupportedError
+from splitfed.model.cut import find_cuts, join, split
+from splitfed.model.cutpoint import CutPoint
 
 
 def line(count: int = 5) -> nn.Sequential:

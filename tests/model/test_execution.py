@@ -9,15 +9,15 @@ import torch
 from harness_replay import X, body, call, linear, model
 from torch import Tensor, nn
 
-from splitfed import replay
 from splitfed.errors import BodyError, InputError, ReplayError
+from splitfed.model import execution
 
 
 def test_a_run_gives_outputs_gradients_and_their_graph() -> None:
     """Of 2x: ∂(Σ y)/∂x = 2 and ∂(Σ y)/∂w = the sums of the columns of x, in every row."""
-    done = replay.run(model(linear()), call(), grad=True)
+    done = execution.run(model(linear()), call(), grad=True)
     assert done.outputs.tolist() == (2 * X).tolist()
-    inputs, gradients = replay.backward(done, [torch.ones(2, 2)])
+    inputs, gradients = execution.backward(done, [torch.ones(2, 2)])
     assert inputs[0] is not None
     assert inputs[0].tolist() == [[2, 2], [2, 2]]
     assert gradients["weight"].tolist() == [[4, 2], [4, 2]]
@@ -26,7 +26,7 @@ def test_a_run_gives_outputs_gradients_and_their_graph() -> None:
 def test_a_run_writes_no_grad() -> None:
     """Gradients are answered, never left in the version's own parameters."""
     made = model(linear())
-    replay.backward(replay.run(made, call(), grad=True), [torch.ones(2, 2)])
+    execution.backward(execution.run(made, call(), grad=True), [torch.ones(2, 2)])
     assert all(p.grad is None for p in made.module.parameters())
 
 
@@ -37,12 +37,12 @@ def test_a_body_may_begin_in_place() -> None:
     def forward(m: Any, x: Tensor, mask: Tensor) -> Tensor:
         return m.layer(x.relu_()) * mask.logical_not_()
 
-    done = replay.run(model(body(forward, layer=linear())), call(x, mask), grad=True)
+    done = execution.run(model(body(forward, layer=linear())), call(x, mask), grad=True)
     assert done.outputs.tolist() == [[0, 0], [0, 8]]
     assert list(done.changed) == [0, 1]
     assert torch.equal(x, X)
     assert mask.tolist() == [True, False]
-    assert replay.run(model(linear()), call(), grad=True).changed == {}
+    assert execution.run(model(linear()), call(), grad=True).changed == {}
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -51,7 +51,7 @@ def test_the_grad_mode_is_the_clients(grad: bool) -> None:
     seen = []
     made = model(body(lambda m, x: seen.append(torch.is_grad_enabled()) or x * 1))
     with torch.inference_mode():
-        done = replay.run(made, call(), grad=grad)
+        done = execution.run(made, call(), grad=grad)
     assert seen == [grad]
     assert done.outputs.requires_grad is grad
     assert not done.outputs.is_inference()
@@ -61,14 +61,14 @@ def test_dropout_is_a_function_of_the_seed() -> None:
     """The same seed, the same mask, on any replica and after any other draws; the process's stream isn't touched."""
     dropout = nn.Dropout(0.5)
     before = torch.get_rng_state()
-    first = replay.run(model(dropout), call(torch.ones(9, 9)), grad=True)
+    first = execution.run(model(dropout), call(torch.ones(9, 9)), grad=True)
     torch.rand(3)
-    again = replay.run(model(dropout), call(torch.ones(9, 9)), grad=True)
-    other = replay.run(model(dropout), call(torch.ones(9, 9), seed=8), grad=True)
+    again = execution.run(model(dropout), call(torch.ones(9, 9)), grad=True)
+    other = execution.run(model(dropout), call(torch.ones(9, 9), seed=8), grad=True)
     assert first.drew
     assert first.crcs == again.crcs != other.crcs
     torch.set_rng_state(before)
-    quiet = replay.run(model(dropout), call(torch.ones(9, 9), training=False), grad=True)
+    quiet = execution.run(model(dropout), call(torch.ones(9, 9), training=False), grad=True)
     assert not quiet.drew
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -82,11 +82,11 @@ def counting(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_state_in_python_shows_on_another_replica() -> None:
     """A counter that no buffer holds: the recompute has other bits than the forward, and says which outputs."""
     first, second = model(body(counting)), model(body(counting))
-    done = replay.run(first, call(), grad=True)
+    done = execution.run(first, call(), grad=True)
     record = call(crcs=done.crcs)
-    replay.check_replay(record, replay.run(second, record, grad=True), "elsewhere")
+    execution.check_replay(record, execution.run(second, record, grad=True), "elsewhere")
     with pytest.raises(ReplayError, match=r"numbers \[1\] of 2\): elsewhere.*must not keep state in Python"):
-        replay.check_replay(record, replay.run(second, record, grad=True), "elsewhere")
+        execution.check_replay(record, execution.run(second, record, grad=True), "elsewhere")
 
 
 def test_what_a_body_raises_is_a_body_error() -> None:
@@ -101,11 +101,11 @@ def test_what_a_body_raises_is_a_body_error() -> None:
 
     made = model(body(forward))
     with pytest.raises(BodyError, match="the body raised KeyError: 'now'") as caught:
-        replay.run(made, call(X, False, requires_grad=(True,)), grad=True)
+        execution.run(made, call(X, False, requires_grad=(True,)), grad=True)
     assert isinstance(caught.value.__cause__, KeyError)
-    done = replay.run(made, call(X, True, requires_grad=(True,)), grad=True)
+    done = execution.run(made, call(X, True, requires_grad=(True,)), grad=True)
     with pytest.raises(BodyError, match="the body raised KeyError: 'in a hook'"):
-        replay.backward(done, [torch.ones(2, 2)])
+        execution.backward(done, [torch.ones(2, 2)])
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_what_a_body_raises_is_a_body_error() -> None:
 def test_a_call_that_doesnt_fit_is_refused(changes: dict[str, Any], error: type[Exception], said: str) -> None:
     """By what it says wrong."""
     with pytest.raises(error, match=said):
-        replay.run(model(nn.Sequential(linear())), call(**changes), grad=True)
+        execution.run(model(nn.Sequential(linear())), call(**changes), grad=True)
 
 
 def test_outputs_without_a_gradient_give_none() -> None:
     """Neither inputs nor parameters are reached by a gradient that isn't there."""
-    done = replay.run(model(body(lambda m, x: (m.layer(x), x.argmax()), layer=linear())), call(), grad=True)
-    assert replay.backward(done, [None, None]) == ([None], {})
+    done = execution.run(model(body(lambda m, x: (m.layer(x), x.argmax()), layer=linear())), call(), grad=True)
+    assert execution.backward(done, [None, None]) == ([None], {})

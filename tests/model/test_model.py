@@ -9,8 +9,8 @@ import torch
 from harness_replay import X, body, call, linear, model
 from torch import Tensor, nn
 
-from splitfed import replay
 from splitfed.errors import SplitFedError, UnsupportedError
+from splitfed.model import execution
 
 
 @pytest.mark.parametrize("how", ["in_place", "assigned"])
@@ -27,10 +27,10 @@ def test_each_run_begins_with_the_versions_buffers(how: str) -> None:
     holder = body(forward)
     holder.register_buffer("count", torch.tensor(10.0))
     made = model(holder)
-    runs = [replay.run(made, call(), grad=True) for _ in range(2)]
+    runs = [execution.run(made, call(), grad=True) for _ in range(2)]
     assert [float(done.buffers["count"]) for done in runs] == [11, 11]
     assert [float(done.bases["count"]) for done in runs] == [10, 10]
-    handed_on = replay.run(made, call(buffers={"count": torch.tensor(11.0)}), grad=True)
+    handed_on = execution.run(made, call(buffers={"count": torch.tensor(11.0)}), grad=True)
     assert float(handed_on.buffers["count"]) == 12
     assert handed_on.outputs.tolist() == (X + 12).tolist()
 
@@ -50,7 +50,7 @@ def test_buffers_that_arent_kept_begin_anew_each_time(how: str) -> None:
     scratching = body(forward)
     scratching.register_buffer("scratch", torch.zeros(1), persistent=False)
     made = model(scratching)
-    assert [replay.run(made, call(), grad=False).outputs.tolist() for _ in range(3)] == [X.tolist()] * 3
+    assert [execution.run(made, call(), grad=False).outputs.tolist() for _ in range(3)] == [X.tolist()] * 3
 
 
 def test_a_buffer_that_is_taken_away_is_refused() -> None:
@@ -63,7 +63,7 @@ def test_a_buffer_that_is_taken_away_is_refused() -> None:
     losing = body(forward)
     losing.register_buffer("count", torch.zeros(1))
     with pytest.raises(SplitFedError, match="count"):
-        replay.run(model(losing), call(), grad=True)
+        execution.run(model(losing), call(), grad=True)
 
 
 @pytest.mark.parametrize("how", ["in_place", "assigned"])
@@ -82,4 +82,4 @@ def test_a_body_that_writes_to_its_parameters_is_refused(how: str) -> None:
     with pytest.raises(
         UnsupportedError, match="changes its own parameters in forward: keep what it changes in buffers"
     ):
-        replay.run(made, call(), grad=True)
+        execution.run(made, call(), grad=True)

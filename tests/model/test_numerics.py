@@ -9,8 +9,8 @@ import pytest
 import torch
 from bodies import sample
 
-from splitfed.foreign import DTYPES
-from splitfed.numerics import all_finite, class_id, numerics_class
+from splitfed.model.numerics import all_finite, class_id, numerics_class
+from splitfed.protocol.header import DTYPES
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import splitfed
 from splitfed.errors import ArchitectureError, InputError, UnsupportedError
-from splitfed.messages import PushRequest
-from splitfed.personal import personal_names
+from splitfed.model.personal import personal_names
+from splitfed.protocol.messages import PushRequest
 
 
 def half(*, tied: bool = False) -> nn.Module:

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 import torch
 
-from splitfed.seeding import Seed, seeded
+from splitfed.model.rng import Seed, seeded
 
 
 def stream() -> list[float]:

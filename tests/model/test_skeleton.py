@@ -9,9 +9,9 @@ import torch
 from bodies import Calls
 from torch import Tensor, nn
 
-from splitfed.copying import deep_copy
 from splitfed.errors import ArchitectureError, UnsupportedError
-from splitfed.template import Template, check_tensors, compare, named_state, transient_buffers, unwrap
+from splitfed.model.copying import deep_copy
+from splitfed.model.skeleton import Template, check_tensors, compare, named_state, transient_buffers, unwrap
 
 
 def tied() -> nn.Module:

@@ -11,7 +11,7 @@ from bodies import Calls, sandwich, twice
 from torch import Tensor, nn
 
 from splitfed.errors import CutError, UnknownCutError
-from splitfed.unsplit import reference
+from splitfed.model.unsplit import reference
 
 
 def model() -> nn.Module:

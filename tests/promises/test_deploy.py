@@ -20,13 +20,13 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from pages import BLOCK, ROOT
 from servers import free_ports
-from test_docs import _BLOCK, ROOT
 
 import splitfed
-from splitfed.cli import _parser
-from splitfed.http.limits import Limits
-from splitfed.store import GradientStore
+from splitfed.cli.command import _parser
+from splitfed.service.http.limits import Limits
+from splitfed.store.store import GradientStore
 
 DEPLOY = ROOT / "examples" / "deploy"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
@@ -38,7 +38,7 @@ NEEDED = {"splitfed-tokens", "splitfed-s3"}
 def terminal(name: str) -> str:
     """The block of the text that is labelled so."""
     text = (DEPLOY / "README.md").read_text("utf-8")
-    (found,) = [block[0] for block in _BLOCK.finditer(text) if block[0].startswith(f"```sh {name}\n")]
+    (found,) = [block[0] for block in BLOCK.finditer(text) if block[0].startswith(f"```sh {name}\n")]
     return "\n".join(found.splitlines()[1:-1])
 
 

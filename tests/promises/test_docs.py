@@ -5,42 +5,27 @@ from __future__ import annotations
 import ast
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import BLOCK, ROOT, blocks, run
 from torch import Tensor, nn
 
 import splitfed
 from splitfed import errors
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-_BLOCK = re.compile(r"^( *)```([a-z]*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
-
-
-def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
-    """The code blocks of a page in one language, each with the number of its first line."""
-    text = page.read_text("utf-8")
-    for found in _BLOCK.finditer(text):
-        if found[2] == language:
-            yield text.count("\n", 0, found.start(3)) + 1, textwrap.dedent(found[3])
-
-
-def run(code: str, name: str, line: int, namespace: dict[str, Any]) -> None:
-    """Run a block; a traceback shows its own line of the page."""
-    exec(compile("\n" * (line - 1) + code, name, "exec"), namespace)
 
 
 def prose(page: Path) -> str:
     """A page without its code blocks."""
-    return _BLOCK.sub("", page.read_text("utf-8"))
+    return BLOCK.sub("", page.read_text("utf-8"))
 
 
 def anchors(page: Path) -> set[str]:
@@ -124,7 +109,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 def test_every_public_name_is_mentioned() -> None:
     """Each name of `splitfed.__all__` stands in the README or in `docs/`, as code."""
     text = "\n".join(page.read_text("utf-8") for page in PAGES)
-    code = "\n".join([*re.findall(r"`[^`\n]+`", text), *(found[3] for found in _BLOCK.finditer(text))])
+    code = "\n".join([*re.findall(r"`[^`\n]+`", text), *(found[3] for found in BLOCK.finditer(text))])
     assert [name for name in splitfed.__all__ if not re.search(rf"\b{name}\b", code)] == []
 
 

@@ -15,7 +15,7 @@ from servers import unmeasured
 from splitfed import GradientStore
 
 TESTS = Path(__file__).parent
-EXAMPLES = TESTS.parent / "examples"
+EXAMPLES = TESTS.parents[1] / "examples"
 SMALL = {
     "custom_backend.py": [],
     "quickstart.py": ["--epochs", "4"],

@@ -13,12 +13,12 @@ from harness import Wire
 from harness_store import Nth, again, batch, check_counted_once, commits, drain, hooked, net, noisy, record
 from processes import AT, Noting, Owner, model, new_accumulator
 
-from splitfed.accumulator import Accumulator
-from splitfed.cutting import split
+from splitfed.accumulator.accumulator import Accumulator
 from splitfed.errors import AlreadyAppliedError, DigestError, StoreError
-from splitfed.messages import BackwardRequest
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
+from splitfed.model.cut import split
+from splitfed.protocol.messages import BackwardRequest
+from splitfed.server.server import SplitServer
+from splitfed.store.store import GradientStore
 
 CLIENTS = ("a", "b", "c")
 ISSUED = [batch(seq, client) for seq in range(4) for client in CLIENTS] + [batch(9, "a"), batch(9, "b")]

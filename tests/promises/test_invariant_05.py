@@ -11,14 +11,14 @@ import torch
 from harness_store import Hook, Nth, Point, again, batch, bits, check_counted_once, commits, drain, hooked, record, sgd
 from torch import nn
 
-from splitfed.accumulator import Accumulator
-from splitfed.client import SplitClient
-from splitfed.cutpoint import CutPoint
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.client.client import SplitClient
 from splitfed.errors import ExpiredError
-from splitfed.sealing import Sealer
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
-from splitfed.template import Template
+from splitfed.model.cutpoint import CutPoint
+from splitfed.model.skeleton import Template
+from splitfed.server.server import SplitServer
+from splitfed.store.sealing import Sealer
+from splitfed.store.store import GradientStore
 
 BIG = 20_000
 """80 KB of float32, which a local store maps into memory instead of copying."""

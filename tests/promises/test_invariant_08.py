@@ -26,11 +26,11 @@ from harness_store import (
 )
 from processes import AT, CONTEXT, Noting, Owner, model, new_accumulator, replay, versions
 
-from splitfed.accumulator import Accumulator
-from splitfed.cutting import split
-from splitfed.policies import inverse_sqrt
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.accumulator.policies import inverse_sqrt
+from splitfed.model.cut import split
+from splitfed.server.server import SplitServer
+from splitfed.store.store import GradientStore
 
 
 def memory() -> str:

@@ -12,13 +12,13 @@ import torch
 from harness_store import Nth, Point, again, batch, check_counted_once, commits, drain, hooked, record, sgd
 from processes import AT, Noting, Owner, model, new_accumulator
 
-from splitfed.accumulator import Accumulator
-from splitfed.client import SplitClient
-from splitfed.cutting import split
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.client.client import SplitClient
 from splitfed.errors import ExpiredError, StoreError
-from splitfed.messages import BackwardRequest
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
+from splitfed.model.cut import split
+from splitfed.protocol.messages import BackwardRequest
+from splitfed.server.server import SplitServer
+from splitfed.store.store import GradientStore
 
 
 def memory() -> str:

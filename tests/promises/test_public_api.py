@@ -73,7 +73,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     """`import splitfed` alone brings neither torch nor fsspec nor any module of ours."""
     loaded = fresh("import sys, splitfed; print(*sys.modules)")
     assert not loaded & {"torch", "numpy", "fsspec", "filelock", "safetensors", "transformers", "asyncio"}
-    assert {name for name in loaded if name.partition(".")[0] == "splitfed"} == {"splitfed"}
+    ours = {name for name in loaded if name.partition(".")[0] == "splitfed"}
+    assert ours == {"splitfed", "splitfed._lazy", "splitfed._version"}
 
 
 @pytest.mark.parametrize("name", ["SplitFedError", "BatchId"])
@@ -98,25 +99,40 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = splitfed.Splitclient
 
 
-@pytest.mark.parametrize("path", ["policies.mode", "partition.iid", "report.write", "simulation.lognormal"])
+@pytest.mark.parametrize(
+    "path", ["policies.mode", "partition.iid", "report.write", "simulation.lognormal", "testing.BlobsSuite"]
+)
 def test_modules_that_are_used_by_name_are_there_at_once(path: str) -> None:
     """`import splitfed` is enough for `splitfed.policies.mode(...)`, whatever else has been imported before."""
     assert fresh(f"import splitfed; print(splitfed.{path}.__name__)") == {path.rpartition(".")[2]}
 
 
-def test_no_public_name_is_the_name_of_a_module() -> None:
+PACKAGES = sorted(path.parent for path in PACKAGE.parent.rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("folder", PACKAGES, ids=[path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGES])
+def test_no_exported_name_is_the_name_of_a_module(folder: Path) -> None:
     """Importing a submodule sets its name on the package, so a name for both would mean what was imported last."""
-    modules = {path.stem for path in PACKAGE.parent.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert not modules & set(splitfed.__all__)
+    name = ".".join(("splitfed", *folder.relative_to(PACKAGE.parent).parts))
+    exported = getattr(importlib.import_module(name), "__all__", [])
+    modules = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not modules & set(exported)
 
 
-def test_type_checkers_and_the_run_time_see_the_same() -> None:
-    """The imports for typing bring the public names, each from the module that it lives in at run time."""
-    tree = ast.parse(PACKAGE.read_text())
-    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    typed = {alias.asname or alias.name: node.module for node in block.body for alias in node.names}
-    assert set(typed) | {"__version__"} == set(splitfed.__all__)
-    assert {name: getattr(splitfed, name).__module__ for name in typed} == typed
+@pytest.mark.parametrize("folder", PACKAGES, ids=[path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGES])
+def test_type_checkers_and_the_run_time_see_the_same(folder: Path) -> None:
+    """The imports for typing bring the exported names, each from the module that it lives in at run time."""
+    tree = ast.parse((folder / "__init__.py").read_text())
+    package = importlib.import_module(".".join(("splitfed", *folder.relative_to(PACKAGE.parent).parts)))
+    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imported = [(node.module, alias) for block in blocks for node in block.body for alias in node.names]
+    typed = {alias.name: module for module, alias in imported if alias.asname is None}
+    assert set(typed) == set(getattr(package, "__all__", [])) - {"__version__"}
+    for name, module in typed.items():
+        assert getattr(package, name) is getattr(importlib.import_module(module), name), name
+    for module, alias in imported:  # modules that are used by a name of their own
+        if alias.asname is not None:
+            assert getattr(package, alias.asname).__name__ == f"{module}.{alias.name}"
 
 
 def test_importing_every_module_starts_nothing() -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from harness import assert_same
 from harness_http import running
-from test_docs import ROOT, blocks, run
+from pages import ROOT, blocks, run
 
 import splitfed
-from splitfed.http.app import make_app
+from splitfed.service.http.app import make_app
 
 PAGE = ROOT / "docs" / "quickstart.md"
 ((_, DIFF),) = blocks(ROOT / "docs" / "http.md", "diff")

@@ -14,7 +14,7 @@ import torch
 from servers import unmeasured
 from torch import Tensor
 
-STUDY = Path(__file__).parents[1] / "examples" / "study.py"
+STUDY = Path(__file__).parents[2] / "examples" / "study.py"
 MODES = ("round", "buffered", "sflv2", "sflv1", "synchronous")
 TRAINING, OWNERS = 640, 3
 HALF = 4 * (784 * 64 + 64 + 64 * 10 + 10)  # bytes of bottom and head in float32

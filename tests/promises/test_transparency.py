@@ -17,7 +17,7 @@ from harness import Apart, Split, Step, Wire, assert_equal, assert_same, assert_
 from torch import nn
 
 import splitfed
-from splitfed import messages, packing, trees
+from splitfed.protocol import messages, packing, pytree
 
 STEPS = 3
 CASE = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
@@ -90,7 +90,7 @@ def test_evaluation_has_the_bits_of_the_raw_model(case: Case, grad: bool, tmp_pa
     args, kwargs = case.inputs()
     with torch.set_grad_enabled(grad):
         got, expected = split.client(*args, **kwargs), raw(*args, **kwargs)
-    same = [dict(enumerate(trees.flatten(tree)[1])) for tree in (got, expected)]
+    same = [dict(enumerate(pytree.flatten(tree)[1])) for tree in (got, expected)]
     assert_same(same[0], same[1], "outputs")
     assert [t.requires_grad for t in same[0].values()] == [t.requires_grad for t in same[1].values()]
 
@@ -184,7 +184,7 @@ def test_a_process_started_after_the_forward_serves_the_backward(child: Any, tmp
         wire = split.wire
         wire.folder, wire.name, wire.child = tmp_path, case.name, process
         scalar(outputs).backward()
-        flat = [t.detach() for t in trees.flatten(outputs)[1]]
+        flat = [t.detach() for t in pytree.flatten(outputs)[1]]
         got = Step(flat, [t.grad for t in wanted], split.gradients())
         split.accumulator.step()
         rewind()

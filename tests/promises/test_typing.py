@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def mypy(*args: str) -> tuple[int, str]:
@@ -18,13 +18,13 @@ def mypy(*args: str) -> tuple[int, str]:
 
 def test_the_public_api_is_typed_as_users_write_it() -> None:
     """Type checking by mypy --strict accepts ordinary use and reports each mistake in `typing_api.py`."""
-    status, output = mypy("tests/typing_api.py")
+    status, output = mypy("tests/promises/typing_api.py")
     assert status == 0, output
 
 
 def test_a_facade_that_lost_its_types_would_be_found(tmp_path: Path) -> None:
     """The check above can fail: were `split` untyped, its `assert_type` and its `type: ignore` would be reported."""
-    source = (ROOT / "tests" / "typing_api.py").read_text()
+    source = (ROOT / "tests" / "promises" / "typing_api.py").read_text()
     broken = tmp_path / "typing_broken.py"
     broken.write_text(source.replace("def cutting(model: nn.Module,", "def cutting(model: nn.Module, splitfed: Any,"))
     status, output = mypy(str(broken))

@@ -12,17 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import splitfed
-from splitfed import (
-    Accumulator,
-    Commit,
-    CutPoint,
-    GradientStore,
-    PerClient,
-    SplitClient,
-    SplitServer,
-    Transport,
-    policies,
-)
+from splitfed import Accumulator, Commit, CutPoint, GradientStore, PerClient, SplitClient, SplitServer, Transport
+from splitfed.accumulator import policies
 
 
 def cutting(model: nn.Module, x: Tensor) -> nn.Module:

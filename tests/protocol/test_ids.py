@@ -5,42 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hostile import HOSTILE
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from splitfed.checks import positive
 from splitfed.errors import IdError, InputError
-from splitfed.ids import MAX_NUMBER, BatchId, check_client_id, check_lineage, check_number, positive
-
-HOSTILE = {
-    "empty": "",
-    "dot": ".",
-    "dots": "..",
-    "up": "../a",
-    "hidden": ".a",
-    "option": "-a",
-    "underscore_first": "_a",
-    "slash": "a/b",
-    "absolute": "/etc",
-    "backslash": "a\\b",
-    "nul": "a\0b",
-    "percent": "a%00b",
-    "star": "*",
-    "question": "a?",
-    "version": "a?versionId=3",
-    "chain": "a::b",
-    "colon": "a:b",
-    "space": "a b",
-    "newline": "a\n",
-    "65": "a" * 65,
-    "300": "a" * 300,
-    "umlaut": "klinik-köln",
-    "digit_of_another_script": "a٣",
-    "bytes": b"a",
-    "none": None,
-    "number": 3,
-    "true": True,
-    "list": ["a"],
-}
+from splitfed.protocol.ids import MAX_NUMBER, BatchId, check_client_id, check_lineage, check_number
 
 
 @pytest.mark.parametrize("client_id", HOSTILE.values(), ids=HOSTILE)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitfed.codec import ALIGNMENT
-from splitfed.memory import aligned
+from splitfed.protocol.memory import aligned
+from splitfed.protocol.safetensors import ALIGNMENT
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 63, 64, 100_003])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from splitfed import messages
+from splitfed.protocol import messages
 
 CLASSES = [found for _, found in inspect.getmembers(messages, inspect.isclass) if found.__module__ == messages.__name__]
 

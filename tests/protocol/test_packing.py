@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitfed import codec, messages, trees
 from splitfed.errors import ContainerError, FormatError
-from splitfed.messages import (
+from splitfed.protocol import messages, pytree, safetensors
+from splitfed.protocol.messages import (
     BackwardAnswer,
     BackwardRequest,
     Chain,
@@ -31,7 +31,7 @@ from splitfed.messages import (
     RoundInfo,
     Seal,
 )
-from splitfed.packing import digest, pack, pack_tree, peek, unpack, unpack_tree
+from splitfed.protocol.packing import digest, pack, pack_tree, peek, unpack, unpack_tree
 
 T = torch.arange(6.0).view(2, 3)
 INPUTS = ((T, [None, 3]), {"mask": T.t() > 1, "again": T})
@@ -94,9 +94,9 @@ def joined(message: Any) -> bytes:
 
 def forged(kind: str, tree: Any = None, **metadata: str) -> bytes:
     """Bytes with any spec and metadata: what somebody else might send."""
-    spec, tensors = trees.flatten(tree)
+    spec, tensors = pytree.flatten(tree)
     named = {f"{i:06d}": tensor for i, tensor in enumerate(tensors)}
-    return b"".join(codec.encode(named, {"kind": kind, "spec": json.dumps(spec), **metadata}))
+    return b"".join(safetensors.encode(named, {"kind": kind, "spec": json.dumps(spec), **metadata}))
 
 
 def fields(message: Any) -> dict[str, Any]:
@@ -176,14 +176,14 @@ def test_a_nested_message_has_exactly_its_fields(seal: Any) -> None:
         b"\x80\x04K\x01.",
         joined(SEAL)[:-1],
         joined(BACK)[:100],
-        b"".join(codec.encode({"x": T})),
-        b"".join(codec.encode({}, {"kind": "Seal"})),
-        b"".join(codec.encode({}, {"kind": "Seal", "spec": "{"})),
-        b"".join(codec.encode({}, {"kind": "Seal", "spec": '{"l":[' * 3000})),
-        b"".join(codec.encode({}, {"kind": "Seal", "spec": '{"l":[' * 600 + "]}" * 600})),
-        b"".join(codec.encode({}, {"kind": "Seal", "spec": "1" * 5000})),
-        b"".join(codec.encode({}, {"kind": "Seal", "spec": f'{{"z":[{2**70}]}}'})),
-        b"".join(codec.encode({"x": torch.ones(2)}, {"kind": "Seal", "spec": '{"k":[["a",0],["b",{"t":0}]]}'})),
+        b"".join(safetensors.encode({"x": T})),
+        b"".join(safetensors.encode({}, {"kind": "Seal"})),
+        b"".join(safetensors.encode({}, {"kind": "Seal", "spec": "{"})),
+        b"".join(safetensors.encode({}, {"kind": "Seal", "spec": '{"l":[' * 3000})),
+        b"".join(safetensors.encode({}, {"kind": "Seal", "spec": '{"l":[' * 600 + "]}" * 600})),
+        b"".join(safetensors.encode({}, {"kind": "Seal", "spec": "1" * 5000})),
+        b"".join(safetensors.encode({}, {"kind": "Seal", "spec": f'{{"z":[{2**70}]}}'})),
+        b"".join(safetensors.encode({"x": torch.ones(2)}, {"kind": "Seal", "spec": '{"k":[["a",0],["b",{"t":0}]]}'})),
     ],
     ids="empty pickle cut half no_kind no_spec bad_json endless_json deep_json digits size counter".split(),
 )
@@ -198,7 +198,7 @@ def test_foreign_bytes_are_refused(data: bytes) -> None:
 )
 def test_peek_reads_a_forged_header_safely(spec: str) -> None:
     """It finds nothing there, or says that the bytes aren't ours."""
-    data = b"".join(codec.encode({}, {"kind": "GradientRecord", "spec": spec}))
+    data = b"".join(safetensors.encode({}, {"kind": "GradientRecord", "spec": spec}))
     with contextlib.suppress(FormatError):
         assert peek(GradientRecord, data, ["kind"]) == {"kind": None}
 

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from splitfed import trees
 from splitfed.errors import ContainerError, FormatError
-from splitfed.trees import MAX_DEPTH, flatten, register_container, unflatten
+from splitfed.protocol import pytree
+from splitfed.protocol.pytree import MAX_DEPTH, flatten, register_container, unflatten
 
 
 class Pair(NamedTuple):
@@ -132,7 +132,7 @@ class BiggerBox(Box):
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Box`, registered for one test."""
-    monkeypatch.setattr(trees, "_containers", {})
+    monkeypatch.setattr(pytree, "_containers", {})
     register_container(Box, lambda box: [box.content], lambda tree: Box(*tree))
 
 

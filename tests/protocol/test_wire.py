@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitfed import errors, wire
-from splitfed.codec import encode
+from splitfed import errors
 from splitfed.errors import ExpiredError, FormatError, SplitFedError
-from splitfed.messages import ForwardRequest, LossRequest, PullAnswer, PullRequest
-from splitfed.packing import pack, pack_tree
-from splitfed.transport import Transport
+from splitfed.protocol import wire
+from splitfed.protocol.messages import ForwardRequest, LossRequest, PullAnswer, PullRequest
+from splitfed.protocol.packing import pack, pack_tree
+from splitfed.protocol.safetensors import encode
+from splitfed.protocol.transport import Transport
 
 TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SplitFedError)]
 

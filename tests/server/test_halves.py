@@ -13,8 +13,8 @@ from torch import nn
 
 import splitfed
 from splitfed.errors import InputError, SplitFedError, StoreError
-from splitfed.messages import PushAnswer, PushRequest
-from splitfed.template import Template
+from splitfed.model.skeleton import Template
+from splitfed.protocol.messages import PushAnswer, PushRequest
 
 
 class Lossy(Wire):

@@ -12,7 +12,7 @@ from torch import nn
 
 import splitfed
 from splitfed.errors import InputError, MissingError, SupersededError
-from splitfed.messages import BackwardRequest, Housekeeping
+from splitfed.protocol.messages import BackwardRequest, Housekeeping
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:

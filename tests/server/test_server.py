@@ -11,7 +11,6 @@ import torch
 from harness_requests import ONES, SEAL, Site, X, ahead, back, body
 from torch import nn
 
-from splitfed.applied import BatchSet
 from splitfed.errors import (
     AlreadyAppliedError,
     ArchitectureError,
@@ -25,10 +24,11 @@ from splitfed.errors import (
     StoreError,
     SupersededError,
 )
-from splitfed.ids import BatchId
-from splitfed.messages import Chain, Housekeeping
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.messages import Chain, Housekeeping
+from splitfed.server.server import SplitServer
+from splitfed.store.batchset import BatchSet
+from splitfed.store.store import GradientStore
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import torch
 import toy
 from torch.nn.functional import cross_entropy
 
-from splitfed import policies
-from splitfed.accumulator import Accumulator
-from splitfed.perclient import PerClient
+from splitfed.accumulator import policies
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.federation.per_client import PerClient
 from splitfed.simulation.assembly import Assembly
-from splitfed.simulation.localdata import batches
-from splitfed.simulation.simulated import Simulation
-from splitfed.simulation.virtual import VirtualTime
+from splitfed.simulation.data import batches
+from splitfed.simulation.run import Simulation
+from splitfed.simulation.virtual_time import VirtualTime
 
 
 def assembly(**settings: Any) -> tuple[Assembly, Simulation]:

@@ -10,13 +10,13 @@ import torch
 import toy
 from torch.nn.functional import cross_entropy
 
-from splitfed.accumulator import Accumulator
-from splitfed.cutting import split
+from splitfed.accumulator.accumulator import Accumulator
 from splitfed.errors import InputError, UnsupportedError
-from splitfed.server import SplitServer
-from splitfed.simulation.simulating import AVERAGING
-from splitfed.simulation.trainee import Belongings, Next, Recipe, Trainee
-from splitfed.store import GradientStore
+from splitfed.model.cut import split
+from splitfed.server.server import SplitServer
+from splitfed.simulation.client import Belongings, Next, Recipe, Trainee
+from splitfed.simulation.launch import AVERAGING
+from splitfed.store.store import GradientStore
 
 
 class Site:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
-from splitfed import partition
 from splitfed.errors import IdError, InputError
-from splitfed.simulation import localdata
-from splitfed.simulation.localdata import Shard, batches, classes, deal, order, size
+from splitfed.simulation import data as localdata
+from splitfed.simulation import partition
+from splitfed.simulation.data import Shard, batches, classes, deal, order, size
 
 PAIR = (torch.arange(10).float().view(10, 1), torch.arange(10) % 3)
 

@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import splitfed
-from splitfed import History, VirtualTime, policies
+from splitfed import History, VirtualTime
+from splitfed.accumulator import policies
 from splitfed.blobs.memory import _REGISTRY
 from splitfed.errors import CutError, InputError
-from splitfed.store import GradientStore
+from splitfed.store.store import GradientStore
 
 MODES = ("round", "buffered", "sflv2", "sflv1", "synchronous")
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitfed import pictures
 from splitfed.errors import InputError
-from splitfed.partition import chart, counts, dirichlet, iid, natural, quantity, shards
+from splitfed.simulation.partition import chart, counts, dirichlet, iid, natural, quantity, shards
+from splitfed.tracking import plots
 
 LABELS = torch.arange(1000) % 10
 
@@ -155,7 +155,7 @@ def test_counts_tell_classes_by_client() -> None:
 
 def test_the_chart_draws_each_class_at_each_client(tmp_path: Path) -> None:
     """Bars are as high as the counts and stand on one another; the path's ending says which picture it is."""
-    axes = pictures.figure(4, 3)[1][0]
+    axes = plots.figure(4, 3)[1][0]
     parts = [torch.tensor([0, 1, 2]), torch.tensor([3])]
     chart(parts, torch.tensor([0, 1, 1, 9]), axes, names=["al", "bo"], title="Skew")
     bars = [(bar.get_y(), bar.get_height()) for bar in axes.patches]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from splitfed.errors import InputError, WorkerError
-from splitfed.store import GradientStore
+from splitfed.store.store import GradientStore
 
 
 def ones_fail(how: str, outputs: Tensor, targets: Tensor) -> Tensor:

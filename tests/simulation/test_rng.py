@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from splitfed.simulation.streams import Stream, derive, uniform
+from splitfed.simulation.rng import Stream, derive, uniform
 
 
 def test_a_stream_follows_from_its_words_alone() -> None:

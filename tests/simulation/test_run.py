@@ -11,11 +11,11 @@ import toy
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from splitfed.history import History
+from splitfed.simulation.client import Outcome, total
 from splitfed.simulation.evaluation import evaluate
-from splitfed.simulation.trainee import Outcome, total
-from splitfed.simulation.virtual import VirtualTime
-from splitfed.store import GradientStore
+from splitfed.simulation.virtual_time import VirtualTime
+from splitfed.store.store import GradientStore
+from splitfed.tracking.history import History
 
 
 class Listener:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import toy
 
-from splitfed import policies
+from splitfed.accumulator import policies
+from splitfed.simulation.run import Simulation
 from splitfed.simulation.schedule import Schedule
-from splitfed.simulation.simulated import Simulation
-from splitfed.simulation.virtual import VirtualTime
+from splitfed.simulation.virtual_time import VirtualTime
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, simulation: Simulation) -> list[tuple[float, str, str]]:

@@ -9,14 +9,14 @@ import torch
 from harness import Wire, sgd
 from torch import Tensor, nn
 
-from splitfed.accumulator import Accumulator
-from splitfed.client import SplitClient
-from splitfed.cutting import split
-from splitfed.ids import BatchId
-from splitfed.server import SplitServer
-from splitfed.simulation.metering import Arrivals, Meter, num_bytes
-from splitfed.store import GradientStore
-from splitfed.transport import Transport
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.client.client import SplitClient
+from splitfed.model.cut import split
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.transport import Transport
+from splitfed.server.server import SplitServer
+from splitfed.simulation.traffic import Arrivals, Meter, num_bytes
+from splitfed.store.store import GradientStore
 
 
 @dataclass(frozen=True)

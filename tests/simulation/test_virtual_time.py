@@ -9,7 +9,7 @@ import pytest
 
 import splitfed
 from splitfed.errors import InputError
-from splitfed.simulation.virtual import Pace, VirtualTime, lognormal, stragglers
+from splitfed.simulation.virtual_time import Pace, VirtualTime, lognormal, stragglers
 
 
 def test_a_figure_is_a_number_a_mapping_or_a_function_of_the_id() -> None:

@@ -13,11 +13,11 @@ import torch
 import toy
 
 from splitfed.errors import InputError, WorkerError
-from splitfed.simulation import worker
-from splitfed.simulation.crew import Crew
-from splitfed.simulation.trainee import Belongings
-from splitfed.simulation.worker import Answer, Job, Order, receive, send, work
-from splitfed.store import GradientStore
+from splitfed.simulation.client import Belongings
+from splitfed.simulation.engines import worker
+from splitfed.simulation.engines.processes import Crew
+from splitfed.simulation.engines.worker import Answer, Job, Order, receive, send, work
+from splitfed.store.store import GradientStore
 
 
 class StubbornError(Exception):

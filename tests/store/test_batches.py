@@ -10,16 +10,16 @@ from harness_store import Hooked, Point, again, batch, lose_reply, plant, record
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitfed.accumulator import Accumulator
-from splitfed.applied import MAX_GAPS, BatchSet
-from splitfed.blobs import open_blobs
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.blobs.url import open_blobs
 from splitfed.errors import BusyError, DigestError, FormatError, StoreError
-from splitfed.ids import BatchId
-from splitfed.layout import Keys
-from splitfed.messages import ForwardRecord
-from splitfed.pile import Pile
-from splitfed.sealing import Sealer
-from splitfed.store import GradientStore
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.messages import ForwardRecord
+from splitfed.store.batches import Pile
+from splitfed.store.batchset import MAX_GAPS, BatchSet
+from splitfed.store.layout import Keys
+from splitfed.store.sealing import Sealer
+from splitfed.store.store import GradientStore
 
 FORWARD = ForwardRecord("", ((torch.ones(2),), {}), (True,), True, 7, None, None, (((2,), "float32", True),), (5,), "n")
 

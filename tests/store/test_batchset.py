@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitfed.applied import MAX_GAPS, BatchSet
 from splitfed.errors import FormatError
-from splitfed.ids import MAX_NUMBER, BatchId
+from splitfed.protocol.ids import MAX_NUMBER, BatchId
+from splitfed.store.batchset import MAX_GAPS, BatchSet
 
 IDS = st.builds(BatchId, st.sampled_from(["a", "b", "hospital-c"]), st.integers(1, 3), st.integers(0, 40))
 SETS = st.sets(IDS, max_size=60)

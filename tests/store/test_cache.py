@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from splitfed.cache import Bounded
+from splitfed.store.cache import Bounded
 
 
 @pytest.mark.parametrize("most", [1, 2, 5])

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from harness_store import batch
 
-from splitfed.applied import BatchSet
-from splitfed.commits import Commit
 from splitfed.errors import FormatError
+from splitfed.store.batchset import BatchSet
+from splitfed.store.commit import Commit
 
 LISTS = ("folded", "stale", "rejected", "skipped")
 FULL = Commit(

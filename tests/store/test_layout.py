@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitfed import layout
-from splitfed.blobs import check_key
+from splitfed.blobs.contract import check_key
 from splitfed.errors import IdError
-from splitfed.ids import MAX_NUMBER, BatchId
-from splitfed.layout import Keys
+from splitfed.protocol.ids import MAX_NUMBER, BatchId
+from splitfed.store import layout
+from splitfed.store.layout import Keys
 
 KEYS = Keys("body")
 CLIENT_IDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", fullmatch=True)

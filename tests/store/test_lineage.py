@@ -10,13 +10,13 @@ import torch
 from harness_store import Nth, Point, again, batch, bits, commits, hooked, record, sgd
 from torch import nn
 
-from splitfed.accumulator import Accumulator
-from splitfed.applied import BatchSet
-from splitfed.commits import Commit
+from splitfed.accumulator.accumulator import Accumulator
 from splitfed.errors import ArchitectureError, ExpiredError, InputError, StoreError
-from splitfed.lineage import Lineage
-from splitfed.store import GradientStore
-from splitfed.template import Template
+from splitfed.model.skeleton import Template
+from splitfed.store.batchset import BatchSet
+from splitfed.store.commit import Commit
+from splitfed.store.lineage import Lineage
+from splitfed.store.store import GradientStore
 
 
 @pytest.fixture

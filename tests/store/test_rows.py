@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from splitfed.errors import FormatError, InputError
-from splitfed.rows import from_lines, plain, to_lines
+from splitfed.store.rows import from_lines, plain, to_lines
 
 
 def test_a_row_is_the_one_that_its_file_gives() -> None:

@@ -13,10 +13,10 @@ from harness import Split
 from harness_requests import ONES, SEAL, Site, X, ahead, back
 from torch import Tensor, nn
 
-from splitfed import packing
 from splitfed.errors import DigestError, ExpiredError, SplitFedError
-from splitfed.ids import BatchId
-from splitfed.messages import Chain, GradientRecord, Housekeeping, Seal
+from splitfed.protocol import packing
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.messages import Chain, GradientRecord, Housekeeping, Seal
 
 CLOSE = Seal(((0, 0), (0, 1)), 5.0, 0.5, (Chain(2.0, 0), Chain(3.0, 1)))
 

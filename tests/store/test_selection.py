@@ -6,8 +6,8 @@ import pytest
 from harness_store import Point, batch, plant, record, sgd
 
 from splitfed import Accumulator, FormatError, GradientStore
-from splitfed.applied import BatchSet
-from splitfed.selection import Selection
+from splitfed.store.batchset import BatchSet
+from splitfed.store.selection import Selection
 
 CHOSEN = Selection(BatchSet([batch(0), batch(2)]), BatchSet([batch(3)]), BatchSet([batch(4)]))
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from harness_store import Nth, Point, batch, drain, hooked, meanwhile, plant, record, refuse, sgd, spoil
 
-from splitfed.accumulator import Accumulator
+from splitfed.accumulator.accumulator import Accumulator
 from splitfed.errors import FormatError, MissingError
-from splitfed.status import LineageStatus, read_status
-from splitfed.store import GradientStore
+from splitfed.store.status import LineageStatus, read_status
+from splitfed.store.store import GradientStore
 
 
 @pytest.fixture

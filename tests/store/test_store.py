@@ -12,8 +12,7 @@ import pytest
 import torch
 from harness_store import Point, again, batch, bits, folder, net, record, sgd
 
-from splitfed import layout
-from splitfed.accumulator import Accumulator
+from splitfed.accumulator.accumulator import Accumulator
 from splitfed.errors import (
     CorruptedError,
     FormatError,
@@ -24,7 +23,8 @@ from splitfed.errors import (
     StoreCapabilityError,
     SupersededError,
 )
-from splitfed.store import GradientStore
+from splitfed.store import layout
+from splitfed.store.store import GradientStore
 
 CPU = torch.device("cpu")
 

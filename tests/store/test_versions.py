@@ -10,10 +10,10 @@ import torch
 from harness_store import Nth, Point, again, batch, bits, commits, drain, hooked, lose_reply, record, sgd, spoil
 from torch import nn
 
-from splitfed.accumulator import Accumulator
+from splitfed.accumulator.accumulator import Accumulator
 from splitfed.errors import CorruptedError, ExpiredError, MissingError
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
+from splitfed.server.server import SplitServer
+from splitfed.store.store import GradientStore
 
 BIG = 20_000  # float32: 80 KB, which a local store maps into memory
 

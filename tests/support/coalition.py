@@ -16,8 +16,8 @@ from harness_store import hooked, sgd
 from torch import nn
 
 from splitfed import Accumulator, CutPoint, Federation, GradientStore, SplitClient, SplitServer
-from splitfed.perclient import PerClient
-from splitfed.rows import Row, plain
+from splitfed.federation.per_client import PerClient
+from splitfed.store.rows import Row, plain
 
 
 class Clock:

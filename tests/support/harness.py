@@ -13,7 +13,7 @@ from cases import Inputs
 from torch import Tensor, nn
 
 import splitfed
-from splitfed import messages, trees
+from splitfed.protocol import messages, pytree
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 
@@ -153,13 +153,13 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 def fresh(inputs: Inputs) -> tuple[Inputs, list[Tensor]]:
     """Copies whose floating tensors require grad, and those tensors."""
     copies = copy.deepcopy(inputs)
-    wanted = [tensor.requires_grad_() for tensor in trees.flatten(copies)[1] if tensor.is_floating_point()]
+    wanted = [tensor.requires_grad_() for tensor in pytree.flatten(copies)[1] if tensor.is_floating_point()]
     return copies, wanted
 
 
 def scalar(outputs: Any) -> Tensor:
     """A loss that weights every element of the outputs differently."""
-    tensors = [tensor for tensor in trees.flatten(outputs)[1] if tensor.requires_grad]
+    tensors = [tensor for tensor in pytree.flatten(outputs)[1] if tensor.requires_grad]
     terms = [(t * torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view(t.shape)).mean() for t in tensors]
     return torch.stack(terms).sum()
 
@@ -177,7 +177,7 @@ def step(module: nn.Module, inputs: Inputs, parameters: Callable[[], dict[str, T
     outputs = module(*args, **kwargs)
     scalar(outputs).backward()
     found = gradients(module) if parameters is None else parameters()
-    return Step([t.detach().clone() for t in trees.flatten(outputs)[1]], [t.grad for t in wanted], found)
+    return Step([t.detach().clone() for t in pytree.flatten(outputs)[1]], [t.grad for t in wanted], found)
 
 
 def assert_step(split: Split, reference: nn.Module, inputs: Inputs) -> Step:

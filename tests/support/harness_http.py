@@ -13,10 +13,10 @@ import urllib3
 import uvicorn
 from harness_requests import Site
 
-from splitfed.http.app import make_app
-from splitfed.http.limits import Limits
-from splitfed.http.protocol import GuardedConfig
-from splitfed.packing import pack
+from splitfed.protocol.packing import pack
+from splitfed.service.http.app import make_app
+from splitfed.service.http.guard import GuardedConfig
+from splitfed.service.http.limits import Limits
 
 BINARY = {"content-type": "application/octet-stream"}
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from splitfed import layout, storetransport, wire
-from splitfed.packing import pack
-from splitfed.store import GradientStore
-from splitfed.storetransport import StoreTransport
+from splitfed.protocol import wire
+from splitfed.protocol.packing import pack
+from splitfed.service.mailbox import client
+from splitfed.service.mailbox.client import StoreTransport
+from splitfed.store import layout
+from splitfed.store.store import GradientStore
 
 PROCESS = "0" * 32
 
@@ -37,7 +39,7 @@ class Clock:
 def clocked(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Any] = lambda: None) -> Clock:
     """A clock that the store transport waits by."""
     clock = Clock(meanwhile)
-    monkeypatch.setattr(storetransport, "time", clock)
+    monkeypatch.setattr(client, "time", clock)
     return clock
 
 

@@ -9,9 +9,9 @@ import torch
 from bodies import Calls
 from torch import Tensor, nn
 
-from splitfed.messages import ForwardRecord
-from splitfed.model import Model
-from splitfed.template import Template
+from splitfed.model.model import Model
+from splitfed.model.skeleton import Template
+from splitfed.protocol.messages import ForwardRecord
 
 CPU = torch.device("cpu")
 X = torch.tensor([[1.0, -2.0], [3.0, 4.0]])

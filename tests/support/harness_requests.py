@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitfed.accumulator import Accumulator
-from splitfed.commits import Commit
-from splitfed.messages import BackwardRequest, Chain, ForwardAnswer, ForwardRequest, Seal
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.protocol.messages import BackwardRequest, Chain, ForwardAnswer, ForwardRequest, Seal
+from splitfed.server.server import SplitServer
+from splitfed.store.commit import Commit
+from splitfed.store.store import GradientStore
 
 X = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
 ONES = torch.ones(2, 2)

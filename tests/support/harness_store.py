@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitfed.accumulator import Accumulator
-from splitfed.commits import Commit
+from splitfed.accumulator.accumulator import Accumulator
 from splitfed.errors import StoreError
-from splitfed.ids import BatchId
-from splitfed.messages import GradientRecord
-from splitfed.packing import pack
-from splitfed.store import GradientStore
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.messages import GradientRecord
+from splitfed.protocol.packing import pack
+from splitfed.store.commit import Commit
+from splitfed.store.store import GradientStore
 
 Perform = Callable[[], Any]
 Hook = Callable[[str, str, Perform], Any]

@@ -29,15 +29,15 @@ from harness import Wire
 from harness_store import adam, bits, commits, drain, halving, hooked
 from torch import nn
 
-from splitfed import messages
-from splitfed.accumulator import Accumulator
-from splitfed.client import SplitClient
-from splitfed.cutting import split
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.client.client import SplitClient
 from splitfed.errors import SplitFedError
-from splitfed.ids import BatchId
-from splitfed.packing import pack, unpack
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
+from splitfed.model.cut import split
+from splitfed.protocol import messages
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.packing import pack, unpack
+from splitfed.server.server import SplitServer
+from splitfed.store.store import GradientStore
 
 AT = "1:5"
 METHODS = {
@@ -47,7 +47,9 @@ METHODS = {
 TRIES = 100
 CONTEXT = multiprocessing.get_context("forkserver")
 # The first optimizer of a process imports torch._dynamo: once, here, and not in every process.
-CONTEXT.set_forkserver_preload(["torch._dynamo", "splitfed.accumulator", "splitfed.client", "splitfed.server"])
+CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "splitfed.accumulator.accumulator", "splitfed.client.client", "splitfed.server.server"]
+)
 
 
 def model() -> nn.Module:

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from splitfed.store import GradientStore
+from splitfed.store.store import GradientStore
 
 KEY, SECRET, REGION, BUCKET = "splitfed-key", "splitfed-secret", "us-east-1", "splitfed"
 START_SECONDS = 60.0

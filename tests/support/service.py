@@ -29,15 +29,21 @@ from servers import free_ports
 from torch import nn
 
 import splitfed
-from splitfed import layout
-from splitfed.cli import main
-from splitfed.cutting import split
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
-from splitfed.transports import open_transport
+from splitfed.cli.command import main
+from splitfed.client.transports import open_transport
+from splitfed.model.cut import split
+from splitfed.server.server import SplitServer
+from splitfed.store import layout
+from splitfed.store.store import GradientStore
 
 CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "splitfed.accumulator", "splitfed.client", "splitfed.http.app", "splitfed.http.serving"]
+    [
+        "torch._dynamo",
+        "splitfed.accumulator.accumulator",
+        "splitfed.client.client",
+        "splitfed.service.http.app",
+        "splitfed.service.http.serve",
+    ]
 )
 OWNERS = [f"owner-{number}" for number in range(8)]
 LIMIT = 200.0

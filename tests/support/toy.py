@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from splitfed.simulation import deal, simulate
-from splitfed.simulation.simulated import Simulation
+from splitfed.simulation.data import deal
+from splitfed.simulation.launch import simulate
+from splitfed.simulation.run import Simulation
 
 AT = "1:3"
 sgd = functools.partial(torch.optim.SGD, lr=0.5)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from splitfed.callbacks import CSV, Callbacks, TensorBoard
 from splitfed.errors import InputError
-from splitfed.history import History
+from splitfed.tracking.callbacks import CSV, Callbacks, TensorBoard
+from splitfed.tracking.history import History
 
 ROUND = {
     "kind": "round",

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from splitfed.blobs import Buffer
+from splitfed.blobs.contract import Buffer
 from splitfed.errors import FormatError, InputError, MissingError
-from splitfed.history import History
-from splitfed.store import GradientStore
+from splitfed.store.store import GradientStore
+from splitfed.tracking.history import History
 
 RUN = {"kind": "run", "name": "digits", "seed": 3, "settings": {"rounds": 2}}
 

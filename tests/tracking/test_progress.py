@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from splitfed.errors import InputError
-from splitfed.progress import Progress
+from splitfed.tracking.progress import Progress
 
 ROWS = [
     {"kind": "run", "settings": {"rounds": 2}},

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from splitfed import report
-from splitfed.cli import main
+from splitfed.cli.command import main
 from splitfed.errors import FormatError, InputError, MissingError
-from splitfed.history import History
-from splitfed.report import people
-from splitfed.report.reading import ages, at_rounds, dots, natural, read, states, traffic
-from splitfed.store import GradientStore
+from splitfed.store.store import GradientStore
+from splitfed.tracking.history import History
+from splitfed.tracking.report import people
+from splitfed.tracking.report.reading import ages, at_rounds, dots, natural, read, states, traffic
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 RUN = {

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from splitfed.report.axes import HEIGHT, LEFT, RIGHT, WIDTH, horizontal, moments, rounded, ticks, vertical
-from splitfed.report.columns import Dot, merged, stacked, timeline
-from splitfed.report.curves import Axis, Curve, curves
-from splitfed.report.markup import number, percent, plain, plural, size, span, tag, text
+from splitfed.tracking.report.axes import HEIGHT, LEFT, RIGHT, WIDTH, horizontal, moments, rounded, ticks, vertical
+from splitfed.tracking.report.charts import Axis, Curve, curves
+from splitfed.tracking.report.columns import Dot, merged, stacked, timeline
+from splitfed.tracking.report.markup import number, percent, plain, plural, size, span, tag, text
 
 ROUNDS = Axis("round", plain, functools.partial(ticks, most=6, whole=True))
 

@@ -19,20 +19,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitfed import optimizers
-from splitfed.applied import BatchSet
-from splitfed.buffers import Rule, merge_buffers
-from splitfed.commits import Commit
+from splitfed.accumulator import optimizer as optimizers
+from splitfed.accumulator.buffers import Rule, merge_buffers
+from splitfed.accumulator.fold import Folded, Sorted, fold, sort_batches
+from splitfed.accumulator.optimizer import Groups, OptimizerFactory, SchedulerFactory
+from splitfed.accumulator.policies import constant
+from splitfed.accumulator.stepping import Stepper
+from splitfed.checks import at_least, positive
 from splitfed.errors import MissingError, StoreError
-from splitfed.folding import Folded, Sorted, fold, sort_batches
-from splitfed.ids import BatchId, at_least, positive
-from splitfed.optimizers import Groups, OptimizerFactory, SchedulerFactory
-from splitfed.personal import personal_names
-from splitfed.policies import constant
-from splitfed.selection import Selection
-from splitfed.stepping import Stepper
-from splitfed.store import GradientStore, check_store
-from splitfed.template import Template, device_of
+from splitfed.model.personal import personal_names
+from splitfed.model.skeleton import Template, device_of
+from splitfed.protocol.ids import BatchId
+from splitfed.store.batchset import BatchSet
+from splitfed.store.commit import Commit
+from splitfed.store.selection import Selection
+from splitfed.store.store import GradientStore, check_store
 
 KEEP_VERSIONS = 16
 

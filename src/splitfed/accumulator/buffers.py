@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from splitfed.errors import InputError
+from splitfed.model.numerics import same_bits
 
 Buffers = Mapping[str, Tensor]
 Merge = Callable[[Tensor, list[Tensor], list[Tensor], list[float]], Tensor]
@@ -94,13 +95,6 @@ def merge_buffers(
             new = _Merger(module.get_submodule(name.rpartition(".")[0]), name, head, updates).apply(rule)
         merged[name] = value if same_bits(new, value) else new
     return merged
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors agree in dtype, shape and every bit: NaN equals itself here, and -0.0 differs from 0.0."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(*(t.detach().cpu().reshape(-1).contiguous().view(torch.uint8) for t in (a, b)))
 
 
 class _Merger:

@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from splitfed.averaging import StreamingMean
-from splitfed.buffers import BufferUpdate
+from splitfed.accumulator.buffers import BufferUpdate
+from splitfed.accumulator.mean import StreamingMean
+from splitfed.checks import positive
 from splitfed.errors import ArchitectureError, FormatError, IdError, InputError, MissingError
-from splitfed.ids import BatchId, check_number, positive
-from splitfed.messages import GradientRecord
-from splitfed.numerics import all_finite
-from splitfed.pile import Pile
-from splitfed.selection import Selection
-from splitfed.template import Fingerprint, check_tensors
+from splitfed.model.numerics import all_finite
+from splitfed.model.skeleton import Fingerprint, check_tensors
+from splitfed.protocol.ids import BatchId, check_number
+from splitfed.protocol.messages import GradientRecord
+from splitfed.store.batches import Pile
+from splitfed.store.selection import Selection
 
 _UNFIT = (FormatError, ArchitectureError, InputError, KeyError, TypeError, AttributeError)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from splitfed.errors import InputError, UnsupportedError
-from splitfed.ids import BatchId
+from splitfed.protocol.ids import BatchId
 
 _GROUP = 32  # batches of one client whose gradients are added up before they meet those of others
 _CHUNK = 1 << 14  # elements: stays in cache, and below where torch starts threads, whose barriers crawl on busy cores

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from splitfed.checks import at_least
 from splitfed.errors import InputError
-from splitfed.ids import at_least
 
 StalenessWeight = Callable[[int], float]
 

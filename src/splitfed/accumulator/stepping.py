@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from splitfed import optimizers
-from splitfed.optimizers import Groups, OptimizerFactory, SchedulerFactory
-from splitfed.template import Template
-from splitfed.versions import Versions
+from splitfed.accumulator import optimizer as optimizers
+from splitfed.accumulator.optimizer import Groups, OptimizerFactory, SchedulerFactory
+from splitfed.model.skeleton import Template
+from splitfed.store.versions import Versions
 
 _SETTINGS = ("lr", "momentum", "betas", "weight_decay")
 

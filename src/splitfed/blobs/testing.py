@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from splitfed.blobs import Blobs, Buffer
+from splitfed.blobs.contract import Blobs, Buffer
 from splitfed.errors import IdError, InputError, SplitFedError, UnsupportedError
 
 MALFORMED: tuple[Any, ...] = (

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from splitfed.cli.apps import load_body, load_object
-from splitfed.cli.running import Stopping, keep_going
 from splitfed.cli.servers import add_body, check_device, set_threads
+from splitfed.cli.signals import Stopping, keep_going
 from splitfed.cli.stores import open_store
 from splitfed.errors import InputError, SplitFedError
 
 if TYPE_CHECKING:
-    from splitfed.accumulator import Accumulator
-    from splitfed.commits import Commit
+    from splitfed.accumulator.accumulator import Accumulator
+    from splitfed.store.commit import Commit
 
 _DESCRIPTION = """\
 Fold the gradients that wait in a store into their mean, take one optimizer step, and commit the next version; again
@@ -132,8 +132,8 @@ def open_accumulator(arguments: argparse.Namespace) -> Accumulator:
     """
     set_threads(arguments)
     store = open_store(arguments)
-    from splitfed import policies
-    from splitfed.accumulator import Accumulator
+    from splitfed.accumulator import policies
+    from splitfed.accumulator.accumulator import Accumulator
 
     scheduler = None if arguments.lr_scheduler is None else _own(arguments.lr_scheduler, "--lr-scheduler")
     return Accumulator(

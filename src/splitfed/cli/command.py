@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from splitfed import __version__
-from splitfed.cli import accumulate, demo, doctor, inspect, report, serve, status, token, work
+from splitfed._version import __version__
+from splitfed.cli import accumulate, doctor, inspect, report, serve, status, token, work
+from splitfed.cli.demo import verb as demo
 from splitfed.errors import InputError, SplitFedError
 
 _VERBS = (accumulate, demo, doctor, inspect, report, serve, status, token, work)

@@ -17,14 +17,14 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from splitfed import __version__
+from splitfed._version import __version__
 from splitfed.cli.stores import add_store, open_store
 from splitfed.cli.tables import size, table
 from splitfed.errors import MissingError, SplitFedError
 
 if TYPE_CHECKING:
-    from splitfed.status import StoreStatus
-    from splitfed.store import GradientStore
+    from splitfed.store.status import StoreStatus
+    from splitfed.store.store import GradientStore
 
 _DESCRIPTION = """\
 Check what a run needs: packages; a store (is it reachable, does it honour create-if-absent, are its newest versions
@@ -115,7 +115,7 @@ def _store(arguments: argparse.Namespace) -> Findings:
     store.blobs.probe()
     yield Finding("ok", "create-if-absent", f"honoured: of racing writers one won each key ({_since(began)})")
     yield _speed(store)
-    from splitfed.status import read_status
+    from splitfed.store.status import read_status
 
     try:
         status = read_status(store)
@@ -153,7 +153,7 @@ def _speed(store: GradientStore) -> Finding:
 def _numerics(status: StoreStatus) -> Finding:
     import torch
 
-    from splitfed.numerics import class_id, numerics_class
+    from splitfed.model.numerics import class_id, numerics_class
 
     own = numerics_class(torch.device("cpu"))
     if class_id(own) == status.numerics:
@@ -182,7 +182,7 @@ def _server(url: str) -> Findings:
     if importlib.util.find_spec("urllib3") is None:
         yield Finding("FAIL", "server", "urllib3 isn't installed: pip install 'splitfed[http]'")
         return
-    from splitfed.http.client import HttpTransport
+    from splitfed.service.http.client import HttpTransport
 
     transport = HttpTransport(url, timeout=10.0, patience=0.0)
     try:

@@ -15,7 +15,7 @@ from splitfed.errors import InputError, SplitFedError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from splitfed.inspecting import Inspection
+    from splitfed.diagnostics.crossings import Inspection
 
 _DESCRIPTION = """\
 Run one training step on made-up input of the given shapes, in this process, and show the shape, dtype and bytes of
@@ -57,9 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     example = [_example(text) for text in arguments.input]
     model = load_body(arguments.app)
-    from splitfed.cutpoint import CutPoint
-    from splitfed.cutting import split
-    from splitfed.inspecting import inspect
+    from splitfed.diagnostics.crossings import inspect
+    from splitfed.model.cut import split
+    from splitfed.model.cutpoint import CutPoint
 
     cuts = arguments.at
     half, body = split(model, cuts[0] if len(cuts) == 1 else cuts) if cuts else (CutPoint(), model)

@@ -30,9 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
         FormatError: what is there isn't a history.
         InputError: the file can't be written.
     """
-    from splitfed import report
-    from splitfed.history import History
+    from splitfed.tracking.history import History
+    from splitfed.tracking.report.page import write
 
-    report.write(History.load(arguments.run_at), arguments.output)
+    write(History.load(arguments.run_at), arguments.output)
     print(arguments.output)
     return 0

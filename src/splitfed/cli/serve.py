@@ -20,8 +20,8 @@ from splitfed.errors import InputError
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from splitfed.http.limits import Limits
-    from splitfed.server import SplitServer
+    from splitfed.server.server import SplitServer
+    from splitfed.service.http.limits import Limits
 
 _DESCRIPTION = """\
 Serve a body from a store over HTTP. A replica keeps nothing: run as many as you like on one store, behind any load
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     missing = [name for name in ("starlette", "uvicorn", "httptools") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"serve needs {' and '.join(missing)}: pip install 'splitfed[http]'")
-    from splitfed.http.serving import Place, is_loopback, leave, serve
+    from splitfed.service.http.serve import Place, is_loopback, leave, serve
 
     if not (arguments.tokens or arguments.insecure or is_loopback(arguments.host)):
         raise InputError(
@@ -121,7 +121,7 @@ def limits(arguments: argparse.Namespace) -> Limits:
     Raises:
         InputError: one isn't above 0.
     """
-    from splitfed.http.limits import Limits
+    from splitfed.service.http.limits import Limits
 
     given = {
         "body": arguments.max_body,
@@ -141,7 +141,7 @@ def _begin_log() -> None:
 
 
 def _app(server: SplitServer, arguments: argparse.Namespace) -> Starlette:
-    from splitfed.http.app import make_app
+    from splitfed.service.http.app import make_app
 
     return make_app(server, limits=limits(arguments), tokens=arguments.tokens)
 

@@ -13,7 +13,7 @@ from splitfed.cli.stores import add_store, open_store
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:
-    from splitfed.server import SplitServer
+    from splitfed.server.server import SplitServer
 
 
 def add_body(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def open_server(arguments: argparse.Namespace) -> SplitServer:
     if arguments.keep_graphs < 0:
         raise InputError(f"--keep-graphs is {arguments.keep_graphs}: expected 0 or more")
     store = open_store(arguments)
-    from splitfed.server import SplitServer
+    from splitfed.server.server import SplitServer
 
     loss = None if arguments.loss is None else load_object(arguments.loss, "--loss")
     if loss is not None and not callable(loss):

@@ -14,7 +14,7 @@ from splitfed.cli.tables import age, counts, size, table
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:
-    from splitfed.status import LineageStatus, StoreStatus
+    from splitfed.store.status import LineageStatus, StoreStatus
 
 _DESCRIPTION = """\
 Show the versions of a run, the gradients that wait, their clients and staleness, the bytes stored, and what is wrong,
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.watch is not None and not 0 < arguments.watch <= threading.TIMEOUT_MAX:
         raise InputError(f"--watch {arguments.watch} isn't allowed: expected seconds above 0, such as --watch 5")
-    from splitfed.status import read_status
+    from splitfed.store.status import read_status
 
     store = open_store(arguments)
     while True:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:
-    from splitfed.store import GradientStore
+    from splitfed.store.store import GradientStore
 
 VARIABLE = "SPLITFED_STORE"
 
@@ -47,6 +47,6 @@ def open_store(arguments: argparse.Namespace) -> GradientStore:
     """
     if not arguments.store:
         raise InputError(f"which store? Give --store URL, such as --store runs/demo, or set {VARIABLE}")
-    from splitfed.store import GradientStore
+    from splitfed.store.store import GradientStore
 
     return GradientStore(arguments.store, sync=arguments.sync)

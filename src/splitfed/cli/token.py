@@ -43,7 +43,7 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
 
 def new(arguments: argparse.Namespace) -> int:
     """Make a token and print it."""
-    from splitfed.http.auth import new_token
+    from splitfed.service.http.auth import new_token
 
     print(new_token(arguments.tokens, arguments.client))
     print(
@@ -58,7 +58,7 @@ def revoke(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: it has none.
     """
-    from splitfed.http.auth import revoke as remove
+    from splitfed.service.http.auth import revoke as remove
 
     found = remove(arguments.tokens, arguments.client)
     if not found:
@@ -69,7 +69,7 @@ def revoke(arguments: argparse.Namespace) -> int:
 
 def show(arguments: argparse.Namespace) -> int:
     """Print who has a token."""
-    from splitfed.http.auth import clients
+    from splitfed.service.http.auth import clients
 
     for client_id in clients(arguments.tokens):
         print(client_id)

@@ -7,8 +7,8 @@ import logging
 import sys
 from typing import Any
 
-from splitfed.cli.running import Stopping, keep_going
 from splitfed.cli.servers import add_server, open_server
+from splitfed.cli.signals import Stopping, keep_going
 from splitfed.errors import InputError
 
 _DESCRIPTION = """\
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    from splitfed.working import Worker
+    from splitfed.service.mailbox.worker import Worker
 
     server = open_server(arguments)
     worker = Worker(server, server.store, claim_seconds=arguments.claim_seconds)

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from splitfed.connection import Connection
-from splitfed.messages import BackwardAnswer, BackwardRequest, Chain, Seal
+from splitfed.client.connection import Connection
+from splitfed.protocol.messages import BackwardAnswer, BackwardRequest, Chain, Seal
 
 
 class Scope:

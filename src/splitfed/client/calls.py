@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitfed import trees
-from splitfed.boundary import uncached
-from splitfed.connection import Connection
-from splitfed.cutpoint import CutPoint
+from splitfed.client.backward import Passes, Scope
+from splitfed.client.connection import Connection
+from splitfed.client.inplace import guard
 from splitfed.errors import ReplayError, UnsupportedError
-from splitfed.guards import guard
-from splitfed.messages import ForwardAnswer, ForwardRequest, Housekeeping
-from splitfed.passes import Passes, Scope
-from splitfed.seeding import Seed
+from splitfed.model.boundary import uncached
+from splitfed.model.cutpoint import CutPoint
+from splitfed.model.rng import Seed
+from splitfed.protocol import pytree
+from splitfed.protocol.messages import ForwardAnswer, ForwardRequest, Housekeeping
 
 
 @dataclass(slots=True, eq=False)
@@ -119,7 +119,7 @@ class Session:
         notes: Housekeeping = Housekeeping(),  # noqa: B008 -- frozen
     ) -> tuple[ForwardRequest, list[Tensor]]:
         """The request for a cut call, and its distinct input tensors."""
-        _, tensors = trees.flatten((args, kwargs))
+        _, tensors = pytree.flatten((args, kwargs))
         device = tensors[0].device.type if tensors else "cpu"
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         return ForwardRequest(
@@ -148,7 +148,7 @@ class Session:
 
     def _connect(self, request: ForwardRequest, answer: ForwardAnswer, tensors: list[Tensor]) -> Any:
         """The outputs, as autograd should see them."""
-        spec, outputs = trees.flatten(answer.outputs)
+        spec, outputs = pytree.flatten(answer.outputs)
         outputs = [output.to(tensors[0].device) for output in outputs] if tensors else outputs
         if request.grad:
             recorded = RecordedCall(self, request, answer.version)
@@ -163,7 +163,7 @@ class Session:
             if not (request.grad and tensors[index].requires_grad):
                 with torch.no_grad():
                     tensors[index].copy_(value)  # nothing but its values can tell other uses
-        return trees.unflatten(spec, outputs)
+        return pytree.unflatten(spec, outputs)
 
 
 class RecordedCall:

@@ -14,20 +14,20 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from splitfed.calls import Session
-from splitfed.connection import Connection, LossScale
-from splitfed.cutpoint import CutPoint, active_caller
+from splitfed.client.backward import Passes, Scope, count_samples
+from splitfed.client.calls import Session
+from splitfed.client.connection import Connection, LossScale
+from splitfed.client.half import HalfSync
+from splitfed.client.loss import LossSession
+from splitfed.client.methods import Forward, Within
+from splitfed.client.participating import take_part
+from splitfed.client.standin import StandIn
+from splitfed.client.transports import as_transport
 from splitfed.errors import CutError, InputError, UnsupportedError
-from splitfed.ids import check_client_id, check_number
-from splitfed.messages import RoundInfo
-from splitfed.methods import Forward, Within
-from splitfed.onetrip import LossSession
-from splitfed.participating import take_part
-from splitfed.passes import Passes, Scope, count_samples
-from splitfed.standin import StandIn
-from splitfed.syncing import HalfSync
-from splitfed.transport import Transport
-from splitfed.transports import as_transport
+from splitfed.model.cutpoint import CutPoint, active_caller
+from splitfed.protocol.ids import check_client_id, check_number
+from splitfed.protocol.messages import RoundInfo
+from splitfed.protocol.transport import Transport
 
 
 class SplitClient(StandIn):

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 
 from splitfed.errors import InputError
-from splitfed.messages import Housekeeping
-from splitfed.transport import Transport
+from splitfed.protocol.messages import Housekeeping
+from splitfed.protocol.transport import Transport
 
 LossScale = float | Callable[[], float]
 MOST_NOTES = 1024

@@ -14,11 +14,11 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from splitfed.connection import Connection, Counted
+from splitfed.client.connection import Connection, Counted
 from splitfed.errors import ArchitectureError, InputError, ProtocolError
-from splitfed.messages import PullAnswer, PullRequest, PushRequest, RoundInfo
-from splitfed.personal import personal_names
-from splitfed.template import Template, compare, named_state, unwrap
+from splitfed.model.personal import personal_names
+from splitfed.model.skeleton import Template, compare, named_state, unwrap
+from splitfed.protocol.messages import PullAnswer, PullRequest, PushRequest, RoundInfo
 
 
 class HalfSync:

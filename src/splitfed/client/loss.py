@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitfed.calls import Session, dummy, refuse_second_order
-from splitfed.cutpoint import CutPoint
+from splitfed.client.calls import Session, dummy, refuse_second_order
 from splitfed.errors import CutError, SplitFedError
-from splitfed.messages import LossAnswer, LossRequest
-from splitfed.seeding import Seed
+from splitfed.model.cutpoint import CutPoint
+from splitfed.model.rng import Seed
+from splitfed.protocol.messages import LossAnswer, LossRequest
 
 
 class LossSession(Session):

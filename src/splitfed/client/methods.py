@@ -10,8 +10,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from splitfed.calls import Session
-from splitfed.passes import count_samples
+from splitfed.client.backward import count_samples
+from splitfed.client.calls import Session
 
 
 class Within:

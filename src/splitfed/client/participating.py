@@ -12,9 +12,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from splitfed.ids import positive
-from splitfed.messages import RoundInfo
-from splitfed.syncing import HalfSync
+from splitfed.checks import positive
+from splitfed.client.half import HalfSync
+from splitfed.protocol.messages import RoundInfo
 
 
 def take_part(sync: HalfSync, poll: float, num_samples: float | None, gradient: bool) -> Iterator[RoundInfo]:

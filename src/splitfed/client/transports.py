@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from splitfed.errors import InputError
-from splitfed.transport import Transport
+from splitfed.protocol.transport import Transport
 
 _EXTRAS = {"urllib3": "http", "s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure"}
 
@@ -26,8 +26,8 @@ def open_transport(url: str, *, client_id: str, token: str | None = None, **opti
         url: Such as `https://host:8000` or `s3://bucket/run`.
         client_id: Whose requests will go there.
         token: What the service asks for.
-        options: Of the transport: for HTTP those of `splitfed.http.client.HttpTransport`, for a store those of
-            `splitfed.storetransport`.
+        options: Of the transport: for HTTP those of `splitfed.service.http.client.HttpTransport`, for a store those of
+            `splitfed.service.mailbox.client`.
 
     Raises:
         InputError: it isn't a URL, what it needs isn't installed, or an option isn't one of the transport.
@@ -35,7 +35,9 @@ def open_transport(url: str, *, client_id: str, token: str | None = None, **opti
     scheme, colon, _ = url.partition("://")
     if not colon or not scheme:
         raise InputError(f"server is {url!r}: expected a SplitServer, or a URL such as 'https://host:8000'")
-    module = "splitfed.http.client" if scheme.lower() in ("http", "https") else "splitfed.storetransport"
+    module = (
+        "splitfed.service.http.client" if scheme.lower() in ("http", "https") else "splitfed.service.mailbox.client"
+    )
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitfed import trees
-from splitfed.client import SplitClient
-from splitfed.copying import deep_copy
-from splitfed.cutting import find_cuts, split
+from splitfed.client.client import SplitClient
 from splitfed.errors import InputError
-from splitfed.messages import BackwardAnswer, BackwardRequest
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
-from splitfed.template import named_state, unwrap
-from splitfed.unsplit import reference
+from splitfed.model.copying import deep_copy
+from splitfed.model.cut import find_cuts, split
+from splitfed.model.skeleton import named_state, unwrap
+from splitfed.model.unsplit import reference
+from splitfed.protocol import pytree
+from splitfed.protocol.messages import BackwardAnswer, BackwardRequest
+from splitfed.server.server import SplitServer
+from splitfed.store.store import GradientStore
 
 Tensors = dict[str, Tensor | None]
 ROWS = ("outputs", "input gradients", "parameter gradients", "buffers")
@@ -90,14 +90,14 @@ def _step(
     """One forward and backward; everything that it gives, by row and name."""
     given = _own((args, kwargs))
     args, kwargs = given
-    outputs = trees.flatten(call(*args, **kwargs))[1]
+    outputs = pytree.flatten(call(*args, **kwargs))[1]
     scored = [out for out in outputs if out.requires_grad]
     if not scored:
         raise InputError("the model's outputs need no gradient, so there is no step to check: is all of it frozen?")
     torch.stack([out.abs().pow(2).mean().to(torch.float64) for out in scored]).sum().backward()
     return {
         "outputs": {str(i): out.detach() for i, out in enumerate(outputs)},
-        "input gradients": {str(i): tensor.grad for i, tensor in enumerate(trees.flatten(given)[1])},
+        "input gradients": {str(i): tensor.grad for i, tensor in enumerate(pytree.flatten(given)[1])},
         "parameter gradients": {name: parameter.grad for name, parameter in module.named_parameters()},
         "buffers": {name: t.detach().clone() for name, t in named_state(module) if not isinstance(t, nn.Parameter)},
     }
@@ -159,9 +159,11 @@ def _prefix(model: nn.Module, at: str | Sequence[str]) -> str:
 
 def _own(tree: Any) -> Any:
     """The arguments with leaves of their own, so that input gradients can be read."""
-    spec, tensors = trees.flatten(tree)
+    spec, tensors = pytree.flatten(tree)
     floating = [tensor.is_floating_point() or tensor.is_complex() for tensor in tensors]
-    return trees.unflatten(spec, [t.detach().clone().requires_grad_(f) for t, f in zip(tensors, floating, strict=True)])
+    return pytree.unflatten(
+        spec, [t.detach().clone().requires_grad_(f) for t, f in zip(tensors, floating, strict=True)]
+    )
 
 
 def _compare(expected: Tensors, got: Tensors) -> str:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitfed import trees
-from splitfed.client import SplitClient
-from splitfed.messages import BackwardAnswer, BackwardRequest, ForwardAnswer, ForwardRequest
-from splitfed.packing import pack
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
+from splitfed.client.client import SplitClient
+from splitfed.protocol import pytree
+from splitfed.protocol.messages import BackwardAnswer, BackwardRequest, ForwardAnswer, ForwardRequest
+from splitfed.protocol.packing import pack
+from splitfed.server.server import SplitServer
+from splitfed.store.store import GradientStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,11 @@ def inspect(client_half: nn.Module, body: nn.Module, *example: Any) -> Inspectio
     """
     store = GradientStore(f"memory://splitfed-inspect-{uuid.uuid4().hex}", sync="process")
     tap = _Tap(SplitServer(body, store))
-    spec, tensors = trees.flatten(example)
+    spec, tensors = pytree.flatten(example)
     leaves = [t.detach().requires_grad_(t.is_floating_point() or t.is_complex()) for t in tensors]
     try:
-        outputs = SplitClient(client_half, tap, "inspect")(*trees.unflatten(spec, leaves))
-        scored = [output for output in trees.flatten(outputs)[1] if output.requires_grad]
+        outputs = SplitClient(client_half, tap, "inspect")(*pytree.unflatten(spec, leaves))
+        scored = [output for output in pytree.flatten(outputs)[1] if output.requires_grad]
         if scored:
             torch.stack([output.abs().double().mean() for output in scored]).sum().backward()
     finally:
@@ -101,8 +101,8 @@ class _Tap:
         """Note activations and outputs."""
         self._cuts[request.call] = request.cut
         answer = self._server.forward(request)
-        self._note(request.call, "activations", trees.flatten(request.inputs)[1])
-        self._note(request.call, "outputs", trees.flatten(answer.outputs)[1])
+        self._note(request.call, "activations", pytree.flatten(request.inputs)[1])
+        self._note(request.call, "outputs", pytree.flatten(answer.outputs)[1])
         self._count("forward request", request)
         self._count("forward answer", answer)
         return answer

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from splitfed.applied import BatchSet
 from splitfed.errors import FormatError
-from splitfed.ids import BatchId
-from splitfed.rounds import Ending, Plan
-from splitfed.selection import Selection
-from splitfed.store import GradientStore
+from splitfed.protocol.ids import BatchId
+from splitfed.store.batchset import BatchSet
+from splitfed.store.rounds import Ending, Plan
+from splitfed.store.selection import Selection
+from splitfed.store.store import GradientStore
 
 
 @dataclass(slots=True)

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from splitfed.buffers import same_bits
-from splitfed.commits import Commit
-from splitfed.lineage import Lineage
-from splitfed.messages import GradientRecord
-from splitfed.template import Fingerprint
+from splitfed.model.numerics import same_bits
+from splitfed.model.skeleton import Fingerprint
+from splitfed.protocol.messages import GradientRecord
+from splitfed.store.commit import Commit
+from splitfed.store.lineage import Lineage
 
 BEGUN = ("initial", "begin")
 

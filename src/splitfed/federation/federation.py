@@ -16,17 +16,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
-from splitfed.accumulator import Accumulator
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.accumulator.policies import Mode
+from splitfed.accumulator.policies import mode as mode_of
+from splitfed.checks import at_least, positive
 from splitfed.errors import InputError
-from splitfed.ids import at_least, check_client_id, positive
-from splitfed.judging import Judge
-from splitfed.perclient import PerClient
-from splitfed.policies import Mode
-from splitfed.policies import mode as mode_of
-from splitfed.reporting import make_report
-from splitfed.rounds import Ending, Plan
-from splitfed.rows import Row
-from splitfed.sampling import check_sample_size, sample, sample_size
+from splitfed.federation.admission import Judge
+from splitfed.federation.per_client import PerClient
+from splitfed.federation.reports import make_report
+from splitfed.federation.sampling import check_sample_size, sample, sample_size
+from splitfed.protocol.ids import check_client_id
+from splitfed.store.rounds import Ending, Plan
+from splitfed.store.rows import Row
 
 
 class Federation:

@@ -21,24 +21,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitfed.accumulator import Accumulator
-from splitfed.applied import BatchSet
-from splitfed.buffers import Rule
-from splitfed.cache import Bounded
-from splitfed.changes import BEGUN, change, since
-from splitfed.commits import Commit
-from splitfed.copying import deep_copy
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.accumulator.buffers import Rule
+from splitfed.accumulator.optimizer import Groups, OptimizerFactory, SchedulerFactory
+from splitfed.accumulator.policies import StalenessWeight, constant
+from splitfed.checks import at_least
 from splitfed.errors import ExpiredError, MissingError
-from splitfed.ids import BatchId, at_least
-from splitfed.lineage import Lineage
-from splitfed.messages import GradientRecord
-from splitfed.optimizers import Groups, OptimizerFactory, SchedulerFactory
-from splitfed.packing import digest
-from splitfed.policies import StalenessWeight, constant
-from splitfed.sealing import Sealer
-from splitfed.selection import Selection
-from splitfed.store import GradientStore
-from splitfed.template import device_of, unwrap
+from splitfed.federation.changes import BEGUN, change, since
+from splitfed.model.copying import deep_copy
+from splitfed.model.skeleton import device_of, unwrap
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.messages import GradientRecord
+from splitfed.protocol.packing import digest
+from splitfed.store.batchset import BatchSet
+from splitfed.store.cache import Bounded
+from splitfed.store.commit import Commit
+from splitfed.store.lineage import Lineage
+from splitfed.store.sealing import Sealer
+from splitfed.store.selection import Selection
+from splitfed.store.store import GradientStore
 
 
 def fedavg(parameters: Any) -> torch.optim.Optimizer:

@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from splitfed.commits import Commit
-from splitfed.ids import BatchId
-from splitfed.rounds import Ending, Plan
-from splitfed.rows import Row
-from splitfed.selection import Selection
-from splitfed.store import GradientStore
+from splitfed.protocol.ids import BatchId
+from splitfed.store.commit import Commit
+from splitfed.store.rounds import Ending, Plan
+from splitfed.store.rows import Row
+from splitfed.store.selection import Selection
+from splitfed.store.store import GradientStore
 
 AVERAGED = 0  # the incarnation under which the change of a client's own body is counted
 

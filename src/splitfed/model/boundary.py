@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitfed import codec
+from splitfed.protocol import safetensors
 
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.4 can't tell
 
@@ -42,7 +42,7 @@ def enter(tensor: Tensor) -> Tensor:
     """`tensor` as a body gets it: not a leaf, in memory of its own."""
     if not tensor.requires_grad:
         return fresh(tensor)
-    if type(tensor) is Tensor and codec.is_plain(tensor):
+    if type(tensor) is Tensor and safetensors.is_plain(tensor):
         return tensor.clone()  # the same in one operation of torch's
     entered: Tensor = _Enter.apply(tensor)  # type: ignore[no-untyped-call]
     return entered
@@ -66,7 +66,7 @@ def fresh(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """A detached copy in memory of its own, with the strides that survive the codec."""
     tensor = tensor.detach()
     moved = tensor if device is None or tensor.device == device else tensor.to(device)
-    kept = codec.canonical(moved)
+    kept = safetensors.canonical(moved)
     if kept is not tensor and kept.data_ptr() != tensor.data_ptr():
         return kept
     if kept.is_contiguous():
@@ -105,7 +105,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """The gradient as a server would get it."""
-        return codec.canonical(grads[0].detach())
+        return safetensors.canonical(grads[0].detach())
 
 
 class _Alias(torch.autograd.Function):

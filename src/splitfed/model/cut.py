@@ -17,10 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from splitfed.copying import check_hooks, deep_copy
-from splitfed.cutpoint import CutPoint, Origin
 from splitfed.errors import ArchitectureError, CutError, SharedParameterError, UnknownCutError, UnsupportedError
-from splitfed.template import Template, unwrap
+from splitfed.model.copying import check_hooks, deep_copy
+from splitfed.model.cutpoint import CutPoint, Origin
+from splitfed.model.skeleton import Template, unwrap
 
 
 class CutBody(nn.Module):

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from splitfed.absent import told
 from splitfed.errors import AbsentError, NotConnectedError, UnsupportedError
-from splitfed.template import Template
+from splitfed.model.absent import told
+from splitfed.model.skeleton import Template
 
 REMEMBERED = 32
 

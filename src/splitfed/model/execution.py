@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitfed import codec, trees
-from splitfed.boundary import enter, uncached, unhooked
 from splitfed.errors import BodyError, InputError, ReplayError, SplitFedError, UnsupportedError
-from splitfed.messages import ForwardRecord
-from splitfed.model import Model
-from splitfed.seeding import compute_lock, seeded
+from splitfed.model.boundary import enter, uncached, unhooked
+from splitfed.model.model import Model
+from splitfed.model.rng import compute_lock, seeded
+from splitfed.protocol import pytree, safetensors
+from splitfed.protocol.messages import ForwardRecord
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -65,13 +65,13 @@ def run(model: Model, call: ForwardRecord, *, grad: bool, finish: Callable[[Any]
         ContainerError: the body returned something that can't cross the cut.
     """
     parts = _parts(model.module, call.cut)
-    spec, tensors = trees.flatten(call.inputs)
+    spec, tensors = pytree.flatten(call.inputs)
     torch.get_num_threads()  # a thread that hasn't asked computes with OpenMP's count, which may have other bits
     draws = seeded(call.seed, () if model.device.type == "cpu" else (model.device,))
     with compute_lock, torch.inference_mode(False), torch.set_grad_enabled(grad):
         model.prepare(call.training, call.buffers)
         leaves, entered = _enter(tensors, call.requires_grad, model.device)
-        args, kwargs = trees.unflatten(spec, entered)
+        args, kwargs = pytree.unflatten(spec, entered)
         versions = [tensor._version for tensor in entered]
         with draws, unhooked(), uncached(), _autocast(call.autocast, model.device), _as_body_error():
             outputs = parts[0](*args, **kwargs)
@@ -80,7 +80,7 @@ def run(model: Model, call: ForwardRecord, *, grad: bool, finish: Callable[[Any]
             outputs = outputs if finish is None else finish(outputs)
         buffers = model.end_buffers()
     model.check_parameters()
-    spec, live = trees.flatten(outputs)
+    spec, live = pytree.flatten(outputs)
     return Run(
         version=model.version,
         outputs=outputs,
@@ -92,7 +92,7 @@ def run(model: Model, call: ForwardRecord, *, grad: bool, finish: Callable[[Any]
         bases=model.buffers,
         drew=draws.drew,
         changed={i: t for i, (t, v) in enumerate(zip(entered, versions, strict=True)) if t._version != v},
-        crcs=tuple(codec.crc32(tensor) for tensor in live),
+        crcs=tuple(safetensors.crc32(tensor) for tensor in live),
     )
 
 
@@ -129,7 +129,7 @@ def backward(done: Run, grad_outputs: Sequence[Tensor | None]) -> tuple[list[Ten
     if not pairs or not targets:
         return [None] * len(done.leaves), {}
     torch.get_num_threads()  # as in `run`
-    gradients = [codec.canonical(g.detach().to(t.device)) for t, g in pairs]
+    gradients = [safetensors.canonical(g.detach().to(t.device)) for t, g in pairs]
     device = pairs[0][0].device
     with compute_lock, torch.inference_mode(False), _autocast(None, device), _as_body_error():
         found = list(torch.autograd.grad([t for t, _ in pairs], targets, gradients, allow_unused=True))

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from splitfed.boundary import fresh
 from splitfed.errors import UnsupportedError
-from splitfed.template import Template, transient_buffers
+from splitfed.model.boundary import fresh
+from splitfed.model.skeleton import Template, transient_buffers
 
 
 class Model:

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from splitfed.errors import InputError
-from splitfed.template import named_state, unwrap
+from splitfed.model.skeleton import named_state, unwrap
 
 
 def personal_names(half: nn.Module, patterns: Iterable[str]) -> frozenset[str]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from splitfed.copying import deep_copy
 from splitfed.errors import ArchitectureError, UnsupportedError
+from splitfed.model.copying import deep_copy
 
 Fingerprint = dict[str, dict[str, Any]]
 

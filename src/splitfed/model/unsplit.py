@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitfed import trees
-from splitfed.boundary import alias, enter, leave, uncached
-from splitfed.copying import deep_copy
-from splitfed.cutting import find_cuts
 from splitfed.errors import UnsupportedError
-from splitfed.seeding import Seed, compute_lock, seeded
-from splitfed.template import unwrap
+from splitfed.model.boundary import alias, enter, leave, uncached
+from splitfed.model.copying import deep_copy
+from splitfed.model.cut import find_cuts
+from splitfed.model.rng import Seed, compute_lock, seeded
+from splitfed.model.skeleton import unwrap
+from splitfed.protocol import pytree
 
 Call = Callable[..., Any]
 
@@ -57,9 +57,9 @@ def _wrap(module: nn.Module, call: Call) -> None:
 
 def _across(parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the parts as a server does: own copies in and out, generators seeded by the client's draw."""
-    spec, tensors = trees.flatten((args, kwargs))
+    spec, tensors = pytree.flatten((args, kwargs))
     seed = Seed()
-    args, kwargs = trees.unflatten(spec, [enter(tensor) for tensor in tensors])
+    args, kwargs = pytree.unflatten(spec, [enter(tensor) for tensor in tensors])
     devices = {t.device for t in tensors if t.device.type != "cpu"}
     with uncached(), compute_lock, seeded(seed.value, tuple(devices)) as draws, _aliased(parts):
         value = _plain(parts[0])(parts[0], *args, **kwargs)
@@ -67,8 +67,8 @@ def _across(parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str,
             value = _plain(part)(part, value)
     if not draws.drew:
         seed.put_back()
-    spec, tensors = trees.flatten(value)
-    return trees.unflatten(spec, [leave(tensor) for tensor in tensors])
+    spec, tensors = pytree.flatten(value)
+    return pytree.unflatten(spec, [leave(tensor) for tensor in tensors])
 
 
 def _plain(part: nn.Module) -> Call:

@@ -8,10 +8,9 @@ and sequence numbers are plain integers, zero-padded in keys so that a listing s
 from __future__ import annotations
 
 import re
-import sys
 from typing import NamedTuple
 
-from splitfed.errors import IdError, InputError
+from splitfed.errors import IdError
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _LINEAGE = re.compile(r"body|client|body@[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -62,26 +61,4 @@ def check_number(name: str, value: object) -> int:
     """
     if type(value) is not int or not 0 <= value <= MAX_NUMBER:
         raise IdError(f"{name} {str(value)[:40]!r} isn't allowed: expected an integer from 0 to {MAX_NUMBER}")
-    return value
-
-
-def positive(name: str, value: float) -> float:
-    """Return `value` if it is a finite number above 0.
-
-    Raises:
-        InputError: it isn't.
-    """
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-        raise InputError(f"{name} is {value!r}: expected a finite number above 0")
-    return value
-
-
-def at_least(name: str, value: int, least: int) -> int:
-    """Return `value` if it is an integer of at least `least`.
-
-    Raises:
-        InputError: it isn't.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} is {value!r}: expected an integer of at least {least}")
     return value

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from splitfed import messages as m
 from splitfed.errors import FormatError
+from splitfed.protocol import messages as m
 
 M = TypeVar("M")
 Kind = frozenset[type] | Callable[[Any], bool]

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from splitfed import codec, foreign, trees
 from splitfed.errors import ContainerError, FormatError, SplitFedError
-from splitfed.kinds import check_kinds
-from splitfed.messages import Chain, ForwardRequest, Housekeeping, RoundInfo, Seal
+from splitfed.protocol import header, pytree, safetensors
+from splitfed.protocol.kinds import check_kinds
+from splitfed.protocol.messages import Chain, ForwardRequest, Housekeeping, RoundInfo, Seal
 
 M = TypeVar("M")
 _to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # a spec is made anew, without circles
@@ -43,15 +43,15 @@ def unpack(
     cls: type[M],
     data: memoryview | bytes | bytearray,
     *,
-    max_tensors: int = foreign.MAX_TENSORS,
-    max_header: int = foreign.MAX_HEADER,
+    max_tensors: int = header.MAX_TENSORS,
+    max_header: int = header.MAX_HEADER,
 ) -> M:
     """The message in `data`; its tensors share that memory.
 
     Raises:
         FormatError: the bytes aren't a `cls` of ours, or have more tensors or a larger header than that.
     """
-    tensors, metadata = codec.decode(data, max_tensors=max_tensors, max_header=max_header)
+    tensors, metadata = safetensors.decode(data, max_tensors=max_tensors, max_header=max_header)
     return check_kinds(_rebuild(cls, _tree(cls.__name__, tensors, metadata)))
 
 
@@ -61,13 +61,13 @@ def pack_tree(kind: str, tree: Any) -> list[memoryview | bytes]:
     Raises:
         ContainerError: it holds something that can't travel.
     """
-    spec, tensors = trees.flatten(tree)
+    spec, tensors = pytree.flatten(tree)
     named = {f"{index:06d}": tensor for index, tensor in enumerate(tensors)}
     try:
         text = _to_json(spec)
     except ValueError as error:
         raise ContainerError(f"the {kind} holds a value that can't travel: {error}") from error
-    return codec.encode(named, {"kind": kind, "spec": text})
+    return safetensors.encode(named, {"kind": kind, "spec": text})
 
 
 def unpack_tree(kind: str, data: memoryview | bytes | bytearray) -> Any:
@@ -76,7 +76,7 @@ def unpack_tree(kind: str, data: memoryview | bytes | bytearray) -> Any:
     Raises:
         FormatError: the bytes aren't one of this kind.
     """
-    return _tree(kind, *codec.decode(data))
+    return _tree(kind, *safetensors.decode(data))
 
 
 def peek(cls: type, data: memoryview | bytes | bytearray, fields: Iterable[str]) -> dict[str, Any]:
@@ -85,10 +85,10 @@ def peek(cls: type, data: memoryview | bytes | bytearray, fields: Iterable[str])
     Raises:
         FormatError: as `unpack`, or such a field holds tensors.
     """
-    spec = _spec(cls.__name__, codec.read_metadata(data))
+    spec = _spec(cls.__name__, safetensors.read_metadata(data))
     try:
         found = dict(spec["d"])
-        return {name: trees.unflatten(found.get(name), []) for name in fields}
+        return {name: pytree.unflatten(found.get(name), []) for name in fields}
     except (TypeError, ValueError, KeyError) as error:
         if isinstance(error, SplitFedError):
             raise
@@ -117,7 +117,7 @@ def digest(said: object, tensors: Iterable[Tensor | None]) -> str:
         said: Its plain fields, housekeeping apart; anything whose `repr` tells them apart.
         tensors: What it carries.
     """
-    contents = [("", b"") if tensor is None else codec.content(tensor) for tensor in tensors]
+    contents = [("", b"") if tensor is None else safetensors.content(tensor) for tensor in tensors]
     hasher = hashlib.sha256(repr((said, [text for text, _ in contents])).encode())
     for _, memory in contents:
         hasher.update(memory)
@@ -142,7 +142,7 @@ def _plain(message: Any) -> dict[str, Any]:
 
 
 def _tree(kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Any:
-    return trees.unflatten(_spec(kind, metadata), [tensors[name] for name in sorted(tensors)])
+    return pytree.unflatten(_spec(kind, metadata), [tensors[name] for name in sorted(tensors)])
 
 
 def _spec(kind: str, metadata: Mapping[str, str]) -> Any:

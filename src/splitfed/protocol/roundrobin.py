@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from splitfed.transport import Relay, Transport
+from splitfed.protocol.transport import Relay, Transport
 
 
 class RoundRobin(Relay):

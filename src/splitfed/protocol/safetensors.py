@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitfed import foreign
 from splitfed.errors import ContainerError, FormatError, InputError
-from splitfed.memory import aligned
-from splitfed.strides import Layout, check_layout, contiguous_strides, layout_of, restored, stored
+from splitfed.protocol import header as foreign
+from splitfed.protocol.memory import aligned
+from splitfed.protocol.strides import Layout, check_layout, contiguous_strides, layout_of, restored, stored
 
 ALIGNMENT = 64
 LAYOUT_KEY = "splitfed.layout"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from splitfed.errors import FormatError
-from splitfed.foreign import MAX_EXTENT, is_sizes, shown
+from splitfed.protocol.header import MAX_EXTENT, is_sizes, shown
 
 Layout = dict[str, list[int]]
 MAX_SPREAD = 16

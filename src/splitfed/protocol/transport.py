@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Protocol, runtime_checkable
 
-from splitfed.messages import (
+from splitfed.protocol.messages import (
     BackwardAnswer,
     BackwardRequest,
     ForwardAnswer,

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from splitfed import codec, errors
+from splitfed import errors
 from splitfed.errors import FormatError, SplitFedError
-from splitfed.messages import (
+from splitfed.protocol import safetensors
+from splitfed.protocol.messages import (
     BackwardAnswer,
     BackwardRequest,
     ForwardAnswer,
@@ -27,7 +28,7 @@ from splitfed.messages import (
     PushAnswer,
     PushRequest,
 )
-from splitfed.packing import pack_tree, unpack, unpack_tree
+from splitfed.protocol.packing import pack_tree, unpack, unpack_tree
 
 METHODS: Mapping[str, tuple[type, type]] = MappingProxyType(
     {
@@ -50,7 +51,7 @@ def kind_of(data: memoryview | bytes | bytearray) -> str:
     Raises:
         FormatError: they say nothing.
     """
-    return codec.read_metadata(data).get("kind", "")
+    return safetensors.read_metadata(data).get("kind", "")
 
 
 def method_of(kind: str) -> str:

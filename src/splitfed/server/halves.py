@@ -8,15 +8,16 @@ is a gradient, divided by its loss scale in the mean like any batch's.
 
 from __future__ import annotations
 
+from splitfed.checks import positive
 from splitfed.errors import ArchitectureError
-from splitfed.ids import BatchId, check_client_id, check_number, positive
-from splitfed.kinds import check_kinds
-from splitfed.messages import GradientRecord, PullAnswer, PullRequest, PushAnswer, PushRequest
-from splitfed.packing import digest
-from splitfed.rounds import Plan
-from splitfed.sealing import Sealer
-from splitfed.store import GradientStore
-from splitfed.template import check_tensors, check_whole
+from splitfed.model.skeleton import check_tensors, check_whole
+from splitfed.protocol.ids import BatchId, check_client_id, check_number
+from splitfed.protocol.kinds import check_kinds
+from splitfed.protocol.messages import GradientRecord, PullAnswer, PullRequest, PushAnswer, PushRequest
+from splitfed.protocol.packing import digest
+from splitfed.store.rounds import Plan
+from splitfed.store.sealing import Sealer
+from splitfed.store.store import GradientStore
 
 LINEAGE = "client"
 

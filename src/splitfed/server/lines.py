@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
-from splitfed.cache import Bounded
 from splitfed.errors import InputError, MissingError
-from splitfed.ids import check_client_id
-from splitfed.pile import Pile
-from splitfed.running import Runner
-from splitfed.sealing import Sealer
-from splitfed.store import GradientStore
-from splitfed.template import Template
+from splitfed.model.skeleton import Template
+from splitfed.protocol.ids import check_client_id
+from splitfed.server.runner import Runner
+from splitfed.store.batches import Pile
+from splitfed.store.cache import Bounded
+from splitfed.store.sealing import Sealer
+from splitfed.store.store import GradientStore
 
 KEPT_LINES = 16
 

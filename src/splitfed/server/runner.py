@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitfed import replay
-from splitfed.buffers import same_bits
-from splitfed.cache import Bounded
 from splitfed.errors import ExpiredError, StoreError
-from splitfed.messages import ForwardRecord, ForwardRequest, GradientRecord
-from splitfed.model import Model
-from splitfed.pile import Pile
-from splitfed.replay import Run
-from splitfed.template import Template
-from splitfed.versions import Versions
+from splitfed.model import execution
+from splitfed.model.execution import Run
+from splitfed.model.model import Model
+from splitfed.model.numerics import same_bits
+from splitfed.model.skeleton import Template
+from splitfed.protocol.messages import ForwardRecord, ForwardRequest, GradientRecord
+from splitfed.store.batches import Pile
+from splitfed.store.cache import Bounded
+from splitfed.store.versions import Versions
 
 CallKey = tuple[int, str, int, int]
 """(version, client id, incarnation, number of the call)"""
@@ -146,7 +146,7 @@ class Runner:
     def _run(self, call: ForwardRecord, version: int, *, grad: bool, finish: Callable[[Any], Any] | None = None) -> Run:
         model = self._model(version)
         try:
-            return replay.run(model, call, grad=grad, finish=finish)
+            return execution.run(model, call, grad=grad, finish=finish)
         finally:
             if model.is_spoilt():  # it shares memory with the version: nobody may read what it wrote
                 self._models.pop(version)
@@ -170,7 +170,7 @@ class Runner:
     def _replay(self, record: ForwardRecord, version: int) -> Run:
         again = self._run(record, version, grad=True)
         kind = "the same" if record.numerics == self._numerics else "another"
-        replay.check_replay(record, again, f"the forward was computed in {kind} numerics class")
+        execution.check_replay(record, again, f"the forward was computed in {kind} numerics class")
         return again
 
 

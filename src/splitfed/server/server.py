@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitfed import replay, trees
-from splitfed.boundary import fresh
 from splitfed.errors import AlreadyAppliedError, ExpiredError, InputError, SplitFedError
-from splitfed.halves import Halves
-from splitfed.ids import BatchId, check_client_id, check_number
-from splitfed.kinds import check_kinds
-from splitfed.lines import Line, Lines
-from splitfed.messages import (
+from splitfed.model import execution
+from splitfed.model.boundary import fresh
+from splitfed.model.skeleton import Template, device_of
+from splitfed.protocol import pytree
+from splitfed.protocol.ids import BatchId, check_client_id, check_number
+from splitfed.protocol.kinds import check_kinds
+from splitfed.protocol.messages import (
     BackwardAnswer,
     BackwardRequest,
     ForwardAnswer,
@@ -37,10 +37,11 @@ from splitfed.messages import (
     PushAnswer,
     PushRequest,
 )
-from splitfed.packing import digest
-from splitfed.sealing import said
-from splitfed.store import GradientStore, check_store
-from splitfed.template import Template, device_of
+from splitfed.protocol.packing import digest
+from splitfed.server.halves import Halves
+from splitfed.server.lines import Line, Lines
+from splitfed.store.sealing import said
+from splitfed.store.store import GradientStore, check_store
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -112,7 +113,7 @@ class SplitServer:
         return ForwardAnswer(
             incarnation=incarnation,
             version=version,
-            outputs=trees.unflatten(done.spec, [fresh(tensor) for tensor in done.tensors]),
+            outputs=pytree.unflatten(done.spec, [fresh(tensor) for tensor in done.tensors]),
             requires_grad=tuple(tensor.requires_grad for tensor in done.tensors),
             drew=done.drew,
             changed={place: fresh(tensor) for place, tensor in done.changed.items()},
@@ -151,7 +152,7 @@ class SplitServer:
             raise _gone(line, batch, request)
         _check_gradients(record, request.grad_outputs)
         done = line.runner.take(key, record)
-        grad_inputs, gradients = replay.backward(done, request.grad_outputs)
+        grad_inputs, gradients = execution.backward(done, request.grad_outputs)
         if not record.training:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
         told = (*batch, request.part, request.version, request.call, request.seal and said(request.seal))
@@ -182,18 +183,18 @@ class SplitServer:
         if counts:
             self.store.check_client(batch.client_id, batch.incarnation)
             version = line.pile.pin(batch, version)
-        spec, tensors = trees.flatten(request.target)
-        target = trees.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
+        spec, tensors = pytree.flatten(request.target)
+        target = pytree.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
         score = self.loss_fn
         _, done = line.runner.run(ahead, version, finish=lambda outputs: score(outputs, target))
         if len(done.tensors) != 1 or done.tensors[0].numel() != 1 or done.outputs is not done.tensors[0]:
             raise InputError(f"loss_fn returned {type(done.outputs).__name__}: expected a tensor with one element")
         value = done.tensors[0]
         one = torch.ones_like(value) if value.requires_grad else None
-        grad_inputs, gradients = replay.backward(done, [one])
+        grad_inputs, gradients = execution.backward(done, [one])
         status = "uncounted"
         if counts:
-            spec, sent = trees.flatten((ahead.inputs, request.target))
+            spec, sent = pytree.flatten((ahead.inputs, request.target))
             told = (batch, version, ahead.call, ahead.cut, ahead.seed, ahead.autocast, request.num_samples, spec)
             share = line.runner.share(done, gradients, digest(told, sent), request.num_samples)
             status = line.sealer.store(batch, share)

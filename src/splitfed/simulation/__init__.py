@@ -6,9 +6,28 @@ active), `assembly` (all that serves), `schedule` (who does what when), `worker`
 their own), `simulated` (the generator of reports), `simulating` (the function that puts these together).
 """
 
-from splitfed.simulation.localdata import deal
-from splitfed.simulation.simulated import Simulation
-from splitfed.simulation.simulating import simulate
-from splitfed.simulation.virtual import VirtualTime, lognormal, stragglers
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 __all__ = ["Simulation", "VirtualTime", "deal", "lognormal", "simulate", "stragglers"]
+
+if TYPE_CHECKING:
+    from splitfed.simulation.data import deal
+    from splitfed.simulation.launch import simulate
+    from splitfed.simulation.run import Simulation
+    from splitfed.simulation.virtual_time import VirtualTime, lognormal, stragglers
+else:
+    from splitfed._lazy import lazily
+
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "Simulation": "simulation.run",
+            "VirtualTime": "simulation.virtual_time",
+            "deal": "simulation.data",
+            "lognormal": "simulation.virtual_time",
+            "simulate": "simulation.launch",
+            "stragglers": "simulation.virtual_time",
+        },
+    )

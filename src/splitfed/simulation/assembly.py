@@ -13,21 +13,21 @@ from typing import Any
 
 from torch import nn
 
-from splitfed.accumulator import Accumulator
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.accumulator.optimizer import OptimizerFactory, SchedulerFactory
+from splitfed.accumulator.policies import Mode
 from splitfed.errors import InputError
-from splitfed.federation import Federation
-from splitfed.judging import Judge
-from splitfed.optimizers import OptimizerFactory, SchedulerFactory
-from splitfed.perclient import PerClient
-from splitfed.policies import Mode
-from splitfed.reporting import commit_rows
-from splitfed.roundrobin import RoundRobin
-from splitfed.rounds import Plan
-from splitfed.rows import Row
-from splitfed.server import SplitServer
-from splitfed.simulation.metering import Arrivals, Meter
-from splitfed.store import GradientStore
-from splitfed.transport import Transport
+from splitfed.federation.admission import Judge
+from splitfed.federation.federation import Federation
+from splitfed.federation.per_client import PerClient
+from splitfed.federation.reports import commit_rows
+from splitfed.protocol.roundrobin import RoundRobin
+from splitfed.protocol.transport import Transport
+from splitfed.server.server import SplitServer
+from splitfed.simulation.traffic import Arrivals, Meter
+from splitfed.store.rounds import Plan
+from splitfed.store.rows import Row
+from splitfed.store.store import GradientStore
 
 LINEAGES = ("body", "client")
 

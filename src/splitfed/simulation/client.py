@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from splitfed.client import SplitClient
-from splitfed.copying import deep_copy
+from splitfed.accumulator.optimizer import SchedulerFactory, steps_alone
+from splitfed.client.client import SplitClient
 from splitfed.errors import ExpiredError, InputError, UnsupportedError
-from splitfed.optimizers import SchedulerFactory, steps_alone
-from splitfed.personal import personal_names
-from splitfed.simulation import localdata
+from splitfed.model.copying import deep_copy
+from splitfed.model.personal import personal_names
+from splitfed.protocol.transport import Transport
+from splitfed.simulation import data as localdata
+from splitfed.simulation.data import Data
 from splitfed.simulation.evaluation import num_right
-from splitfed.simulation.localdata import Data
-from splitfed.simulation.streams import Stream
-from splitfed.transport import Transport
+from splitfed.simulation.rng import Stream
 
 LossFunction = Callable[[Any, Any], Tensor]
 Optimizers = Callable[[Iterable[Any]], Optimizer]

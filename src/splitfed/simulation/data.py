@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from splitfed.errors import InputError
-from splitfed.ids import check_client_id
+from splitfed.protocol.ids import check_client_id
 
 
 class Items(Protocol):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from splitfed.errors import InputError
-from splitfed.simulation import localdata
-from splitfed.simulation.localdata import Data
+from splitfed.simulation import data
+from splitfed.simulation.data import Data
 
 Evaluation = Data | Callable[[nn.Module], Mapping[str, float]]
 BATCH_SIZE = 500
@@ -38,11 +38,11 @@ def evaluate(model: nn.Module, how: Evaluation, loss_fn: Callable[[Any, Any], Te
         if not isinstance(figures, Mapping):
             raise InputError(f"evaluate returned a {type(figures).__name__}: expected a mapping of figures by name")
         return dict(figures)
-    total = localdata.size(how)
+    total = data.size(how)
     if not total:
         raise InputError("there is no held-out data to evaluate on: give one example at least, or evaluate=None")
     loss, right, classifies = 0.0, 0, True
-    for number, (inputs, targets) in enumerate(localdata.batches(how, BATCH_SIZE, range(total))):
+    for number, (inputs, targets) in enumerate(data.batches(how, BATCH_SIZE, range(total))):
         outputs = model(inputs)
         loss += float(loss_fn(outputs, targets)) * min(BATCH_SIZE, total - number * BATCH_SIZE)
         found = num_right(outputs, targets)

@@ -21,29 +21,29 @@ from typing import Literal
 import torch
 from torch import nn
 
-from splitfed.blobs import Blobs
-from splitfed.callbacks import AnyCallback
-from splitfed.cutting import split
+from splitfed.accumulator.optimizer import OptimizerFactory, SchedulerFactory
+from splitfed.accumulator.policies import Mode
+from splitfed.accumulator.policies import mode as mode_of
+from splitfed.blobs.contract import Blobs
+from splitfed.checks import at_least
 from splitfed.errors import InputError
-from splitfed.history import History
-from splitfed.ids import at_least
-from splitfed.optimizers import OptimizerFactory, SchedulerFactory
-from splitfed.policies import Mode
-from splitfed.policies import mode as mode_of
-from splitfed.progress import Progress
-from splitfed.rows import Row
-from splitfed.sampling import check_sample_size, sample_size
-from splitfed.simulation import localdata
+from splitfed.federation.sampling import check_sample_size, sample_size
+from splitfed.model.cut import split
+from splitfed.simulation import data as localdata
 from splitfed.simulation.assembly import Assembly, Plans
-from splitfed.simulation.crew import Crew
+from splitfed.simulation.client import LossFunction, Optimizers, Recipe
+from splitfed.simulation.data import Data
+from splitfed.simulation.engines.processes import Crew
 from splitfed.simulation.evaluation import Evaluation
-from splitfed.simulation.localdata import Data
+from splitfed.simulation.run import Simulation
 from splitfed.simulation.schedule import Schedule
-from splitfed.simulation.simulated import Simulation
 from splitfed.simulation.timeline import Timeline
-from splitfed.simulation.trainee import LossFunction, Optimizers, Recipe
-from splitfed.simulation.virtual import VirtualTime
-from splitfed.store import GradientStore
+from splitfed.simulation.virtual_time import VirtualTime
+from splitfed.store.rows import Row
+from splitfed.store.store import GradientStore
+from splitfed.tracking.callbacks import AnyCallback
+from splitfed.tracking.history import History
+from splitfed.tracking.progress import Progress
 
 AVERAGING = functools.partial(torch.optim.SGD, lr=1.0)
 """The optimizer of the client lineage that makes it FedAvg."""

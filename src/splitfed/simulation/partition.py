@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from splitfed import pictures
 from splitfed.errors import InputError
+from splitfed.tracking import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -191,7 +191,7 @@ def chart(
     if names is not None and len(names) != len(parts):
         raise InputError(f"{len(names)} names for {len(parts)} clients: expected one each")
     shown = [str(number) for number in range(len(parts))] if names is None else list(names)
-    pictures.class_bars(dict(zip(shown, counts(parts, labels), strict=True)), where, title=title)
+    plots.class_bars(dict(zip(shown, counts(parts, labels), strict=True)), where, title=title)
 
 
 def _proportions(num_clients: int, alpha: float, generator: torch.Generator) -> Tensor:

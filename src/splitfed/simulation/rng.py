@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from splitfed.seeding import compute_lock
+from splitfed.model.rng import compute_lock
 
 
 def derive(*words: str | int) -> int:

@@ -14,18 +14,18 @@ from typing import Protocol
 
 from torch import nn
 
-from splitfed.callbacks import AnyCallback, Callbacks
-from splitfed.copying import deep_copy
-from splitfed.cutting import join
 from splitfed.errors import InputError
-from splitfed.history import History
-from splitfed.rounds import Ending, Plan
-from splitfed.rows import Row, plain
+from splitfed.model.copying import deep_copy
+from splitfed.model.cut import join
 from splitfed.simulation.assembly import Assembly
+from splitfed.simulation.client import Outcome, Recipe, total
 from splitfed.simulation.evaluation import Evaluation
 from splitfed.simulation.evaluation import evaluate as score
 from splitfed.simulation.timeline import Timeline
-from splitfed.simulation.trainee import Outcome, Recipe, total
+from splitfed.store.rounds import Ending, Plan
+from splitfed.store.rows import Row, plain
+from splitfed.tracking.callbacks import AnyCallback, Callbacks
+from splitfed.tracking.history import History
 
 
 class Driver(Protocol):

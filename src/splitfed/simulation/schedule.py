@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from splitfed.rounds import Plan
-from splitfed.rows import Row
 from splitfed.simulation.assembly import Assembly
-from splitfed.simulation.localdata import Data
-from splitfed.simulation.streams import uniform
+from splitfed.simulation.client import Belongings, Next, Outcome, Recipe, Trainee
+from splitfed.simulation.data import Data
+from splitfed.simulation.rng import uniform
 from splitfed.simulation.timeline import Process, Timeline
-from splitfed.simulation.trainee import Belongings, Next, Outcome, Recipe, Trainee
-from splitfed.simulation.virtual import Pace, VirtualTime
+from splitfed.simulation.virtual_time import Pace, VirtualTime
+from splitfed.store.rounds import Plan
+from splitfed.store.rows import Row
 
 
 class Schedule:

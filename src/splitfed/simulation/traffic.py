@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from splitfed.commits import Commit
-from splitfed.ids import BatchId
-from splitfed.messages import BackwardRequest, LossRequest, PushRequest
-from splitfed.transport import Relay, Transport
-from splitfed.wire import owner
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.messages import BackwardRequest, LossRequest, PushRequest
+from splitfed.protocol.transport import Relay, Transport
+from splitfed.protocol.wire import owner
+from splitfed.store.commit import Commit
 
 Traffic = dict[str, tuple[int, int]]
 """Bytes (up, down) by client id."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from splitfed.errors import InputError
-from splitfed.simulation.streams import uniform
+from splitfed.simulation.rng import uniform
 
 Setting = float | Mapping[str, float] | Callable[[str], float]
 """One number for all clients, a mapping by client id, or a function of it."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from splitfed.blobs import Blobs
+from splitfed.blobs.contract import Blobs
 from splitfed.errors import DigestError, FormatError
-from splitfed.ids import BatchId, check_client_id
-from splitfed.layout import Keys
-from splitfed.messages import ForwardRecord, GradientRecord
-from splitfed.packing import pack, peek, unpack
+from splitfed.protocol.ids import BatchId, check_client_id
+from splitfed.protocol.messages import ForwardRecord, GradientRecord
+from splitfed.protocol.packing import pack, peek, unpack
+from splitfed.store.layout import Keys
 
 _PLAIN = ("kind", "base_version", "num_samples", "loss_scale", "digest", "numerics")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from splitfed.errors import FormatError
-from splitfed.ids import BatchId, check_client_id, check_number
+from splitfed.protocol.ids import BatchId, check_client_id, check_number
 
 MAX_GAPS = 1024
 Intervals = list[list[int]]

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from splitfed.applied import BatchSet
 from splitfed.errors import FormatError
-from splitfed.ids import BatchId
+from splitfed.protocol.ids import BatchId
+from splitfed.store.batchset import BatchSet
 
 
 @dataclass(frozen=True, slots=True, eq=False)

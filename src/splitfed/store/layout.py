@@ -33,7 +33,7 @@ from __future__ import annotations
 import re
 
 from splitfed.errors import IdError
-from splitfed.ids import BatchId, check_client_id, check_lineage, check_number
+from splitfed.protocol.ids import BatchId, check_client_id, check_lineage, check_number
 
 FORMAT = "format.json"
 HISTORY = "history"

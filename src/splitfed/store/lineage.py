@@ -19,13 +19,13 @@ from typing import Any
 
 from torch import Tensor
 
-from splitfed import codec
-from splitfed.applied import BatchSet
-from splitfed.commits import Commit
 from splitfed.errors import InputError, StoreError
-from splitfed.packing import pack_tree
-from splitfed.template import Fingerprint, compare
-from splitfed.versions import Versions, sha256
+from splitfed.model.skeleton import Fingerprint, compare
+from splitfed.protocol import safetensors
+from splitfed.protocol.packing import pack_tree
+from splitfed.store.batchset import BatchSet
+from splitfed.store.commit import Commit
+from splitfed.store.versions import Versions, sha256
 
 
 class Lineage(Versions):
@@ -50,7 +50,7 @@ class Lineage(Versions):
         frozen = self._frozen_names()
         name = None
         if frozen:
-            parts = codec.encode({name: state[name] for name in frozen})
+            parts = safetensors.encode({name: state[name] for name in frozen})
             name = sha256(parts)
             self.blobs.create(self.keys.frozen(name), parts)
         made = self.publish(Commit(0, "initial", "", {}, name, source=source), state, None, BatchSet())
@@ -70,7 +70,7 @@ class Lineage(Versions):
         frozen = self._frozen_names()
         kept = {name: tensor for name, tensor in state.items() if name not in frozen}
         contents: dict[str, list[Any]] = {
-            "weights": codec.encode(kept, {"lineage": self.name, "version": str(commit.version)})
+            "weights": safetensors.encode(kept, {"lineage": self.name, "version": str(commit.version)})
         }
         if optimizer is not None:
             contents["optimizer"] = pack_tree("Optimizer", optimizer)

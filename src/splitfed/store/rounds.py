@@ -16,15 +16,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from splitfed import layout
-from splitfed.blobs import Blobs
-from splitfed.cache import Bounded
+from splitfed.blobs.contract import Blobs
 from splitfed.errors import FormatError, MissingError
-from splitfed.ids import check_client_id, check_number
-from splitfed.messages import RoundInfo
-from splitfed.packing import read_json
-from splitfed.rows import Row
-from splitfed.selection import Selection
+from splitfed.protocol.ids import check_client_id, check_number
+from splitfed.protocol.messages import RoundInfo
+from splitfed.protocol.packing import read_json
+from splitfed.store import layout
+from splitfed.store.cache import Bounded
+from splitfed.store.rows import Row
+from splitfed.store.selection import Selection
 
 CACHED = 32
 R = TypeVar("R", "Plan", "Ending")

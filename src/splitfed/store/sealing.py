@@ -14,14 +14,15 @@ from typing import Any
 
 from torch import Tensor
 
-from splitfed.applied import MAX_GAPS
+from splitfed.checks import positive
 from splitfed.errors import BusyError, ExpiredError, FormatError, InputError
-from splitfed.ids import BatchId, positive
-from splitfed.messages import Chain, GradientRecord, Housekeeping, Seal
-from splitfed.numerics import all_finite
-from splitfed.packing import digest
-from splitfed.pile import Pile
-from splitfed.versions import Versions
+from splitfed.model.numerics import all_finite
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.messages import Chain, GradientRecord, Housekeeping, Seal
+from splitfed.protocol.packing import digest
+from splitfed.store.batches import Pile
+from splitfed.store.batchset import MAX_GAPS
+from splitfed.store.versions import Versions
 
 _STATUS = {"gradient": "stored", "rejected": "rejected", "skip": "rejected"}
 

@@ -18,15 +18,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from splitfed import layout
-from splitfed.commits import Commit
 from splitfed.errors import CorruptedError, ExpiredError, FormatError, MissingError
-from splitfed.ids import BatchId
-from splitfed.numerics import class_id
-from splitfed.packing import read_json
-from splitfed.pile import Pile
-from splitfed.store import GradientStore
-from splitfed.versions import Versions
+from splitfed.model.numerics import class_id
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.packing import read_json
+from splitfed.store import layout
+from splitfed.store.batches import Pile
+from splitfed.store.commit import Commit
+from splitfed.store.store import GradientStore
+from splitfed.store.versions import Versions
 
 RECENT = 8
 BUDGET = 64 * 2**20

@@ -17,16 +17,17 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from splitfed import layout
-from splitfed.blobs import Blobs, open_blobs
-from splitfed.cache import Bounded
+from splitfed.blobs.contract import Blobs
+from splitfed.blobs.url import open_blobs
 from splitfed.errors import FormatError, InputError, MissingError, SupersededError, UnsupportedError
-from splitfed.ids import BatchId
-from splitfed.lineage import Lineage
-from splitfed.numerics import class_id, numerics_class
-from splitfed.packing import read_json
-from splitfed.pile import Pile
-from splitfed.rounds import Rounds
+from splitfed.model.numerics import class_id, numerics_class
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.packing import read_json
+from splitfed.store import layout
+from splitfed.store.batches import Pile
+from splitfed.store.cache import Bounded
+from splitfed.store.lineage import Lineage
+from splitfed.store.rounds import Rounds
 
 FORMAT_VERSION = 1
 KEPT_LINEAGES = 32

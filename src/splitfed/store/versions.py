@@ -13,16 +13,16 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from splitfed import codec
-from splitfed.applied import BatchSet
-from splitfed.blobs import Blobs, Buffer
-from splitfed.cache import Bounded
-from splitfed.commits import Commit
+from splitfed.blobs.contract import Blobs, Buffer
 from splitfed.errors import CorruptedError, ExpiredError, FormatError, MissingError
-from splitfed.ids import BatchId
-from splitfed.layout import Keys
-from splitfed.packing import read_json, unpack_tree
-from splitfed.template import Fingerprint, is_entry
+from splitfed.model.skeleton import Fingerprint, is_entry
+from splitfed.protocol import safetensors
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.packing import read_json, unpack_tree
+from splitfed.store.batchset import BatchSet
+from splitfed.store.cache import Bounded
+from splitfed.store.commit import Commit
+from splitfed.store.layout import Keys
 
 T = TypeVar("T")
 CACHED = 4
@@ -191,7 +191,7 @@ class Versions:
     def _decoded(self, version: int, data: Buffer) -> dict[str, Tensor]:
         commit = self.commit(version)
         try:
-            state = codec.decode(data)[0]
+            state = safetensors.decode(data)[0]
         except FormatError as error:
             raise self._corrupted(version, "weights") from error
         if commit.frozen is not None:
@@ -203,7 +203,7 @@ class Versions:
             data = self.blobs.get(self.keys.frozen(name))
             if data is None or sha256([data]) != name:
                 raise CorruptedError(f"the frozen parameters of lineage {self.name!r} are missing or changed")
-            self._frozen[name] = codec.decode(data)[0]
+            self._frozen[name] = safetensors.decode(data)[0]
         return self._frozen[name]
 
     def _file(self, version: int, kind: str, *, wait: bool = True) -> memoryview:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from splitfed.errors import InputError
-from splitfed.rows import Row
+from splitfed.store.rows import Row
 
 
 class Callback(Protocol):

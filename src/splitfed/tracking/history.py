@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from splitfed import layout
-from splitfed.blobs import Blobs
+from splitfed.blobs.contract import Blobs
 from splitfed.errors import FormatError, InputError, MissingError
-from splitfed.rows import Row, from_lines, plain, to_lines
-from splitfed.store import GradientStore
+from splitfed.store import layout
+from splitfed.store.rows import Row, from_lines, plain, to_lines
+from splitfed.store.store import GradientStore
 
 FILE = "history.jsonl"
 STORE = "store"

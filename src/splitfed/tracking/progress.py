@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from splitfed.errors import InputError
-from splitfed.rows import Row
+from splitfed.store.rows import Row
 
 
 class Progress:

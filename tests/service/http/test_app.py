@@ -17,10 +17,10 @@ from harness_http import running, serving
 from harness_requests import Site
 
 from splitfed.errors import StoreError
-from splitfed.http import app
-from splitfed.messages import PullAnswer, PullRequest
-from splitfed.packing import pack
-from splitfed.store import GradientStore
+from splitfed.protocol.messages import PullAnswer, PullRequest
+from splitfed.protocol.packing import pack
+from splitfed.service.http import app
+from splitfed.store.store import GradientStore
 
 
 def openmp() -> ctypes.CDLL:

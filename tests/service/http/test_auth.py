@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from splitfed.errors import AccessError, IdError, InputError, TokenError
-from splitfed.http.auth import Tokens, check_owner, clients, new_token, revoke
+from splitfed.service.http.auth import Tokens, check_owner, clients, new_token, revoke
 
 
 @pytest.fixture

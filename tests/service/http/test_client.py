@@ -31,12 +31,12 @@ from splitfed.errors import (
     TokenError,
     UnreachableError,
 )
-from splitfed.http.app import make_app
-from splitfed.http.auth import new_token
-from splitfed.http.client import HttpTransport
-from splitfed.http.contract import encode_error
-from splitfed.messages import LossRequest, PullAnswer, PullRequest
-from splitfed.packing import pack
+from splitfed.protocol.messages import LossRequest, PullAnswer, PullRequest
+from splitfed.protocol.packing import pack
+from splitfed.service.http.app import make_app
+from splitfed.service.http.auth import new_token
+from splitfed.service.http.client import HttpTransport
+from splitfed.service.http.contract import encode_error
 
 PULLED = b"".join(pack(PullAnswer(-1, None, {})))
 BUSY = answer(429, encode_error(BusyError("much to do")), retry_after=0)
@@ -316,7 +316,7 @@ def test_a_path_in_the_url_is_kept() -> None:
 
 def test_the_client_s_side_loads_nothing_of_the_server_s() -> None:
     """A device needs urllib3, and neither starlette nor fsspec nor a module of the store's."""
-    code = "import sys, splitfed.http.client; print(*sys.modules)"
+    code = "import sys, splitfed.service.http.client; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     loaded = set(run.stdout.split())
     assert "urllib3" in loaded

@@ -9,10 +9,10 @@ import pytest
 from harness_http import listener, read_request, scripted
 
 from splitfed.errors import UnreachableError
-from splitfed.http import exchange
-from splitfed.http.client import HttpTransport
-from splitfed.messages import PullAnswer, PullRequest
-from splitfed.packing import pack
+from splitfed.protocol.messages import PullAnswer, PullRequest
+from splitfed.protocol.packing import pack
+from splitfed.service.http import connection as exchange
+from splitfed.service.http.client import HttpTransport
 
 PULLED = b"".join(pack(PullAnswer(5, None, {})))
 OURS = b"HTTP/1.1 200 OK\r\ndate: now\r\ncontent-type: application/octet-stream\r\ncontent-length: %d\r\n\r\n"

@@ -8,7 +8,7 @@ import pytest
 
 from splitfed import errors
 from splitfed.errors import SplitFedError
-from splitfed.http.contract import decode_error, encode_error
+from splitfed.service.http.contract import decode_error, encode_error
 
 CLASSES = [found for _, found in inspect.getmembers(errors, inspect.isclass) if found.__module__ == errors.__name__]
 

@@ -16,16 +16,15 @@ import pytest
 import torch
 from harness_http import Service, serving
 from harness_requests import ONES, SEAL, Site, X, ahead, back
-from test_foreign import REFUSED
-from test_ids import HOSTILE
+from hostile import HOSTILE, REFUSED
 
 from splitfed.errors import SplitFedError
-from splitfed.http.auth import new_token
-from splitfed.http.contract import decode_error
-from splitfed.http.limits import Limits
-from splitfed.messages import Chain, ForwardAnswer, LossRequest, PullRequest, PushRequest
-from splitfed.packing import _plain, pack, pack_tree, unpack
-from splitfed.wire import METHODS
+from splitfed.protocol.messages import Chain, ForwardAnswer, LossRequest, PullRequest, PushRequest
+from splitfed.protocol.packing import _plain, pack, pack_tree, unpack
+from splitfed.protocol.wire import METHODS
+from splitfed.service.http.auth import new_token
+from splitfed.service.http.contract import decode_error
+from splitfed.service.http.limits import Limits
 
 LIMITS = Limits(body=4 << 20, in_flight=8 << 20, requests=8, tensors=40, samples=100, push_samples=1000)
 PUSH = PushRequest("a", 1, "first", 0, 0, None, {}, {}, {}, 1.0, 1.0)

@@ -14,9 +14,9 @@ import pytest
 from harness_http import Service, read_all, running, serving
 from harness_requests import ahead
 
-from splitfed.http.contract import decode_error
-from splitfed.http.limits import Limits
-from splitfed.packing import pack
+from splitfed.protocol.packing import pack
+from splitfed.service.http.contract import decode_error
+from splitfed.service.http.limits import Limits
 
 LIMITS = Limits(receive_seconds=2.0, bytes_per_second=1 << 20, http_header=4096, connections=20)
 HEAD = b"POST /v1/forward HTTP/1.1\r\nhost: x\r\ncontent-type: application/octet-stream\r\n"

@@ -11,8 +11,8 @@ import torch
 from harness_requests import SEAL, ahead, back
 
 from splitfed.errors import BusyError, InputError, TooLargeError
-from splitfed.http.limits import Budget, Limits, check_body, check_message
-from splitfed.messages import Chain, Housekeeping, LossRequest, PullRequest
+from splitfed.protocol.messages import Chain, Housekeeping, LossRequest, PullRequest
+from splitfed.service.http.limits import Budget, Limits, check_body, check_message
 
 
 @pytest.mark.parametrize("wrong", [{"body": 0}, {"requests": -1}, {"receive_seconds": math.nan}, {"samples": math.inf}])

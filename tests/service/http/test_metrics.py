@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from splitfed.http.metrics import Metrics
+from splitfed.service.http.metrics import Metrics
 
 LINE = re.compile(r'splitfed_[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? \d+(\.\d+)?(e[+-]\d+)?')
 

@@ -13,9 +13,9 @@ from harness_requests import ahead
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from splitfed.errors import InputError
-from splitfed.http.contract import encode_error
-from splitfed.http.limits import Limits
-from splitfed.http.openapi import document
+from splitfed.service.http.contract import encode_error
+from splitfed.service.http.limits import Limits
+from splitfed.service.http.openapi import document
 
 
 def test_every_path_of_the_document_is_served_and_no_other() -> None:

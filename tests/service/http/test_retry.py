@@ -7,7 +7,7 @@ import time
 import pytest
 from urllib3.exceptions import NewConnectionError, ProtocolError, SSLError
 
-from splitfed.http.patience import Tries, asked_for, passes, reason
+from splitfed.service.http.retry import Tries, asked_for, passes, reason
 
 NOBODY = NewConnectionError(None, "refused")  # type: ignore[arg-type]
 

@@ -23,11 +23,11 @@ from torch import nn
 
 import splitfed
 from splitfed.errors import InputError
-from splitfed.http import serving
-from splitfed.http.client import HttpTransport
-from splitfed.http.limits import Limits
-from splitfed.http.serving import Place, is_loopback, serve
-from splitfed.messages import PullRequest
+from splitfed.protocol.messages import PullRequest
+from splitfed.service.http import serve as serving
+from splitfed.service.http.client import HttpTransport
+from splitfed.service.http.limits import Limits
+from splitfed.service.http.serve import Place, is_loopback, serve
 
 APP = """
 import os, time

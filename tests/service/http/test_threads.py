@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 
-from splitfed.http.threads import Threads
+from splitfed.service.http.threads import Threads
 
 
 class Body:

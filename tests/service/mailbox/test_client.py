@@ -18,20 +18,13 @@ from processes import AT, Owner, model, new_accumulator
 from torch import nn
 
 import splitfed
-from splitfed import storetransport
-from splitfed.errors import (
-    BusyError,
-    ExpiredError,
-    IdError,
-    InputError,
-    StoreCapabilityError,
-    StoreError,
-)
-from splitfed.messages import PullRequest
-from splitfed.server import SplitServer
-from splitfed.store import GradientStore
-from splitfed.transport import Transport
-from splitfed.working import Worker
+from splitfed.errors import BusyError, ExpiredError, IdError, InputError, StoreCapabilityError, StoreError
+from splitfed.protocol.messages import PullRequest
+from splitfed.protocol.transport import Transport
+from splitfed.server.server import SplitServer
+from splitfed.service.mailbox import client as storetransport
+from splitfed.service.mailbox.worker import Worker
+from splitfed.store.store import GradientStore
 
 PULL = PullRequest("a")
 

@@ -13,8 +13,8 @@ from harness_requests import Site, ahead, back
 from harness_store import Crash, Nth, crash, hooked
 
 from splitfed.errors import BodyError, FormatError, IdError, InputError, MissingError, SplitFedError
-from splitfed.messages import PullRequest
-from splitfed.working import MAX_CLAIMS, Worker
+from splitfed.protocol.messages import PullRequest
+from splitfed.service.mailbox.worker import MAX_CLAIMS, Worker
 
 PULL = PullRequest("a")
 

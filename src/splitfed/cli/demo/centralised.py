@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from splitfed.callbacks import AnyCallback, Callbacks
-from splitfed.demo import recipe
-from splitfed.demo.data import Digits
-from splitfed.demo.recipe import Settings
-from splitfed.rows import Row
+from splitfed.cli.demo import recipe
+from splitfed.cli.demo.data import Digits
+from splitfed.cli.demo.recipe import Settings
+from splitfed.store.rows import Row
+from splitfed.tracking.callbacks import AnyCallback, Callbacks
 
 
 def train(settings: Settings, digits: Digits, model: nn.Module, callbacks: Iterable[AnyCallback] = ()) -> Iterator[Row]:

@@ -24,14 +24,14 @@ from pathlib import Path
 
 import torch
 
-from splitfed import report
-from splitfed.callbacks import AnyCallback
-from splitfed.demo import centralised, data, federated, model, plots
-from splitfed.demo.recipe import Settings
+from splitfed.cli.demo import centralised, data, federated, model, plots
+from splitfed.cli.demo.recipe import Settings
 from splitfed.errors import InputError
-from splitfed.history import FILE, STORE, History
-from splitfed.rows import Row
-from splitfed.store import GradientStore
+from splitfed.store.rows import Row
+from splitfed.store.store import GradientStore
+from splitfed.tracking.callbacks import AnyCallback
+from splitfed.tracking.history import FILE, STORE, History
+from splitfed.tracking.report.page import write
 
 _MARK = "demo.json"
 _WRITTEN = (FILE, "report.html", "curves.png", "summary.json")
@@ -63,7 +63,7 @@ def run(settings: Settings, output: Path, directory: Path | None, watch: Callabl
     with _reproducible(settings.seed):
         pooled = list(centralised.train(settings, digits, initial, watch("centralised")))
     plots.curves(output / "curves.png", rounds.rows, pooled)
-    report.write(simulation.history, output / "report.html")
+    write(simulation.history, output / "report.html")
     end = time.perf_counter()
     seconds = {"seconds": end - start, "federated_seconds": halfway - start, "centralised_seconds": end - halfway}
     summary = _summarise(settings, rounds.rows, pooled) | {name: round(value, 2) for name, value in seconds.items()}

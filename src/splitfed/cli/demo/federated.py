@@ -12,16 +12,17 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from splitfed import partition
-from splitfed.callbacks import AnyCallback
-from splitfed.demo import recipe
-from splitfed.demo.data import Digits
-from splitfed.demo.model import CUT
-from splitfed.demo.recipe import Settings
-from splitfed.history import History
-from splitfed.policies import Mode
-from splitfed.simulation import Simulation, simulate
-from splitfed.store import GradientStore
+from splitfed.accumulator.policies import Mode
+from splitfed.cli.demo import recipe
+from splitfed.cli.demo.data import Digits
+from splitfed.cli.demo.model import CUT
+from splitfed.cli.demo.recipe import Settings
+from splitfed.simulation import partition
+from splitfed.simulation.launch import simulate
+from splitfed.simulation.run import Simulation
+from splitfed.store.store import GradientStore
+from splitfed.tracking.callbacks import AnyCallback
+from splitfed.tracking.history import History
 
 
 def train(

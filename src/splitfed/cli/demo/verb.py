@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:
-    from splitfed.callbacks import AnyCallback
-    from splitfed.rows import Row
+    from splitfed.store.rows import Row
+    from splitfed.tracking.callbacks import AnyCallback
 
 _DESCRIPTION = """\
 Train a convolutional model on real handwritten digits that several owners keep to themselves. Each owner runs
@@ -74,8 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"the demo needs {' and '.join(missing)}: pip install 'splitfed[demo]'")
-    from splitfed.demo import experiment
-    from splitfed.demo.recipe import Settings
+    from splitfed.cli.demo import experiment
+    from splitfed.cli.demo.recipe import Settings
 
     settings = Settings(
         clients=arguments.clients,
@@ -102,7 +102,7 @@ class Table:
     """
 
     def __init__(self, phase: str) -> None:
-        from splitfed.progress import Progress
+        from splitfed.tracking.progress import Progress
 
         self._phase = phase
         self._columns = _COLUMNS[phase]

@@ -20,3 +20,21 @@ any request to any replica, and every request may be sent again.
 
 The client's side is `contract.py`, `exchange.py`, `patience.py` and `client.py`, which import nothing of the rest.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__all__ = ["make_app"]
+
+if TYPE_CHECKING:
+    from splitfed.service.http.app import make_app
+else:
+    from splitfed._lazy import lazily
+
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "make_app": "service.http.app",
+        },
+    )

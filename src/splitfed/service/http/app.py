@@ -23,17 +23,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from splitfed import __version__, wire
+from splitfed._version import __version__
 from splitfed.errors import InputError, MissingError, SplitFedError
-from splitfed.http import metrics
-from splitfed.http.auth import Tokens
-from splitfed.http.contract import PREFIX, encode_error
-from splitfed.http.endpoints import Desk, Method, Report
-from splitfed.http.limits import Limits
-from splitfed.http.openapi import document
-from splitfed.http.threads import Threads
-from splitfed.server import SplitServer
-from splitfed.status import read_status
+from splitfed.protocol import wire
+from splitfed.server.server import SplitServer
+from splitfed.service.http import metrics
+from splitfed.service.http.auth import Tokens
+from splitfed.service.http.contract import PREFIX, encode_error
+from splitfed.service.http.endpoints import Desk, Method, Report
+from splitfed.service.http.limits import Limits
+from splitfed.service.http.openapi import document
+from splitfed.service.http.threads import Threads
+from splitfed.store.status import read_status
 
 _JSON = b"application/json"
 _STATUS_SECONDS = 1.0

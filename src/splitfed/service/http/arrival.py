@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from splitfed.errors import BusyError, FormatError, SplitFedError
-from splitfed.http.limits import Budget, Limits, check_body
-from splitfed.memory import aligned
+from splitfed.protocol.memory import aligned
+from splitfed.service.http.limits import Budget, Limits, check_body
 
 Receive = Callable[[], Awaitable[Any]]
 

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 from splitfed.errors import AccessError, InputError, TokenError
-from splitfed.ids import check_client_id
+from splitfed.protocol.ids import check_client_id
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _HEAD = "# splitfed tokens: a client's id and the SHA-256 of its token, a line each\n"

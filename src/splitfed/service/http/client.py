@@ -19,14 +19,15 @@ import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError
 from urllib3.util import Retry, Timeout, parse_url
 
-from splitfed import __version__, wire
+from splitfed._version import __version__
+from splitfed.checks import positive
 from splitfed.errors import FormatError, InputError, UnreachableError
-from splitfed.http.contract import BINARY, PREFIX, RETRIED, decode_error
-from splitfed.http.exchange import Answer, Body, PlainExchange, SecureExchange
-from splitfed.http.patience import Tries, asked_for, passes, reason
-from splitfed.ids import positive
-from splitfed.packing import pack, unpack
-from splitfed.transport import Relay
+from splitfed.protocol import wire
+from splitfed.protocol.packing import pack, unpack
+from splitfed.protocol.transport import Relay
+from splitfed.service.http.connection import Answer, Body, PlainExchange, SecureExchange
+from splitfed.service.http.contract import BINARY, PREFIX, RETRIED, decode_error
+from splitfed.service.http.retry import Tries, asked_for, passes, reason
 
 VARIABLE = "SPLITFED_TOKEN"
 _TOKEN = re.compile(r"[\x21-\x7e]+")

@@ -20,8 +20,8 @@ from typing import Any
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.response import BaseHTTPResponse
 
-from splitfed.http.contract import BINARY
-from splitfed.memory import aligned
+from splitfed.protocol.memory import aligned
+from splitfed.service.http.contract import BINARY
 
 Body = list[memoryview | bytes]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 
-from splitfed import wire
 from splitfed.errors import SplitFedError
+from splitfed.protocol import wire
 
 PREFIX = "/v1"
 """A method of `Transport` is served at `/v1/` and its name."""

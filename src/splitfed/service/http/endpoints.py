@@ -18,16 +18,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from splitfed import wire
 from splitfed.errors import BusyError, InputError, SplitFedError, TokenError, TooLargeError
-from splitfed.http.arrival import GoneError, Receive, Received, RefusedError
-from splitfed.http.auth import Tokens, check_owner
-from splitfed.http.contract import BINARY, PREFIX, encode_error
-from splitfed.http.limits import Budget, Limits, check_message
-from splitfed.http.metrics import Metrics
-from splitfed.http.threads import Threads
-from splitfed.packing import pack, unpack
-from splitfed.transport import Transport
+from splitfed.protocol import wire
+from splitfed.protocol.packing import pack, unpack
+from splitfed.protocol.transport import Transport
+from splitfed.service.http.arrival import GoneError, Receive, Received, RefusedError
+from splitfed.service.http.auth import Tokens, check_owner
+from splitfed.service.http.contract import BINARY, PREFIX, encode_error
+from splitfed.service.http.limits import Budget, Limits, check_message
+from splitfed.service.http.metrics import Metrics
+from splitfed.service.http.threads import Threads
 
 Scope = Mapping[str, Any]
 Send = Callable[[dict[str, Any]], Awaitable[None]]

@@ -21,8 +21,8 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from splitfed.errors import BusyError, InputError, SplitFedError, TooLargeError
-from splitfed.http.contract import encode_error
-from splitfed.http.limits import Limits
+from splitfed.service.http.contract import encode_error
+from splitfed.service.http.limits import Limits
 
 _PHRASES = {408: b"Request Timeout", 431: b"Request Header Fields Too Large", 503: b"Service Unavailable"}
 

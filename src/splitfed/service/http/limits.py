@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from splitfed import trees
 from splitfed.errors import BusyError, InputError, TooLargeError
-from splitfed.foreign import MAX_HEADER, MAX_TENSORS
-from splitfed.messages import BackwardRequest, ForwardRequest, LossRequest, PushRequest
+from splitfed.protocol import pytree
+from splitfed.protocol.header import MAX_HEADER, MAX_TENSORS
+from splitfed.protocol.messages import BackwardRequest, ForwardRequest, LossRequest, PushRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +143,9 @@ def check_message(message: Any, limits: Limits) -> None:
 
 def _tensors(message: Any) -> list[Tensor]:
     if isinstance(message, ForwardRequest):
-        return trees.flatten(message.inputs)[1]
+        return pytree.flatten(message.inputs)[1]
     if isinstance(message, LossRequest):
-        return trees.flatten((message.forward.inputs, message.target))[1]
+        return pytree.flatten((message.forward.inputs, message.target))[1]
     if isinstance(message, BackwardRequest):
         return [gradient for gradient in message.grad_outputs if gradient is not None]
     if isinstance(message, PushRequest):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from splitfed import __version__, errors, wire
+from splitfed import errors
+from splitfed._version import __version__
 from splitfed.errors import SplitFedError
-from splitfed.http.contract import BINARY, PREFIX
-from splitfed.http.limits import Limits
+from splitfed.protocol import wire
+from splitfed.service.http.contract import BINARY, PREFIX
+from splitfed.service.http.limits import Limits
 
 _SAID = {
     "forward": "Run one call of the body; with the client's grad mode on, record it. With it off: evaluation.",

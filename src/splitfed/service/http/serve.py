@@ -35,8 +35,8 @@ from typing import Any, NoReturn
 import uvicorn
 
 from splitfed.errors import BusyError, InputError
-from splitfed.http.limits import Limits
-from splitfed.http.protocol import GuardedConfig
+from splitfed.service.http.guard import GuardedConfig
+from splitfed.service.http.limits import Limits
 
 _BACKLOG = 2048
 _TICK, _QUICK, _GRACE = 0.2, 5.0, 10.0  # seconds

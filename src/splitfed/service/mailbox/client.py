@@ -22,12 +22,14 @@ import time
 import warnings
 from typing import Any
 
-from splitfed import layout, wire
-from splitfed.blobs import open_blobs
+from splitfed.blobs.url import open_blobs
+from splitfed.checks import positive
 from splitfed.errors import BusyError, CorruptedError, InputError, StoreCapabilityError, StoreError
-from splitfed.ids import check_client_id, positive
-from splitfed.packing import pack
-from splitfed.transport import Relay
+from splitfed.protocol import wire
+from splitfed.protocol.ids import check_client_id
+from splitfed.protocol.packing import pack
+from splitfed.protocol.transport import Relay
+from splitfed.store import layout
 
 _FIRST_POLL = 0.002
 _PATIENCE = 10.0

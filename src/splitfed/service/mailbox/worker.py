@@ -23,14 +23,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from splitfed import layout, wire
+from splitfed.checks import positive
 from splitfed.errors import BodyError, IdError, SplitFedError
-from splitfed.ids import positive
-from splitfed.packing import pack, unpack
-from splitfed.store import GradientStore, check_store
-from splitfed.transport import Transport
+from splitfed.protocol import wire
+from splitfed.protocol.packing import pack, unpack
+from splitfed.protocol.transport import Transport
+from splitfed.store import layout
+from splitfed.store.store import GradientStore, check_store
 
 MAX_CLAIMS = 5
+_log = logging.getLogger("splitfed.mailbox")
+
 _FIRST_POLL = 0.005
 
 
@@ -186,8 +189,8 @@ class Worker:
             return pack(getattr(self._server, method)(request))
         except SplitFedError as error:
             return wire.pack_error(error)
-        except Exception as error:
-            logging.getLogger(__name__).exception("a request of client %r failed", client_id)
+        except Exception as error:  # noqa: BLE001 -- the last border: its text stays in the log
+            _log.exception("a request of client %r failed", client_id)
             return wire.pack_error(error)
 
     def _given_up(self, post: _Post) -> BodyError:

@@ -20,12 +20,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from splitfed.errors import InputError, WorkerError
-from splitfed.rounds import Plan
-from splitfed.rows import Row
 from splitfed.simulation.assembly import Assembly, Plans
-from splitfed.simulation.localdata import Data
-from splitfed.simulation.trainee import Belongings, Outcome, Recipe
-from splitfed.simulation.worker import Answer, Order, job, receive, send, work
+from splitfed.simulation.client import Belongings, Outcome, Recipe
+from splitfed.simulation.data import Data
+from splitfed.simulation.engines.worker import Answer, Order, job, receive, send, work
+from splitfed.store.rounds import Plan
+from splitfed.store.rows import Row
 
 PATIENCE = 10.0
 """Seconds for a worker to end by itself."""

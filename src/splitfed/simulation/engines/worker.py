@@ -19,10 +19,10 @@ import torch
 
 from splitfed.errors import InputError, WorkerError
 from splitfed.simulation.assembly import Assembly, Plans
-from splitfed.simulation.localdata import Data
-from splitfed.simulation.metering import Traffic
-from splitfed.simulation.trainee import Belongings, Next, Outcome, Recipe, Trainee
-from splitfed.store import GradientStore
+from splitfed.simulation.client import Belongings, Next, Outcome, Recipe, Trainee
+from splitfed.simulation.data import Data
+from splitfed.simulation.traffic import Traffic
+from splitfed.store.store import GradientStore
 
 
 @dataclass(frozen=True, slots=True, eq=False)

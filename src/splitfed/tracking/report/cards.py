@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from splitfed import __version__
-from splitfed.report import columns, people, reading
-from splitfed.report.axes import moments, ticks
-from splitfed.report.curves import MOST_LINES, Axis, curves
-from splitfed.report.markup import percent, plain, plural, size, span, tag, text
-from splitfed.report.reading import STATES, Run
+from splitfed._version import __version__
+from splitfed.tracking.report import columns, people, reading
+from splitfed.tracking.report.axes import moments, ticks
+from splitfed.tracking.report.charts import MOST_LINES, Axis, curves
+from splitfed.tracking.report.markup import percent, plain, plural, size, span, tag, text
+from splitfed.tracking.report.reading import STATES, Run
 
 _AXES = {
     "round": Axis("round", plain, functools.partial(ticks, most=6, whole=True)),

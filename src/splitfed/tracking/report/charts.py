@@ -6,8 +6,20 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from splitfed.report.axes import BOTTOM, HEIGHT, TOP, WIDTH, Format, Scale, chart, frame, horizontal, rounded, vertical
-from splitfed.report.markup import tag, text
+from splitfed.tracking.report.axes import (
+    BOTTOM,
+    HEIGHT,
+    TOP,
+    WIDTH,
+    Format,
+    Scale,
+    chart,
+    frame,
+    horizontal,
+    rounded,
+    vertical,
+)
+from splitfed.tracking.report.markup import tag, text
 
 Points = Sequence[tuple[float, float]]
 MOST_LINES = 40

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from splitfed.report.axes import Format, Scale, chart, frame, horizontal, moments, rounded, ticks, vertical
-from splitfed.report.markup import plain, plural, span, tag
+from splitfed.tracking.report.axes import Format, Scale, chart, frame, horizontal, moments, rounded, ticks, vertical
+from splitfed.tracking.report.markup import plain, plural, span, tag
 
 STALENESS = ("0", "1–2", "3–5", "6 or more")
 _LOWEST = (0.5, 2.5, 5.5)  # of the mean staleness: the borders of the classes above

@@ -5,17 +5,52 @@ Nothing is loaded from anywhere: the file can be mailed, archived, and opened wi
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
+from pathlib import Path
 
-from splitfed.report import cards, reading
-from splitfed.report.markup import plain, plural, size, span, tag, text
-from splitfed.report.reading import Run
+from splitfed.errors import InputError
+from splitfed.tracking.history import History
+from splitfed.tracking.report import cards, reading
+from splitfed.tracking.report.markup import plain, plural, size, span, tag, text
+from splitfed.tracking.report.reading import Run
+
+
+def render(history: History) -> str:
+    """The report as HTML.
+
+    Args:
+        history: What to report; one in memory will do.
+
+    Raises:
+        MissingError: it has neither rounds nor commits.
+    """
+    return page(reading.read(history))
+
+
+def write(history: History, path: str | os.PathLike[str]) -> None:
+    """Write the report.
+
+    Args:
+        history: What to report.
+        path: Where; the folder is made if need be, an older report is replaced.
+
+    Raises:
+        MissingError: the history has neither rounds nor commits.
+        InputError: the file can't be written.
+    """
+    written = render(history)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(written, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"the report can't be written to {os.fspath(path)} ({error}): choose another place") from error
 
 
 def page(run: Run) -> str:
     """The whole file."""
     name = str(run.about.get("name") or "split federated run")
-    resources = files("splitfed.report")
+    resources = files("splitfed.tracking.report")
     head = tag("title", text(f"{name} · splitfed report")) + tag(
         "style", resources.joinpath("page.css").read_text("utf-8")
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from splitfed.pictures import class_order
-from splitfed.report.markup import plain, plural, size, tag, text
-from splitfed.report.reading import Run, states
+from splitfed.tracking.plots import class_order
+from splitfed.tracking.report.markup import plain, plural, size, tag, text
+from splitfed.tracking.report.reading import Run, states
 
 MOST_CLIENTS = 40
 MOST_ROUNDS = 100

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from splitfed.errors import FormatError, MissingError
-from splitfed.history import History
-from splitfed.report.columns import Dot
-from splitfed.report.curves import Curve, Points
-from splitfed.rows import Row
+from splitfed.store.rows import Row
+from splitfed.tracking.history import History
+from splitfed.tracking.report.charts import Curve, Points
+from splitfed.tracking.report.columns import Dot
 
 STATES = ("took part", "late", "missing", "dropped")
 _EPOCH = 1e8  # a time beyond is one since 1970, not since the start

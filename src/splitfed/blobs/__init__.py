@@ -1,0 +1,29 @@
+"""Storage backends: a few atomic operations on bytes under keys, for any place that can hold a file.
+
+`contract` is what a backend promises, `testing` the suite that a backend of your own has to pass, and `open_blobs`
+chooses the backend of a URL: `local`, `memory`, or `remote` for any other filesystem of fsspec.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__all__ = ["Blobs", "BlobsSuite", "Buffer", "check_key", "open_blobs"]
+
+if TYPE_CHECKING:
+    from splitfed.blobs.contract import Blobs, Buffer, check_key
+    from splitfed.blobs.testing import BlobsSuite
+    from splitfed.blobs.url import open_blobs
+else:
+    from splitfed._lazy import lazily
+
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "Blobs": "blobs.contract",
+            "BlobsSuite": "blobs.testing",
+            "Buffer": "blobs.contract",
+            "check_key": "blobs.contract",
+            "open_blobs": "blobs.url",
+        },
+    )

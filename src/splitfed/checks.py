@@ -1,0 +1,29 @@
+"""Checks of arguments that many classes take: each returns the value, or raises `InputError` with its name."""
+
+from __future__ import annotations
+
+import sys
+
+from splitfed.errors import InputError
+
+
+def positive(name: str, value: float) -> float:
+    """Return `value` if it is a finite number above 0.
+
+    Raises:
+        InputError: it isn't.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+        raise InputError(f"{name} is {value!r}: expected a finite number above 0")
+    return value
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    """Return `value` if it is an integer of at least `least`.
+
+    Raises:
+        InputError: it isn't.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} is {value!r}: expected an integer of at least {least}")
+    return value

@@ -1,0 +1,1 @@
+"""The engines of a simulation: where its virtual clients run."""

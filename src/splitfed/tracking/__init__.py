@@ -1,0 +1,19 @@
+"""The record of a run and who receives it: history, callbacks, progress bars, plots and the HTML report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__all__ = ["History"]
+
+if TYPE_CHECKING:
+    from splitfed.tracking.history import History
+else:
+    from splitfed._lazy import lazily
+
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "History": "tracking.history",
+        },
+    )
