@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from splitfed.accumulator.buffers import BufferUpdate, Rule, merge_buffers
+from splitfed.accumulator.buffers import Rule, merge_buffers
 from splitfed.errors import InputError
 from splitfed.model.numerics import same_bits
+from splitfed.protocol.messages import BufferUpdate
 
 
 class Holder(nn.Module):

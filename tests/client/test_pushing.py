@@ -143,7 +143,7 @@ def test_a_parameter_without_a_gradient_is_left_out() -> None:
     site.client.push(gradient=True)
     (record,) = site.pushed()
     assert list(record.gradients) == ["1.weight", "1.bias"]
-    assert set(record.buffers[0]["values"]) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert set(record.buffers[0].values) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 
 
 def test_a_push_without_batches_needs_a_weight_and_takes_the_clients_scale() -> None:

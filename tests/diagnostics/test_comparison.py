@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 import splitfed
 from splitfed.blobs import memory
+from splitfed.diagnostics import comparison
 from splitfed.errors import InputError, ReplayError, UnknownCutError, UnsupportedError
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 
 
-def check(model: nn.Module, at: Any = "body", *args: Any, **kwargs: Any) -> splitfed.checking.Check:
+def check(model: nn.Module, at: Any = "body", *args: Any, **kwargs: Any) -> comparison.Check:
     """What it finds on four samples."""
     return splitfed.check(model, at, *(args or (X,)), **kwargs)
 

@@ -20,8 +20,8 @@ def test_a_change_has_the_parameters_and_the_buffers_that_moved() -> None:
     record = change(GradientRecord("gradient", 0, 4.0, 1.0, "", "", {}, []), fingerprint, start, end)
     assert {name: value.item() for name, value in record.gradients.items()} == {"w": 2.0}
     (update,) = record.buffers
-    assert [list(update[name]) for name in ("values", "bases")] == [["mean"], ["mean"]]
-    assert (update["values"]["mean"].item(), update["bases"]["mean"].item(), update["num_samples"]) == (0.5, 0.0, 4.0)
+    assert [list(getattr(update, name)) for name in ("values", "bases")] == [["mean"], ["mean"]]
+    assert (update.values["mean"].item(), update.bases["mean"].item(), update.num_samples) == (0.5, 0.0, 4.0)
 
 
 def test_samples_are_counted_back_to_the_beginning() -> None:

@@ -73,7 +73,7 @@ def test_what_is_personal_never_leaves() -> None:
     for batch in made.store.waiting("client"):
         record = made.store.pile("client").read(batch)
         assert record is not None
-        assert set(record.gradients) | set(record.buffers[0]["values"]) == set(SHARED)
+        assert set(record.gradients) | set(record.buffers[0].values) == set(SHARED)
     made.average()
     assert list(made.store.load_weights(lineage="client")) == SHARED
     for client, before in zip(made.clients, own, strict=True):

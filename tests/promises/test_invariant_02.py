@@ -77,7 +77,7 @@ def test_a_backward_is_that_of_its_forward(
     assert_same(split.body_gradients(), gradients(reference))
     (record,) = split.waiting()
     assert record.base_version == 0
-    buffers = {f"1.{name}": value for name, value in record.buffers[0]["values"].items()}
+    buffers = {f"1.{name}": value for name, value in record.buffers[0].values.items()}
     assert_same(buffers, dict(reference.named_buffers()))
 
 

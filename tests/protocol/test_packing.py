@@ -16,6 +16,7 @@ from splitfed.protocol import messages, pytree, safetensors
 from splitfed.protocol.messages import (
     BackwardAnswer,
     BackwardRequest,
+    BufferUpdate,
     Chain,
     ForwardAnswer,
     ForwardRecord,
@@ -30,8 +31,9 @@ from splitfed.protocol.messages import (
     PushRequest,
     RoundInfo,
     Seal,
+    content_digest,
 )
-from splitfed.protocol.packing import digest, pack, pack_tree, peek, unpack, unpack_tree
+from splitfed.protocol.packing import pack, pack_tree, peek, unpack, unpack_tree
 
 T = torch.arange(6.0).view(2, 3)
 INPUTS = ((T, [None, 3]), {"mask": T.t() > 1, "again": T})
@@ -65,7 +67,7 @@ BACK = BackwardRequest(
     seal=SEAL,
     housekeeping=NOTES,
 )
-SHARE = {"values": {"mean": T}, "bases": {"mean": T + 1}, "num_samples": 8.0}
+SHARE = BufferUpdate({"mean": T}, {"mean": T + 1}, 8.0)
 MESSAGES = [
     AHEAD,
     ForwardAnswer(1, 7, {"out": T}, (True,), False, {0: T}, (2**32 - 1,)),
@@ -120,7 +122,13 @@ def test_every_message_comes_back_as_it_was(message: Any) -> None:
 
 def test_every_message_is_among_the_examples() -> None:
     """None is left out above."""
-    held = {type(message).__name__ for message in MESSAGES} | {"Housekeeping", "Seal", "Chain", "RoundInfo"}
+    held = {type(message).__name__ for message in MESSAGES} | {
+        "Housekeeping",
+        "Seal",
+        "Chain",
+        "RoundInfo",
+        "BufferUpdate",
+    }
     assert held == {n for n, c in vars(messages).items() if dataclasses.is_dataclass(c)}
 
 
@@ -228,8 +236,10 @@ def test_a_tree_of_any_kind_travels() -> None:
 
 def test_a_retry_has_the_same_digest() -> None:
     """Equal content, other objects: another process would compute it too."""
-    assert digest(("a", 1, SEAL), [T, None]) == digest(("a", 1, dataclasses.replace(SEAL)), (T.clone(), None))
-    assert len(digest((), ())) == 64
+    assert content_digest(("a", 1, SEAL), [T, None]) == content_digest(
+        ("a", 1, dataclasses.replace(SEAL)), (T.clone(), None)
+    )
+    assert len(content_digest((), ())) == 64
 
 
 OTHERS = {
@@ -246,7 +256,7 @@ OTHERS = {
 @pytest.mark.parametrize(("said", "tensors"), OTHERS.values(), ids=OTHERS)
 def test_any_other_content_has_another_digest(said: Any, tensors: Any) -> None:
     """A plain field, an element, a shape, a dtype, strides, or the place of a tensor."""
-    assert digest(said, tensors) != digest(("a", 1), [T, None])
+    assert content_digest(said, tensors) != content_digest(("a", 1), [T, None])
 
 
 @pytest.mark.parametrize("field", ["num_samples", "loss_scale"])

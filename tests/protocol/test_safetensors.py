@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from splitfed.errors import ContainerError, FormatError, InputError
-from splitfed.protocol import safetensors
+from splitfed.protocol import safetensors as codec
 from splitfed.protocol.header import DTYPES
 
 
 def body(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """The bytes of a body."""
-    return b"".join(safetensors.encode(tensors, metadata))
+    return b"".join(codec.encode(tensors, metadata))
 
 
 def round_trip(tensor: Tensor) -> Tensor:
     """The tensor after a trip through bytes."""
-    return safetensors.decode(body({"x": tensor}))[0]["x"]
+    return codec.decode(body({"x": tensor}))[0]["x"]
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -79,7 +79,7 @@ def test_strides_survive(name: str) -> None:
     """A round trip gives values, dtype and the worked strides, in memory aligned to 64 bytes; canonical agrees."""
     make, strides = LAYOUTS[name]
     tensor = make()
-    for result in (round_trip(tensor), safetensors.canonical(tensor)):
+    for result in (round_trip(tensor), codec.canonical(tensor)):
         assert torch.equal(result, tensor)
         assert (result.dtype, result.shape, result.stride()) == (tensor.dtype, tensor.shape, strides)
         assert result.data_ptr() % 64 == 0
@@ -95,7 +95,7 @@ def test_every_dtype(dtype: torch.dtype) -> None:
         assert (result.dtype, result.shape, result.stride()) == (
             dtype,
             view.shape,
-            safetensors.canonical(view).stride(),
+            codec.canonical(view).stride(),
         )
         assert bits(result) == bits(view)
 
@@ -118,14 +118,14 @@ def strided(draw: st.DrawFn) -> Tensor:
 @given(tensor=strided())
 def test_canonical_is_the_round_trip(tensor: Tensor) -> None:
     """`canonical` and a trip through bytes agree in all, and both leave a canonical tensor alone."""
-    once, trip = safetensors.canonical(tensor), round_trip(tensor)
+    once, trip = codec.canonical(tensor), round_trip(tensor)
     for result in (once, trip):
         assert (result.dtype, result.shape, bits(result)) == (tensor.dtype, tensor.shape, bits(tensor))
         assert result.data_ptr() % 64 == 0
-        assert safetensors.canonical(result) is result
+        assert codec.canonical(result) is result
     assert once.stride() == trip.stride()
     assert body({"x": once}) == body({"x": trip}) == body({"x": tensor})
-    assert safetensors.crc32(tensor) == zlib.crc32(bits(tensor))
+    assert codec.crc32(tensor) == zlib.crc32(bits(tensor))
 
 
 @given(
@@ -137,9 +137,9 @@ def test_many_tensors_and_metadata(tensors: dict[str, Tensor], metadata: dict[st
     tensors = {name.replace("\0", "0").replace("..", "."): tensor for name, tensor in tensors.items()}
     data = body(tensors, metadata)
     assert data == body(dict(reversed(tensors.items())), dict(reversed(metadata.items())))
-    assert safetensors.read_metadata(data) == metadata
+    assert codec.read_metadata(data) == metadata
     for source in (data, bytearray(data)):
-        results, texts = safetensors.decode(source)
+        results, texts = codec.decode(source)
         assert texts == metadata
         assert {name: bits(result) for name, result in results.items()} == {
             name: bits(tensor) for name, tensor in tensors.items()
@@ -161,7 +161,7 @@ def test_hand_worked_bytes() -> None:
         b'"c":{"dtype":"U8","shape":[1],"data_offsets":[70,71]}}'
     )
     expected = (248).to_bytes(8, "little") + header.ljust(248) + bytes(range(64)) + b"\3\0\1\0\2\0\7"
-    parts = safetensors.encode(tensors, {"k": "v"})
+    parts = codec.encode(tensors, {"k": "v"})
     assert b"".join(parts) == expected
     assert len(expected) == 327
 
@@ -172,7 +172,7 @@ def test_hand_worked_bytes() -> None:
 def test_encode_shares_memory(name: str) -> None:
     """A buffer of `encode` is the tensor's own memory, read-only."""
     tensor = LAYOUTS[name][0]()
-    _, buffer = safetensors.encode({"x": tensor})
+    _, buffer = codec.encode({"x": tensor})
     with torch.no_grad():
         tensor.zero_() if 0 not in tensor.stride() else tensor[0].zero_()
     assert isinstance(buffer, memoryview)
@@ -183,8 +183,8 @@ def test_encode_shares_memory(name: str) -> None:
 def test_decode_shares_writable_aligned_memory() -> None:
     """Tensors at multiples of 64 bytes are the given memory, in their layout; the rest are copies."""
     image = torch.rand(2, 4, 4, 4).to(memory_format=torch.channels_last)
-    memory = mapped(safetensors.encode({"image": image, "odd": torch.ones(3), "ragged": torch.ones(5)}))
-    tensors, _ = safetensors.decode(memory)
+    memory = mapped(codec.encode({"image": image, "odd": torch.ones(3), "ragged": torch.ones(5)}))
+    tensors, _ = codec.decode(memory)
     memory[-600:] = bytes(600)
     assert torch.equal(tensors["image"], torch.zeros_like(image))
     assert tensors["image"].stride() == image.stride()
@@ -195,7 +195,7 @@ def test_decode_copies_what_it_may_not_write() -> None:
     """Bytes stay as they are when a decoded tensor is written to, and nothing warns."""
     data = body({"x": torch.ones(16), "y": torch.ones(3)})
     before = bytes(bytearray(data))
-    tensors, _ = safetensors.decode(data)
+    tensors, _ = codec.decode(data)
     tensors["x"].zero_()
     tensors["y"].zero_()
     assert data == before
@@ -203,7 +203,7 @@ def test_decode_copies_what_it_may_not_write() -> None:
 
 def test_decoded_tensors_are_independent() -> None:
     """Two tensors of one body have version counters of their own, so that autograd doesn't take one for the other."""
-    tensors, _ = safetensors.decode(body({"x": torch.ones(16), "y": torch.ones(16)}))
+    tensors, _ = codec.decode(body({"x": torch.ones(16), "y": torch.ones(16)}))
     version = tensors["y"]._version
     tensors["x"].add_(1)
     assert tensors["y"]._version == version
@@ -213,12 +213,12 @@ def test_decoded_tensors_are_independent() -> None:
 def test_canonical_is_the_identity_to_autograd() -> None:
     """Gradients pass through a copy that `canonical` makes; a canonical tensor is returned itself."""
     weight = torch.rand(9, requires_grad=True)
-    assert safetensors.canonical(weight) is weight
+    assert codec.canonical(weight) is weight
     for view in (weight[1:], weight.as_strided((2, 3), (1, 2), 1), weight.as_strided((2, 2), (4, 2), 1)):
         factors = torch.rand(view.shape)
         (expected,) = torch.autograd.grad((view * factors).sum(), weight, retain_graph=True)
-        (gradient,) = torch.autograd.grad((safetensors.canonical(view) * factors).sum(), weight, retain_graph=True)
-        assert safetensors.canonical(view) is not view
+        (gradient,) = torch.autograd.grad((codec.canonical(view) * factors).sum(), weight, retain_graph=True)
+        assert codec.canonical(view) is not view
         assert torch.equal(gradient, expected)
 
 
@@ -228,15 +228,15 @@ def test_lazy_conjugates_are_resolved() -> None:
     assert round_trip(numbers.conj()).tolist() == [1 - 2j, 3 + 4j]
     assert round_trip(numbers.conj().imag).tolist() == [-2, 4]
     assert round_trip(numbers[:1].conj().imag).tolist() == [-2]
-    assert safetensors.canonical(numbers.conj().imag).tolist() == [-2, 4]
-    assert safetensors.crc32(numbers.conj()) == safetensors.crc32(torch.tensor([1 - 2j, 3 + 4j]))
+    assert codec.canonical(numbers.conj().imag).tolist() == [-2, 4]
+    assert codec.crc32(numbers.conj()) == codec.crc32(torch.tensor([1 - 2j, 3 + 4j]))
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_default_device_is_left_alone(device: str) -> None:
     """Decoded tensors are on the CPU whatever the default device is."""
     with torch.device(device):
-        tensors, _ = safetensors.decode(
+        tensors, _ = codec.decode(
             body({"x": torch.ones(3, device="cpu").expand(2, 3), "y": torch.ones(0, device="cpu")})
         )
     assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
@@ -267,7 +267,7 @@ def test_encode_refuses(kind: str) -> None:
     """A tensor that the format can't hold raises, with its name, its dtype and what to do."""
     make, message = REFUSED[kind]
     with pytest.raises(ContainerError, match="tensor 'bad' .*" + message):
-        safetensors.encode({"good": torch.ones(1), "bad": make()})  # type: ignore[dict-item]
+        codec.encode({"good": torch.ones(1), "bad": make()})  # type: ignore[dict-item]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
@@ -278,21 +278,21 @@ def test_canonical_refuses(kind: str) -> None:
     make, message = REFUSED[kind]
     if kind != "no tensor":
         with pytest.raises(ContainerError, match=message):
-            safetensors.canonical(make())  # type: ignore[arg-type]
+            codec.canonical(make())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["__metadata__", "a\0b", "../a", "a/..", "..\\a", "a" * 1025, "\ud800"])
 def test_encode_refuses_names(name: str) -> None:
     """A name that decode would refuse is refused on the way out."""
     with pytest.raises(ContainerError, match=r"name|text"):
-        safetensors.encode({name: torch.ones(1)})
+        codec.encode({name: torch.ones(1)})
 
 
 @pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}, {"splitfed.layout": "{}"}, {"a": "\ud800"}], ids=repr)
 def test_encode_refuses_metadata(metadata: dict[str, str]) -> None:
     """Metadata that aren't text, or take the place of the layout, are refused."""
     with pytest.raises(InputError, match="metadata"):
-        safetensors.encode({}, metadata)
+        codec.encode({}, metadata)
 
 
 def test_safetensors_reads_ours() -> None:
@@ -308,7 +308,7 @@ def test_safetensors_reads_ours() -> None:
 def test_ours_reads_safetensors() -> None:
     """`decode` reads what the library's own `save` writes, and aligns it."""
     tensors = {str(dtype): sample(dtype) for dtype in DTYPES.values()} | {"scalar": torch.tensor(1.5)}
-    loaded, metadata = safetensors.decode(safetensors.torch.save(tensors, {"a": "ü"}))
+    loaded, metadata = codec.decode(safetensors.torch.save(tensors, {"a": "ü"}))
     assert metadata == {"a": "ü"}
     assert {name: bits(tensor) for name, tensor in loaded.items()} == {name: bits(tensors[name]) for name in tensors}
     assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.values())
@@ -323,10 +323,10 @@ def test_safetensors_reads_a_layout_permuted() -> None:
 def test_crc32_by_hand() -> None:
     """CRC-32 is over the values in the order of their indices: the check value of "123456789", also transposed."""
     digits = torch.tensor(list(b"123456789"), dtype=torch.uint8).reshape(3, 3)
-    assert safetensors.crc32(digits) == 0xCBF43926
-    assert safetensors.crc32(digits.t().contiguous().t()) == 0xCBF43926
-    assert safetensors.crc32(torch.ones(0)) == 0
-    assert safetensors.crc32(torch.tensor(True)) == zlib.crc32(b"\1")
+    assert codec.crc32(digits) == 0xCBF43926
+    assert codec.crc32(digits.t().contiguous().t()) == 0xCBF43926
+    assert codec.crc32(torch.ones(0)) == 0
+    assert codec.crc32(torch.tensor(True)) == zlib.crc32(b"\1")
 
 
 def test_boolean_bytes() -> None:
@@ -335,12 +335,12 @@ def test_boolean_bytes() -> None:
     data[-1] = 2
     for source in (bytes(data), data):
         with pytest.raises(FormatError, match="'x' isn't boolean: expected bytes 0 and 1"):
-            safetensors.decode(source)
+            codec.decode(source)
 
 
 def test_speed() -> None:
     """Sizes don't cost element by element: 16 MB out and 64 MB in take milliseconds, not the seconds of a loop."""
     large = {"x": torch.rand(4 << 20)}
-    memory = mapped(safetensors.encode({f"x{i}": torch.rand(4 << 20) for i in range(4)}))
-    assert min(timeit.repeat(lambda: safetensors.encode(large), number=1, repeat=5)) < 0.01
-    assert min(timeit.repeat(lambda: safetensors.decode(memory), number=1, repeat=5)) < 0.01
+    memory = mapped(codec.encode({f"x{i}": torch.rand(4 << 20) for i in range(4)}))
+    assert min(timeit.repeat(lambda: codec.encode(large), number=1, repeat=5)) < 0.01
+    assert min(timeit.repeat(lambda: codec.decode(memory), number=1, repeat=5)) < 0.01

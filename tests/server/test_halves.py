@@ -14,7 +14,7 @@ from torch import nn
 import splitfed
 from splitfed.errors import InputError, SplitFedError, StoreError
 from splitfed.model.skeleton import Template
-from splitfed.protocol.messages import PushAnswer, PushRequest
+from splitfed.protocol.messages import PullRequest, PushAnswer, PushRequest
 
 
 class Lossy(Wire):
@@ -157,4 +157,4 @@ def test_a_version_that_isnt_there_cant_be_pulled(version: Any) -> None:
     """Our own error."""
     site = Site().pulled()
     with pytest.raises(SplitFedError):
-        site.server.pull(splitfed.messages.PullRequest("a", version))
+        site.server.pull(PullRequest("a", version))

@@ -18,7 +18,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, simulation: Simulation) -> list[tup
     """The (time, client, request) of each request that a simulation makes from now on."""
     log: list[tuple[float, str, str]] = []
     meter, timeline = simulation._assembly.meter, simulation._timeline
-    ask = meter._ask
+    ask = meter.send
 
     def asking(method: str, request: Any) -> Any:
         answer = ask(method, request)
@@ -26,7 +26,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, simulation: Simulation) -> list[tup
             log.append((round(timeline.now if timeline is not None else 0.0, 6), request.client_id, method))
         return answer
 
-    monkeypatch.setattr(meter, "_ask", asking)
+    monkeypatch.setattr(meter, "send", asking)
     return log
 
 

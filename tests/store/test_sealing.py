@@ -48,7 +48,7 @@ def test_parts_add_up_once_they_are_sealed() -> None:
     record = waiting(site)
     assert record.gradients["weight"].tolist() == [[12, 6], [12, 6]]
     assert (record.num_samples, record.loss_scale) == (5, 0.5)
-    assert [update["num_samples"] for update in record.buffers] == [2, 3]
+    assert [update.num_samples for update in record.buffers] == [2, 3]
     assert site.store.blobs.list("body/part") == []
     assert site.commit().num_samples == 5
     assert site.store.load_weights()["weight"].tolist() == [[2 - 24, -12], [-24, 2 - 12]]

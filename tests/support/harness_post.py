@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from splitfed.protocol import wire
-from splitfed.protocol.packing import pack
+from splitfed.protocol.packing import pack, unpack_answer
 from splitfed.service.mailbox import client
 from splitfed.service.mailbox.client import StoreTransport
 from splitfed.store import layout
@@ -54,7 +53,7 @@ def answer(store: GradientStore, place: str, method: str) -> Any:
     """What was answered there; raises the error that was."""
     data = store.blobs.get(f"{place}.answer")
     assert data is not None, f"no answer among {store.blobs.list('post')}"
-    return wire.unpack_answer(method, data)
+    return unpack_answer(method, data)
 
 
 def ends(store: GradientStore) -> list[str]:

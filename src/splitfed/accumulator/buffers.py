@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -27,28 +26,13 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from splitfed.errors import InputError
 from splitfed.model.numerics import same_bits
+from splitfed.protocol.messages import BufferUpdate
 
 Buffers = Mapping[str, Tensor]
 Merge = Callable[[Tensor, list[Tensor], list[Tensor], list[float]], Tensor]
 Rule = str | Merge
 _ROWS = 64  # updates that are computed at once
 _RULES = ("mean", "sum", "or", "ema", "last", "keep")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BufferUpdate:
-    """The buffers that one batch changed.
-
-    A changed buffer differs from its base in some bit. A statistic that an update left as it was may be named too: only
-    then is its base known exactly, and the head's value stands in for it if not.
-    """
-
-    values: Buffers
-    """The end value bᵢ of each, by qualified name."""
-    bases: Buffers
-    """The value that each began with, under the same names."""
-    num_samples: float
-    """nᵢ, in examples."""
 
 
 _Counts = list[tuple[BufferUpdate, int]]

@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from splitfed.accumulator.buffers import BufferUpdate
 from splitfed.accumulator.mean import StreamingMean
 from splitfed.checks import positive
 from splitfed.errors import ArchitectureError, FormatError, IdError, InputError, MissingError
 from splitfed.model.numerics import all_finite
 from splitfed.model.skeleton import Fingerprint, check_tensors
 from splitfed.protocol.ids import BatchId, check_number
-from splitfed.protocol.messages import GradientRecord
+from splitfed.protocol.messages import BufferUpdate, GradientRecord
 from splitfed.store.batches import Pile
 from splitfed.store.selection import Selection
 
@@ -173,15 +172,13 @@ def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpd
         raise InputError("a gradient isn't finite")
     if abs(record.loss_scale) < 1 and not all(all_finite(g / record.loss_scale) for g in record.gradients.values()):
         raise InputError(f"a gradient isn't finite any more once divided by its loss scale {record.loss_scale}")
-    updates = []
-    for entry in record.buffers:
-        values, bases = entry["values"], entry["bases"]
-        check_tensors(fingerprint, values, "buffer")
-        check_tensors(fingerprint, bases, "buffer")
-        if set(values) != set(bases):
-            raise InputError(f"buffers {sorted(set(values) ^ set(bases))} have no value or no base")
-        updates.append(BufferUpdate(values, bases, positive("num_samples", entry["num_samples"])))
-    return updates
+    for update in record.buffers:
+        check_tensors(fingerprint, update.values, "buffer")
+        check_tensors(fingerprint, update.bases, "buffer")
+        if set(update.values) != set(update.bases):
+            raise InputError(f"buffers {sorted(set(update.values) ^ set(update.bases))} have no value or no base")
+        positive("num_samples", update.num_samples)
+    return list(record.buffers)
 
 
 def _reject(found: Sorted, batch: BatchId, why: str) -> None:

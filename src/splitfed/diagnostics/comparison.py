@@ -21,7 +21,7 @@ from splitfed.model.cut import find_cuts, split
 from splitfed.model.skeleton import named_state, unwrap
 from splitfed.model.unsplit import reference
 from splitfed.protocol import pytree
-from splitfed.protocol.messages import BackwardAnswer, BackwardRequest
+from splitfed.protocol.transport import Middleware
 from splitfed.server.server import SplitServer
 from splitfed.store.store import GradientStore
 
@@ -109,7 +109,7 @@ def _split_step(
     half, body = split(model, at)
     store = GradientStore(f"memory://splitfed-check-{uuid.uuid4().hex}", sync="process")
     first, second = SplitServer(body, store, keep_graphs=0), SplitServer(body, store, keep_graphs=0)
-    client = SplitClient(half, _Elsewhere(first, second), "check")
+    client = SplitClient(half, _BackwardElsewhere(first, second), "check")
     try:
         _disturb(half, second, args, kwargs)
         got = _step(half, client, args, kwargs)
@@ -118,7 +118,7 @@ def _split_step(
             record = store.pile().read(batch)
             if record is not None:
                 got["parameter gradients"] |= {prefix + name: gradient for name, gradient in record.gradients.items()}
-                values = {k: v for chain in record.buffers for k, v in chain["values"].items()}
+                values = {k: v for chain in record.buffers for k, v in chain.values.items()}
                 got["buffers"] |= {prefix + name: value for name, value in values.items()}
         weights = store.load_weights(0)
         for name in [name for name, _ in body.named_buffers() if name in weights]:
@@ -139,16 +139,18 @@ def _disturb(half: nn.Module, server: SplitServer, args: tuple[Any, ...], kwargs
     torch.set_rng_state(state)
 
 
-class _Elsewhere:
-    """A transport whose backward goes to another replica than its forward."""
+class _BackwardElsewhere(Middleware):
+    """Sends a backward to another replica than its forward: one that hasn't seen it."""
 
     def __init__(self, first: SplitServer, second: SplitServer) -> None:
-        self.forward, self.loss, self.push, self.pull = first.forward, first.loss, first.push, first.pull
+        super().__init__(first)
         self._second = second
 
-    def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
-        """Ask the replica that hasn't seen the forward."""
-        return self._second.backward(request)
+    def send(self, verb: str, request: Any, /) -> Any:
+        """The answer of the replica whose turn it is."""
+        if verb == "backward":
+            return self._second.backward(request)
+        return super().send(verb, request)
 
 
 def _prefix(model: nn.Module, at: str | Sequence[str]) -> str:

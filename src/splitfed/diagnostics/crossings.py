@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from splitfed.client.client import SplitClient
 from splitfed.protocol import pytree
-from splitfed.protocol.messages import BackwardAnswer, BackwardRequest, ForwardAnswer, ForwardRequest
 from splitfed.protocol.packing import pack
+from splitfed.protocol.transport import Middleware
 from splitfed.server.server import SplitServer
 from splitfed.store.store import GradientStore
 
@@ -87,33 +87,27 @@ def inspect(client_half: nn.Module, body: nn.Module, *example: Any) -> Inspectio
     )
 
 
-class _Tap:
-    """A transport that notes what passes."""
+class _Tap(Middleware):
+    """Notes the tensors and the bytes of each forward and backward that passes."""
 
     def __init__(self, server: SplitServer) -> None:
-        self.loss, self.push, self.pull = server.loss, server.push, server.pull
+        super().__init__(server)
         self.crossings: list[Crossing] = []
         self.messages: dict[str, int] = {}
-        self._server = server
         self._cuts: dict[int | None, str] = {}
 
-    def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
-        """Note activations and outputs."""
-        self._cuts[request.call] = request.cut
-        answer = self._server.forward(request)
-        self._note(request.call, "activations", pytree.flatten(request.inputs)[1])
-        self._note(request.call, "outputs", pytree.flatten(answer.outputs)[1])
-        self._count("forward request", request)
-        self._count("forward answer", answer)
-        return answer
-
-    def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
-        """Note the gradients of both."""
-        answer = self._server.backward(request)
-        self._note(request.call, "grad_outputs", request.grad_outputs)
-        self._note(request.call, "grad_activations", answer.grad_inputs)
-        self._count("backward request", request)
-        self._count("backward answer", answer)
+    def send(self, verb: str, request: Any, /) -> Any:
+        """Pass a request on; note what it and its answer hold."""
+        answer = super().send(verb, request)
+        if verb == "forward":
+            self._cuts[request.call] = request.cut
+            self._note(request.call, "activations", request.tensors())
+            self._note(request.call, "outputs", pytree.flatten(answer.outputs)[1])
+        elif verb == "backward":
+            self._note(request.call, "grad_outputs", request.grad_outputs)
+            self._note(request.call, "grad_activations", answer.grad_inputs)
+        self._count(f"{verb} request", request)
+        self._count(f"{verb} answer", answer)
         return answer
 
     def _note(self, call: int | None, what: str, tensors: Iterable[Tensor | None]) -> None:

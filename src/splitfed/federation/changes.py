@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splitfed.model.numerics import same_bits
 from splitfed.model.skeleton import Fingerprint
-from splitfed.protocol.messages import GradientRecord
+from splitfed.protocol.messages import BufferUpdate, GradientRecord
 from splitfed.store.commit import Commit
 from splitfed.store.lineage import Lineage
 
@@ -35,10 +35,10 @@ def change(
     """`record` with start − end of the parameters, and the buffers that changed."""
     roles = {name: entry.get("role") for name, entry in fingerprint.items()}
     changed = [name for name, role in roles.items() if role == "buffer" and not same_bits(start[name], end[name])]
-    update = {
-        "values": {name: end[name] for name in changed},
-        "bases": {name: start[name] for name in changed},
-        "num_samples": record.num_samples,
-    }
+    update = BufferUpdate(
+        values={name: end[name] for name in changed},
+        bases={name: start[name] for name in changed},
+        num_samples=record.num_samples,
+    )
     gradients = {name: start[name] - end[name] for name, role in roles.items() if role == "trainable"}
     return replace(record, gradients=gradients, buffers=[update])

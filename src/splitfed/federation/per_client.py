@@ -31,8 +31,7 @@ from splitfed.federation.changes import BEGUN, change, since
 from splitfed.model.copying import deep_copy
 from splitfed.model.skeleton import device_of, unwrap
 from splitfed.protocol.ids import BatchId
-from splitfed.protocol.messages import GradientRecord
-from splitfed.protocol.packing import digest
+from splitfed.protocol.messages import GradientRecord, content_digest
 from splitfed.store.batchset import BatchSet
 from splitfed.store.cache import Bounded
 from splitfed.store.commit import Commit
@@ -211,7 +210,7 @@ class PerClient:
             )
         said = (batch, ended.source, ended.version, ended.num_samples)
         record = GradientRecord(
-            "gradient", ended.source, ended.num_samples, 1.0, digest(said, ()), self._numerics, {}, []
+            "gradient", ended.source, ended.num_samples, 1.0, content_digest(said, ()), self._numerics, {}, []
         )
         try:
             start = body.checked_state(ended.source)

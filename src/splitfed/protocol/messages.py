@@ -1,16 +1,31 @@
-"""What travels between a client and a server, and what is kept of it: frozen dataclasses without behaviour.
+"""The messages between a client and a server, and the records that a store keeps of them: frozen dataclasses.
 
-Every field is a tree (`trees`), so any of them packs into safetensors bytes the same way (`packing`): a request on the
-wire and the record of it on disk are one format.
+Any message packs into safetensors bytes the same way (`packing`), so a request on the wire and its record on disk are
+one format. What follows from a message's fields alone is a method of it: its tensors, its weights, its digest. Whether
+each field has the type that its annotation says is checked once, where bytes become a message (`fields`).
+
+The trap: class names, field names and their order are the format, and so is what a digest hashes. Rename or reorder
+one, and an older store can't be read; change a digest, and a retry after the upgrade is refused as another request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
+
+from splitfed.protocol import pytree, safetensors
+from splitfed.protocol.fields import CHECKED_AS_KEY, Request
+from splitfed.protocol.ids import BatchId
+
+ClientId = Annotated[str, CHECKED_AS_KEY]
+Number = Annotated[int, CHECKED_AS_KEY]
+Seed = Annotated[int, range(2**64)]
+Arguments = tuple[Any, dict[str, Any]]
+"""The pytree (args, kwargs) of a call."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,12 +39,20 @@ class Housekeeping:
     answered: tuple[int, ...] = ()
     """Sequence numbers of one-trip loss calls whose answer has arrived."""
 
+    def counts(self) -> list[tuple[str, int]]:
+        """How many numbers of each kind ride along, with what they are."""
+        return [
+            ("calls that were released", len(self.released)),
+            ("calls that were abandoned", len(self.abandoned)),
+            ("batches that were answered", len(self.answered)),
+        ]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ForwardRequest:
+class ForwardRequest(Request):
     """One call of a cut point. Everything that its bits depend on is in here or pinned by the answer's version."""
 
-    client_id: str
+    client_id: ClientId
     incarnation: int | None
     """The client's process; `None` at its first recorded call: the server opens one and answers it."""
     process: str
@@ -38,14 +61,14 @@ class ForwardRequest:
     """Number of this call within the incarnation."""
     cut: str
     """Which cut of the body: '' for the body itself."""
-    inputs: Any
+    inputs: Arguments
     """The tree (args, kwargs) of the call."""
     requires_grad: tuple[bool, ...]
     """For each distinct tensor of `inputs`."""
     training: bool
     grad: bool
     """The client's grad mode: with it on, the forward is recorded and its backward answered."""
-    seed: int
+    seed: Seed
     autocast: str | None
     """The autocast dtype, such as 'bfloat16', or `None` outside autocast."""
     version: int | None
@@ -55,6 +78,39 @@ class ForwardRequest:
     previous: int | None
     """Number of the call of the same `client(...)` whose buffers this one continues."""
     housekeeping: Housekeeping = Housekeeping()
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that it carries, each distinct one once."""
+        return pytree.flatten(self.inputs)[1]
+
+    def samples(self) -> list[float]:
+        """How many examples it is of: the leading dimension of its first tensor."""
+        tensors = self.tensors()
+        return [tensors[0].shape[0] if tensors and tensors[0].dim() else 0]
+
+    def counts(self) -> list[tuple[str, int]]:
+        """How many numbers of each kind ride along, with what they are."""
+        return self.housekeeping.counts()
+
+    def record(self, buffers: Mapping[str, Tensor] | None, numerics: str) -> ForwardRecord:
+        """The record of this call before it has run: its outputs aren't known yet.
+
+        Args:
+            buffers: What the buffers are at its start; `None` for the version's own.
+            numerics: The short name of the numerics class of the process that runs it.
+        """
+        return ForwardRecord(
+            cut=self.cut,
+            inputs=self.inputs,
+            requires_grad=self.requires_grad,
+            training=self.training,
+            seed=self.seed,
+            autocast=self.autocast,
+            buffers=buffers,
+            outputs=(),
+            crcs=(),
+            numerics=numerics,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +140,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seal:
-    """Closes a batch: which parts make its gradient, in the order in which autograd added them."""
+    """The close of a batch: which parts make its gradient, in the order in which autograd added them."""
 
     parts: tuple[tuple[int, int], ...]
     """(version, part) of the parts sent before; a call that rides along comes last."""
@@ -92,24 +148,57 @@ class Seal:
     loss_scale: float
     chains: tuple[Chain, ...]
 
+    def plain(self) -> tuple[Any, ...]:
+        """Its content for a digest, in plain values: their `repr` takes a tenth of the time of a dataclass's."""
+        chains = [(chain.num_samples, chain.last_part) for chain in self.chains]
+        return self.parts, self.num_samples, self.loss_scale, chains
+
+    def digest(self, batch: BatchId) -> str:
+        """The digest of a batch that is closed by a request of its own, without a call that rides along."""
+        return content_digest((*batch, self.plain()), ())
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class BackwardRequest:
+class BackwardRequest(Request):
     """Gradients of one call's outputs, the close of a batch, or (ordinarily) both."""
 
-    client_id: str
-    incarnation: int
-    seq: int
+    client_id: ClientId
+    incarnation: Number
+    seq: Number
     """The batch; taken at the backward. Calls in eval mode make no batch: theirs is not stored."""
-    part: int
+    part: Number
     """Place of this call in the pass."""
-    version: int
+    version: Number
     """The version that the call ran at, as answered."""
-    call: int | None
+    call: Annotated[int | None, CHECKED_AS_KEY]
     """`None` if only `seal` is asked for."""
     grad_outputs: tuple[Tensor | None, ...]
     seal: Seal | None
     housekeeping: Housekeeping = Housekeeping()
+
+    def tensors(self) -> list[Tensor]:
+        """The gradients that it carries."""
+        return [gradient for gradient in self.grad_outputs if gradient is not None]
+
+    def samples(self) -> list[float]:
+        """How many examples its batch has, as a whole and by chain; none if it closes no batch."""
+        if self.seal is None:
+            return []
+        return [self.seal.num_samples, *(chain.num_samples for chain in self.seal.chains)]
+
+    def counts(self) -> list[tuple[str, int]]:
+        """How many numbers of each kind ride along, with what they are."""
+        found = self.housekeeping.counts()
+        if self.seal is not None:
+            found.append(("parts of a batch", len(self.seal.parts)))
+            found.append(("chains of a batch", len(self.seal.chains)))
+        return found
+
+    def digest(self) -> str:
+        """What tells this request from another under the same batch id."""
+        seal = None if self.seal is None else self.seal.plain()
+        place = (self.client_id, self.incarnation, self.seq, self.part, self.version, self.call)
+        return content_digest((*place, seal), self.grad_outputs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,13 +211,42 @@ class BackwardAnswer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LossRequest:
+class LossRequest(Request):
     """Activations and labels in one trip: forward, loss and backward on the server."""
 
     forward: ForwardRequest
-    seq: int
+    seq: Number
     target: Any
     num_samples: float
+
+    @property
+    def client_id(self) -> str:
+        """The client that it speaks for: that of its forward."""
+        return self.forward.client_id
+
+    def tensors(self) -> list[Tensor]:
+        """The activations and the target, each distinct tensor once."""
+        return pytree.flatten((self.forward.inputs, self.target))[1]
+
+    def samples(self) -> list[float]:
+        """How many examples it is of: as its first tensor has them, and as it says."""
+        return [*self.forward.samples(), self.num_samples]
+
+    def counts(self) -> list[tuple[str, int]]:
+        """How many numbers of each kind ride along, with what they are."""
+        return self.forward.counts()
+
+    def digest(self, batch: BatchId, version: int) -> str:
+        """What tells this request from another under the same batch id.
+
+        Args:
+            batch: The batch that it makes; its incarnation may have been opened by this request.
+            version: The version that it runs at.
+        """
+        spec, sent = pytree.flatten((self.forward.inputs, self.target))
+        ahead = self.forward
+        settings = (ahead.call, ahead.cut, ahead.seed, ahead.autocast, self.num_samples, spec)
+        return content_digest((batch, version, *settings), sent)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,10 +262,10 @@ class LossAnswer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PullRequest:
-    """Asks for the newest client half."""
+class PullRequest(Request):
+    """A question for the newest client half."""
 
-    client_id: str
+    client_id: ClientId
     version: int | None = None
     weights: bool = True
     """False asks for the round alone."""
@@ -184,13 +302,13 @@ class PullAnswer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PushRequest:
+class PushRequest(Request):
     """A client half's update (start − end as a pseudo-gradient, or its gradient), or its lineage's first weights."""
 
-    client_id: str
+    client_id: ClientId
     incarnation: int | None
     process: str
-    seq: int
+    seq: Number
     base_version: int
     """-1 publishes version 0: `gradients` then holds the weights, and nothing happens if it exists."""
     fingerprint: Any
@@ -202,6 +320,26 @@ class PushRequest:
     num_samples: float
     loss_scale: float
     """What `gradients` are to be divided by; 1 for start − end."""
+
+    samples_limit = "push_samples"  # it counts all batches since the pull
+
+    def tensors(self) -> list[Tensor]:
+        """The gradients, then the buffers at their end and at their start."""
+        return [*self.gradients.values(), *self.values.values(), *self.bases.values()]
+
+    def samples(self) -> list[float]:
+        """How many examples it counts."""
+        return [self.num_samples]
+
+    def digest(self, incarnation: int) -> str:
+        """What tells this request from another under the same batch id.
+
+        Args:
+            incarnation: The client's process; this request may have opened it.
+        """
+        place = (self.client_id, incarnation, self.seq, self.base_version)
+        names = (list(self.gradients), list(self.values))
+        return content_digest((*place, self.num_samples, self.loss_scale, *names), self.tensors())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,17 +355,34 @@ class ForwardRecord:
     """A forward as it is kept: all that a replica needs to run it again, and to know that it did."""
 
     cut: str
-    inputs: Any
+    inputs: Arguments
     requires_grad: tuple[bool, ...]
     training: bool
-    seed: int
+    seed: Seed
     autocast: str | None
     buffers: Mapping[str, Tensor] | None
     """What the buffers were at its start; `None` for the version's own."""
     outputs: tuple[tuple[tuple[int, ...], str, bool], ...]
     """Shape, dtype and requires_grad of each output tensor."""
     crcs: tuple[int, ...]
-    numerics: Any
+    numerics: str
+    """The short name of the numerics class that it ran in."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BufferUpdate:
+    """The buffers that one batch changed.
+
+    A changed buffer differs from its base in some bit. A statistic that an update left as it was may be named too: only
+    then is its base known exactly, and the head's value stands in for it if not.
+    """
+
+    values: Mapping[str, Tensor]
+    """The end value bᵢ of each, by qualified name."""
+    bases: Mapping[str, Tensor]
+    """The value that each began with, under the same names."""
+    num_samples: float
+    """nᵢ, in examples."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -242,5 +397,19 @@ class GradientRecord:
     digest: str
     numerics: str
     gradients: Mapping[str, Tensor]
-    buffers: Sequence[Mapping[str, Any]]
-    """A mapping of values, bases (by buffer name) and num_samples for each chain."""
+    buffers: Sequence[BufferUpdate]
+    """One for each chain."""
+
+
+def content_digest(plain: object, tensors: Iterable[Tensor | None]) -> str:
+    """SHA-256 of a request's content: a retry has the same, another request another.
+
+    Args:
+        plain: Its plain fields, housekeeping apart; anything whose `repr` tells them apart.
+        tensors: What it carries.
+    """
+    contents = [("", b"") if tensor is None else safetensors.content(tensor) for tensor in tensors]
+    hasher = hashlib.sha256(repr((plain, [text for text, _ in contents])).encode())
+    for _, memory in contents:
+        hasher.update(memory)
+    return hasher.hexdigest()

@@ -1,33 +1,34 @@
-"""Messages and records as safetensors bytes: one packing for the wire and the disk.
+"""Messages, records and errors as safetensors bytes: one packing for the wire and the disk.
 
 The fields of a message form one tree; its spec goes into the header as JSON, its tensors are named by their place in
 the tree and share their memory with the message on the way out, and with the file on the way in.
+
+An error arrives as the class that the server raised, with its message: a loop that catches `ExpiredError` in one
+process catches it over any transport. The trap is what an error may tell. Ours are written for the client. Of an
+unforeseen exception only the class crosses, since its text may quote a path, a credential or somebody else's data; the
+text belongs in the server's log.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from splitfed import errors
 from splitfed.errors import ContainerError, FormatError, SplitFedError
 from splitfed.protocol import header, pytree, safetensors
-from splitfed.protocol.kinds import check_kinds
-from splitfed.protocol.messages import Chain, ForwardRequest, Housekeeping, RoundInfo, Seal
+from splitfed.protocol.fields import check_types, nested_messages
+from splitfed.protocol.transport import VERBS
 
 M = TypeVar("M")
-_to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # a spec is made anew, without circles
+# Specs are built here and have no circles: looking for them takes half of the time.
+_to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
-_NESTED: dict[str, type] = {
-    "housekeeping": Housekeeping,
-    "seal": Seal,
-    "chains": Chain,
-    "forward": ForwardRequest,
-    "round": RoundInfo,
-}
+_ERROR = "Error"
+_MAX_MESSAGE = 4_000
 
 
 def pack(message: Any) -> list[memoryview | bytes]:
@@ -46,13 +47,53 @@ def unpack(
     max_tensors: int = header.MAX_TENSORS,
     max_header: int = header.MAX_HEADER,
 ) -> M:
-    """The message in `data`; its tensors share that memory.
+    """The message in `data`; its tensors share that memory. Here each field's type is checked, and nowhere else.
 
     Raises:
         FormatError: the bytes aren't a `cls` of ours, or have more tensors or a larger header than that.
     """
     tensors, metadata = safetensors.decode(data, max_tensors=max_tensors, max_header=max_header)
-    return check_kinds(_rebuild(cls, _tree(cls.__name__, tensors, metadata)))
+    return check_types(_rebuild(cls, _tree(cls.__name__, tensors, metadata)))
+
+
+def unpack_answer(verb: str, data: memoryview | bytes | bytearray) -> Any:
+    """The answer to a request of a verb.
+
+    Raises:
+        SplitFedError: the error that was answered instead.
+        FormatError: the bytes are neither.
+    """
+    if kind_of(data) == _ERROR:
+        raise unpack_error(data)
+    return unpack(VERBS[verb][1], data)
+
+
+def kind_of(data: memoryview | bytes | bytearray) -> str:
+    """What packed bytes say they are: the name of a message's class, or 'Error'; '' if they say nothing.
+
+    Raises:
+        FormatError: they aren't safetensors bytes.
+    """
+    return safetensors.read_metadata(data).get("kind", "")
+
+
+def peek(cls: type, data: memoryview | bytes | bytearray, fields: Iterable[str]) -> dict[str, Any]:
+    """Some fields without tensors of a packed message, read from its header alone.
+
+    Raises:
+        FormatError: as `unpack`, or such a field holds tensors.
+    """
+    spec = _spec(cls.__name__, safetensors.read_metadata(data))
+    try:
+        found = dict(spec["d"])
+        return {name: pytree.unflatten(found.get(name), []) for name in fields}
+    except (TypeError, ValueError, KeyError) as error:
+        if isinstance(error, SplitFedError):
+            raise
+        raise FormatError(f"the {cls.__name__} has a malformed spec: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------ trees and JSON
 
 
 def pack_tree(kind: str, tree: Any) -> list[memoryview | bytes]:
@@ -79,22 +120,6 @@ def unpack_tree(kind: str, data: memoryview | bytes | bytearray) -> Any:
     return _tree(kind, *safetensors.decode(data))
 
 
-def peek(cls: type, data: memoryview | bytes | bytearray, fields: Iterable[str]) -> dict[str, Any]:
-    """Some fields without tensors of a packed message, read from its header alone.
-
-    Raises:
-        FormatError: as `unpack`, or such a field holds tensors.
-    """
-    spec = _spec(cls.__name__, safetensors.read_metadata(data))
-    try:
-        found = dict(spec["d"])
-        return {name: pytree.unflatten(found.get(name), []) for name in fields}
-    except (TypeError, ValueError, KeyError) as error:
-        if isinstance(error, SplitFedError):
-            raise
-        raise FormatError(f"the {cls.__name__} has a malformed spec: {error}") from error
-
-
 def read_json(data: bytes | memoryview | None, what: str) -> dict[str, Any]:
     """The JSON object in `data`.
 
@@ -110,18 +135,44 @@ def read_json(data: bytes | memoryview | None, what: str) -> dict[str, Any]:
     return found
 
 
-def digest(said: object, tensors: Iterable[Tensor | None]) -> str:
-    """SHA-256 of what a request says: a retry has the same, another request another.
+# ------------------------------------------------------------------------------------------------ errors
 
-    Args:
-        said: Its plain fields, housekeeping apart; anything whose `repr` tells them apart.
-        tensors: What it carries.
+
+def error_fields(error: BaseException) -> dict[str, Any]:
+    """An error as plain JSON: its class, its message and its HTTP status."""
+    if not isinstance(error, SplitFedError):
+        error = SplitFedError(f"the server failed ({type(error).__name__}); its log has the traceback")
+    return {"error": type(error).__name__, "message": str(error)[:_MAX_MESSAGE], "status": error.status}
+
+
+def error_from(fields: Mapping[str, Any]) -> SplitFedError:
+    """The error of `error_fields`, by its class; one that isn't known here keeps its name in the message."""
+    name = str(fields.get("error", ""))[:60]
+    message = str(fields.get("message", ""))[:_MAX_MESSAGE]
+    found = vars(errors).get(name)
+    if isinstance(found, type) and issubclass(found, SplitFedError):
+        return found(message)
+    return SplitFedError(f"{name or 'an error without a name'}: {message}")
+
+
+def pack_error(error: BaseException) -> list[memoryview | bytes]:
+    """An error as bytes of the one format."""
+    return pack_tree(_ERROR, error_fields(error))
+
+
+def unpack_error(data: memoryview | bytes | bytearray) -> SplitFedError:
+    """The error that `pack_error` wrote.
+
+    Raises:
+        FormatError: the bytes are none.
     """
-    contents = [("", b"") if tensor is None else safetensors.content(tensor) for tensor in tensors]
-    hasher = hashlib.sha256(repr((said, [text for text, _ in contents])).encode())
-    for _, memory in contents:
-        hasher.update(memory)
-    return hasher.hexdigest()
+    fields = unpack_tree(_ERROR, data)
+    if not isinstance(fields, dict):
+        raise FormatError(f"expected the fields of an error, got {str(fields)[:60]!r}")
+    return error_from(fields)
+
+
+# ------------------------------------------------------------------------------------------------ fields as a tree
 
 
 def _fields(cls: Any) -> Mapping[str, Any]:
@@ -130,15 +181,28 @@ def _fields(cls: Any) -> Mapping[str, Any]:
 
 
 def _plain(message: Any) -> dict[str, Any]:
-    """The fields of a message; those that are messages themselves, or tuples of them, likewise."""
+    """The fields of a message; those that are messages themselves, or sequences of them, likewise."""
     fields = {name: getattr(message, name) for name in _fields(type(message))}
-    for name in _NESTED:
-        value = fields.get(name)
-        if isinstance(value, tuple):
-            fields[name] = tuple([_plain(item) for item in value])
-        elif value is not None:
+    for name, inner in nested_messages(type(message)).items():
+        value = fields[name]
+        if isinstance(value, list | tuple):
+            fields[name] = type(value)([_plain(item) if type(item) is inner else item for item in value])
+        elif type(value) is inner:
             fields[name] = _plain(value)
     return fields
+
+
+def _rebuild(cls: type[M], values: Any) -> M:
+    if not isinstance(values, dict) or values.keys() != _fields(cls).keys():
+        got = [key for key in values if type(key) is str] if isinstance(values, dict) else type(values).__name__
+        raise FormatError(f"a {cls.__name__} needs the fields {list(_fields(cls))}, got {str(got)[:200]}")
+    for name, inner in nested_messages(cls).items():
+        value = values[name]
+        if isinstance(value, dict):
+            values[name] = _rebuild(inner, value)
+        elif isinstance(value, list | tuple):
+            values[name] = type(value)([_rebuild(inner, item) for item in value])
+    return cls(**values)
 
 
 def _tree(kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Any:
@@ -152,16 +216,3 @@ def _spec(kind: str, metadata: Mapping[str, str]) -> Any:
         return json.loads(metadata["spec"])
     except (KeyError, ValueError, RecursionError) as error:
         raise FormatError(f"the {kind} has no readable spec: {error}") from error
-
-
-def _rebuild(cls: type[M], values: Any) -> M:
-    if not isinstance(values, dict) or values.keys() != _fields(cls).keys():
-        got = [key for key in values if type(key) is str] if isinstance(values, dict) else type(values).__name__
-        raise FormatError(f"a {cls.__name__} needs the fields {list(_fields(cls))}, got {str(got)[:200]}")
-    for name, nested in _NESTED.items():
-        value = values.get(name)
-        if isinstance(value, dict):
-            values[name] = _rebuild(nested, value)
-        elif isinstance(value, tuple):
-            values[name] = tuple([_rebuild(nested, item) for item in value])
-    return cls(**values)

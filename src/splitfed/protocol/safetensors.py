@@ -2,8 +2,18 @@
 
 A replay is exact only if tensors enter compute as they were: same bits, same strides (channels_last picks other
 kernels), and a 64-byte aligned address (another one changes the bits of a small matmul). So `encode` writes a tensor in
-the order of its memory and notes its strides under the metadata key `splitfed.layout` (`strides.py` has the rule),
-`decode` gives them back, and `canonical` makes of any tensor what a round trip would.
+the order of its memory and notes its strides under the metadata key `splitfed.layout`, `decode` gives them back, and
+`canonical` makes of any tensor what a round trip would. What the format can't say of strides is the tensor's layout.
+The rule, for a tensor with elements:
+
+    in the order of its indices, without gaps          no layout; stored as it is
+    another order (a transpose, channels_last)         {"order": [...]}; stored permuted, which is the order in memory
+    gaps, or dimensions of stride 0 (expanded)         {"strides": [...]}, with "shape" if expanded; stored once, dense
+    windows that overlap, memory of more than          no layout; stored as a contiguous copy, and comes back as one
+    16 × the elements, expanded beyond 256 MiB
+
+Foreign strides count only if they are what this rule gives for the tensor that they describe. So whoever wrote them
+can't address memory outside of the tensor, nor make 100 bytes allocate more than 1,600.
 
 Neither side copies what needs no copy, and that is the trap: the buffers of `encode` are the live tensors, to be
 written before those change; the tensors of `decode` are the given buffer, which they keep alive and write through to.
@@ -12,8 +22,9 @@ written before those change; the tensors of `decode` are the given buffer, which
 from __future__ import annotations
 
 import json
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +32,11 @@ from torch import Tensor
 
 from splitfed.errors import ContainerError, FormatError, InputError
 from splitfed.protocol import header as foreign
-from splitfed.protocol.memory import aligned
-from splitfed.protocol.strides import Layout, check_layout, contiguous_strides, layout_of, restored, stored
+from splitfed.protocol.header import MAX_EXTENT, is_sizes, shown
 
+Layout = dict[str, list[int]]
+MAX_SPREAD = 16
+MAX_EXPANDED = 256 << 20
 ALIGNMENT = 64
 LAYOUT_KEY = "splitfed.layout"
 
@@ -137,8 +150,8 @@ def read_metadata(data: memoryview | bytes | bytearray) -> dict[str, str]:
 def canonical(tensor: Tensor) -> Tensor:
     """Return the tensor as it would come back from a round trip, on its own device: same values, 64-byte aligned.
 
-    Strides are kept where the rule in `strides.py` keeps them. A canonical tensor is returned as it is; autograd sees
-    the identity.
+    Strides are kept where the rule at the top of this module keeps them. A canonical tensor is returned as it is;
+    autograd sees the identity.
 
     Raises:
         ContainerError: the kind or dtype of the tensor has no place in the format.
@@ -247,3 +260,88 @@ def _memory(tensor: Tensor) -> memoryview:
         tensor = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     array: Any = tensor.numpy()
     return memoryview(array).cast("B").toreadonly()
+
+
+# ------------------------------------------------------------------------------------------------ strides
+
+
+def layout_of(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> Layout | None:
+    """Return how a tensor of this shape, strides and bytes per element is noted, None if stored contiguous."""
+    shape, strides = list(shape), list(strides)
+    if 0 in shape or strides == contiguous_strides(shape):
+        return None
+    order = sorted(range(len(shape)), key=lambda dim: (-strides[dim], shape[dim] == 1))
+    if [strides[dim] for dim in order] == contiguous_strides([shape[dim] for dim in order]):
+        return {"order": order}
+    core = _core(shape, strides)
+    last = 0  # the farthest element of the dimensions seen so far, innermost first
+    for dim in reversed(order):
+        if core[dim] > 1:
+            if strides[dim] <= last:
+                return None
+            last += (core[dim] - 1) * strides[dim]
+    if last >= MAX_SPREAD * math.prod(core) or max(last, *strides) * itemsize > MAX_EXTENT:
+        return None
+    if core == shape:
+        return {"strides": strides}
+    return None if math.prod(shape) * itemsize > MAX_EXPANDED else {"shape": shape, "strides": strides}
+
+
+def contiguous_strides(shape: Sequence[int]) -> list[int]:
+    """Return the strides of a contiguous tensor of this shape, as torch counts them."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size or 1
+    strides.reverse()
+    return strides
+
+
+def stored(tensor: Tensor, layout: Layout | None) -> Tensor:
+    """Return the contiguous tensor that stands for `tensor` in a file: a view of it wherever it has no gaps."""
+    if layout is None:
+        return tensor.contiguous()
+    if "order" in layout:
+        return tensor.permute(layout["order"])
+    return tensor.as_strided(_core(tensor.shape, tensor.stride()), tensor.stride()).contiguous()
+
+
+def restored(memory: Tensor, shape: list[int], strides: list[int], layout: Layout | None) -> Tensor:
+    """Return the tensor of this shape and strides of the stored elements `memory`, which it may reshape in place."""
+    if layout is not None and "strides" in layout:
+        core = _core(shape, strides)
+        steps = contiguous_strides(core)
+        if any(size > 1 and stride != step for size, stride, step in zip(core, strides, steps, strict=True)):
+            spread = torch.empty_strided(core, strides, dtype=memory.dtype, device=memory.device)
+            memory = spread.copy_(memory.as_strided_(core, steps))
+    return memory.as_strided_(shape, strides)
+
+
+def check_layout(name: str, layout: object, core: list[int], itemsize: int) -> tuple[list[int], list[int]]:
+    """Return the shape and strides that a foreign layout gives to a stored tensor of shape `core`.
+
+    Raises:
+        FormatError: it is no permutation, or not what `layout_of` gives to a tensor of that shape and those strides.
+    """
+    if type(layout) is dict and 0 not in core and all(is_sizes(v) and len(v) == len(core) for v in layout.values()):
+        if layout.keys() == {"order"} and sorted(layout["order"]) == list(range(len(core))):
+            inverse, steps = sorted(range(len(core)), key=layout["order"].__getitem__), contiguous_strides(core)
+            return [core[dim] for dim in inverse], [steps[dim] for dim in inverse]
+        if layout.keys() in ({"strides"}, {"strides", "shape"}):
+            shape, strides = layout.get("shape", core), layout["strides"]
+            if _core(shape, strides) == core and layout_of(shape, strides, itemsize) == layout:
+                return shape, strides
+    raise FormatError(
+        f"tensor {name[:80]!r} has a bad layout: expected an order or strides that fit its stored shape {core}, "
+        f"got {shown(layout)}"
+    )
+
+
+def _core(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    return [size if stride else 1 for size, stride in zip(shape, strides, strict=True)]
+
+
+def aligned(num_bytes: int) -> memoryview:
+    """Memory for so many bytes, not set to anything: aligned as torch aligns its own, so that it may become tensors."""
+    array: Any = torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
+    return memoryview(array)

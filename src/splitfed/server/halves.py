@@ -12,9 +12,7 @@ from splitfed.checks import positive
 from splitfed.errors import ArchitectureError
 from splitfed.model.skeleton import check_tensors, check_whole
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
-from splitfed.protocol.kinds import check_kinds
-from splitfed.protocol.messages import GradientRecord, PullAnswer, PullRequest, PushAnswer, PushRequest
-from splitfed.protocol.packing import digest
+from splitfed.protocol.messages import BufferUpdate, GradientRecord, PullAnswer, PullRequest, PushAnswer, PushRequest
 from splitfed.store.rounds import Plan
 from splitfed.store.sealing import Sealer
 from splitfed.store.store import GradientStore
@@ -42,7 +40,7 @@ class Halves:
         The plan is read before the head, and whether it still holds after it: so the weights are never older than the
         round that is answered with them, and never newer unless it is said to be closed.
         """
-        client_id = check_client_id(check_kinds(request).client_id)
+        client_id = check_client_id(request.client_id)
         rounds = self._store.rounds()
         rounds.join(client_id)
         plan = rounds.current()
@@ -73,7 +71,7 @@ class Halves:
             ArchitectureError: the half isn't the lineage's.
             SupersededError: the client has a newer process.
         """
-        client_id = check_client_id(check_kinds(request).client_id)
+        client_id = check_client_id(request.client_id)
         if request.base_version != -1:
             check_number("base_version", request.base_version)
         else:
@@ -96,21 +94,9 @@ class Halves:
             base_version=request.base_version,
             num_samples=samples,
             loss_scale=request.loss_scale,
-            digest=digest(
-                (
-                    client_id,
-                    incarnation,
-                    request.seq,
-                    request.base_version,
-                    samples,
-                    request.loss_scale,
-                    list(request.gradients),
-                    list(request.values),
-                ),
-                [*request.gradients.values(), *request.values.values(), *request.bases.values()],
-            ),
+            digest=request.digest(incarnation),
             numerics=self._numerics,
             gradients=dict(request.gradients),
-            buffers=[{"values": dict(request.values), "bases": dict(request.bases), "num_samples": samples}],
+            buffers=[BufferUpdate(dict(request.values), dict(request.bases), samples)],
         )
         return PushAnswer(incarnation, self._sealer.store(BatchId(client_id, incarnation, request.seq), record))

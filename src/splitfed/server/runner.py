@@ -19,7 +19,7 @@ from splitfed.model.execution import Run
 from splitfed.model.model import Model
 from splitfed.model.numerics import same_bits
 from splitfed.model.skeleton import Template
-from splitfed.protocol.messages import ForwardRecord, ForwardRequest, GradientRecord
+from splitfed.protocol.messages import BufferUpdate, ForwardRecord, ForwardRequest, GradientRecord
 from splitfed.store.batches import Pile
 from splitfed.store.cache import Bounded
 from splitfed.store.versions import Versions
@@ -88,18 +88,7 @@ class Runner:
         self, request: ForwardRequest, version: int, finish: Callable[[Any], Any] | None = None
     ) -> tuple[ForwardRecord, Run]:
         """Run a call at a version; nothing is stored."""
-        call = ForwardRecord(
-            cut=request.cut,
-            inputs=request.inputs,
-            requires_grad=request.requires_grad,
-            training=request.training,
-            seed=request.seed,
-            autocast=request.autocast,
-            buffers=self._handed_on(request, version),
-            outputs=(),
-            crcs=(),
-            numerics=self._numerics,
-        )
+        call = request.record(self._handed_on(request, version), self._numerics)
         return call, self._run(call, version, grad=request.grad, finish=finish)
 
     def keep(self, key: CallKey, call: ForwardRecord, done: Run) -> None:
@@ -131,7 +120,7 @@ class Runner:
     def share(self, done: Run, gradients: dict[str, Tensor], digest: str, num_samples: float = 1.0) -> GradientRecord:
         """What a call contributes to its batch."""
         values = _changed(done)
-        update = {"values": values, "bases": {n: done.bases[n] for n in values}, "num_samples": num_samples}
+        update = BufferUpdate(values, {name: done.bases[name] for name in values}, num_samples)
         return GradientRecord("gradient", done.version, num_samples, 1.0, digest, self._numerics, gradients, [update])
 
     def _model(self, version: int) -> Model:

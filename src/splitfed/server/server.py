@@ -22,7 +22,6 @@ from splitfed.model.boundary import fresh
 from splitfed.model.skeleton import Template, device_of
 from splitfed.protocol import pytree
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
-from splitfed.protocol.kinds import check_kinds
 from splitfed.protocol.messages import (
     BackwardAnswer,
     BackwardRequest,
@@ -37,10 +36,8 @@ from splitfed.protocol.messages import (
     PushAnswer,
     PushRequest,
 )
-from splitfed.protocol.packing import digest
 from splitfed.server.halves import Halves
 from splitfed.server.lines import Line, Lines
-from splitfed.store.sealing import said
 from splitfed.store.store import GradientStore, check_store
 
 Loss = Callable[[Any, Any], Tensor]
@@ -101,7 +98,6 @@ class SplitServer:
             BodyError: the body raised.
             InputError: the call doesn't fit the body.
         """
-        check_kinds(request)
         line = self._lines.of(check_client_id(request.client_id), request.process)
         incarnation = request.incarnation
         if request.grad and incarnation is None:
@@ -131,7 +127,6 @@ class SplitServer:
             DigestError: the batch was sent before with other content.
             InputError: a gradient of the wrong shape or dtype, or a weight that isn't positive.
         """
-        check_kinds(request)
         batch = BatchId(
             check_client_id(request.client_id),
             check_number("incarnation", request.incarnation),
@@ -155,8 +150,7 @@ class SplitServer:
         grad_inputs, gradients = execution.backward(done, request.grad_outputs)
         if not record.training:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
-        told = (*batch, request.part, request.version, request.call, request.seal and said(request.seal))
-        share = line.runner.share(done, gradients, digest(told, request.grad_outputs))
+        share = line.runner.share(done, gradients, request.digest())
         if request.seal is not None:
             return BackwardAnswer(tuple(grad_inputs), line.sealer.seal(batch, request.part, request.seal, share))
         line.pile.put_part(request.version, batch, request.part, replace(share, kind="part"))
@@ -171,7 +165,6 @@ class SplitServer:
         """
         if self.loss_fn is None:
             raise InputError("this server computes no loss: give it one, SplitServer(body, store, loss_fn=...)")
-        check_kinds(request)
         ahead, incarnation = request.forward, request.forward.incarnation
         counts = ahead.grad and ahead.training
         line = self._lines.of(check_client_id(ahead.client_id), ahead.process)
@@ -194,9 +187,7 @@ class SplitServer:
         grad_inputs, gradients = execution.backward(done, [one])
         status = "uncounted"
         if counts:
-            spec, sent = pytree.flatten((ahead.inputs, request.target))
-            told = (batch, version, ahead.call, ahead.cut, ahead.seed, ahead.autocast, request.num_samples, spec)
-            share = line.runner.share(done, gradients, digest(told, sent), request.num_samples)
+            share = line.runner.share(done, gradients, request.digest(batch, version), request.num_samples)
             status = line.sealer.store(batch, share)
         return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)
 

@@ -21,8 +21,7 @@ from splitfed.federation.admission import Judge
 from splitfed.federation.federation import Federation
 from splitfed.federation.per_client import PerClient
 from splitfed.federation.reports import commit_rows
-from splitfed.protocol.roundrobin import RoundRobin
-from splitfed.protocol.transport import Transport
+from splitfed.protocol.transport import RoundRobin, Transport
 from splitfed.server.server import SplitServer
 from splitfed.simulation.traffic import Arrivals, Meter
 from splitfed.store.rounds import Plan

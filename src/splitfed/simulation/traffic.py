@@ -14,9 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from splitfed.protocol.ids import BatchId
-from splitfed.protocol.messages import BackwardRequest, LossRequest, PushRequest
-from splitfed.protocol.transport import Relay, Transport
-from splitfed.protocol.wire import owner
+from splitfed.protocol.transport import Middleware, Transport
 from splitfed.store.commit import Commit
 
 Traffic = dict[str, tuple[int, int]]
@@ -64,7 +62,7 @@ class Arrivals:
         return sum(waited) / len(waited) if waited else None
 
 
-class Meter(Relay):
+class Meter(Middleware):
     """Counts the tensor bytes of each client, in each direction.
 
     Args:
@@ -73,7 +71,7 @@ class Meter(Relay):
     """
 
     def __init__(self, transport: Transport, arrivals: Arrivals | None = None) -> None:
-        self._transport = transport
+        super().__init__(transport)
         self._arrivals = arrivals
         self._lock = threading.Lock()
         self._total: Traffic = {}
@@ -98,16 +96,16 @@ class Meter(Relay):
                     before = tally.get(client_id, (0, 0))
                     tally[client_id] = (before[0] + up, before[1] + down)
 
-    def _ask(self, method: str, request: Any) -> Any:
+    def send(self, verb: str, request: Any, /) -> Any:
         """The transport's answer: what the request holds went up, what the answer holds came down."""
-        answer = getattr(self._transport, method)(request)
-        client_id = owner(request)
+        answer = super().send(verb, request)
+        client_id = request.client_id
         self.add({client_id: (num_bytes(request), num_bytes(answer))})
-        if isinstance(request, BackwardRequest) and request.seal is not None and answer.status != "uncounted":
+        if verb == "backward" and request.seal is not None and answer.status != "uncounted":
             self._note("body", client_id, request.incarnation, request.seq)
-        elif isinstance(request, LossRequest) and answer.status != "uncounted":
+        elif verb == "loss" and answer.status != "uncounted":
             self._note("body", client_id, answer.incarnation, request.seq)
-        elif isinstance(request, PushRequest) and answer.status != "published":
+        elif verb == "push" and answer.status != "published":
             self._note("client", client_id, answer.incarnation, request.seq)
         return answer
 

@@ -21,7 +21,7 @@ from hostile import HOSTILE, REFUSED
 from splitfed.errors import SplitFedError
 from splitfed.protocol.messages import Chain, ForwardAnswer, LossRequest, PullRequest, PushRequest
 from splitfed.protocol.packing import _plain, pack, pack_tree, unpack
-from splitfed.protocol.wire import METHODS
+from splitfed.protocol.transport import VERBS
 from splitfed.service.http.auth import new_token
 from splitfed.service.http.contract import decode_error
 from splitfed.service.http.limits import Limits
@@ -114,7 +114,7 @@ def test_a_field_of_the_wrong_kind_is_never_a_500(service: Service) -> None:
     """Whatever stands in any field of any message: it is served, or refused as the client's mistake."""
     wrong, tried = [], 0
     for method, what, tree in mutants():
-        status, body, _ = service.ask(f"/v1/{method}", b"".join(pack_tree(METHODS[method][0].__name__, tree)))
+        status, body, _ = service.ask(f"/v1/{method}", b"".join(pack_tree(VERBS[method][0].__name__, tree)))
         tried += 1
         if status == 500:
             wrong.append((method, what, body["message"]))

@@ -25,7 +25,7 @@ from starlette.routing import BaseRoute, Route
 
 from splitfed._version import __version__
 from splitfed.errors import InputError, MissingError, SplitFedError
-from splitfed.protocol import wire
+from splitfed.protocol.transport import VERBS
 from splitfed.server.server import SplitServer
 from splitfed.service.http import metrics
 from splitfed.service.http.auth import Tokens
@@ -77,7 +77,7 @@ def make_app(
 
     spec = json.dumps(document(limits, secured=tokens is not None)).encode()
     status = _Cached(lambda: json.dumps(read_status(store).to_json()).encode(), _STATUS_SECONDS)
-    methods = {f"{PREFIX}/{name}": Method(desk, name) for name in wire.METHODS}
+    methods = {f"{PREFIX}/{name}": Method(desk, name) for name in VERBS}
     routes: list[BaseRoute] = [Route(path, method, methods=["POST"]) for path, method in methods.items()]
     reports = [
         Report(desk, f"{PREFIX}/status", _JSON, lambda: (200, status()), lister, private=True),

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from splitfed.errors import BusyError, FormatError, SplitFedError
-from splitfed.protocol.memory import aligned
+from splitfed.protocol.safetensors import aligned
 from splitfed.service.http.limits import Budget, Limits, check_body
 
 Receive = Callable[[], Awaitable[Any]]

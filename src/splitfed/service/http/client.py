@@ -22,9 +22,8 @@ from urllib3.util import Retry, Timeout, parse_url
 from splitfed._version import __version__
 from splitfed.checks import positive
 from splitfed.errors import FormatError, InputError, UnreachableError
-from splitfed.protocol import wire
 from splitfed.protocol.packing import pack, unpack
-from splitfed.protocol.transport import Relay
+from splitfed.protocol.transport import VERBS, Sender
 from splitfed.service.http.connection import Answer, Body, PlainExchange, SecureExchange
 from splitfed.service.http.contract import BINARY, PREFIX, RETRIED, decode_error
 from splitfed.service.http.retry import Tries, asked_for, passes, reason
@@ -39,7 +38,7 @@ def connect(url: str, *, client_id: str, token: str | None = None, **options: An
     return HttpTransport(url, token=token, **options)
 
 
-class HttpTransport(Relay):
+class HttpTransport(Sender):
     """A `Transport` to a service over HTTP. It may be shared between threads, and used after a fork.
 
     Args:
@@ -96,7 +95,7 @@ class HttpTransport(Relay):
         Raises:
             SplitFedError: what the server raised.
         """
-        return self._json(self._send("GET", f"{PREFIX}/status", None, self._patience))
+        return self._json(self._request("GET", f"{PREFIX}/status", None, self._patience))
 
     def ready(self) -> dict[str, Any]:
         """Whether the service can serve: one try.
@@ -105,7 +104,7 @@ class HttpTransport(Relay):
             UnreachableError: nobody answers, or something else does.
             StoreError: its store doesn't answer.
         """
-        return self._json(self._send("GET", "/readyz", None, 0.0))
+        return self._json(self._request("GET", "/readyz", None, 0.0))
 
     def close(self) -> None:
         """Close the connections; the next request opens new ones."""
@@ -114,13 +113,14 @@ class HttpTransport(Relay):
                 self._pool.close()
                 self._pool = None
 
-    def _ask(self, method: str, request: Any) -> Any:
-        data = self._send("POST", f"{PREFIX}/{method}", pack(request), self._patience)
+    def send(self, verb: str, request: Any, /) -> Any:
+        """The answer to a request, after as many tries as the patience allows."""
+        data = self._request("POST", f"{PREFIX}/{verb}", pack(request), self._patience)
         try:
-            return unpack(wire.METHODS[method][1], data)
+            return unpack(VERBS[verb][1], data)
         except FormatError as error:
             raise UnreachableError(
-                f"{self.url}{PREFIX}/{method} answered what isn't a splitfed server's: is the URL right? ({error})"
+                f"{self.url}{PREFIX}/{verb} answered what isn't a splitfed server's: is the URL right? ({error})"
             ) from error
 
     def _json(self, data: memoryview) -> dict[str, Any]:
@@ -132,13 +132,13 @@ class HttpTransport(Relay):
             raise UnreachableError(f"what answers at {self.url} isn't a splitfed server: is the URL right?")
         return found
 
-    def _send(self, verb: str, path: str, parts: Body | None, patience: float) -> memoryview:
+    def _request(self, method: str, path: str, parts: Body | None, patience: float) -> memoryview:
         """The body of the answer, after as many tries as it takes."""
         tries = Tries(patience)
         while True:
             asked: float | None = None
             try:
-                answer = self._once(verb, path, parts)
+                answer = self._once(method, path, parts)
             except (HTTPError, OSError) as error:
                 failure: Exception = UnreachableError(f"{self.url} can't be reached: {reason(error)}")
                 if not passes(error, met=self._met):
@@ -165,14 +165,14 @@ class HttpTransport(Relay):
                 "for: a proxy in between compresses; turn that off for this path"
             )
 
-    def _once(self, verb: str, path: str, parts: Body | None) -> Answer:
+    def _once(self, method: str, path: str, parts: Body | None) -> Answer:
         """One try."""
         headers = self._headers
         if parts is not None:
             headers = {**headers, "content-length": str(sum(map(len, parts)))}
         body: Any = parts  # urllib3's types don't know that it passes on whatever its connections take
         answer: Answer = self._connections().urlopen(  # type: ignore[assignment] # of the connections' own class
-            verb,
+            method,
             self._path + path,
             body=body,
             headers=headers,

@@ -20,7 +20,7 @@ from typing import Any
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.response import BaseHTTPResponse
 
-from splitfed.protocol.memory import aligned
+from splitfed.protocol.safetensors import aligned
 from splitfed.service.http.contract import BINARY
 
 Body = list[memoryview | bytes]

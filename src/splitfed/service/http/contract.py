@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 from splitfed.errors import SplitFedError
-from splitfed.protocol import wire
+from splitfed.protocol import packing
 
 PREFIX = "/v1"
 """A method of `Transport` is served at `/v1/` and its name."""
@@ -20,7 +20,7 @@ RETRIED = frozenset({429, 502, 503, 504})
 
 def encode_error(error: BaseException) -> bytes:
     """The JSON body that says which error it is."""
-    return json.dumps(wire.error_fields(error)).encode()
+    return json.dumps(packing.error_fields(error)).encode()
 
 
 def decode_error(data: bytes) -> SplitFedError | None:
@@ -31,4 +31,4 @@ def decode_error(data: bytes) -> SplitFedError | None:
         return None
     if not (isinstance(fields, dict) and {"error", "message"} <= set(fields)):
         return None
-    return wire.error_from(fields)
+    return packing.error_from(fields)

@@ -19,9 +19,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from splitfed.errors import BusyError, InputError, SplitFedError, TokenError, TooLargeError
-from splitfed.protocol import wire
 from splitfed.protocol.packing import pack, unpack
-from splitfed.protocol.transport import Transport
+from splitfed.protocol.transport import VERBS, Transport
 from splitfed.service.http.arrival import GoneError, Receive, Received, RefusedError
 from splitfed.service.http.auth import Tokens, check_owner
 from splitfed.service.http.contract import BINARY, PREFIX, encode_error
@@ -130,7 +129,7 @@ class Method(Endpoint):
 
     def __init__(self, desk: Desk, name: str) -> None:
         super().__init__(desk, f"{PREFIX}/{name}")
-        self._request = wire.METHODS[name][0]
+        self._request = VERBS[name][0]
         self._serve = getattr(desk.server, name)
 
     async def answer(self, scope: Scope, receive: Receive, received: Received) -> tuple[int, bytes, Buffers]:
@@ -143,7 +142,7 @@ class Method(Endpoint):
     def _run(self, body: memoryview, owner: str | None) -> Buffers:
         limits = self.desk.limits
         request: Any = unpack(self._request, body, max_tensors=limits.tensors, max_header=limits.header)
-        check_owner(owner, wire.owner(request))
+        check_owner(owner, request.client_id)
         check_message(request, limits)
         return pack(self._serve(request))
 

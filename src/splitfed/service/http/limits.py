@@ -9,16 +9,11 @@ Numbers that ask for work are counted as well: each call that a request says was
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
-
-from torch import Tensor
 
 from splitfed.errors import BusyError, InputError, TooLargeError
-from splitfed.protocol import pytree
+from splitfed.protocol.fields import Request
 from splitfed.protocol.header import MAX_HEADER, MAX_TENSORS
-from splitfed.protocol.messages import BackwardRequest, ForwardRequest, LossRequest, PushRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,55 +117,19 @@ def check_body(num_bytes: int, limits: Limits) -> None:
         )
 
 
-def check_message(message: Any, limits: Limits) -> None:
+def check_message(message: Request, limits: Limits) -> None:
     """Refuse a request by what its tensors hold, its batch weighs, and what rides along.
 
     Raises:
         TooLargeError: it is over a limit.
     """
-    tensors = _tensors(message)
-    size = sum([tensor.numel() * tensor.itemsize for tensor in tensors])
+    size = sum([tensor.numel() * tensor.itemsize for tensor in message.tensors()])
     if size > limits.body:
         raise TooLargeError(f"the tensors take {size} bytes when they are expanded: this server takes {limits.body}")
-    most = limits.push_samples if isinstance(message, PushRequest) else limits.samples
-    for weight in _weights(message, tensors):
-        if isinstance(weight, int | float) and weight > most:
-            raise TooLargeError(f"the batch has {weight:g} samples: this server takes {most} at a time")
-    for name, count in _notes(message):
+    most = getattr(limits, message.samples_limit)
+    for samples in message.samples():
+        if samples > most:
+            raise TooLargeError(f"the batch has {samples:g} samples: this server takes {most} at a time")
+    for name, count in message.counts():
         if count > limits.notes:
             raise TooLargeError(f"the request names {count} {name}: this server takes {limits.notes} at a time")
-
-
-def _tensors(message: Any) -> list[Tensor]:
-    if isinstance(message, ForwardRequest):
-        return pytree.flatten(message.inputs)[1]
-    if isinstance(message, LossRequest):
-        return pytree.flatten((message.forward.inputs, message.target))[1]
-    if isinstance(message, BackwardRequest):
-        return [gradient for gradient in message.grad_outputs if gradient is not None]
-    if isinstance(message, PushRequest):
-        return [*message.gradients.values(), *message.values.values(), *message.bases.values()]
-    return []
-
-
-def _weights(message: Any, tensors: list[Tensor]) -> Iterator[Any]:
-    if isinstance(message, ForwardRequest | LossRequest):
-        yield tensors[0].shape[0] if tensors and tensors[0].dim() else 0
-    if isinstance(message, LossRequest | PushRequest):
-        yield message.num_samples
-    elif isinstance(message, BackwardRequest) and message.seal is not None:
-        yield message.seal.num_samples
-        yield from (chain.num_samples for chain in message.seal.chains)
-
-
-def _notes(message: Any) -> Iterator[tuple[str, int]]:
-    if isinstance(message, LossRequest):
-        message = message.forward
-    if isinstance(message, ForwardRequest | BackwardRequest):
-        notes = message.housekeeping
-        yield "calls that were released", len(notes.released)
-        yield "calls that were abandoned", len(notes.abandoned)
-        yield "batches that were answered", len(notes.answered)
-    if isinstance(message, BackwardRequest) and message.seal is not None:
-        yield "parts of a batch", len(message.seal.parts)
-        yield "chains of a batch", len(message.seal.chains)

@@ -11,7 +11,7 @@ from typing import Any
 from splitfed import errors
 from splitfed._version import __version__
 from splitfed.errors import SplitFedError
-from splitfed.protocol import wire
+from splitfed.protocol.transport import VERBS
 from splitfed.service.http.contract import BINARY, PREFIX
 from splitfed.service.http.limits import Limits
 
@@ -40,7 +40,7 @@ def document(limits: Limits, *, secured: bool) -> dict[str, Any]:
         limits: What the server takes; told to whoever reads it.
         secured: Whether requests need a token.
     """
-    paths: dict[str, Any] = {f"{PREFIX}/{name}": {"post": _method(name, limits)} for name in wire.METHODS}
+    paths: dict[str, Any] = {f"{PREFIX}/{name}": {"post": _method(name, limits)} for name in VERBS}
     paths[f"{PREFIX}/status"] = {"get": _report("The run, as `splitfed status --json` shows it.", private=True)}
     paths["/healthz"] = {"get": _report("Whether the process lives.")}
     paths["/readyz"] = {"get": _report("Whether its store answers.")}
@@ -78,7 +78,7 @@ _ERROR = {
 
 
 def _method(name: str, limits: Limits) -> dict[str, Any]:
-    request, answer = wire.METHODS[name]
+    request, answer = VERBS[name]
     return {
         "operationId": name,
         "summary": _SAID[name],

@@ -25,10 +25,9 @@ from typing import Any
 from splitfed.blobs.url import open_blobs
 from splitfed.checks import positive
 from splitfed.errors import BusyError, CorruptedError, InputError, StoreCapabilityError, StoreError
-from splitfed.protocol import wire
 from splitfed.protocol.ids import check_client_id
-from splitfed.protocol.packing import pack
-from splitfed.protocol.transport import Relay
+from splitfed.protocol.packing import pack, unpack_answer
+from splitfed.protocol.transport import Sender
 from splitfed.store import layout
 
 _FIRST_POLL = 0.002
@@ -49,7 +48,7 @@ def connect(url: str, *, client_id: str, token: str | None = None, **options: An
     return StoreTransport(url, client_id=client_id, **options)
 
 
-class StoreTransport(Relay):
+class StoreTransport(Sender):
     """Requests and answers as files; a `Transport`.
 
     Args:
@@ -87,7 +86,7 @@ class StoreTransport(Relay):
     def __repr__(self) -> str:
         return f"StoreTransport({self._blobs!r}, client_id={self.client_id!r})"
 
-    def _ask(self, method: str, request: Any) -> Any:
+    def send(self, verb: str, request: Any, /) -> Any:
         """The answer, after as many tries as there are pauses; a repeated request is answered as the first was."""
         parts = pack(request)
         pauses = iter(self._pauses)
@@ -96,7 +95,7 @@ class StoreTransport(Relay):
             try:
                 answer = self._exchange(place, parts)
                 if answer is not None:
-                    return wire.unpack_answer(method, answer)
+                    return unpack_answer(verb, answer)
             except (StoreCapabilityError, CorruptedError):
                 raise
             except StoreError:

@@ -25,9 +25,8 @@ from typing import Any
 
 from splitfed.checks import positive
 from splitfed.errors import BodyError, IdError, SplitFedError
-from splitfed.protocol import wire
-from splitfed.protocol.packing import pack, unpack
-from splitfed.protocol.transport import Transport
+from splitfed.protocol.packing import kind_of, pack, pack_error, unpack
+from splitfed.protocol.transport import VERBS, Transport, verb_of
 from splitfed.store import layout
 from splitfed.store.store import GradientStore, check_store
 
@@ -172,7 +171,7 @@ class Worker:
         if data is None:
             return False
         if post.claims >= MAX_CLAIMS:
-            parts = wire.pack_error(self._given_up(post))
+            parts = pack_error(self._given_up(post))
         else:
             parts = self._compute(post.client_id, data)
         self._blobs.create(f"{place}.answer", parts, durable=False)
@@ -180,18 +179,18 @@ class Worker:
 
     def _compute(self, client_id: str, data: memoryview) -> list[memoryview | bytes]:
         try:
-            method = wire.method_of(wire.kind_of(data))
-            request: Any = unpack(wire.METHODS[method][0], data)
-            if wire.owner(request) != client_id:
+            verb = verb_of(kind_of(data))
+            request: Any = unpack(VERBS[verb][0], data)
+            if request.client_id != client_id:
                 raise IdError(
-                    f"a request of client {wire.owner(request)!r} lies in the folder of {client_id!r}: expected its own"
+                    f"a request of client {request.client_id!r} lies in the folder of {client_id!r}: expected its own"
                 )
-            return pack(getattr(self._server, method)(request))
+            return pack(getattr(self._server, verb)(request))
         except SplitFedError as error:
-            return wire.pack_error(error)
+            return pack_error(error)
         except Exception as error:  # noqa: BLE001 -- the last border: its text stays in the log
             _log.exception("a request of client %r failed", client_id)
-            return wire.pack_error(error)
+            return pack_error(error)
 
     def _given_up(self, post: _Post) -> BodyError:
         return BodyError(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitfed.protocol.memory import aligned
-from splitfed.protocol.safetensors import ALIGNMENT
+from splitfed.protocol.safetensors import ALIGNMENT, aligned
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 63, 64, 100_003])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitfed.errors import FormatError
-from splitfed.protocol.strides import Layout, check_layout, contiguous_strides, layout_of, restored, stored
+from splitfed.protocol.safetensors import Layout, check_layout, contiguous_strides, layout_of, restored, stored
 
 RULE: dict[str, tuple[list[int], list[int], Layout | None]] = {
     "scalar": ([], [], None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from splitfed.protocol.roundrobin import RoundRobin
+from splitfed.protocol.transport import RoundRobin
 
 
 def test_round_robin_serves_the_backward_elsewhere() -> None:

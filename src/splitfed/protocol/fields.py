@@ -1,0 +1,160 @@
+"""The fields of messages: what every request says of its size, and a test of each field's type.
+
+A request or a record may come from anywhere, and nothing enforces annotations at run time. So where bytes become a
+message, each field is tested against its own annotation. Only the type is tested here: whether a number is in its
+range, or an id may become a key, is checked where it is used.
+
+The trap: types are compared exactly. As an instance a bool would pass for an int, and a class of one's own for a dict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from splitfed.errors import FormatError
+
+M = TypeVar("M")
+R = TypeVar("R")
+CHECKED_AS_KEY = "checked as a key"
+"""A note on a field that becomes part of a key: it is checked there, and what is wrong with it is an `IdError`."""
+Check = Callable[[Any], bool]
+
+
+def _by_class(function: Callable[[Any], R]) -> Callable[[Any], R]:
+    """Compute something once for each class, when it is first asked for: nothing is derived at import."""
+    return functools.cache(function)
+
+
+class Request:
+    """A message that asks for something: what it says of its own size, for whoever limits that."""
+
+    __slots__ = ()
+    samples_limit = "samples"
+    """The limit that its `samples` have to keep to, by name."""
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that it carries."""
+        return []
+
+    def samples(self) -> list[float]:
+        """The numbers of examples that it names, each of which is limited."""
+        return []
+
+    def counts(self) -> list[tuple[str, int]]:
+        """How many numbers of each kind ride along, with what they are: each is work for the server."""
+        return []
+
+
+def check_types(message: M) -> M:
+    """Return a message if each of its fields has the type of its annotation; messages within it are looked into.
+
+    Raises:
+        FormatError: one hasn't; the message names it.
+    """
+    for name, is_right in _checks(type(message)):
+        value = getattr(message, name)
+        if not is_right(value):
+            raise FormatError(f"{type(message).__name__}.{name} is {_shown(value)}: not of the kind that it must be")
+    return message
+
+
+@_by_class
+def nested_messages(cls: Any) -> Mapping[str, type]:
+    """The fields of a message class that hold a message, or several, with its class."""
+    found: dict[str, type] = {}
+    for name, hint in get_type_hints(cls).items():
+        for kind in (hint, *get_args(hint)):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                found[name] = kind
+    return found
+
+
+@_by_class
+def _checks(cls: Any) -> tuple[tuple[str, Check], ...]:
+    """A test of each field's value, from the annotations: derived when a class is first checked, not at import."""
+    hints = get_type_hints(cls, include_extras=True)
+    return tuple((name, check) for name, hint in hints.items() if (check := _check_of(hint)) is not None)
+
+
+def _check_of(hint: Any) -> Check | None:
+    """The test of one annotation, or `None` if any value will do."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _check_of_annotated(*args)
+    if origin in (Union, types.UnionType):
+        return _any_of([_check_of(arg) for arg in args])
+    if origin is tuple and args[-1] is Ellipsis:
+        return _all_of(tuple, _check_of(args[0]))
+    if origin is tuple:
+        return _each_of([_check_of(arg) for arg in args])
+    if origin is Sequence:
+        return _all_of((list, tuple), _check_of(args[0]))
+    if origin is Mapping:
+        return _mapping_of(args[0], args[1])
+    if origin is dict:
+        return lambda value: isinstance(value, dict)
+    return _check_of_class(hint)
+
+
+def _check_of_annotated(hint: Any, note: object) -> Check | None:
+    if note == CHECKED_AS_KEY:
+        return None
+    allowed: Any = note
+    return lambda value: type(value) is hint and value in allowed
+
+
+def _check_of_class(hint: Any) -> Check | None:
+    if hint is Any:
+        return None
+    if hint is float:
+        # An int will do, if a float can hold it in any case: JSON has one kind of number.
+        return lambda value: type(value) is float or (type(value) is int and abs(value) < 2**63)
+    if hint is Tensor:
+        return lambda value: isinstance(value, Tensor)
+    if dataclasses.is_dataclass(hint):
+        return lambda value: type(value) is hint and check_types(value) is value
+    return lambda value: type(value) is hint
+
+
+def _any_of(checks: Sequence[Check | None]) -> Check:
+    return lambda value: any(check is None or check(value) for check in checks)
+
+
+def _all_of(kinds: type | tuple[type, ...], check: Check | None) -> Check:
+    def is_right(value: Any) -> bool:
+        return isinstance(value, kinds) and (check is None or all(map(check, value)))  # type: ignore[call-overload]
+
+    return is_right
+
+
+def _each_of(checks: Sequence[Check | None]) -> Check:
+    def is_right(value: Any) -> bool:
+        if not isinstance(value, tuple) or len(value) != len(checks):
+            return False
+        return all(check is None or check(item) for check, item in zip(checks, value, strict=True))
+
+    return is_right
+
+
+def _mapping_of(key: type, hint: Any) -> Check:
+    kind = hint
+
+    def is_right(value: Any) -> bool:
+        if not isinstance(value, Mapping):
+            return False
+        return all(type(name) is key and isinstance(item, kind) for name, item in value.items())
+
+    return is_right
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: plain ones as they are, others by their class, since they may hold somebody's data."""
+    if value is None or isinstance(value, int | float | str):
+        return f"{value!r:.60}"
+    return f"a {type(value).__name__}"
