@@ -1,17 +1,19 @@
 """A call across the cut, under autograd.
 
-Going out, the arguments of a cut point become a request, and the answer's outputs become the outputs of an autograd
-function whose backward is the other request. A dummy input that requires grad makes autograd call it even if nothing
-before the cut does. The grad mode is read before `Function.apply`: inside it is always off.
+Going out, the arguments of a cut point become a request, and the answer's outputs become the
+outputs of an autograd function whose backward is the other request. A dummy input that requires
+grad makes autograd call it even if nothing before the cut does. The grad mode is read before
+`Function.apply`: inside it is always off.
 
-The trap: `torch.utils.checkpoint` calls a cut point again inside of the backward pass, without a client around it.
-The generator is restored by then, so the seed tells which call is meant, the version is that call's, and the CRC of
-the outputs proves it.
+The trap: `torch.utils.checkpoint` calls a cut point again inside of the backward pass, without a
+client around it. The generator is restored by then, so the seed tells which call is meant, the
+version is that call's, and the CRC of the outputs proves it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import Token
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +26,7 @@ from splitfed.client.connection import Connection
 from splitfed.client.inplace import guard
 from splitfed.errors import ReplayError, UnsupportedError
 from splitfed.model.boundary import uncached
-from splitfed.model.cutpoint import CutPoint
+from splitfed.model.cutpoint import Caller, CutPoint, active_caller
 from splitfed.model.rng import Seed
 from splitfed.protocol import pytree
 from splitfed.protocol.messages import ForwardAnswer, ForwardRequest, Housekeeping
@@ -32,14 +34,15 @@ from splitfed.protocol.messages import ForwardAnswer, ForwardRequest, Housekeepi
 
 @dataclass(slots=True, eq=False)
 class _Made:
-    """A cut call of a session, as far as a recompute must know it."""
+    """A cut call that was made in a session, as far as a recompute must know it."""
 
     seed: int
     crcs: tuple[int, ...]
     before: _Made | None
     """The call before it, whose buffers it continues."""
     number: int | None
-    """Its record's number; `None` until it is run with grad (a reentrant checkpoint runs without it first)."""
+    """Its record's number; `None` until it is run with grad (a reentrant checkpoint runs without it
+    first)."""
 
 
 class Session:
@@ -54,7 +57,12 @@ class Session:
     """
 
     def __init__(
-        self, connection: Connection, passes: Passes, num_samples: float, scope: Scope | None, version: int | None
+        self,
+        connection: Connection,
+        passes: Passes,
+        num_samples: float,
+        scope: Scope | None,
+        version: int | None,
     ) -> None:
         self.connection = connection
         self.passes = passes
@@ -63,6 +71,16 @@ class Session:
         self.version = version
         self.buffers_counted = False
         self._made: list[_Made] = []
+        self._token: Token[Caller | None] | None = None
+
+    def __enter__(self) -> Session:
+        """Make this the session that cut points hand their calls to."""
+        self._token = active_caller.set(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._token is not None:
+            active_caller.reset(self._token)
 
     def call(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a cut call of this session."""
@@ -74,21 +92,29 @@ class Session:
             request, tensors = self.request(point, args, kwargs, seed, before, notes)
             answer = self.connection.transport.forward(request)
         self._note(answer, seed)
-        self._made.append(_Made(request.seed, answer.crcs, before, request.call if request.grad else None))
+        self._made.append(
+            _Made(request.seed, answer.crcs, before, request.call if request.grad else None)
+        )
         return self._connect(request, answer, tensors)
 
     def recompute(
-        self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any], earlier: Sequence[Any], alone: bool
+        self,
+        point: CutPoint,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        earlier: Sequence[Any],
+        alone: bool,
     ) -> Any:
-        """Answer a cut call made again inside of a backward pass, for the session that made it first.
+        """Answer a cut call that is made again inside of a backward pass.
+
+        The checkpoint has put the generator back, so the seed finds the calls that may be meant. Two
+        calls may have drawn the same seed (a user who seeds before each step): the outputs tell.
 
         Raises:
             ReplayError: no earlier call gave these outputs.
         """
         seed = Seed()
-        candidates = [
-            (session, made) for session in earlier for made in reversed(session._made) if made.seed == seed.value
-        ]
+        candidates = _calls_with_seed(earlier, seed.value)
         if not candidates and not alone:
             seed.put_back()
             return NotImplemented
@@ -104,9 +130,9 @@ class Session:
             if request.grad:
                 session.connection.release(RecordedCall(session, request, answer.version))
         raise ReplayError(
-            "a cut point was called inside of a backward pass, as torch.utils.checkpoint does, and none of "
-            f"{len(candidates)} earlier calls with that random state had the same outputs: keep "
-            "preserve_rng_state=True, and the client half free of state"
+            "a cut point was called inside of a backward pass, as torch.utils.checkpoint does, "
+            f"and none of {len(candidates)} earlier calls with that random state had the same "
+            "outputs: keep preserve_rng_state=True, and the client half free of state"
         )
 
     def request(
@@ -121,7 +147,9 @@ class Session:
         """The request for a cut call, and its distinct input tensors."""
         _, tensors = pytree.flatten((args, kwargs))
         device = tensors[0].device.type if tensors else "cpu"
-        autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+        autocast = None
+        if torch.is_autocast_enabled(device):
+            autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
         return ForwardRequest(
             client_id=self.connection.client_id,
             incarnation=self.connection.incarnation,
@@ -133,7 +161,7 @@ class Session:
             training=point.training,
             grad=torch.is_grad_enabled(),
             seed=seed.value,
-            autocast=None if autocast is None else autocast.removeprefix("torch."),
+            autocast=autocast,
             version=self.version,
             seen=self.connection.seen,
             previous=None if before is None else before.number,
@@ -146,24 +174,35 @@ class Session:
         self.connection.opened(answer.incarnation, answer.version)
         self.version = answer.version
 
-    def _connect(self, request: ForwardRequest, answer: ForwardAnswer, tensors: list[Tensor]) -> Any:
+    def _connect(
+        self, request: ForwardRequest, answer: ForwardAnswer, tensors: list[Tensor]
+    ) -> Any:
         """The outputs, as autograd should see them."""
         spec, outputs = pytree.flatten(answer.outputs)
-        outputs = [output.to(tensors[0].device) for output in outputs] if tensors else outputs
-        if request.grad:
-            recorded = RecordedCall(self, request, answer.version)
-            if any(answer.requires_grad):
-                crossed = _Cross.apply(recorded, answer.requires_grad, outputs, dummy(), *tensors)  # type: ignore[no-untyped-call]
-                outputs = list(crossed)
-            else:
-                self.connection.release(recorded)
-            for index in (i for i in answer.changed if tensors[i].requires_grad):
-                guard(tensors[index], index, partial(recorded.answered, index))
+        if tensors:
+            outputs = [output.to(tensors[0].device) for output in outputs]
+        recorded = RecordedCall(self, request, answer.version) if request.grad else None
+        if recorded is not None and any(answer.requires_grad):
+            crossing = (recorded, answer.requires_grad, outputs, dummy(), *tensors)
+            outputs = list(_Cross.apply(*crossing))  # type: ignore[no-untyped-call]
+        elif recorded is not None:
+            self.connection.release(recorded)
         for index, value in answer.changed.items():
-            if not (request.grad and tensors[index].requires_grad):
-                with torch.no_grad():
-                    tensors[index].copy_(value)  # nothing but its values can tell other uses
+            if recorded is not None and tensors[index].requires_grad:
+                guard(tensors[index], index, partial(recorded.answered, index))
+                continue
+            with torch.no_grad():
+                # No gradient could show that this tensor has another use: its values have to.
+                tensors[index].copy_(value)
         return pytree.unflatten(spec, outputs)
+
+
+def _calls_with_seed(earlier: Sequence[Session], seed: int) -> list[tuple[Session, _Made]]:
+    """The calls of earlier sessions that had this seed, newest first in each session."""
+    found = []
+    for session in earlier:
+        found += [(session, made) for made in reversed(session._made) if made.seed == seed]
+    return found
 
 
 class RecordedCall:
@@ -206,8 +245,10 @@ class _Cross(torch.autograd.Function):
         """The outputs, as they came."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dummy)
-        ctx.mark_non_differentiable(*(t for t, needed in zip(outputs, requires_grad, strict=True) if not needed))
-        ctx.call, ctx.devices = call, [tensor.device for tensor in tensors]
+        plain = [t for t, needed in zip(outputs, requires_grad, strict=True) if not needed]
+        ctx.mark_non_differentiable(*plain)
+        ctx.call = call
+        ctx.devices = [tensor.device for tensor in tensors]
         call.origin.connection.watch(call, ctx)
         if call.task != -1:
             call.origin.passes.current(call.task)
@@ -217,10 +258,14 @@ class _Cross(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """The gradients of the inputs."""
         refuse_second_order()
-        ctx._raw_saved_tensors  # noqa: B018 -- raises, as a local model would, if the graph was freed
-        found = ctx.call.backward(grads)
-        moved = [None if g is None else g.to(device) for g, device in zip(found, ctx.devices, strict=False)]
-        return None, None, None, None, *(moved or [None] * len(ctx.devices))
+        # Asked for because it raises, as a local model would, if the graph was freed.
+        ctx._raw_saved_tensors  # noqa: B018
+        found = ctx.call.backward(grads) or [None] * len(ctx.devices)
+        moved = [
+            None if grad is None else grad.to(device)
+            for grad, device in zip(found, ctx.devices, strict=False)
+        ]
+        return None, None, None, None, *moved
 
 
 def refuse_second_order() -> None:
@@ -231,11 +276,15 @@ def refuse_second_order() -> None:
     """
     if torch.is_grad_enabled():
         raise UnsupportedError(
-            "create_graph=True can't cross the cut: the server answers gradients, not their graph. Compute what "
-            "needs second derivatives (gradient penalties, meta-learning) within the client half"
+            "create_graph=True can't cross the cut: the server answers gradients, not their graph. "
+            "Compute what needs second derivatives (gradient penalties, meta-learning) within the "
+            "client half"
         )
 
 
 def dummy() -> Tensor:
-    """Requires grad, so that autograd runs the backward even if nothing before the cut requires it."""
+    """An empty tensor that requires grad.
+
+    With it autograd runs the backward of a crossing even if nothing before the cut requires grad.
+    """
     return torch.empty(0, requires_grad=True, device="cpu")

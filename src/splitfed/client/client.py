@@ -1,7 +1,14 @@
 """The client: a module that disappears into the user's own training loop.
 
-It stands in for a client half (`standin`); what is here besides is the way to the server. Where a call goes is decided
-by the call, not by the half: one half may serve many clients.
+In an optimizer, a loop, a print or a checkpoint it is its client half (`StandIn`): nothing is
+copied, and what isn't found here is looked up there. What is here besides is the way to the server.
+Where a call goes is decided by the call, not by the half: one half may serve many clients.
+
+The traps: nn.Module keeps its tensors in dicts of the instance, and `nn.Module.__init__` sets
+attributes before there is anything to stand in for; hence the shared dicts, and a `training` that
+may be asked for too early. And trainers look at the class too: Hugging Face's Trainer reads the
+signature of `type(model).forward`, so there it is a plain function; only a client has a half whose
+signature it could show.
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,32 +26,139 @@ from splitfed.client.calls import Session
 from splitfed.client.connection import Connection, LossScale
 from splitfed.client.half import HalfSync
 from splitfed.client.loss import LossSession
-from splitfed.client.methods import Forward, Within
 from splitfed.client.participating import take_part
-from splitfed.client.standin import StandIn
 from splitfed.client.transports import as_transport
 from splitfed.errors import CutError, InputError, UnsupportedError
-from splitfed.model.cutpoint import CutPoint, active_caller
+from splitfed.model.cutpoint import CutPoint
 from splitfed.protocol.ids import check_client_id, check_number
 from splitfed.protocol.messages import RoundInfo
 from splitfed.protocol.transport import Transport
+
+Self = TypeVar("Self", bound="StandIn")
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+class StandIn(nn.Module):
+    """A module with the tensors, the mode and the attributes of a client half.
+
+    Args:
+        client_half: What it stands in for.
+    """
+
+    client_half: nn.Module
+
+    def __init__(self, client_half: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["client_half"] = client_half
+        for name in _SHARED:
+            self.__dict__[name] = client_half.__dict__[name]
+
+    @property
+    def training(self) -> bool:
+        """The half's own mode."""
+        half = self.__dict__.get("client_half")
+        return True if half is None else half.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "client_half" in self.__dict__:
+            self.client_half.training = mode
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The half's own state_dict."""
+        return self.client_half.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the half."""
+        return self.client_half.load_state_dict(*args, **kwargs)
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """Set the half's mode, and with it the mode that the body runs in."""
+        self.client_half.train(mode)
+        return self
+
+    def _apply(self: Self, *args: Any, **kwargs: Any) -> Self:
+        self.client_half._apply(*args, **kwargs)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if own or "client_half" not in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.client_half, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            half = self.__dict__.get("client_half")
+            if half is None:
+                raise
+            return getattr(half, name)
+
+
+class CutMethod:
+    """A method of the half (forward, `encode`, ...) as one call of the client; has its signature."""
+
+    def __init__(
+        self, client: SplitClient, run: Callable[..., Any], method: Callable[..., Any]
+    ) -> None:
+        self._client = client
+        self._run = run
+        self._method = method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it across the cut."""
+        client = self._client
+        client._refuse_replica()
+        samples = count_samples(args, kwargs)
+        with Session(client._connection, client._passes, samples, client._scope, client._pinned):
+            return self._run(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._method)
+
+
+class ClientForward:
+    """`client.forward`: runs the half, with its signature; may be replaced, as Accelerate does."""
+
+    def __get__(self, client: Any, owner: type | None = None) -> Callable[..., Any]:
+        if client is None:
+            return _forward_of_the_class
+        replaced: Callable[..., Any] | None = client.__dict__.get("_replaced_forward")
+        if replaced is not None:
+            return replaced
+        return CutMethod(client, client.client_half, client.client_half.forward)
+
+    def __set__(self, client: Any, value: Callable[..., Any]) -> None:
+        client.__dict__["_replaced_forward"] = value
+
+
+def _forward_of_the_class(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self.forward(*args, **kwargs)
 
 
 class SplitClient(StandIn):
     """Connects the cut points of a client half to a server.
 
     Args:
-        client_half: The half that `split` returned, or a model with `CutPoint`s placed by hand. It isn't copied.
-        server: A `SplitServer` in this process, the URL of a service ("https://host") or of the store that its workers
-            share ("s3://bucket/run"), or anything with the methods of `Transport`.
-        client_id: 1 to 64 of the characters A-Z a-z 0-9 _ . -, beginning with a letter or digit. One `SplitClient`
-            at a time may train under an id: a newer one supersedes it.
+        client_half: The half that `split` returned, or a model with `CutPoint`s placed by hand. It
+            isn't copied.
+        server: A `SplitServer` in this process, the URL of a service ("https://host") or of the
+            store that its workers share ("s3://bucket/run"), or anything with the methods of
+            `Transport`.
+        client_id: 1 to 64 of the characters A-Z a-z 0-9 _ . -, beginning with a letter or digit.
+            One `SplitClient` at a time may train under an id: a newer one supersedes it.
         loss_scale: What the loss is multiplied by before `backward()`, as a number or a function:
-            `scaler.get_scale`, `1 / k` under gradient accumulation, the batch size for a summed loss. Stored
-            parameter gradients are divided by it.
-        personal: Patterns (`fnmatch`) of parameters and buffers that never leave this client: what it neither pushes
-            nor pulls, such as `("head.*",)`. Whoever averages the halves names the same.
-        token: What the service at the URL asks for; the environment variable SPLITFED_TOKEN if not given.
+            `scaler.get_scale`, `1 / k` under gradient accumulation, the batch size for a summed
+            loss. Stored parameter gradients are divided by it.
+        personal: Patterns (`fnmatch`) of parameters and buffers that never leave this client: what
+            it neither pushes nor pulls, such as `("head.*",)`. Whoever averages the halves names
+            the same.
+        token: What the service at the URL asks for; the environment variable SPLITFED_TOKEN if not
+            given.
         options: Of the way to that URL, such as `timeout` in seconds (`transports`).
 
     Raises:
@@ -73,20 +187,23 @@ class SplitClient(StandIn):
         check_client_id(client_id)
         if not isinstance(client_half, nn.Module):
             raise InputError(
-                f"client_half is a {type(client_half).__name__}: expected an nn.Module, the half of split()"
+                f"client_half is a {type(client_half).__name__}: expected an nn.Module, "
+                "the half of split()"
             )
         if isinstance(client_half, SplitClient):
-            raise InputError("client_half is a SplitClient already: pass the half that it wraps, client.client_half")
+            raise InputError(
+                "client_half is a SplitClient already: pass the half that it wraps, "
+                "client.client_half"
+            )
         if not any(isinstance(module, CutPoint) for module in client_half.modules()):
             raise CutError(
-                f"{type(client_half).__name__} has no CutPoint: take the first of split(model, at), or put "
-                "CutPoint() where the "
-                "body belongs"
+                f"{type(client_half).__name__} has no CutPoint: take the first of split(model, "
+                "at), or put CutPoint() where the body belongs"
             )
         super().__init__(client_half)
-        self.__dict__["_connection"] = Connection(
-            as_transport(server, client_id, token, options), client_id, loss_scale
-        )
+        transport = as_transport(server, client_id, token, options)
+        # Past __setattr__: an attribute that is set on a client goes to its half.
+        self.__dict__["_connection"] = Connection(transport, client_id, loss_scale)
         self.__dict__["_passes"] = Passes(self._connection)
         self.__dict__["_sync"] = HalfSync(client_half, self._connection, personal)
         self.__dict__["_scope"] = None
@@ -104,15 +221,16 @@ class SplitClient(StandIn):
 
     @property
     def round(self) -> RoundInfo | None:
-        """The round under way, as the last pull had it; `None` before, and where nobody runs rounds."""
+        """The round under way by the last pull; `None` before, and where nobody runs rounds."""
         return self._sync.round
 
-    forward = Forward()
+    forward = ClientForward()
 
     def loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Loss of `(*inputs, target)`, computed by the server in one trip; call `.backward()` on it.
+        """Loss of `(*inputs, target)`, computed by the server in one trip; has a `.backward()`.
 
-        The last positional argument is the target. The server needs a `loss_fn`, and the half must end at its cut.
+        The last positional argument is the target. The server needs a `loss_fn`, and the half must
+        end at its cut.
 
         Raises:
             CutError: something comes after the cut.
@@ -120,32 +238,40 @@ class SplitClient(StandIn):
         """
         if len(args) < 2:
             raise InputError(
-                f"client.loss() takes the inputs and then the target: expected at least 2 arguments, got {len(args)}"
+                "client.loss() takes the inputs and then the target: "
+                f"expected at least 2 arguments, got {len(args)}"
             )
         *inputs, target = args
-        session = LossSession(self._connection, self._passes, count_samples(inputs, kwargs), self._scope, self._pinned)
+        session = LossSession(
+            self._connection, self._passes, count_samples(inputs, kwargs), self._scope, self._pinned
+        )
         session.target = target
-        return session.finish(lambda: self._run(session, self.client_half, tuple(inputs), kwargs))
+        self._refuse_replica()
+        return session.finish(self.client_half, tuple(inputs), kwargs)
 
     @contextmanager
     def at(self, version: int) -> Iterator[SplitClient]:
         """Run calls within at one version of the body, for evaluation."""
-        before, self.__dict__["_pinned"] = self._pinned, check_number("version", version)
+        before = self._pinned
+        self.__dict__["_pinned"] = check_number("version", version)
         try:
             yield self
         finally:
             self.__dict__["_pinned"] = before
 
     @contextmanager
-    def batch(self, num_samples: float | None = None, *, loss_scale: float | None = None) -> Iterator[SplitClient]:
-        """Say what the calls within count: for tokens, nodes, or tensors whose first dimension isn't the batch.
+    def batch(
+        self, num_samples: float | None = None, *, loss_scale: float | None = None
+    ) -> Iterator[SplitClient]:
+        """Set the weight of the calls within: for tokens, nodes, or sequence-first tensors.
 
         Args:
-            num_samples: Weight of the batch, in whatever unit all clients use; by default the leading dimension of
-                the first tensor given to `client(...)`, summed over the calls.
+            num_samples: Weight of the batch, in whatever unit all clients use; by default the
+                leading dimension of the first tensor given to `client(...)`, summed over the calls.
             loss_scale: Overrides the client's own.
         """
-        before, self.__dict__["_scope"] = self._scope, Scope(num_samples, loss_scale)
+        before = self._scope
+        self.__dict__["_scope"] = Scope(num_samples, loss_scale)
         try:
             yield self
         finally:
@@ -165,13 +291,15 @@ class SplitClient(StandIn):
         """Publish what this half has learned since the last pull or push.
 
         Args:
-            num_samples: Its weight, in examples; by default what the batches since then counted, or would have
-                counted if all of them were rejected.
-            gradient: Publish the parameters' `.grad` in place of the change, for the lineage's optimizer to step on
-                (synchronous mode). Take no local step then, and zero the gradients for the next one.
+            num_samples: Its weight, in examples; by default what the batches since then counted, or
+                would have counted if all of them were rejected.
+            gradient: Publish the parameters' `.grad` in place of the change, for the lineage's
+                optimizer to step on (synchronous mode). Take no local step then, and zero the
+                gradients for the next one.
 
         Raises:
-            InputError: nothing was pulled, there are no samples, or no gradient or one of a half that has moved.
+            InputError: nothing was pulled, there are no samples, or no gradient or one of a half
+                that has moved.
         """
         self._sync.push(num_samples, gradient=gradient)
 
@@ -180,7 +308,8 @@ class SplitClient(StandIn):
     ) -> Iterator[RoundInfo]:
         """Take part in a federation: `for round in client.rounds(): <train as usual>`.
 
-        Pulls before and pushes after each round in which this client is sampled; ends when the federation is finished.
+        Pulls before and pushes after each round in which this client is sampled; ends when the
+        federation is finished.
 
         Args:
             poll: How often to ask whether it is this client's turn, in seconds.
@@ -192,24 +321,23 @@ class SplitClient(StandIn):
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
         if inspect.ismethod(found) and found.__self__ is self.__dict__.get("client_half"):
-            return Within(self, found, found)
+            return CutMethod(self, found, found)
         return found
 
-    def _run(self, session: Session, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _refuse_replica(self) -> None:
         if "_is_replica" in self.__dict__:
             raise UnsupportedError(
-                "nn.DataParallel can't replicate a SplitClient: call it directly; the server scales by replicas"
+                "nn.DataParallel can't replicate a SplitClient: call it directly; "
+                "the server scales by replicas"
             )
-        token = active_caller.set(session)
-        try:
-            return run(*args, **kwargs)
-        finally:
-            active_caller.reset(token)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitClient:
         connection = self._connection
         half = copy.deepcopy(self.client_half, memo)
-        settings: dict[str, Any] = {"loss_scale": connection.loss_scale, "personal": self._sync.patterns}
+        settings: dict[str, Any] = {
+            "loss_scale": connection.loss_scale,
+            "personal": self._sync.patterns,
+        }
         return SplitClient(half, connection.transport, connection.client_id, **settings)
 
     def __copy__(self) -> SplitClient:
@@ -219,6 +347,7 @@ class SplitClient(StandIn):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UnsupportedError(
-            "a SplitClient can't be pickled, as it is one process's line to its server: save client.state_dict(), or "
-            "pickle client.client_half and make a SplitClient of it there"
+            "a SplitClient can't be pickled, as it is one process's line to its server: "
+            "save client.state_dict(), or pickle client.client_half and make a SplitClient of it "
+            "there"
         )

@@ -1,8 +1,8 @@
 """A client's process, as the server sees it: its numbers, and what it still has to confirm.
 
-Calls are numbered at the forward, batches at the backward. What a request confirms rides along with it: graphs that are
-gone (their records may go too) and numbers that were given up. A request that fails hands that back, to ride with
-the next.
+Calls are numbered at the forward, batches at the backward. What a request confirms rides along with
+it: graphs that are gone (their records may go too) and numbers that were given up. A request that
+fails hands that back, to ride with the next.
 """
 
 from __future__ import annotations
@@ -116,7 +116,11 @@ class Connection:
         """The recorded calls that the backward pass under way reaches, done or not."""
         with self._lock:
             nodes = [(call, node()) for call, node in self._live]
-        return [call for call, node in nodes if node is not None and torch._C._will_engine_execute_node(node)]
+        return [
+            call
+            for call, node in nodes
+            if node is not None and torch._C._will_engine_execute_node(node)
+        ]
 
     @contextmanager
     def housekeeping(self) -> Iterator[Housekeeping]:
@@ -155,7 +159,8 @@ class Connection:
             found = math.nan
         if not math.isfinite(found) or found == 0:
             raise InputError(
-                f"loss_scale is {value!r}: expected a finite number other than 0, or a function that returns one"
+                f"loss_scale is {value!r}: expected a finite number other than 0, "
+                "or a function that returns one"
             )
         return found
 
@@ -166,12 +171,14 @@ class Connection:
                 self.counted = self.counted + Counted(num_samples, loss_scale)
             elif status == "rejected":
                 self.counted = self.counted + Counted(rejected=num_samples)
-            first, self._warned = status == "rejected" and not self._warned, self._warned or status == "rejected"
+            first = status == "rejected" and not self._warned
+            if first:
+                self._warned = True
         if first:
             warnings.warn(
-                f"a gradient of client {self.client_id!r} isn't finite (NaN or Inf): the batch is closed as "
-                "rejected and counts "
-                "nowhere. Under GradScaler that is ordinary; later ones are only counted",
+                f"a gradient of client {self.client_id!r} isn't finite (NaN or Inf): "
+                "the batch is closed as rejected and counts nowhere. "
+                "Under GradScaler that is ordinary; later ones are only counted",
                 stacklevel=2,
             )
 
@@ -181,7 +188,8 @@ def _can_run(node: Any) -> bool:
     if node is None:
         return False
     try:
-        node._raw_saved_tensors  # noqa: B018 -- raises once they are freed; unlike `saved_tensors` it unpacks nothing
+        # Raises once they are freed; unlike `saved_tensors` it unpacks nothing.
+        node._raw_saved_tensors  # noqa: B018
     except RuntimeError:
         return False
     return True

@@ -1,11 +1,12 @@
 """The client half's own versions: pulled before training, pushed after it.
 
-What is pushed is a pseudo-gradient, start − end, or in synchronous mode the gradient itself; its weight is the client's
-samples, and buffers go with their start and end values. What is pulled is copied in place, so the user's optimizer
-keeps its parameters and its state.
+What is pushed is a pseudo-gradient, start − end, or in synchronous mode the gradient itself; its
+weight is the client's samples, and buffers go with their start and end values. What is pulled is
+copied in place, so the user's optimizer keeps its parameters and its state.
 
-The trap: autograd adds up. After several batches `.grad` is Σ λᵢgᵢ, each scaled as its loss was, so what is published
-is `.grad` / Σ λᵢ: their mean, whether losses were scaled by 1/k, by GradScaler, by their size, or not at all.
+The trap: autograd adds up. After several batches `.grad` is Σ λᵢgᵢ, each scaled as its loss was, so
+what is published is `.grad` / Σ λᵢ: their mean, whether losses were scaled by 1/k, by GradScaler,
+by their size, or not at all.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class HalfSync:
         InputError: a pattern that fits nothing.
     """
 
-    def __init__(self, half: nn.Module, connection: Connection, personal: Iterable[str] = ()) -> None:
+    def __init__(
+        self, half: nn.Module, connection: Connection, personal: Iterable[str] = ()
+    ) -> None:
         self.version: int | None = None
         self.round: RoundInfo | None = None
         """The round under way, as the last answer had it."""
@@ -44,7 +47,8 @@ class HalfSync:
         self._template: Template | None = None
         self._start: dict[str, Tensor] = {}
         self._unanswered: tuple[PushRequest, dict[str, Tensor], Counted] | None = None
-        """A push whose reply was lost, the half as it was then, and its samples; the next pull or push repeats it."""
+        """A push whose reply was lost, the half as it was then, and its samples; the next pull or
+        push repeats it."""
 
     def pull(self) -> int:
         """Copy the newest client half in place; publish this one if there is none.
@@ -88,11 +92,13 @@ class HalfSync:
         """Publish the change since the last pull or push, or the gradient of the parameters.
 
         Raises:
-            InputError: nothing was pulled, there are no samples, or a gradient is asked for and isn't there.
+            InputError: nothing was pulled, there are no samples, or a gradient is asked for and
+                isn't there.
         """
         if self._template is None or self.version is None:
             raise InputError(
-                "this half has no version yet: call client.pull() before training and client.push() after it"
+                "this half has no version yet: call client.pull() "
+                "before training and client.push() after it"
             )
         settled = self._settle()
         if settled is not None and not self._has_news(settled, gradient):
@@ -101,7 +107,10 @@ class HalfSync:
         self._settle()
 
     def _settle(self) -> PushRequest | None:
-        """Send the push whose reply was lost, under its own number: if it has arrived, it counts once all the same."""
+        """Send the push whose reply was lost.
+
+        It goes under its own number: if it has arrived before, it counts once all the same.
+        """
         if self._unanswered is None:
             return None
         request, state, counted = self._unanswered
@@ -122,7 +131,9 @@ class HalfSync:
         if self._connection.counted.num_samples or self._connection.counted.rejected:
             return True
         own = self._gradients()
-        return own.keys() != settled.gradients.keys() or not all(own[n].equal(settled.gradients[n]) for n in own)
+        if own.keys() != settled.gradients.keys():
+            return True
+        return not all(own[name].equal(settled.gradients[name]) for name in own)
 
     def _has_moved(self, names: list[str]) -> bool:
         state = self._state()
@@ -132,18 +143,15 @@ class HalfSync:
         self, names: Template, num_samples: float | None, gradient: bool
     ) -> tuple[PushRequest, dict[str, Tensor], Counted]:
         counted = self._connection.counted
-        # Where every batch was rejected, the update goes all the same: it is judged, and its client heard from.
-        samples = (counted.num_samples or counted.rejected) if num_samples is None else num_samples
-        if not samples > 0:
-            raise InputError(
-                f"the update would count {samples} samples: train before push(), or give push(num_samples=...)"
-            )
+        samples = _weight(num_samples, counted)
         state = {name: tensor.clone() for name, tensor in self._state().items()}
         if gradient:
-            gradients, scale = self._gradients(), counted.loss_scale or self._connection.scale()
+            gradients = self._gradients()
+            scale = counted.loss_scale or self._connection.scale()
             self._check_gradients(names, gradients)
         else:
-            gradients, scale = {name: self._start[name] - state[name] for name in names.trainable}, 1.0
+            gradients = {name: self._start[name] - state[name] for name in names.trainable}
+            scale = 1.0
         changed = {n: state[n] for n in names.buffers if not state[n].equal(self._start[n])}
         request = PushRequest(
             client_id=self._connection.client_id,
@@ -162,30 +170,57 @@ class HalfSync:
 
     def _check_gradients(self, names: Template, gradients: dict[str, Tensor]) -> None:
         if not gradients:
-            raise InputError("no shared parameter has a gradient: call loss.backward() before push(gradient=True)")
+            raise InputError(
+                "no shared parameter has a gradient: call loss.backward() "
+                "before push(gradient=True)"
+            )
         if self._has_moved(names.trainable):
             raise InputError(
-                "the half has moved since it was pulled, so this isn't the gradient of what others have: take no local "
-                "step before push(gradient=True), or publish the change with push()"
+                "the half has moved since it was pulled, so this isn't the gradient of what others "
+                "have: take no local step before push(gradient=True), or publish the change with "
+                "push()"
             )
 
     def _gradients(self) -> dict[str, Tensor]:
         """Copies of the gradients of the shared parameters that have one."""
         names = self._template.parameters if self._template else {}
-        found = {name: tensor.grad for name, tensor in named_state(unwrap(self._half)) if name in names}
+        found = {
+            name: tensor.grad for name, tensor in named_state(unwrap(self._half)) if name in names
+        }
         return {name: grad.detach().clone() for name, grad in found.items() if grad is not None}
 
     def _ask(self, *, weights: bool = True) -> PullAnswer:
-        answer = self._connection.transport.pull(PullRequest(self._connection.client_id, weights=weights))
+        answer = self._connection.transport.pull(
+            PullRequest(self._connection.client_id, weights=weights)
+        )
         self.round = answer.round
         return answer
 
     def _state(self) -> dict[str, Tensor]:
         """The half's distinct tensors, by first name; sharing memory with it."""
         names = self._template.names if self._template else {}
-        return {name: t.detach() for name, t in named_state(unwrap(self._half)) if names.get(name) == name}
+        return {
+            name: t.detach()
+            for name, t in named_state(unwrap(self._half))
+            if names.get(name) == name
+        }
 
     def _begin(self, state: dict[str, Tensor], counted: Counted) -> None:
         """What the next push is the change from, and the batches that the last one has counted."""
         self._start = {name: tensor.clone() for name, tensor in state.items()}
         self._connection.counted -= counted
+
+
+def _weight(num_samples: float | None, counted: Counted) -> float:
+    """The weight of an update, in examples."""
+    samples = num_samples
+    if samples is None:
+        # Where every batch was rejected, the update goes all the same: it is judged, and its client
+        # heard from.
+        samples = counted.num_samples or counted.rejected
+    if not samples > 0:
+        raise InputError(
+            f"the update would count {samples} samples: train before push(), "
+            "or give push(num_samples=...)"
+        )
+    return samples

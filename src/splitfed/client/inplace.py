@@ -1,11 +1,15 @@
-"""Watching an input that the body changed in place: the client's copy still has the old values, so no other use counts.
+"""A watch over inputs that the body changed in place.
 
-Uses that autograd has saved are caught by torch, once the version counter moves as an in-place operation moves it. Any
-other use adds a gradient of its own: then what arrives at the tensor isn't the very gradient that the call answered.
+The client's copy of such an input still has the old values, so no other use of it may count.
 
-The trap: an input may be a view, as `flatten` and slices make them. In the unsplit model its base changes too, so it is
-the base that is watched; and a moved version counter makes torch put the view on a new node, apart from the one that
-the call hangs on. A hook that is the first to ask for that node crashes torch, hence the hooks first and a look after.
+Uses that autograd has saved are caught by torch, once the version counter moves as an in-place
+operation moves it. Any other use adds a gradient of its own: then what arrives at the tensor isn't
+the very gradient that the call answered.
+
+The trap: an input may be a view, as `flatten` and slices make them. In the unsplit model its base
+changes too, so it is the base that is watched; and a moved version counter makes torch put the view
+on a new node, apart from the one that the call hangs on. A hook that is the first to ask for that
+node crashes torch, hence the hooks first and a look after.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ def guard(tensor: Tensor, index: int, own: Callable[[], Tensor | None]) -> None:
     """Raise in the backward if input `index` gets any gradient but `own()`.
 
     Raises:
-        InPlaceError: it is one of several views of one operation, which may not be changed in place.
+        InPlaceError: it is one of several views of one operation, which may not be changed in
+            place.
     """
     base = tensor._base
     if base is None or not base.requires_grad:
@@ -62,6 +67,7 @@ def _watch(tensor: Tensor, index: int, own: Callable[[], Tensor | None]) -> None
 
 def _refused(index: int) -> InPlaceError:
     return InPlaceError(
-        f"the body changes its input {index} in place, and the client uses it elsewhere too: that use would see other "
-        "values than in the unsplit model. Begin the body with inplace=False, or clone() before the cut"
+        f"the body changes its input {index} in place, and the client uses it elsewhere too: "
+        "that use would see other values than in the unsplit model. "
+        "Begin the body with inplace=False, or clone() before the cut"
     )

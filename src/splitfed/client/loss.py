@@ -1,17 +1,17 @@
 """Plain split learning in one trip: activations and labels there, loss and gradients back.
 
-For models that end at their cut. The server computes the loss, so the labels leave the client; in return a batch
-costs one request. The gradient counts when it is answered, at the forward: `backward()` of the loss only passes it on.
+For models that end at their cut. The server computes the loss, so the labels leave the client; in
+return a batch costs one request. The gradient counts when it is answered, at the forward:
+`backward()` of the loss only passes it on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from splitfed.client.calls import Session, dummy, refuse_second_order
 from splitfed.errors import CutError, SplitFedError
@@ -23,8 +23,9 @@ from splitfed.protocol.messages import LossAnswer, LossRequest
 class LossSession(Session):
     """One `client.loss(...)` call.
 
-    The request is made in the cut call, and sent once the half has ended with it: were it sent at once, the gradient of
-    a half that computes further would be counted before anybody could see that it is a wrong one.
+    The request is made in the cut call, and sent once the half has ended with it: were it sent at
+    once, the gradient of a half that computes further would be counted before anybody could see
+    that it is a wrong one.
     """
 
     target: Any = None
@@ -37,39 +38,56 @@ class LossSession(Session):
             CutError: the half has more than one cut call.
         """
         if self._pending is not None:
-            raise CutError("client.loss() needs a client half that ends at its one cut, and this one calls several")
+            raise CutError(
+                "client.loss() needs a client half that ends at its one cut, "
+                "and this one calls several"
+            )
         seed = Seed()
         ahead, tensors = self.request(point, args, kwargs, seed, None)
-        samples = self.num_samples if self.scope is None or self.scope.num_samples is None else self.scope.num_samples
+        samples = self.num_samples
+        if self.scope is not None and self.scope.num_samples is not None:
+            samples = self.scope.num_samples
         self._pending = LossRequest(ahead, 0, self.target, samples), tensors, seed
         self._stand_in = torch.empty(0, device="cpu")
         return self._stand_in
 
-    def finish(self, run: Callable[[], Any]) -> Tensor:
+    def finish(self, half: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run the half, send activations and labels, and return the loss.
 
         Raises:
             CutError: the half doesn't end at its one cut.
         """
         try:
-            ended = self._ends_at_cut(run)
+            ended = self._ends_at_cut(half, args, kwargs)
         except BaseException:
             if self._pending is not None:
                 self._pending[2].put_back()
             raise
         if not ended or self._pending is None:
-            raise _further()
+            raise _not_at_cut()
         request, tensors, seed = self._pending
+        answer = self._send(request)
+        if not answer.drew:
+            seed.put_back()
+        self.connection.opened(answer.incarnation, answer.version)
+        value = answer.loss.to(tensors[0].device) if tensors else answer.loss
+        if request.forward.grad:
+            value = _Loss.apply(answer, value, dummy(), *tensors)  # type: ignore[no-untyped-call]
+        return value
+
+    def _send(self, request: LossRequest) -> LossAnswer:
+        """The server's answer; a batch that counts is numbered here, and given up if none comes."""
         ahead = request.forward
         counts = ahead.grad and ahead.training
-        own = None if self.scope is None else self.scope.loss_scale
-        scale = self.connection.scale() if own is None else own
+        scale = None if self.scope is None else self.scope.loss_scale
+        if scale is None:
+            # Asked for before the request: a wrong one raises while nothing has counted yet.
+            scale = self.connection.scale()
         seq = self.connection.number("batch") if counts else 0
         try:
             with self.connection.housekeeping() as notes:
-                answer = self.connection.transport.loss(
-                    replace(request, seq=seq, forward=replace(ahead, housekeeping=notes))
-                )
+                ahead = replace(ahead, housekeeping=notes)
+                answer = self.connection.transport.loss(replace(request, seq=seq, forward=ahead))
         except BaseException:
             if counts:
                 self.connection.abandon(seq)
@@ -77,28 +95,24 @@ class LossSession(Session):
         if counts:
             self.connection.answered(seq)
             self.connection.note_status(answer.status, request.num_samples, scale)
-        if not answer.drew:
-            seed.put_back()
-        self.connection.opened(answer.incarnation, answer.version)
-        value = answer.loss.to(tensors[0].device) if tensors else answer.loss
-        if ahead.grad:
-            value = _Loss.apply(answer, value, dummy(), *tensors)  # type: ignore[no-untyped-call]
-        return value
+        return answer
 
-    def _ends_at_cut(self, run: Callable[[], Any]) -> bool:
+    def _ends_at_cut(self, half: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         try:
-            return run() is getattr(self, "_stand_in", None)
+            with self:
+                return half(*args, **kwargs) is getattr(self, "_stand_in", None)
         except SplitFedError:
             raise
         except Exception as error:
             if self._pending is None:
                 raise
-            raise _further() from error
+            raise _not_at_cut() from error
 
 
-def _further() -> CutError:
+def _not_at_cut() -> CutError:
     return CutError(
-        "client.loss() needs a client half that ends at its cut, and this one computes further: call client(x)"
+        "client.loss() needs a client half that ends at its cut, and this one computes further: "
+        "call client(x)"
     )
 
 
@@ -106,7 +120,9 @@ class _Loss(torch.autograd.Function):
     """The loss forward; the gradients that came with it, times the incoming one, backward."""
 
     @staticmethod
-    def forward(ctx: Any, answer: LossAnswer, value: Tensor, dummy: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, answer: LossAnswer, value: Tensor, dummy: Tensor, *tensors: Tensor
+    ) -> Tensor:
         """The loss, as it came."""
         ctx.grads = [
             None if grad is None else grad.to(tensor.device)

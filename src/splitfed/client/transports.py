@@ -1,7 +1,8 @@
-"""From a URL to the transport that goes there: one door, so that a client is given a server object or a URL alike.
+"""The transport of a server that is given as an object or as a URL: one door for both.
 
-A transport's module is loaded when its scheme is asked for. The import is by name on purpose: a device that talks HTTP
-needs neither fsspec nor anything else of the server's side, and one that gets a server object needs not even urllib3.
+A transport's module is loaded when its scheme is asked for. The import is by name on purpose: a
+device that talks HTTP needs neither fsspec nor anything else of the server's side, and one that
+gets a server object needs not even urllib3.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from splitfed.protocol.transport import Transport
 _EXTRAS = {"urllib3": "http", "s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure"}
 
 
-def open_transport(url: str, *, client_id: str, token: str | None = None, **options: Any) -> Transport:
-    """The transport to a service's URL (`http`, `https`), or to a store that workers share (any other scheme).
+def open_transport(
+    url: str, *, client_id: str, token: str | None = None, **options: Any
+) -> Transport:
+    """The transport of a URL: to a service (`http`, `https`), or to a store that workers share.
+
+    Any other scheme is a store's.
 
     Nothing is sent: a URL that leads nowhere is told of by the first request.
 
@@ -26,18 +31,21 @@ def open_transport(url: str, *, client_id: str, token: str | None = None, **opti
         url: Such as `https://host:8000` or `s3://bucket/run`.
         client_id: Whose requests will go there.
         token: What the service asks for.
-        options: Of the transport: for HTTP those of `splitfed.service.http.client.HttpTransport`, for a store those of
-            `splitfed.service.mailbox.client`.
+        options: Of the transport: for HTTP those of `splitfed.service.http.client.HttpTransport`,
+            for a store those of `splitfed.service.mailbox.client`.
 
     Raises:
-        InputError: it isn't a URL, what it needs isn't installed, or an option isn't one of the transport.
+        InputError: it isn't a URL, what it needs isn't installed, or an option isn't one of the
+            transport.
     """
     scheme, colon, _ = url.partition("://")
     if not colon or not scheme:
-        raise InputError(f"server is {url!r}: expected a SplitServer, or a URL such as 'https://host:8000'")
-    module = (
-        "splitfed.service.http.client" if scheme.lower() in ("http", "https") else "splitfed.service.mailbox.client"
-    )
+        raise InputError(
+            f"server is {url!r}: expected a SplitServer, or a URL such as 'https://host:8000'"
+        )
+    module = "splitfed.service.mailbox.client"
+    if scheme.lower() in ("http", "https"):
+        module = "splitfed.service.http.client"
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -52,7 +60,9 @@ def open_transport(url: str, *, client_id: str, token: str | None = None, **opti
     return transport
 
 
-def as_transport(server: Any, client_id: str, token: str | None, options: Mapping[str, Any]) -> Transport:
+def as_transport(
+    server: Any, client_id: str, token: str | None, options: Mapping[str, Any]
+) -> Transport:
     """What a user gave as `server`: a transport as it is, or a URL opened.
 
     Raises:
@@ -62,10 +72,13 @@ def as_transport(server: Any, client_id: str, token: str | None, options: Mappin
         return open_transport(os.fspath(server), client_id=client_id, token=token, **options)
     if not all(callable(getattr(server, name, None)) for name in ("forward", "backward")):
         raise InputError(
-            f"server is {server!r}: expected a SplitServer, an object with the methods of splitfed.Transport, or a URL"
+            f"server is {server!r}: expected a SplitServer, "
+            "an object with the methods of splitfed.Transport, or a URL"
         )
     given = [*options, *(["token"] if token is not None else [])]
     if given:
-        raise InputError(f"{', '.join(given)}: only a server given as a URL takes options; remove them")
+        raise InputError(
+            f"{', '.join(given)}: only a server given as a URL takes options; remove them"
+        )
     found: Transport = server
     return found

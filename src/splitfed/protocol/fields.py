@@ -1,10 +1,11 @@
 """The fields of messages: what every request says of its size, and a test of each field's type.
 
-A request or a record may come from anywhere, and nothing enforces annotations at run time. So where bytes become a
-message, each field is tested against its own annotation. Only the type is tested here: whether a number is in its
-range, or an id may become a key, is checked where it is used.
+A request or a record may come from anywhere, and nothing enforces annotations at run time. So where
+bytes become a message, each field is tested against its own annotation. Only the type is tested
+here: whether a number is in its range, or an id may become a key, is checked where it is used.
 
-The trap: types are compared exactly. As an instance a bool would pass for an int, and a class of one's own for a dict.
+The trap: types are compared exactly. As an instance a bool would pass for an int, and a class of
+one's own for a dict.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from splitfed.errors import FormatError
 M = TypeVar("M")
 R = TypeVar("R")
 CHECKED_AS_KEY = "checked as a key"
-"""A note on a field that becomes part of a key: it is checked there, and what is wrong with it is an `IdError`."""
+"""A note on a field that becomes part of a key: it is checked there, and what is wrong with it is
+an `IdError`."""
 Check = Callable[[Any], bool]
 
 
 def _by_class(function: Callable[[Any], R]) -> Callable[[Any], R]:
-    """Compute something once for each class, when it is first asked for: nothing is derived at import."""
+    """A function that computes once for each class, at its first use: nothing happens at import."""
     return functools.cache(function)
 
 
@@ -47,12 +49,14 @@ class Request:
         return []
 
     def counts(self) -> list[tuple[str, int]]:
-        """How many numbers of each kind ride along, with what they are: each is work for the server."""
+        """How many numbers of each kind ride along, and of what: each is work for the server."""
         return []
 
 
 def check_types(message: M) -> M:
-    """Return a message if each of its fields has the type of its annotation; messages within it are looked into.
+    """Return a message if each of its fields has the type of its annotation.
+
+    Messages within it are checked likewise.
 
     Raises:
         FormatError: one hasn't; the message names it.
@@ -60,7 +64,10 @@ def check_types(message: M) -> M:
     for name, is_right in _checks(type(message)):
         value = getattr(message, name)
         if not is_right(value):
-            raise FormatError(f"{type(message).__name__}.{name} is {_shown(value)}: not of the kind that it must be")
+            raise FormatError(
+                f"{type(message).__name__}.{name} is {_shown(value)}: "
+                "not of the kind that it must be"
+            )
     return message
 
 
@@ -77,9 +84,11 @@ def nested_messages(cls: Any) -> Mapping[str, type]:
 
 @_by_class
 def _checks(cls: Any) -> tuple[tuple[str, Check], ...]:
-    """A test of each field's value, from the annotations: derived when a class is first checked, not at import."""
+    """A test of each field's value, from the annotations of the class."""
     hints = get_type_hints(cls, include_extras=True)
-    return tuple((name, check) for name, hint in hints.items() if (check := _check_of(hint)) is not None)
+    return tuple(
+        (name, check) for name, hint in hints.items() if (check := _check_of(hint)) is not None
+    )
 
 
 def _check_of(hint: Any) -> Check | None:
@@ -128,7 +137,8 @@ def _any_of(checks: Sequence[Check | None]) -> Check:
 
 def _all_of(kinds: type | tuple[type, ...], check: Check | None) -> Check:
     def is_right(value: Any) -> bool:
-        return isinstance(value, kinds) and (check is None or all(map(check, value)))  # type: ignore[call-overload]
+        items: Any = value
+        return isinstance(value, kinds) and (check is None or all(map(check, items)))
 
     return is_right
 
@@ -154,7 +164,7 @@ def _mapping_of(key: type, hint: Any) -> Check:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message: plain ones as they are, others by their class, since they may hold somebody's data."""
+    """A value for an error: plain ones as they are, others by class, since they may hold data."""
     if value is None or isinstance(value, int | float | str):
         return f"{value!r:.60}"
     return f"a {type(value).__name__}"

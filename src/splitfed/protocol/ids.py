@@ -1,8 +1,9 @@
 """Ids that may become keys, the id of a batch, and the numbers that go with it.
 
-A client id is a path component of the store and part of a URL, so its pattern is strict and checked before anything is
-built from it: no separator, no dot at the front, no wildcard, no query, ASCII only, at most 64 characters. Incarnations
-and sequence numbers are plain integers, zero-padded in keys so that a listing sorts as the numbers do.
+A client id is a path component of the store and part of a URL, so its pattern is strict and checked
+before anything is built from it: no separator, no dot at the front, no wildcard, no query, ASCII
+only, at most 64 characters. Incarnations and sequence numbers are plain integers, zero-padded in
+keys so that a listing sorts as the numbers do.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ MAX_NUMBER = 10**12 - 1
 
 
 class BatchId(NamedTuple):
-    """The idempotency key of one backward pass: `client_id/incarnation/seq`; sorts in the canonical order."""
+    """The idempotency key of one backward pass: `client_id/incarnation/seq`.
+
+    Ids sort in the canonical order.
+    """
 
     client_id: str
     incarnation: int
@@ -36,8 +40,9 @@ def check_client_id(client_id: object) -> str:
     """
     if not isinstance(client_id, str) or not _CLIENT_ID.fullmatch(client_id):
         raise IdError(
-            f"client id {str(client_id)[:80]!r} isn't allowed: expected 1 to 64 of the characters A-Z a-z 0-9 _ . - "
-            "beginning with a letter or digit, such as 'hospital-a'"
+            f"client id {str(client_id)[:80]!r} isn't allowed: "
+            "expected 1 to 64 of the characters A-Z a-z 0-9 _ . "
+            "- beginning with a letter or digit, such as 'hospital-a'"
         )
     return client_id
 
@@ -49,16 +54,23 @@ def check_lineage(lineage: object) -> str:
         IdError: it is none of these.
     """
     if not isinstance(lineage, str) or not _LINEAGE.fullmatch(lineage):
-        raise IdError(f"lineage {str(lineage)[:80]!r} isn't allowed: expected 'body', 'client' or 'body@<client id>'")
+        raise IdError(
+            f"lineage {str(lineage)[:80]!r} isn't allowed: expected 'body', "
+            "'client' or 'body@<client id>'"
+        )
     return lineage
 
 
 def check_number(name: str, value: object) -> int:
-    """Return `value` if it is an integer from 0 to 10¹² − 1 (a version, incarnation, sequence or call number).
+    """Return `value` if it may be the number of a version, incarnation, batch or call.
+
+    That is an integer from 0 to 10¹² − 1.
 
     Raises:
         IdError: it is not.
     """
     if type(value) is not int or not 0 <= value <= MAX_NUMBER:
-        raise IdError(f"{name} {str(value)[:40]!r} isn't allowed: expected an integer from 0 to {MAX_NUMBER}")
+        raise IdError(
+            f"{name} {str(value)[:40]!r} isn't allowed: expected an integer from 0 to {MAX_NUMBER}"
+        )
     return value

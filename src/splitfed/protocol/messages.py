@@ -1,11 +1,14 @@
-"""The messages between a client and a server, and the records that a store keeps of them: frozen dataclasses.
+"""The messages between client and server, and the records that a store keeps of them.
 
-Any message packs into safetensors bytes the same way (`packing`), so a request on the wire and its record on disk are
-one format. What follows from a message's fields alone is a method of it: its tensors, its weights, its digest. Whether
-each field has the type that its annotation says is checked once, where bytes become a message (`fields`).
+All are frozen dataclasses.
+Any message packs into safetensors bytes the same way (`packing`), so a request on the wire and its
+record on disk are one format. What follows from a message's fields alone is a method of it: its
+tensors, its weights, its digest. Whether each field has the type that its annotation says is
+checked once, where bytes become a message (`fields`).
 
-The trap: class names, field names and their order are the format, and so is what a digest hashes. Rename or reorder
-one, and an older store can't be read; change a digest, and a retry after the upgrade is refused as another request.
+The trap: class names, field names and their order are the format, and so is what a digest hashes.
+Rename or reorder one, and an older store can't be read; change a digest, and a retry after the
+upgrade is refused as another request.
 """
 
 from __future__ import annotations
@@ -30,10 +33,11 @@ Arguments = tuple[Any, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Housekeeping:
-    """What a client's next request confirms: graphs that are gone, and sequence numbers that it gave up."""
+    """What a client's next request confirms: graphs that are gone, numbers that it gave up."""
 
     released: tuple[tuple[int, int], ...] = ()
-    """(version, call) of forwards whose graph is gone: their answers have arrived or are no longer wanted."""
+    """(version, call) of forwards whose graph is gone: their answers have arrived or are no longer
+    wanted."""
     abandoned: tuple[int, ...] = ()
     """Sequence numbers of passes that failed before their seal."""
     answered: tuple[int, ...] = ()
@@ -50,11 +54,15 @@ class Housekeeping:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardRequest(Request):
-    """One call of a cut point. Everything that its bits depend on is in here or pinned by the answer's version."""
+    """One call of a cut point.
+
+    All that its bits depend on is in here, or pinned by the answer's version.
+    """
 
     client_id: ClientId
     incarnation: int | None
-    """The client's process; `None` at its first recorded call: the server opens one and answers it."""
+    """The client's process; `None` at its first recorded call: the server opens one and answers
+    it."""
     process: str
     """What that process calls itself: a repeated first request opens nothing new."""
     call: int
@@ -74,7 +82,8 @@ class ForwardRequest(Request):
     version: int | None
     """Run at this version; `None` for the newest."""
     seen: int
-    """The newest version that this client has seen: no replica may answer at an older one unasked."""
+    """The newest version that this client has seen: no replica may answer at an older one
+    unasked."""
     previous: int | None
     """Number of the call of the same `client(...)` whose buffers this one continues."""
     housekeeping: Housekeeping = Housekeeping()
@@ -131,7 +140,10 @@ class ForwardAnswer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chain:
-    """The calls of one `client(...)` within a batch: their buffers are handed on, so the last one's count."""
+    """The calls of one `client(...)` within a batch.
+
+    Their buffers are handed on, so those of the last one count.
+    """
 
     num_samples: float
     last_part: int
@@ -140,7 +152,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seal:
-    """The close of a batch: which parts make its gradient, in the order in which autograd added them."""
+    """The close of a batch: the parts of its gradient, in the order in which autograd added them."""
 
     parts: tuple[tuple[int, int], ...]
     """(version, part) of the parts sent before; a call that rides along comes last."""
@@ -149,12 +161,12 @@ class Seal:
     chains: tuple[Chain, ...]
 
     def plain(self) -> tuple[Any, ...]:
-        """Its content for a digest, in plain values: their `repr` takes a tenth of the time of a dataclass's."""
+        """Its content for a digest, in plain values: their `repr` is ten times as fast."""
         chains = [(chain.num_samples, chain.last_part) for chain in self.chains]
         return self.parts, self.num_samples, self.loss_scale, chains
 
     def digest(self, batch: BatchId) -> str:
-        """The digest of a batch that is closed by a request of its own, without a call that rides along."""
+        """The digest of a batch that is closed by a request of its own, without a call."""
         return content_digest((*batch, self.plain()), ())
 
 
@@ -207,7 +219,8 @@ class BackwardAnswer:
 
     grad_inputs: tuple[Tensor | None, ...]
     status: str
-    """'stored', 'rejected' (not finite), 'part' (the seal is still to come) or 'uncounted' (eval mode)."""
+    """'stored', 'rejected' (not finite), 'part' (the seal is still to come) or 'uncounted' (eval
+    mode)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -303,14 +316,18 @@ class PullAnswer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PushRequest(Request):
-    """A client half's update (start − end as a pseudo-gradient, or its gradient), or its lineage's first weights."""
+    """A client half's update, or the first weights of its lineage.
+
+    The update is start − end as a pseudo-gradient, or the gradient itself.
+    """
 
     client_id: ClientId
     incarnation: int | None
     process: str
     seq: Number
     base_version: int
-    """-1 publishes version 0: `gradients` then holds the weights, and nothing happens if it exists."""
+    """-1 publishes version 0: `gradients` then holds the weights, and nothing happens if it
+    exists."""
     fingerprint: Any
     gradients: Mapping[str, Tensor]
     values: Mapping[str, Tensor]
@@ -352,7 +369,7 @@ class PushAnswer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardRecord:
-    """A forward as it is kept: all that a replica needs to run it again, and to know that it did."""
+    """The record of a forward: what a replica needs to run it again, and to know that it did."""
 
     cut: str
     inputs: Arguments
@@ -373,8 +390,9 @@ class ForwardRecord:
 class BufferUpdate:
     """The buffers that one batch changed.
 
-    A changed buffer differs from its base in some bit. A statistic that an update left as it was may be named too: only
-    then is its base known exactly, and the head's value stands in for it if not.
+    A changed buffer differs from its base in some bit. A statistic that an update left as it was
+    may be named too: only then is its base known exactly, and the head's value stands in for it if
+    not.
     """
 
     values: Mapping[str, Tensor]

@@ -1,12 +1,13 @@
 """Messages, records and errors as safetensors bytes: one packing for the wire and the disk.
 
-The fields of a message form one tree; its spec goes into the header as JSON, its tensors are named by their place in
-the tree and share their memory with the message on the way out, and with the file on the way in.
+The fields of a message form one tree; its spec goes into the header as JSON, its tensors are named
+by their place in the tree and share their memory with the message on the way out, and with the file
+on the way in.
 
-An error arrives as the class that the server raised, with its message: a loop that catches `ExpiredError` in one
-process catches it over any transport. The trap is what an error may tell. Ours are written for the client. Of an
-unforeseen exception only the class crosses, since its text may quote a path, a credential or somebody else's data; the
-text belongs in the server's log.
+An error arrives as the class that the server raised, with its message: a loop that catches
+`ExpiredError` in one process catches it over any transport. The trap is what an error may tell.
+Ours are written for the client. Of an unforeseen exception only the class crosses, since its text
+may quote a path, a credential or somebody else's data; the text belongs in the server's log.
 """
 
 from __future__ import annotations
@@ -47,10 +48,13 @@ def unpack(
     max_tensors: int = header.MAX_TENSORS,
     max_header: int = header.MAX_HEADER,
 ) -> M:
-    """The message in `data`; its tensors share that memory. Here each field's type is checked, and nowhere else.
+    """The message in `data`; its tensors share that memory.
+
+    Here each field's type is checked, and nowhere else.
 
     Raises:
-        FormatError: the bytes aren't a `cls` of ours, or have more tensors or a larger header than that.
+        FormatError: the bytes aren't a `cls` of ours, or have more tensors or a larger header than
+            that.
     """
     tensors, metadata = safetensors.decode(data, max_tensors=max_tensors, max_header=max_header)
     return check_types(_rebuild(cls, _tree(cls.__name__, tensors, metadata)))
@@ -69,7 +73,7 @@ def unpack_answer(verb: str, data: memoryview | bytes | bytearray) -> Any:
 
 
 def kind_of(data: memoryview | bytes | bytearray) -> str:
-    """What packed bytes say they are: the name of a message's class, or 'Error'; '' if they say nothing.
+    """What packed bytes are: the name of a message's class, or 'Error'; '' if they don't say.
 
     Raises:
         FormatError: they aren't safetensors bytes.
@@ -93,7 +97,7 @@ def peek(cls: type, data: memoryview | bytes | bytearray, fields: Iterable[str])
         raise FormatError(f"the {cls.__name__} has a malformed spec: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------ trees and JSON
+# --------------------------------------------------------------------------------- trees and JSON
 
 
 def pack_tree(kind: str, tree: Any) -> list[memoryview | bytes]:
@@ -135,18 +139,27 @@ def read_json(data: bytes | memoryview | None, what: str) -> dict[str, Any]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------ errors
+# --------------------------------------------------------------------------------- errors
 
 
 def error_fields(error: BaseException) -> dict[str, Any]:
     """An error as plain JSON: its class, its message and its HTTP status."""
     if not isinstance(error, SplitFedError):
-        error = SplitFedError(f"the server failed ({type(error).__name__}); its log has the traceback")
-    return {"error": type(error).__name__, "message": str(error)[:_MAX_MESSAGE], "status": error.status}
+        error = SplitFedError(
+            f"the server failed ({type(error).__name__}); its log has the traceback"
+        )
+    return {
+        "error": type(error).__name__,
+        "message": str(error)[:_MAX_MESSAGE],
+        "status": error.status,
+    }
 
 
 def error_from(fields: Mapping[str, Any]) -> SplitFedError:
-    """The error of `error_fields`, by its class; one that isn't known here keeps its name in the message."""
+    """The error of `error_fields`, by its class.
+
+    One that isn't known here keeps its name in the message.
+    """
     name = str(fields.get("error", ""))[:60]
     message = str(fields.get("message", ""))[:_MAX_MESSAGE]
     found = vars(errors).get(name)
@@ -172,7 +185,7 @@ def unpack_error(data: memoryview | bytes | bytearray) -> SplitFedError:
     return error_from(fields)
 
 
-# ------------------------------------------------------------------------------------------------ fields as a tree
+# --------------------------------------------------------------------------------- fields as a tree
 
 
 def _fields(cls: Any) -> Mapping[str, Any]:
@@ -181,12 +194,14 @@ def _fields(cls: Any) -> Mapping[str, Any]:
 
 
 def _plain(message: Any) -> dict[str, Any]:
-    """The fields of a message; those that are messages themselves, or sequences of them, likewise."""
+    """The fields of a message as plain values; messages within it likewise."""
     fields = {name: getattr(message, name) for name in _fields(type(message))}
     for name, inner in nested_messages(type(message)).items():
         value = fields[name]
         if isinstance(value, list | tuple):
-            fields[name] = type(value)([_plain(item) if type(item) is inner else item for item in value])
+            fields[name] = type(value)(
+                [_plain(item) if type(item) is inner else item for item in value]
+            )
         elif type(value) is inner:
             fields[name] = _plain(value)
     return fields
@@ -194,8 +209,12 @@ def _plain(message: Any) -> dict[str, Any]:
 
 def _rebuild(cls: type[M], values: Any) -> M:
     if not isinstance(values, dict) or values.keys() != _fields(cls).keys():
-        got = [key for key in values if type(key) is str] if isinstance(values, dict) else type(values).__name__
-        raise FormatError(f"a {cls.__name__} needs the fields {list(_fields(cls))}, got {str(got)[:200]}")
+        got: Any = type(values).__name__
+        if isinstance(values, dict):
+            got = [key for key in values if type(key) is str]
+        raise FormatError(
+            f"a {cls.__name__} needs the fields {list(_fields(cls))}, got {str(got)[:200]}"
+        )
     for name, inner in nested_messages(cls).items():
         value = values[name]
         if isinstance(value, dict):

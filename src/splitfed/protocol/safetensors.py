@@ -1,22 +1,29 @@
 """Tensors and text to safetensors bytes and back: one format on the wire and on disk.
 
-A replay is exact only if tensors enter compute as they were: same bits, same strides (channels_last picks other
-kernels), and a 64-byte aligned address (another one changes the bits of a small matmul). So `encode` writes a tensor in
-the order of its memory and notes its strides under the metadata key `splitfed.layout`, `decode` gives them back, and
-`canonical` makes of any tensor what a round trip would. What the format can't say of strides is the tensor's layout.
-The rule, for a tensor with elements:
+A replay is exact only if tensors enter compute as they were: same bits, same strides (channels_last
+picks other kernels), and a 64-byte aligned address (another one changes the bits of a small
+matmul). So `encode` writes a tensor in the order of its memory and notes its strides under the
+metadata key `splitfed.layout`, `decode` gives them back, and `canonical` makes of any tensor what a
+round trip would. What the format can't say of strides is the tensor's layout. The rule, for a
+tensor with elements:
 
-    in the order of its indices, without gaps          no layout; stored as it is
-    another order (a transpose, channels_last)         {"order": [...]}; stored permuted, which is the order in memory
-    gaps, or dimensions of stride 0 (expanded)         {"strides": [...]}, with "shape" if expanded; stored once, dense
-    windows that overlap, memory of more than          no layout; stored as a contiguous copy, and comes back as one
-    16 × the elements, expanded beyond 256 MiB
+    in the order of its indices,         no layout; stored as it is
+    without gaps
+    another order (a transpose,          {"order": [...]}; stored permuted, which is the order
+    channels_last)                       in memory
+    gaps, or dimensions of stride 0      {"strides": [...]}, with "shape" if expanded; stored
+    (expanded)                           once, dense
+    windows that overlap; memory of      no layout; stored as a contiguous copy, and comes back
+    more than 16 × the elements;         as one
+    expanded beyond 256 MiB
 
-Foreign strides count only if they are what this rule gives for the tensor that they describe. So whoever wrote them
-can't address memory outside of the tensor, nor make 100 bytes allocate more than 1,600.
+Foreign strides count only if they are what this rule gives for the tensor that they describe. So
+whoever wrote them can't address memory outside of the tensor, nor make 100 bytes allocate more than
+1,600.
 
-Neither side copies what needs no copy, and that is the trap: the buffers of `encode` are the live tensors, to be
-written before those change; the tensors of `decode` are the given buffer, which they keep alive and write through to.
+Neither side copies what needs no copy, and that is the trap: the buffers of `encode` are the live
+tensors, to be written before those change; the tensors of `decode` are the given buffer, which they
+keep alive and write through to.
 """
 
 from __future__ import annotations
@@ -41,46 +48,43 @@ ALIGNMENT = 64
 LAYOUT_KEY = "splitfed.layout"
 
 _CODES = {dtype: code for code, dtype in foreign.DTYPES.items()}
-_OPAQUE = {dtype for dtype, code in _CODES.items() if code[:2] in ("BF", "F8", "C6")}  # to numpy or memoryview
+# bfloat16, float8 and complex64: numpy or memoryview can't show their bytes as they are.
+_OPAQUE = {dtype for dtype, code in _CODES.items() if code[:2] in ("BF", "F8", "C6")}
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _quoted = json.encoder.encode_basestring
 
 
-def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> list[memoryview | bytes]:
-    """Return safetensors bytes as buffers to be written one after another: the header, then the tensors' own memory.
+def encode(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> list[memoryview | bytes]:
+    """Return safetensors bytes as buffers to be written one after another.
 
-    CPU tensors without gaps aren't copied. Equal tensors and metadata give equal bytes, in whatever order they come.
+    The first is the header; the others are the tensors' own memory. CPU tensors without gaps aren't
+    copied. Equal tensors and metadata give equal bytes, in whatever
+    order they come.
 
     Raises:
         ContainerError: the name, kind or dtype of a tensor has no place in the format.
         InputError: the metadata aren't strings, or use the key `splitfed.layout`.
     """
-    layouts: dict[str, Layout] = {}
-    items: list[tuple[bool, int, str, Tensor]] = []
-    for name, tensor in tensors.items():
-        tensor = _checked(tensor, name)
-        layout = _layout(tensor)
-        if layout is not None:
-            layouts[name] = layout
-        tensor = stored(tensor, layout)
-        # Whole multiples of 64 bytes come first and so are aligned; of the rest, large items first, aligned to those.
-        ragged = tensor.nbytes % ALIGNMENT != 0
-        items.append((ragged, -tensor.itemsize if ragged else 0, name, tensor))
-    items.sort(key=lambda item: item[:3])
-    fields: list[str] = []  # of a JSON object; a serializer takes several times as long
+    items, layouts = _in_file_order(tensors)
     texts = _checked_metadata(metadata or {})
     if layouts:
         texts[LAYOUT_KEY] = _to_json(dict(sorted(layouts.items())))
+    # The JSON is written by hand: a serializer takes several times as long, and a tiny batch is
+    # mostly headers.
+    fields: list[str] = []
     if texts:
         pairs = ",".join(f"{_quoted(key)}:{_quoted(text)}" for key, text in sorted(texts.items()))
         fields.append(f'"__metadata__":{{{pairs}}}')
     buffers: list[memoryview | bytes] = []
     cursor = 0
-    for _, _, name, tensor in items:
+    for name, tensor in items:
         end = cursor + tensor.nbytes
         shape = ",".join(map(str, tensor.shape))
         fields.append(
-            f'{_quoted(name)}:{{"dtype":"{_CODES[tensor.dtype]}","shape":[{shape}],"data_offsets":[{cursor},{end}]}}'
+            f'{_quoted(name)}:{{"dtype":"{_CODES[tensor.dtype]}","shape":[{shape}],'
+            f'"data_offsets":[{cursor},{end}]}}'
         )
         if end > cursor:
             buffers.append(_memory(tensor))
@@ -88,7 +92,9 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
     try:
         header = f"{{{','.join(fields)}}}".encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"metadata isn't text: expected what UTF-8 can hold, got {error.reason}") from None
+        raise InputError(
+            f"metadata isn't text: expected what UTF-8 can hold, got {error.reason}"
+        ) from None
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
     return [len(header).to_bytes(8, "little") + header, *buffers]
 
@@ -99,18 +105,26 @@ def decode(
     max_tensors: int = foreign.MAX_TENSORS,
     max_header: int = foreign.MAX_HEADER,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of safetensors bytes that may come from anywhere: they are checked first.
+    """Return the tensors and the metadata of safetensors bytes.
 
-    Tensors share the memory of `data` where it is writable and 64-byte aligned, and are copies elsewhere. One that was
-    expanded occupies its stored bytes only, whatever its shape says (up to 256 MiB; one with gaps, 16 × its bytes).
+    They may come from anywhere, and are checked first.
+
+    Tensors share the memory of `data` where it is writable and 64-byte aligned, and are copies
+    elsewhere. One that was expanded occupies its stored bytes only, whatever its shape says (up to
+    256 MiB; one with gaps, 16 × its bytes).
 
     Raises:
-        FormatError: `data` isn't a well-formed body, has more than `max_tensors`, or a header above `max_header` bytes.
+        FormatError: `data` isn't a well-formed body, has more than `max_tensors`, or a header above
+            `max_header` bytes.
     """
     data = memoryview(data).cast("B")
     entries, metadata = foreign.parse_header(data, max_tensors=max_tensors, max_header=max_header)
-    layouts = foreign.parse_json(metadata.pop(LAYOUT_KEY), "the layout") if LAYOUT_KEY in metadata else {}
+    layouts = {}
+    if LAYOUT_KEY in metadata:
+        layouts = foreign.parse_json(metadata.pop(LAYOUT_KEY), "the layout")
     base = 0
+    # A tensor may be written to by whoever gets it: over memory that may not, it needs a copy. One
+    # copy of all data keeps the alignment that the writer gave to each tensor.
     if data.readonly and entries:
         base = entries[0].begin
         memory = aligned(len(data) - base)
@@ -118,7 +132,9 @@ def decode(
         data = memory
     tensors: dict[str, Tensor] = {}
     for name, dtype, core, begin, end in entries:
-        layout, shape, strides = None, core, contiguous_strides(core)
+        layout = None
+        shape = core
+        strides = contiguous_strides(core)
         if name in layouts:
             layout = layouts.pop(name)
             shape, strides = check_layout(name, layout, core, dtype.itemsize)
@@ -127,12 +143,16 @@ def decode(
             continue
         if dtype is torch.bool:
             _check_bools(data[begin - base : end - base], name)
-        tensor = torch.frombuffer(data, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=begin - base)
+        tensor = torch.frombuffer(
+            data, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=begin - base
+        )
         if tensor.data_ptr() % ALIGNMENT:
             tensor = tensor.clone()
         tensors[name] = restored(tensor, shape, strides, layout)
     if layouts:
-        raise FormatError(f"layout of a tensor that isn't there: expected none, got {next(iter(layouts))[:80]!r}")
+        raise FormatError(
+            f"layout of a tensor that isn't there: expected none, got {next(iter(layouts))[:80]!r}"
+        )
     return tensors, metadata
 
 
@@ -148,10 +168,11 @@ def read_metadata(data: memoryview | bytes | bytearray) -> dict[str, str]:
 
 
 def canonical(tensor: Tensor) -> Tensor:
-    """Return the tensor as it would come back from a round trip, on its own device: same values, 64-byte aligned.
+    """Return the tensor as it would come back from a round trip: same values, 64-byte aligned.
 
-    Strides are kept where the rule at the top of this module keeps them. A canonical tensor is returned as it is;
-    autograd sees the identity.
+    It stays on its device.
+    Strides are kept where the rule at the top of this module keeps them. A canonical tensor is
+    returned as it is; autograd sees the identity.
 
     Raises:
         ContainerError: the kind or dtype of the tensor has no place in the format.
@@ -168,15 +189,20 @@ def canonical(tensor: Tensor) -> Tensor:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor fits the format and is contiguous beyond doubt (a dimension of 1 may have any stride)."""
-    if tensor.is_nested or tensor.layout is not torch.strided or tensor.dtype not in _CODES:  # the first has no shape
+    """Whether a tensor fits the format and is contiguous beyond doubt.
+
+    A dimension of 1 may have any stride, so it leaves a doubt.
+    """
+    # Asked first: a nested tensor has no shape to ask for.
+    if tensor.is_nested or tensor.layout is not torch.strided or tensor.dtype not in _CODES:
         return False
-    sized = 0 < tensor.dim() <= foreign.MAX_DIMS and tensor.numel() > 0 and 1 not in tensor.shape
-    return sized and tensor.is_contiguous() and not (tensor.is_meta or tensor.is_conj() or tensor.is_neg())
+    if not 0 < tensor.dim() <= foreign.MAX_DIMS or not tensor.numel() or 1 in tensor.shape:
+        return False
+    return tensor.is_contiguous() and not (tensor.is_meta or tensor.is_conj() or tensor.is_neg())
 
 
 def crc32(tensor: Tensor) -> int:
-    """Return the CRC-32 of the tensor's bytes in the order of its indices, whatever its strides and its device.
+    """Return the CRC-32 of the tensor's bytes in the order of its indices, whatever its strides.
 
     Raises:
         ContainerError: the kind or dtype of the tensor has no place in the format.
@@ -185,7 +211,9 @@ def crc32(tensor: Tensor) -> int:
 
 
 def content(tensor: Tensor) -> tuple[str, memoryview]:
-    """Return what tells a tensor from others: dtype, shape and layout, and its bytes, both as `encode` would have them.
+    """Return what tells a tensor from others: dtype, shape and layout as text, and its bytes.
+
+    Both are as `encode` would have them.
 
     Raises:
         ContainerError: the kind or dtype of the tensor has no place in the format.
@@ -195,12 +223,30 @@ def content(tensor: Tensor) -> tuple[str, memoryview]:
     return f"{tensor.dtype} {list(tensor.shape)} {layout}", _memory(stored(tensor, layout))
 
 
+def _in_file_order(
+    tensors: Mapping[str, Tensor],
+) -> tuple[list[tuple[str, Tensor]], dict[str, Layout]]:
+    """The tensors as they are stored, in the order of the file, and the layouts of those with one.
+
+    Whole multiples of 64 bytes come first, and so each is aligned. Of the rest, those with large
+    elements come first, each aligned to its own.
+    """
+    layouts: dict[str, Layout] = {}
+    items: list[tuple[bool, int, str, Tensor]] = []
+    for name, tensor in tensors.items():
+        tensor = _checked(tensor, name)
+        layout = _layout(tensor)
+        if layout is not None:
+            layouts[name] = layout
+        tensor = stored(tensor, layout)
+        ragged = tensor.nbytes % ALIGNMENT != 0
+        items.append((ragged, -tensor.itemsize if ragged else 0, name, tensor))
+    items.sort(key=lambda item: item[:3])
+    return [(name, tensor) for _, _, name, tensor in items], layouts
+
+
 def _checked(tensor: Tensor, name: str | None = None) -> Tensor:
-    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.dtype not in _CODES:
-        raise _unfit(tensor, name)
-    if tensor.is_nested or tensor.is_meta or tensor.dim() > foreign.MAX_DIMS:
-        raise _unfit(tensor, name)
-    if not tensor.numel() and foreign.extent(tensor.shape, tensor.itemsize) > foreign.MAX_EXTENT:
+    if not isinstance(tensor, Tensor) or not _has_place(tensor):
         raise _unfit(tensor, name)
     if name is not None:
         try:
@@ -212,11 +258,23 @@ def _checked(tensor: Tensor, name: str | None = None) -> Tensor:
     return tensor
 
 
+def _has_place(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.dtype not in _CODES:
+        return False
+    if tensor.is_nested or tensor.is_meta or tensor.dim() > foreign.MAX_DIMS:
+        return False
+    # A tensor without elements has no bytes that would bound its shape, and a reader multiplies it.
+    return tensor.numel() > 0 or (
+        foreign.extent(tensor.shape, tensor.itemsize) <= foreign.MAX_EXTENT
+    )
+
+
 def _unfit(tensor: object, name: str | None) -> ContainerError:
     expected, hint = "a torch.Tensor", "turn it into one, or keep it on its side of the cut"
     got = type(tensor).__name__
     if isinstance(tensor, Tensor):
-        got = f"{tensor.dtype}, {'nested' if tensor.is_nested else tensor.layout}, of {tensor.dim()} dimensions"
+        kind = "nested" if tensor.is_nested else tensor.layout
+        got = f"{tensor.dtype}, {kind}, of {tensor.dim()} dimensions"
         if tensor.is_nested or tensor.layout is not torch.strided:
             expected, hint = "a dense one", "call .to_dense() or pad it first"
         elif tensor.is_meta:
@@ -226,7 +284,8 @@ def _unfit(tensor: object, name: str | None) -> ContainerError:
         elif tensor.dtype not in _CODES:
             expected, hint = f"a dtype of {', '.join(_CODES.values())}", "convert it by .to() first"
         else:
-            expected, hint = f"at most {foreign.MAX_DIMS} dimensions that an address can count", "reshape it first"
+            expected = f"at most {foreign.MAX_DIMS} dimensions that an address can count"
+            hint = "reshape it first"
     which = "the tensor" if name is None else f"tensor {name[:80]!r}"
     return ContainerError(f"{which} doesn't fit in a body: expected {expected}, got {got}; {hint}")
 
@@ -234,21 +293,31 @@ def _unfit(tensor: object, name: str | None) -> ContainerError:
 def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     for key, value in metadata.items():
         if type(key) is not str or type(value) is not str or key == LAYOUT_KEY:
-            raise InputError(f"metadata {key!r} isn't allowed: expected text to text, got a {type(value).__name__}")
-    if len(metadata) >= foreign.MAX_METADATA:  # one is for the layout
-        raise InputError(f"too much metadata: expected fewer than {foreign.MAX_METADATA} entries, got {len(metadata)}")
+            raise InputError(
+                f"metadata {key!r} isn't allowed: expected text to text, "
+                f"got a {type(value).__name__}"
+            )
+    # The layout takes one entry.
+    if len(metadata) >= foreign.MAX_METADATA:
+        raise InputError(
+            f"too much metadata: expected fewer than {foreign.MAX_METADATA} entries, "
+            f"got {len(metadata)}"
+        )
     return dict(metadata)
 
 
 def _layout(tensor: Tensor) -> Layout | None:
-    if tensor.is_contiguous() and 1 not in tensor.shape:  # most are; strides of a size of 1 may still be anything
+    # Most are contiguous and leave here. Strides of a size of 1 may be anything, even then.
+    if tensor.is_contiguous() and 1 not in tensor.shape:
         return None
     return layout_of(tensor.shape, tensor.stride(), tensor.itemsize)
 
 
 def _check_bools(data: memoryview, name: str) -> None:
     if torch.frombuffer(data, dtype=torch.uint8).max().item() > 1:
-        raise FormatError(f"tensor {name[:80]!r} isn't boolean: expected bytes 0 and 1 only, got others")
+        raise FormatError(
+            f"tensor {name[:80]!r} isn't boolean: expected bytes 0 and 1 only, got others"
+        )
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -262,11 +331,14 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B").toreadonly()
 
 
-# ------------------------------------------------------------------------------------------------ strides
+# --------------------------------------------------------------------------------- strides
 
 
 def layout_of(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> Layout | None:
-    """Return how a tensor of this shape, strides and bytes per element is noted, None if stored contiguous."""
+    """Return the layout of a tensor by its shape, strides and bytes per element.
+
+    `None` if it is stored contiguous.
+    """
     shape, strides = list(shape), list(strides)
     if 0 in shape or strides == contiguous_strides(shape):
         return None
@@ -274,17 +346,31 @@ def layout_of(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> La
     if [strides[dim] for dim in order] == contiguous_strides([shape[dim] for dim in order]):
         return {"order": order}
     core = _core(shape, strides)
-    last = 0  # the farthest element of the dimensions seen so far, innermost first
+    last = _farthest(core, strides, order)
+    if last is None:
+        return None
+    # Whoever reads this allocates that much: what is spread too wide is stored as a copy instead.
+    if last >= MAX_SPREAD * math.prod(core) or max(last, *strides) * itemsize > MAX_EXTENT:
+        return None
+    if core == shape:
+        return {"strides": strides}
+    if math.prod(shape) * itemsize > MAX_EXPANDED:
+        return None
+    return {"shape": shape, "strides": strides}
+
+
+def _farthest(core: list[int], strides: list[int], order: list[int]) -> int | None:
+    """The offset of the farthest element, in elements; `None` if two indices share one.
+
+    From the innermost dimension outwards, each step has to leap over all that lies within.
+    """
+    last = 0
     for dim in reversed(order):
         if core[dim] > 1:
             if strides[dim] <= last:
                 return None
             last += (core[dim] - 1) * strides[dim]
-    if last >= MAX_SPREAD * math.prod(core) or max(last, *strides) * itemsize > MAX_EXTENT:
-        return None
-    if core == shape:
-        return {"strides": strides}
-    return None if math.prod(shape) * itemsize > MAX_EXPANDED else {"shape": shape, "strides": strides}
+    return last
 
 
 def contiguous_strides(shape: Sequence[int]) -> list[int]:
@@ -298,7 +384,7 @@ def contiguous_strides(shape: Sequence[int]) -> list[int]:
 
 
 def stored(tensor: Tensor, layout: Layout | None) -> Tensor:
-    """Return the contiguous tensor that stands for `tensor` in a file: a view of it wherever it has no gaps."""
+    """Return the contiguous tensor that stands for `tensor` in a file: a view, where it can be."""
     if layout is None:
         return tensor.contiguous()
     if "order" in layout:
@@ -307,41 +393,60 @@ def stored(tensor: Tensor, layout: Layout | None) -> Tensor:
 
 
 def restored(memory: Tensor, shape: list[int], strides: list[int], layout: Layout | None) -> Tensor:
-    """Return the tensor of this shape and strides of the stored elements `memory`, which it may reshape in place."""
+    """Return the tensor of this shape and strides from the stored elements.
+
+    `memory` may be reshaped in place.
+    """
     if layout is not None and "strides" in layout:
         core = _core(shape, strides)
         steps = contiguous_strides(core)
-        if any(size > 1 and stride != step for size, stride, step in zip(core, strides, steps, strict=True)):
+        sized = [dim for dim, size in enumerate(core) if size > 1]
+        if any(strides[dim] != steps[dim] for dim in sized):
+            # With gaps the elements have to be spread; merely expanded, a view of them will do.
             spread = torch.empty_strided(core, strides, dtype=memory.dtype, device=memory.device)
             memory = spread.copy_(memory.as_strided_(core, steps))
     return memory.as_strided_(shape, strides)
 
 
-def check_layout(name: str, layout: object, core: list[int], itemsize: int) -> tuple[list[int], list[int]]:
+def check_layout(
+    name: str, layout: object, core: list[int], itemsize: int
+) -> tuple[list[int], list[int]]:
     """Return the shape and strides that a foreign layout gives to a stored tensor of shape `core`.
 
     Raises:
-        FormatError: it is no permutation, or not what `layout_of` gives to a tensor of that shape and those strides.
+        FormatError: it is no permutation, or not what `layout_of` gives to a tensor of that shape
+            and those strides.
     """
-    if type(layout) is dict and 0 not in core and all(is_sizes(v) and len(v) == len(core) for v in layout.values()):
+    if type(layout) is dict and 0 not in core and _fits(layout, len(core)):
         if layout.keys() == {"order"} and sorted(layout["order"]) == list(range(len(core))):
-            inverse, steps = sorted(range(len(core)), key=layout["order"].__getitem__), contiguous_strides(core)
+            inverse = sorted(range(len(core)), key=layout["order"].__getitem__)
+            steps = contiguous_strides(core)
             return [core[dim] for dim in inverse], [steps[dim] for dim in inverse]
         if layout.keys() in ({"strides"}, {"strides", "shape"}):
-            shape, strides = layout.get("shape", core), layout["strides"]
+            shape = layout.get("shape", core)
+            strides = layout["strides"]
+            # Not "is it safe?" but "is it what we would have written?": there is one rule only.
             if _core(shape, strides) == core and layout_of(shape, strides, itemsize) == layout:
                 return shape, strides
     raise FormatError(
-        f"tensor {name[:80]!r} has a bad layout: expected an order or strides that fit its stored shape {core}, "
-        f"got {shown(layout)}"
+        f"tensor {name[:80]!r} has a bad layout: expected an order or strides that fit its stored "
+        f"shape {core}, got {shown(layout)}"
     )
 
 
+def _fits(layout: dict[Any, Any], dims: int) -> bool:
+    return all(is_sizes(sizes) and len(sizes) == dims for sizes in layout.values())
+
+
 def _core(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """The shape without what is only expanded: a dimension of stride 0 is stored once."""
     return [size if stride else 1 for size, stride in zip(shape, strides, strict=True)]
 
 
 def aligned(num_bytes: int) -> memoryview:
-    """Memory for so many bytes, not set to anything: aligned as torch aligns its own, so that it may become tensors."""
+    """Memory for so many bytes, not set to anything.
+
+    It is aligned as torch aligns its own, so that it may become tensors.
+    """
     array: Any = torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
     return memoryview(array)

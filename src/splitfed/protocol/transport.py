@@ -1,11 +1,11 @@
 """The seam between client and server: five verbs, whichever way they travel.
 
-`SplitServer` has these methods, so in one process it *is* the transport; an HTTP client or a queue of files has them
-too. Whatever has them can be given to `SplitClient`. Every call may be retried or doubled: the server answers a
-repeated request as it did the first.
+`SplitServer` has these methods, so in one process it *is* the transport; an HTTP client or a queue
+of files has them too. Whatever has them can be given to `SplitClient`. Every call may be retried or
+doubled: the server answers a repeated request as it did the first.
 
-What stands between a client and a server (a meter, a replica picked by turn, compression, a fault for a test) is a
-`Middleware`: one method, `send`, through which all five verbs go.
+What stands between a client and a server (a meter, a replica picked by turn, compression, a fault
+for a test) is a `Middleware`: one method, `send`, through which all five verbs go.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ VERBS: Mapping[str, tuple[type, type]] = MappingProxyType(
 
 @runtime_checkable
 class Transport(Protocol):
-    """What a client needs of a server: requests in, answers out, errors as the classes of `splitfed.errors`."""
+    """What a client needs of a server: requests in, answers out, errors of `splitfed.errors`."""
 
     def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
         """Run a call of the body and record it, if the client's grad mode is on."""
@@ -85,7 +85,7 @@ class Sender(ABC):
         return answer
 
     def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
-        """Have the gradients of a recorded call's inputs computed, and its parameter gradient stored."""
+        """Have a recorded call's gradients computed, and its parameter gradient stored."""
         answer: BackwardAnswer = self.send("backward", request)
         return answer
 
@@ -121,10 +121,10 @@ class Middleware(Sender):
 
 
 class RoundRobin(Sender):
-    """Several replicas behind one transport, as a load balancer would put them: each request goes to the next one.
+    """Several replicas behind one transport: each request goes to the next one.
 
-    With two or more, a backward that follows its forward never meets the replica that served it. A live autograd graph
-    would be of no use; what the replica needs, it finds in the store.
+    With two or more, a backward that follows its forward never meets the replica that served it. A
+    live autograd graph would be of no use; what the replica needs, it finds in the store.
     """
 
     def __init__(self, replicas: Sequence[Transport]) -> None:
