@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from splitfed import VirtualTime, partition, policies, simulate
 from splitfed.cli.demo import data
-from splitfed.simulation.data import deal
+from splitfed.simulation import LocalTraining, RoundSchedule, deal
 from splitfed.tracking import plots
 
 RATES = (0.01, 0.003, 0.03, 0.001, 0.1)
@@ -37,7 +37,10 @@ COMPUTE, LATENCY = 1.0, 0.05
 BATCH = 7
 WAYS: dict[str, dict[str, Any]] = {
     "waiting for all": {"mode": policies.mode("round")},
-    "buffered": {"mode": policies.mode("buffered", min_batches=50, max_staleness=64), "min_updates": 50},
+    "buffered": {
+        "mode": policies.mode("buffered", min_batches=50, max_staleness=64),
+        "schedule": RoundSchedule(min_updates=50),
+    },
 }
 
 
@@ -89,9 +92,9 @@ def run(
         optimizer=functools.partial(torch.optim.SGD, lr=CLIENT_RATE),
         server_optimizer=functools.partial(torch.optim.Adam, lr=rate),
         rounds=settings.rounds,
-        batch_size=BATCH,
+        local=LocalTraining(batch_size=BATCH),
         evaluate=held,
-        virtual=VirtualTime(compute=slow, latency=LATENCY),
+        engine=VirtualTime(compute=slow, latency=LATENCY),
         seed=settings.seed,
         **WAYS[way],
     )

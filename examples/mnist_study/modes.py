@@ -11,7 +11,7 @@ import splitfed
 from mnist_study import recipe
 from mnist_study.baselines import Row
 from mnist_study.recipe import Deal, Rates
-from splitfed import policies
+from splitfed import policies, simulation
 
 
 def train(deal: Deal, mode: policies.Mode, rates: Rates, rounds: int, seed: int, path: Path) -> Iterator[Row]:
@@ -40,11 +40,11 @@ def train(deal: Deal, mode: policies.Mode, rates: Rates, rounds: int, seed: int,
         half_optimizer=rates.half,
         rounds=rounds,
         mode=mode,
-        batch_size=recipe.BATCH,
+        local=simulation.LocalTraining(batch_size=recipe.BATCH),
         evaluate=deal.test,
         seed=seed,
         name=f"study: {mode.name}",
-        history=splitfed.History(path),
+        callbacks=[splitfed.History(path)],
     )
     sent = trained = 0
     for row in run:

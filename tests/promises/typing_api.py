@@ -185,7 +185,7 @@ def simulating(model: nn.Module, x: Tensor, y: Tensor) -> None:
         optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
         server_optimizer=adam,
         rounds=3,
-        virtual=virtual,
+        engine=virtual,
         evaluate=lambda whole: {"accuracy": 1.0},
     )
     for row in run:

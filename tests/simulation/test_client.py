@@ -16,6 +16,7 @@ from splitfed.model.cut import split
 from splitfed.server.server import SplitServer
 from splitfed.simulation.client import Belongings, Next, Recipe, Trainee
 from splitfed.simulation.launch import AVERAGING
+from splitfed.simulation.settings import LocalTraining
 from splitfed.store.store import GradientStore
 
 
@@ -26,7 +27,8 @@ class Site:
         half, self.body = split(toy.model(dropout=0.5), toy.AT)
         self.store = GradientStore(f"memory://trainee-{name}")
         self.server = SplitServer(self.body, self.store)
-        self.recipe = Recipe(half, cross_entropy, toy.sgd, batch_size=3, **recipe)
+        local = LocalTraining(batch_size=3, **{name: recipe.pop(name) for name in toy.LOCAL & recipe.keys()})
+        self.recipe = Recipe(half, cross_entropy, toy.sgd, local, **recipe)
         self.half = Accumulator(half, self.store, AVERAGING, lineage="client", personal=self.recipe.personal)
 
     def trainee(self, own: Belongings, occasion: int = 0, examples: int = 8) -> Trainee:
@@ -118,7 +120,7 @@ def test_an_optimizers_state_is_kept_if_asked(keeps: bool) -> None:
     """Adam counts its steps on, or begins anew; the scheduler likewise."""
     site = Site(f"keeps-{keeps}", keep_optimizers=keeps)
     decay = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)  # noqa: E731
-    site.recipe = replace(site.recipe, optimizer=toy.adam, scheduler=decay)
+    site.recipe = replace(site.recipe, optimizer=toy.adam, local=replace(site.recipe.local, scheduler=decay))
     own = Belongings()
     for occasion in range(2):
         list(site.trainee(own, occasion).run())
@@ -164,7 +166,10 @@ def test_a_loss_that_isnt_a_scalar_is_refused() -> None:
 def test_what_needs_more_than_a_step_is_refused(name: str, made: Any) -> None:
     """Before anything trains, and not by torch."""
     site = Site("closure")
-    site.recipe = replace(site.recipe, **{name: made})
+    if name in toy.LOCAL:
+        site.recipe = replace(site.recipe, local=replace(site.recipe.local, **{name: made}))
+    else:
+        site.recipe = replace(site.recipe, **{name: made})
     with pytest.raises(UnsupportedError, match=f"{made.__name__}.step.. needs arguments"):
         list(site.trainee(Belongings()).run())
     assert site.store.waiting() == []

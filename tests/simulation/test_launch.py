@@ -242,13 +242,12 @@ def test_a_store_that_was_not_given_goes_with_its_run() -> None:
         ({"clients_per_round": 0}, InputError, "clients_per_round"),
         ({"mode": "rounds"}, InputError, "mode 'rounds' isn't known"),
         ({"deadline": 3.0}, InputError, "deadline=3.0 needs a clock"),
-        ({"workers": 2, "virtual": VirtualTime()}, InputError, "leave virtual and barrier out"),
-        ({"workers": 2, "barrier": False}, InputError, "leave virtual and barrier out"),
+        ({"workers": 2, "barrier": False}, InputError, "worker processes train in rounds: leave barrier=False out"),
         ({"mode": "synchronous", "barrier": False}, InputError, "leave barrier=False out"),
         ({"personal": ("tail.*",)}, InputError, "fits no parameter"),
         ({"at": "7"}, CutError, "7"),
         ({"clients": {}}, InputError, "expected a mapping"),
-        ({"virtual": True}, InputError, "virtual is True: expected a VirtualTime"),
+        ({"virtual": True}, InputError, "engine is True: expected a VirtualTime"),
         ({"virtual": VirtualTime}, InputError, "expected a VirtualTime"),
         ({"optimizer": toy.sgd([nn.Parameter(torch.ones(1))])}, InputError, "optimizer is SGD: expected a function"),
         ({"loss_fn": "mse"}, InputError, "loss_fn is str: expected a function"),
@@ -303,6 +302,7 @@ import functools, resource, sys, torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from splitfed import simulate
+from splitfed.simulation import LocalTraining, RoundSchedule
 
 torch.set_num_threads(1)
 number = int(sys.argv[1])
@@ -318,8 +318,8 @@ def resident():
 
 def run(clients, rounds):
     return simulate(
-        model, "1", clients, loss_fn=cross_entropy, optimizer=sgd, server_optimizer=sgd, rounds=rounds, batch_size=4,
-        clients_per_round=10,
+        model, "1", clients, loss_fn=cross_entropy, optimizer=sgd, server_optimizer=sgd, rounds=rounds,
+        local=LocalTraining(batch_size=4), schedule=RoundSchedule(clients_per_round=10),
     )
 
 list(run(dict(list(clients.items())[:10]), 1))  # imports and pools are no part of it

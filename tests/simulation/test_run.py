@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from splitfed.simulation.client import Outcome, total
-from splitfed.simulation.evaluation import evaluate
+from splitfed.simulation.data import evaluate
 from splitfed.simulation.virtual_time import VirtualTime
 from splitfed.store.store import GradientStore
 from splitfed.tracking.history import History

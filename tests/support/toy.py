@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from torch.nn.functional import cross_entropy
 from splitfed.simulation.data import deal
 from splitfed.simulation.launch import simulate
 from splitfed.simulation.run import Simulation
+from splitfed.simulation.settings import LocalTraining, Processes, RoundSchedule
 
 AT = "1:3"
+LOCAL = {field.name for field in fields(LocalTraining)}
+SCHEDULE = {field.name for field in fields(RoundSchedule)}
 sgd = functools.partial(torch.optim.SGD, lr=0.5)
 adam = functools.partial(torch.optim.Adam, lr=0.05)
 
@@ -49,7 +53,23 @@ def run(**settings: Any) -> Simulation:
         "rounds": 2,
         "batch_size": 4,
     }
-    return simulate(**{**usual, **settings})
+    return simulate(**grouped({**usual, **settings}))
+
+
+def grouped(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their own names, in the groups in which `simulate` takes them."""
+    local = {name: settings.pop(name) for name in LOCAL & settings.keys()}
+    schedule = {name: settings.pop(name) for name in SCHEDULE & settings.keys()}
+    workers, virtual = settings.pop("workers", 0), settings.pop("virtual", None)
+    history = settings.pop("history", None)
+    callbacks = [*([] if history is None else [history]), *settings.pop("callbacks", ())]
+    return {
+        **settings,
+        "local": LocalTraining(**local),
+        "schedule": RoundSchedule(**schedule),
+        "engine": Processes(workers) if workers else virtual,
+        "callbacks": callbacks,
+    }
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

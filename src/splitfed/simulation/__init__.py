@@ -1,21 +1,30 @@
-"""A whole federation in one process: real clients, servers, accumulators and rounds, in turns or in virtual time.
+"""A whole federation on one machine: real clients, servers, accumulators and rounds, by turns or in virtual time.
 
-Leaf first: `streams` (randomness by name), `timeline` and `virtual` (a clock, and who is slow by it), `localdata` and
-`evaluation` (what a client trains and is judged on), `metering` (bytes by client), `trainee` (a client while it is
-active), `assembly` (all that serves), `schedule` (who does what when), `worker` and `crew` (clients in processes of
-their own), `simulated` (the generator of reports), `simulating` (the function that puts these together).
+`launch` is `simulate`; `settings` what it takes; `assembly` all that serves; `client` one client while it is active;
+`engines` let the clients train: in turns or by a virtual clock (`turns`), or in worker processes (`processes`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["Simulation", "VirtualTime", "deal", "lognormal", "simulate", "stragglers"]
+__all__ = [
+    "LocalTraining",
+    "Processes",
+    "RoundSchedule",
+    "Simulation",
+    "VirtualTime",
+    "deal",
+    "lognormal",
+    "simulate",
+    "stragglers",
+]
 
 if TYPE_CHECKING:
     from splitfed.simulation.data import deal
     from splitfed.simulation.launch import simulate
     from splitfed.simulation.run import Simulation
+    from splitfed.simulation.settings import LocalTraining, Processes, RoundSchedule
     from splitfed.simulation.virtual_time import VirtualTime, lognormal, stragglers
 else:
     from splitfed._lazy import lazily
@@ -23,6 +32,9 @@ else:
     __getattr__, __dir__ = lazily(
         __name__,
         {
+            "LocalTraining": "simulation.settings",
+            "Processes": "simulation.settings",
+            "RoundSchedule": "simulation.settings",
             "Simulation": "simulation.run",
             "VirtualTime": "simulation.virtual_time",
             "deal": "simulation.data",

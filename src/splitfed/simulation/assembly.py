@@ -68,7 +68,11 @@ class Assembly:
     """
 
     def __init__(
-        self, plans: Plans, store: GradientStore, clients: Sequence[str], clock: Callable[[], float] | None
+        self,
+        plans: Plans,
+        store: GradientStore,
+        clients: Sequence[str],
+        clock: Callable[[], float] | None,
     ) -> None:
         strangers = sorted(set(store.clients()).difference(clients))
         if strangers:
@@ -88,10 +92,17 @@ class Assembly:
         if not plans.barrier:
             halves = {**plans.mode.settings(), "min_batches": plans.min_updates}
         self.half = Accumulator(
-            plans.half, store, plans.half_optimizer, lineage="client", personal=plans.personal, **halves
+            plans.half,
+            store,
+            plans.half_optimizer,
+            lineage="client",
+            personal=plans.personal,
+            **halves,
         )
         self.server = serve(plans, store)
-        self.arrivals = Arrivals(clock or time.time, ("client",) if plans.mode.per_client else LINEAGES)
+        self.arrivals = Arrivals(
+            clock or time.time, ("client",) if plans.mode.per_client else LINEAGES
+        )
         self.meter = Meter(self.server, self.arrivals)
         self.federation = Federation(
             self.body,

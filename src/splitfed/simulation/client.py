@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from splitfed.accumulator.optimizer import SchedulerFactory, steps_alone
+from splitfed.accumulator.optimizer import steps_alone
 from splitfed.client.client import SplitClient
 from splitfed.errors import ExpiredError, InputError, UnsupportedError
 from splitfed.model.copying import deep_copy
 from splitfed.model.personal import personal_names
 from splitfed.protocol.transport import Transport
 from splitfed.simulation import data as localdata
-from splitfed.simulation.data import Data
-from splitfed.simulation.evaluation import num_right
+from splitfed.simulation.data import Data, num_right
 from splitfed.simulation.rng import Stream
+from splitfed.simulation.settings import LocalTraining
 
 LossFunction = Callable[[Any, Any], Tensor]
 Optimizers = Callable[[Iterable[Any]], Optimizer]
@@ -55,19 +55,19 @@ class Recipe:
     loss_fn: LossFunction
     """`loss_fn(outputs, targets)`, a scalar: the mean over the batch."""
     optimizer: Optimizers
-    batch_size: int = 64
-    local_passes: int = 1
+    local: LocalTraining = field(default_factory=LocalTraining)
     gradients: bool = False
     """Publish the half's gradient after each batch, and take no local step but of personal parts: synchronous mode."""
     personal: tuple[str, ...] = ()
-    keep_optimizers: bool = False
-    scheduler: SchedulerFactory | None = None
-    """Of the optimizer; steps once per batch, and is kept with it."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("loss_fn", "optimizer", "scheduler"):
-            made = getattr(self, name)
+        makers = {
+            "loss_fn": self.loss_fn,
+            "optimizer": self.optimizer,
+            "scheduler": self.local.scheduler,
+        }
+        for name, made in makers.items():
             if made is not None and not callable(made):
                 raise InputError(
                     f"{name} is {type(made).__name__}: expected a function, such as functools.partial(torch.optim.SGD, "
@@ -158,7 +158,9 @@ class Trainee:
     @property
     def num_batches(self) -> int:
         """How many batches the whole activation has."""
-        return self._recipe.local_passes * -(-localdata.size(self._data) // self._recipe.batch_size)
+        return self._recipe.local.local_passes * -(
+            -localdata.size(self._data) // self._recipe.local.batch_size
+        )
 
     def run(self) -> Generator[Next, None, Outcome]:
         """The activation: pull, train, push; it stops before each request."""
@@ -179,7 +181,7 @@ class Trainee:
         yield Next.PULL
         client.pull()
         optimizer = recipe.optimizer(client.parameters())
-        scheduler = None if recipe.scheduler is None else recipe.scheduler(optimizer)
+        scheduler = None if recipe.local.scheduler is None else recipe.local.scheduler(optimizer)
         for made in (optimizer, scheduler):
             if made is not None and not steps_alone(made):
                 raise UnsupportedError(
@@ -190,14 +192,14 @@ class Trainee:
             optimizer.load_state_dict(own.optimizer)
         if scheduler is not None and own.scheduler is not None:
             scheduler.load_state_dict(own.scheduler)
-        for _ in range(recipe.local_passes):
+        for _ in range(recipe.local.local_passes):
             yield from self._one_pass(client, optimizer, scheduler)
         if not recipe.gradients and self.outcome.num_samples:
             yield Next.PUSH
             client.push()
         names, state = personal_names(half, recipe.personal), half.state_dict()
         own.personal = {name: state[name].detach().clone() for name in sorted(names)}
-        if recipe.keep_optimizers:
+        if recipe.local.keep_optimizers:
             own.optimizer = optimizer.state_dict()
             own.scheduler = None if scheduler is None else scheduler.state_dict()
 
@@ -205,7 +207,9 @@ class Trainee:
         self, client: SplitClient, optimizer: Optimizer, scheduler: LRScheduler | None
     ) -> Generator[Next, None, None]:
         recipe, order = self._recipe, localdata.order(self._data, self._stream.generator)
-        for number, (inputs, targets) in enumerate(localdata.batches(self._data, recipe.batch_size, order)):
+        for number, (inputs, targets) in enumerate(
+            localdata.batches(self._data, recipe.local.batch_size, order)
+        ):
             if recipe.gradients and self.outcome.batches + self.outcome.expired:
                 yield Next.PULL
                 client.pull()
@@ -214,7 +218,11 @@ class Trainee:
             outputs = client(inputs)
             loss = recipe.loss_fn(outputs, targets)
             if not isinstance(loss, Tensor) or loss.dim():
-                found = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                found = (
+                    f"tensor of shape {tuple(loss.shape)}"
+                    if isinstance(loss, Tensor)
+                    else type(loss).__name__
+                )
                 raise InputError(f"loss_fn returned a {found}: expected a scalar tensor")
             yield Next.BACKWARD
             try:
@@ -222,7 +230,9 @@ class Trainee:
             except ExpiredError:
                 self.outcome.expired += 1
                 continue
-            num_samples = min(recipe.batch_size, len(order) - number * recipe.batch_size)
+            num_samples = min(
+                recipe.local.batch_size, len(order) - number * recipe.local.batch_size
+            )
             self._count(num_samples, loss, num_right(outputs, targets))
             if recipe.gradients:
                 yield Next.PUSH

@@ -1,4 +1,4 @@
-"""The data of virtual clients: what each owns, and the batches that it trains on.
+"""The data of a simulation: what each client owns, its batches, and the score of a model on held-out data.
 
 Data is a pair of tensors (N, *) that are indexed alike, or anything with a length whose items are pairs (input,
 target). A `Shard` is one owner's part of a larger set: it holds indices and refers to the whole, so that a thousand
@@ -7,11 +7,11 @@ owners cost no copy of the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from splitfed.errors import InputError
@@ -31,6 +31,8 @@ class Items(Protocol):
 
 
 Data = tuple[Tensor, Tensor] | Items
+Evaluation = Data | Callable[[nn.Module], Mapping[str, float]]
+_EVALUATED_AT_ONCE = 500
 
 
 class Shard:
@@ -50,10 +52,16 @@ class Shard:
 
     def __getitem__(self, index: int) -> Any:
         chosen = int(self.indices[index])
-        return tuple(part[chosen] for part in self.data) if isinstance(self.data, tuple) else self.data[chosen]
+        return (
+            tuple(part[chosen] for part in self.data)
+            if isinstance(self.data, tuple)
+            else self.data[chosen]
+        )
 
 
-def deal(data: Data, parts: Sequence[Tensor | Sequence[int]], names: Sequence[str] | None = None) -> dict[str, Shard]:
+def deal(
+    data: Data, parts: Sequence[Tensor | Sequence[int]], names: Sequence[str] | None = None
+) -> dict[str, Shard]:
     """Make the mapping of clients that `simulate` takes, from one data set and the lists of `splitfed.partition`.
 
     Args:
@@ -67,9 +75,14 @@ def deal(data: Data, parts: Sequence[Tensor | Sequence[int]], names: Sequence[st
     width = len(str(max(len(parts) - 1, 0)))
     ids = [f"client-{i:0{width}d}" for i in range(len(parts))] if names is None else list(names)
     if len(ids) != len(parts) or len(set(ids)) != len(ids):
-        raise InputError(f"{len(set(ids))} distinct names for {len(parts)} parts: expected one for each")
+        raise InputError(
+            f"{len(set(ids))} distinct names for {len(parts)} parts: expected one for each"
+        )
     total = size(data)
-    return {name: Shard(data, _indices(name, part, total)) for name, part in zip(ids, parts, strict=True)}
+    return {
+        name: Shard(data, _indices(name, part, total))
+        for name, part in zip(ids, parts, strict=True)
+    }
 
 
 def _indices(name: str, part: Tensor | Sequence[int], total: int) -> Tensor:
@@ -80,7 +93,9 @@ def _indices(name: str, part: Tensor | Sequence[int], total: int) -> Tensor:
             "of a mask are mask.nonzero().flatten()"
         )
     if not len(found) or int(found.min()) < 0 or int(found.max()) >= total:
-        raise InputError(f"the part of {name} is empty or exceeds the data: expected indices from 0 to {total - 1}")
+        raise InputError(
+            f"the part of {name} is empty or exceeds the data: expected indices from 0 to {total - 1}"
+        )
     return found.long()
 
 
@@ -92,7 +107,9 @@ def check(clients: Mapping[str, Data]) -> list[str]:
         IdError: an id may not become a key.
     """
     if not isinstance(clients, Mapping) or not clients:
-        raise InputError(f"clients is {type(clients).__name__}: expected a mapping of ids to data, with one at least")
+        raise InputError(
+            f"clients is {type(clients).__name__}: expected a mapping of ids to data, with one at least"
+        )
     for name, data in clients.items():
         check_client_id(name)
         if not size(data):
@@ -108,10 +125,16 @@ def size(data: Data) -> int:
     """
     if isinstance(data, tuple):
         if len(data) != 2 or not all(isinstance(part, Tensor) and part.dim() for part in data):
-            raise InputError("data is a tuple: expected two tensors, inputs (N, *) and targets (N, *)")
+            raise InputError(
+                "data is a tuple: expected two tensors, inputs (N, *) and targets (N, *)"
+            )
         if len(data[0]) != len(data[1]):
             raise InputError(f"{len(data[0])} inputs and {len(data[1])} targets: expected as many")
-    elif isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+    elif (
+        isinstance(data, IterableDataset)
+        or not hasattr(data, "__len__")
+        or not hasattr(data, "__getitem__")
+    ):
         raise InputError(
             f"data is a {type(data).__name__}: expected a pair of tensors, or a sequence of examples, such as "
             "loader.dataset of a DataLoader or a list of what a stream yields"
@@ -144,7 +167,11 @@ def batches(data: Data, batch_size: int, indices: Iterable[int]) -> Iterator[tup
 def _pair(data: Items, index: int) -> Any:
     example = data[index]
     if not isinstance(example, tuple | list) or len(example) != 2:
-        found = f"{len(example)} parts" if isinstance(example, tuple | list) else f"a {type(example).__name__}"
+        found = (
+            f"{len(example)} parts"
+            if isinstance(example, tuple | list)
+            else f"a {type(example).__name__}"
+        )
         raise InputError(
             f"example {index} of a {type(data).__name__} is {found}: expected a pair (input, target), of which either "
             "may be a dict or tuple; let the data set return that"
@@ -169,8 +196,75 @@ def classes(data: Data) -> dict[str, int] | None:
     while isinstance(data, Shard):
         indices = data.indices if indices is None else data.indices[indices]
         data = data.data
-    if not isinstance(data, tuple) or data[1].dim() != 1 or data[1].is_floating_point() or data[1].is_complex():
+    if (
+        not isinstance(data, tuple)
+        or data[1].dim() != 1
+        or data[1].is_floating_point()
+        or data[1].is_complex()
+    ):
         return None
     labels = data[1] if indices is None else data[1][indices]
     found, counts = labels.unique(return_counts=True)
     return {str(label): count for label, count in zip(found.tolist(), counts.tolist(), strict=True)}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, how: Evaluation, loss_fn: Callable[[Any, Any], Tensor]
+) -> dict[str, float]:
+    """Score a model in eval mode, without gradients; it is left in eval mode.
+
+    Args:
+        model: The whole model.
+        how: Held-out data, or a function of the model that returns figures by name.
+        loss_fn: For held-out data; the mean over a batch.
+
+    Returns:
+        `loss`, and `accuracy` where outputs are (N, classes), two of them at least, and targets integers (N,); or what
+        the function returned.
+
+    Raises:
+        InputError: the function returned no mapping, or there is no data.
+    """
+    model.eval()
+    if callable(how):
+        figures = how(model)
+        if not isinstance(figures, Mapping):
+            raise InputError(
+                f"evaluate returned a {type(figures).__name__}: expected a mapping of figures by name"
+            )
+        return dict(figures)
+    total = size(how)
+    if not total:
+        raise InputError(
+            "there is no held-out data to evaluate on: give one example at least, or evaluate=None"
+        )
+    loss, right, classifies = 0.0, 0, True
+    for number, (inputs, targets) in enumerate(batches(how, _EVALUATED_AT_ONCE, range(total))):
+        outputs = model(inputs)
+        loss += float(loss_fn(outputs, targets)) * min(
+            _EVALUATED_AT_ONCE, total - number * _EVALUATED_AT_ONCE
+        )
+        found = num_right(outputs, targets)
+        classifies = classifies and found is not None
+        right += found or 0
+    return (
+        {"loss": loss / total, "accuracy": right / total} if classifies else {"loss": loss / total}
+    )
+
+
+def num_right(outputs: Any, targets: Any) -> int | None:
+    """How many of a batch are right; `None` unless outputs are (N, classes) and targets integers (N,).
+
+    One output for each example, as of a binary classifier with one logit, isn't a choice between classes.
+    """
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return None
+    if (
+        outputs.dim() != 2
+        or outputs.shape[1] < 2
+        or targets.dim() != 1
+        or targets.is_floating_point()
+    ):
+        return None
+    return int((outputs.argmax(1) == targets).sum())

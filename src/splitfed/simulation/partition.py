@@ -42,7 +42,9 @@ def iid(num_examples: int, num_clients: int, *, seed: int) -> list[Tensor]:
     return [part.sort().values for part in shuffled.tensor_split(num_clients)]
 
 
-def dirichlet(labels: Labels, num_clients: int, *, alpha: float, seed: int, min_examples: int = 1) -> list[Tensor]:
+def dirichlet(
+    labels: Labels, num_clients: int, *, alpha: float, seed: int, min_examples: int = 1
+) -> list[Tensor]:
     """Deal out each class in proportions drawn from a symmetric Dirichlet distribution: label skew.
 
     The smaller `alpha`, the fewer classes a client holds; a large one comes near `iid`. The skew is that of Hsu et al.
@@ -69,15 +71,22 @@ def dirichlet(labels: Labels, num_clients: int, *, alpha: float, seed: int, min_
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator, device="cpu")]
-        bounds = (_proportions(num_clients, alpha, generator).cumsum(0) * len(members)).round().long()
+        bounds = (
+            (_proportions(num_clients, alpha, generator).cumsum(0) * len(members)).round().long()
+        )
         for client, share in enumerate(members.tensor_split(bounds[:-1])):
             dealt[client].append(share)
-    parts = [torch.cat(shares) if shares else torch.empty(0, dtype=torch.int64, device="cpu") for shares in dealt]
+    parts = [
+        torch.cat(shares) if shares else torch.empty(0, dtype=torch.int64, device="cpu")
+        for shares in dealt
+    ]
     _level(parts, min_examples, generator)
     return [part.sort().values for part in parts]
 
 
-def quantity(num_examples: int, num_clients: int, *, alpha: float, seed: int, min_examples: int = 1) -> list[Tensor]:
+def quantity(
+    num_examples: int, num_clients: int, *, alpha: float, seed: int, min_examples: int = 1
+) -> list[Tensor]:
     """Deal out shuffled examples in sizes drawn from a symmetric Dirichlet distribution: quantity skew.
 
     Labels stay as they are mixed; how many examples a client has differs (Li et al. 2022, arXiv 2102.02079, section
@@ -99,7 +108,9 @@ def quantity(num_examples: int, num_clients: int, *, alpha: float, seed: int, mi
     _check_enough(num_examples, num_clients, min_examples)
     generator = _generator(seed)
     bounds = (_proportions(num_clients, alpha, generator).cumsum(0) * num_examples).round().long()
-    parts = list(torch.randperm(num_examples, generator=generator, device="cpu").tensor_split(bounds[:-1]))
+    parts = list(
+        torch.randperm(num_examples, generator=generator, device="cpu").tensor_split(bounds[:-1])
+    )
     _level(parts, min_examples, generator)
     return [part.sort().values for part in parts]
 
@@ -125,7 +136,11 @@ def shards(labels: Labels, num_clients: int, *, per_client: int = 2, seed: int) 
     generator = _generator(seed)
     order = torch.randperm(len(labels), generator=generator, device="cpu")
     cut = order[labels[order].argsort(stable=True)].tensor_split(num_clients * per_client)
-    hands = torch.randperm(len(cut), generator=generator, device="cpu").view(num_clients, per_client).tolist()
+    hands = (
+        torch.randperm(len(cut), generator=generator, device="cpu")
+        .view(num_clients, per_client)
+        .tolist()
+    )
     return [torch.cat([cut[shard] for shard in hand]).sort().values for hand in hands]
 
 
@@ -141,10 +156,16 @@ def natural(ids: Tensor | Sequence[int] | Sequence[str]) -> list[Tensor]:
     Raises:
         InputError: no example, or ids that can't be sorted.
     """
-    owners: list[int | str] = getattr(ids, "tolist", lambda: list(ids))()  # of an array or column too
-    whole = all(isinstance(owner, int) for owner in owners) or all(isinstance(owner, str) for owner in owners)
+    owners: list[int | str] = getattr(
+        ids, "tolist", lambda: list(ids)
+    )()  # of an array or column too
+    whole = all(isinstance(owner, int) for owner in owners) or all(
+        isinstance(owner, str) for owner in owners
+    )
     if not owners or not whole:
-        raise InputError(f"ids {str(owners)[:60]} can't be owners: expected integers or strings of shape (N,)")
+        raise InputError(
+            f"ids {str(owners)[:60]} can't be owners: expected integers or strings of shape (N,)"
+        )
     held: dict[int | str, list[int]] = {}
     for index, owner in enumerate(owners):
         held.setdefault(owner, []).append(index)
@@ -164,7 +185,12 @@ def counts(parts: Sequence[Tensor], labels: Labels) -> list[dict[str, int]]:
     labels, found = _checked(labels), []
     for part in parts:
         classes, numbers = labels[part.cpu()].unique(return_counts=True)
-        found.append({str(int(label)): number for label, number in zip(classes, numbers.tolist(), strict=True)})
+        found.append(
+            {
+                str(int(label)): number
+                for label, number in zip(classes, numbers.tolist(), strict=True)
+            }
+        )
     return found
 
 
@@ -204,7 +230,9 @@ def _proportions(num_clients: int, alpha: float, generator: torch.Generator) -> 
     shape = torch.full((num_clients,), alpha + 1.0, dtype=torch.float64, device="cpu")
     drawn = torch.rand(num_clients, generator=generator, dtype=torch.float64, device="cpu")
     uniform = 1.0 - drawn  # in (0, 1]: has a logarithm
-    return (torch._standard_gamma(shape, generator=generator).log() + uniform.log() / alpha).softmax(0)
+    return (
+        torch._standard_gamma(shape, generator=generator).log() + uniform.log() / alpha
+    ).softmax(0)
 
 
 def _level(parts: list[Tensor], least: int, generator: torch.Generator) -> None:
@@ -212,7 +240,9 @@ def _level(parts: list[Tensor], least: int, generator: torch.Generator) -> None:
     for client in range(len(parts)):
         while len(parts[client]) < least:
             donor = max(range(len(parts)), key=lambda i: len(parts[i]))
-            shuffled = parts[donor][torch.randperm(len(parts[donor]), generator=generator, device="cpu")]
+            shuffled = parts[donor][
+                torch.randperm(len(parts[donor]), generator=generator, device="cpu")
+            ]
             gift = min(least - len(parts[client]), len(shuffled) - least)
             parts[client] = torch.cat([parts[client], shuffled[:gift]])
             parts[donor] = shuffled[gift:]
@@ -228,21 +258,29 @@ def _checked(labels: Labels) -> Tensor:
     try:
         found = torch.as_tensor(labels, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"labels can't be a tensor ({error}): expected integers of shape (N,)") from error
+        raise InputError(
+            f"labels can't be a tensor ({error}): expected integers of shape (N,)"
+        ) from error
     if found.dim() != 1 or found.is_floating_point() or found.is_complex():
-        raise InputError(f"labels are {found.dtype} of shape {tuple(found.shape)}: expected integers of shape (N,)")
+        raise InputError(
+            f"labels are {found.dtype} of shape {tuple(found.shape)}: expected integers of shape (N,)"
+        )
     return found
 
 
 def _check_alpha(alpha: float) -> None:
     if not (math.isfinite(alpha) and alpha > 0):
-        raise InputError(f"alpha {alpha} isn't allowed: expected a finite number above 0, such as 0.5")
+        raise InputError(
+            f"alpha {alpha} isn't allowed: expected a finite number above 0, such as 0.5"
+        )
 
 
 def _check_enough(num_examples: int, num_clients: int, least: int) -> None:
     _check_count("num_clients", num_clients)
     if num_examples < num_clients * least:
-        raise InputError(f"{num_examples} examples are too few for {num_clients} clients with {least} at least")
+        raise InputError(
+            f"{num_examples} examples are too few for {num_clients} clients with {least} at least"
+        )
 
 
 def _check_count(name: str, value: int, least: int = 1) -> None:

@@ -19,9 +19,9 @@ from splitfed.model.copying import deep_copy
 from splitfed.model.cut import join
 from splitfed.simulation.assembly import Assembly
 from splitfed.simulation.client import Outcome, Recipe, total
-from splitfed.simulation.evaluation import Evaluation
-from splitfed.simulation.evaluation import evaluate as score
-from splitfed.simulation.timeline import Timeline
+from splitfed.simulation.data import Evaluation
+from splitfed.simulation.data import evaluate as score
+from splitfed.simulation.virtual_time import Timeline
 from splitfed.store.rounds import Ending, Plan
 from splitfed.store.rows import Row, plain
 from splitfed.tracking.callbacks import AnyCallback, Callbacks
@@ -75,7 +75,12 @@ class Simulation(Iterator[Row]):
         self.history = history
         """The rows of the run, and of the commits between them."""
         self._assembly, self._driver, self._timeline = assembly, driver, timeline
-        self._recipe, self._head, self._evaluate, self._callbacks = recipe, head, evaluate, callbacks
+        self._recipe, self._head, self._evaluate, self._callbacks = (
+            recipe,
+            head,
+            evaluate,
+            callbacks,
+        )
         self._running = self._run()
 
     def __next__(self) -> Row:
@@ -98,14 +103,23 @@ class Simulation(Iterator[Row]):
         done = newest if newest == 0 or report is not None else newest - 1
         before = self.history.rounds() if newest and self.history.run is not None else None
         untold = None if before is None or newest in {row["round"] for row in before} else report
-        with Callbacks([self.history, *self._callbacks]) as watchers, contextlib.closing(self._driver):
-            started = time.time() - max((row.get("seconds") or 0.0 for row in before or ()), default=0.0)
+        with (
+            Callbacks([self.history, *self._callbacks]) as watchers,
+            contextlib.closing(self._driver),
+        ):
+            started = time.time() - max(
+                (row.get("seconds") or 0.0 for row in before or ()), default=0.0
+            )
             watchers.on_row(self._head)
             if newest and (done < rounds or untold is not None):
                 self._go_on(federation.rounds.plan(newest), federation.rounds.ending(newest))
-            if untold is not None:  # by a run that was killed after the round, which knew what crossed the cut
+            if (
+                untold is not None
+            ):  # by a run that was killed after the round, which knew what crossed the cut
                 row = self._row(untold, started)
-                watchers.on_row(row := {name: row[name] for name in row if not name.startswith("bytes_")})
+                watchers.on_row(
+                    row := {name: row[name] for name in row if not name.startswith("bytes_")}
+                )
                 yield row
             while done < rounds:
                 plan = federation.open()
@@ -113,9 +127,15 @@ class Simulation(Iterator[Row]):
                     raise InputError(
                         f"{len(self._head['clients'])} clients are fewer than min_clients: a round needs more"
                     )
-                is_decided = federation.rounds.ending(plan.number) is not None  # by a run that was killed
-                row = self._row(federation.close() if is_decided else self._driver.run(plan), started)
-                for commit in self._assembly.commit_rows(plan.number, started if self._timeline is None else 0.0):
+                is_decided = (
+                    federation.rounds.ending(plan.number) is not None
+                )  # by a run that was killed
+                row = self._row(
+                    federation.close() if is_decided else self._driver.run(plan), started
+                )
+                for commit in self._assembly.commit_rows(
+                    plan.number, started if self._timeline is None else 0.0
+                ):
                     watchers.on_row(commit)
                 watchers.on_row(row)
                 done = plan.number
@@ -125,8 +145,10 @@ class Simulation(Iterator[Row]):
     def _go_on(self, plan: Plan, ending: Ending | None) -> None:
         """Go on from a store's newest round: by its clock, and without what clients keep to themselves."""
         if self._timeline is not None:
-            self._timeline.now = max(self._timeline.now, plan.opened if ending is None else ending.time)
-        if self._recipe.personal or self._recipe.keep_optimizers:
+            self._timeline.now = max(
+                self._timeline.now, plan.opened if ending is None else ending.time
+            )
+        if self._recipe.personal or self._recipe.local.keep_optimizers:
             warnings.warn(
                 f"{self.store!r} has rounds already, but what clients keep to themselves (personal parts, optimizers) "
                 "isn't in a store: it begins anew in this run",

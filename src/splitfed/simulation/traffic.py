@@ -29,7 +29,9 @@ class Arrivals:
         lineages: Whose batches; what is never asked for needn't be noted.
     """
 
-    def __init__(self, clock: Callable[[], float], lineages: Collection[str] = ("body", "client")) -> None:
+    def __init__(
+        self, clock: Callable[[], float], lineages: Collection[str] = ("body", "client")
+    ) -> None:
         self._clock = clock
         self._lineages = frozenset(lineages)
         self._times: dict[tuple[str, BatchId], float] = {}

@@ -20,6 +20,7 @@ from splitfed.cli.demo.recipe import Settings
 from splitfed.simulation import partition
 from splitfed.simulation.launch import simulate
 from splitfed.simulation.run import Simulation
+from splitfed.simulation.settings import LocalTraining
 from splitfed.store.store import GradientStore
 from splitfed.tracking.callbacks import AnyCallback
 from splitfed.tracking.history import History
@@ -51,20 +52,21 @@ def train(
         loss_fn=cross_entropy,
         optimizer=recipe.optimizer,
         # The rate falls over the batches of the owner that has most; the others end at a higher one.
-        scheduler=recipe.schedule(settings.rounds * recipe.num_batches(max(len(part) for part in parts))),
-        keep_optimizers=True,
+        local=LocalTraining(
+            batch_size=recipe.BATCH,
+            scheduler=recipe.schedule(settings.rounds * recipe.num_batches(max(len(part) for part in parts))),
+            keep_optimizers=True,
+        ),
         server_optimizer=recipe.optimizer,
         server_scheduler=recipe.schedule(settings.rounds * commits),
         rounds=settings.rounds,
         mode=Mode("buffered", min_batches=settings.min_batches),
-        batch_size=recipe.BATCH,
         evaluate=lambda whole: recipe.evaluate(whole, digits.test_images, digits.test_labels),
         replicas=settings.replicas,
         store=store,
         seed=settings.seed,
         name="splitfed demo",
-        history=History(store),
-        callbacks=callbacks,
+        callbacks=[History(store), *callbacks],
     )
 
 

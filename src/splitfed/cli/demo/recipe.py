@@ -17,7 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from splitfed.simulation import evaluation
+from splitfed.simulation import data as held_out
 
 BATCH = 64
 _RATE = 4e-3
@@ -60,4 +60,4 @@ def num_batches(num_examples: int) -> int:
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the mean loss and the accuracy of a model on a test set; the model is left in eval mode."""
-    return evaluation.evaluate(model, (images, labels), cross_entropy)
+    return held_out.evaluate(model, (images, labels), cross_entropy)

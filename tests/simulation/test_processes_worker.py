@@ -14,9 +14,8 @@ import toy
 
 from splitfed.errors import InputError, WorkerError
 from splitfed.simulation.client import Belongings
-from splitfed.simulation.engines import worker
-from splitfed.simulation.engines.processes import Crew
-from splitfed.simulation.engines.worker import Answer, Job, Order, receive, send, work
+from splitfed.simulation.engines import processes as worker
+from splitfed.simulation.engines.processes import Answer, Job, Order, WorkerPool, receive, send, work
 from splitfed.store.store import GradientStore
 
 
@@ -32,7 +31,7 @@ def told(tmp_path: Any, **settings: Any) -> Job:
     simulation = toy.run(workers=1, store=GradientStore(tmp_path / "store", sync="process"), **settings)
     simulation._assembly.federation.open()
     crew = simulation._driver
-    assert isinstance(crew, Crew)
+    assert isinstance(crew, WorkerPool)
     job: Job = pickle.loads(crew._job)
     return job
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from splitfed.errors import InputError
-from splitfed.simulation.evaluation import evaluate
+from splitfed.simulation.data import evaluate
 
 
 class Fixed(nn.Module):

@@ -15,13 +15,12 @@ from splitfed.simulation.assembly import Assembly
 from splitfed.simulation.client import Belongings, Next, Outcome, Recipe, Trainee
 from splitfed.simulation.data import Data
 from splitfed.simulation.rng import uniform
-from splitfed.simulation.timeline import Process, Timeline
-from splitfed.simulation.virtual_time import Pace, VirtualTime
+from splitfed.simulation.virtual_time import Pace, Process, Timeline, VirtualTime
 from splitfed.store.rounds import Plan
 from splitfed.store.rows import Row
 
 
-class Schedule:
+class Turns:
     """Drives virtual clients through rounds.
 
     Args:
@@ -46,7 +45,11 @@ class Schedule:
         self._timeline = timeline
         self._virtual = virtual
         mode = assembly.mode
-        self._in_turns = virtual is not None or mode.gradients or (mode.min_batches is not None and not mode.per_client)
+        self._in_turns = (
+            virtual is not None
+            or mode.gradients
+            or (mode.min_batches is not None and not mode.per_client)
+        )
         self._belongings: dict[str, Belongings] = {}
         self._busy: set[str] = set()
         self._plan: Plan | None = None
@@ -71,11 +74,16 @@ class Schedule:
             if self._waiting and not len(self._timeline):
                 self._global_step()
                 continue
-            if not (len(self._timeline) and self._asked_for) and (report := self._look()) is not None:
+            if (
+                not (len(self._timeline) and self._asked_for)
+                and (report := self._look()) is not None
+            ):
                 return report
             self._pushed = False
             if not self._timeline.advance(plan.deadline):
-                if self._waiting:  # a deadline doesn't wait for stragglers, nor does the step of the others
+                if (
+                    self._waiting
+                ):  # a deadline doesn't wait for stragglers, nor does the step of the others
                     self._global_step()
                 return self._look() or self._assembly.federation.close()
             if self._pushed and (report := self._look()) is not None:
@@ -159,7 +167,9 @@ class Schedule:
         elif made is Next.PUSH:
             self._pushed = True
             if self._plan is not None and self._plan.number != trainee.occasion[0]:
-                self._asked_for = frozenset(self._assembly.asked(self._plan))  # below quorum, late may be in time
+                self._asked_for = frozenset(
+                    self._assembly.asked(self._plan)
+                )  # below quorum, late may be in time
 
     def _vanishing(self, trainee: Trainee, pace: Pace) -> int | None:
         """The batch at which the client vanishes in this activation; `None` if it stays."""

@@ -9,8 +9,8 @@ import pytest
 import toy
 
 from splitfed.accumulator import policies
+from splitfed.simulation.engines.turns import Turns
 from splitfed.simulation.run import Simulation
-from splitfed.simulation.schedule import Schedule
 from splitfed.simulation.virtual_time import VirtualTime
 
 
@@ -165,7 +165,7 @@ def test_what_a_client_keeps_can_be_looked_at() -> None:
     simulation = toy.run(personal=("3.*",), rounds=1)
     list(simulation)
     schedule = simulation._driver
-    assert isinstance(schedule, Schedule)
+    assert isinstance(schedule, Turns)
     assert sorted(schedule.belongings("client-0").personal) == ["3.bias", "3.weight"]
     assert schedule.belongings("nobody").personal == {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from splitfed.simulation.timeline import Process, Timeline
+from splitfed.simulation.virtual_time import Process, Timeline
 
 
 def ticking(name: str, waits: list[float | None], timeline: Timeline, log: list[tuple[float, str]]) -> Process:
