@@ -70,12 +70,11 @@ from splitfed import (
     register_container,
     split,
 )
-from splitfed.http.app import make_app
-from splitfed.http.auth import new_token
-from splitfed.http.contract import encode_error
-from splitfed.messages import (
+from splitfed.federation.reports import commit_rows
+from splitfed.protocol.messages import (
     BackwardAnswer,
     BackwardRequest,
+    BufferUpdate,
     Chain,
     ForwardAnswer,
     ForwardRecord,
@@ -91,12 +90,13 @@ from splitfed.messages import (
     RoundInfo,
     Seal,
 )
-from splitfed.packing import pack, unpack
-from splitfed.reporting import commit_rows
-from splitfed.status import read_status
-from splitfed.storetransport import StoreTransport
-from splitfed.wire import pack_error, unpack_error
-from splitfed.working import Worker
+from splitfed.protocol.packing import pack, pack_error, unpack, unpack_error
+from splitfed.service.http.app import make_app
+from splitfed.service.http.auth import new_token
+from splitfed.service.http.contract import encode_error
+from splitfed.service.mailbox.client import StoreTransport
+from splitfed.service.mailbox.worker import Worker
+from splitfed.store.status import read_status
 
 DATA = Path(__file__).parent / "formats"
 
@@ -273,7 +273,7 @@ def messages() -> dict[str, Any]:
         "v": {"tied": "w"},
         "m": {"role": "buffer", "shape": [3, 2], "dtype": "bfloat16"},
     }
-    buffers = {"values": {"m": y}, "bases": {"m": y + 1}, "num_samples": 8.0}
+    buffers = BufferUpdate({"m": y}, {"m": y + 1}, 8.0)
     update = PushRequest(
         client_id="a",
         incarnation=1,
@@ -295,7 +295,7 @@ def messages() -> dict[str, Any]:
         "digest": "d1" * 32,
         "numerics": "0123456789abcdef",
         "gradients": {"w": x, "b": y},
-        "buffers": [buffers, {"values": {}, "bases": {}, "num_samples": 8}],
+        "buffers": [buffers, BufferUpdate({}, {}, 8)],
     }
     none = {**gradient, "gradients": {}, "buffers": []}
     skip = {**none, "base_version": 0, "num_samples": 0.0, "loss_scale": 1.0, "digest": ""}

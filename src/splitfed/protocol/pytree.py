@@ -215,8 +215,11 @@ def _named_tuple(path: str, fields: list[str]) -> Callable[..., Any]:
 
 @functools.lru_cache(256)
 def _stand_in(name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
-    """A named tuple for a class that isn't here. Making one costs as much as reading 10 KB, so each is made once."""
-    return collections.namedtuple(name, fields)
+    """A named tuple for a class that isn't here. Making one costs as much as reading 10 KB, so each is made once.
+
+    Passed on, its name is `splitfed.trees:...`, whatever this module is called: names are the format.
+    """
+    return collections.namedtuple(name, fields, module="splitfed.trees")
 
 
 def _is_transformers(cls: type, name: str) -> bool:
