@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 from splitfed._version import __version__
 
 __all__ = [
-    "AbsentError",
-    "AccessError",
     "Accumulator",
     "AlreadyAppliedError",
     "ArchitectureError",
@@ -24,39 +22,25 @@ __all__ = [
     "BodyError",
     "BusyError",
     "Commit",
-    "ContainerError",
     "CorruptedError",
     "CutError",
     "CutPoint",
-    "DigestError",
     "ExpiredError",
     "Federation",
-    "FormatError",
     "GradientStore",
     "History",
-    "IdError",
-    "InPlaceError",
     "InputError",
-    "MissingError",
-    "NotConnectedError",
     "PerClient",
-    "ProtocolError",
     "ReplayError",
-    "SharedParameterError",
     "SplitClient",
     "SplitFedError",
     "SplitServer",
-    "StoreCapabilityError",
     "StoreError",
     "SupersededError",
     "TokenError",
-    "TooLargeError",
     "Transport",
-    "UnknownCutError",
     "UnreachableError",
-    "UnsupportedError",
     "VirtualTime",
-    "WorkerError",
     "__version__",
     "check",
     "join",
@@ -74,38 +58,38 @@ if TYPE_CHECKING:
     from splitfed.blobs import testing as testing
     from splitfed.client.client import SplitClient
     from splitfed.diagnostics.comparison import check
+    from splitfed.errors import AbsentError as AbsentError
+    from splitfed.errors import AccessError as AccessError
     from splitfed.errors import (
-        AbsentError,
-        AccessError,
         AlreadyAppliedError,
         ArchitectureError,
         BodyError,
         BusyError,
-        ContainerError,
         CorruptedError,
         CutError,
-        DigestError,
         ExpiredError,
-        FormatError,
-        IdError,
-        InPlaceError,
         InputError,
-        MissingError,
-        NotConnectedError,
-        ProtocolError,
         ReplayError,
-        SharedParameterError,
         SplitFedError,
-        StoreCapabilityError,
         StoreError,
         SupersededError,
         TokenError,
-        TooLargeError,
-        UnknownCutError,
         UnreachableError,
-        UnsupportedError,
-        WorkerError,
     )
+    from splitfed.errors import ContainerError as ContainerError
+    from splitfed.errors import DigestError as DigestError
+    from splitfed.errors import FormatError as FormatError
+    from splitfed.errors import IdError as IdError
+    from splitfed.errors import InPlaceError as InPlaceError
+    from splitfed.errors import MissingError as MissingError
+    from splitfed.errors import NotConnectedError as NotConnectedError
+    from splitfed.errors import ProtocolError as ProtocolError
+    from splitfed.errors import SharedParameterError as SharedParameterError
+    from splitfed.errors import StoreCapabilityError as StoreCapabilityError
+    from splitfed.errors import TooLargeError as TooLargeError
+    from splitfed.errors import UnknownCutError as UnknownCutError
+    from splitfed.errors import UnsupportedError as UnsupportedError
+    from splitfed.errors import WorkerError as WorkerError
     from splitfed.federation.federation import Federation
     from splitfed.federation.per_client import PerClient
     from splitfed.model.cut import join, split
