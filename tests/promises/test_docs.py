@@ -18,7 +18,7 @@ import splitfed
 from splitfed import errors
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -111,6 +111,17 @@ def test_every_public_name_is_mentioned() -> None:
     text = "\n".join(page.read_text("utf-8") for page in PAGES)
     code = "\n".join([*re.findall(r"`[^`\n]+`", text), *(found[3] for found in BLOCK.finditer(text))])
     assert [name for name in splitfed.__all__ if not re.search(rf"\b{name}\b", code)] == []
+
+
+def test_the_architecture_page_names_what_is_there() -> None:
+    """Each file that it names exists, and its table of rooms has each package once."""
+    page = (ROOT / "docs/architecture.md").read_text("utf-8")
+    package = Path(splitfed.__file__).parent
+    named = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)+\.py)`", page))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (package / name).is_file() and not (ROOT / name).is_file()] == []
+    rooms = re.findall(r"^\| `([a-z]+)/` \|", page, re.MULTILINE)
+    assert sorted(rooms) == sorted(path.parent.name for path in package.glob("*/__init__.py"))
 
 
 def test_every_error_has_its_row() -> None:
