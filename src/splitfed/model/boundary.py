@@ -16,7 +16,9 @@ from torch import Tensor
 
 from splitfed.protocol import safetensors
 
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.4 can't tell
+_top_hooks = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)  # torch 2.4 can't tell
 
 
 class uncached:  # noqa: N801 -- reads as the adjective that it is
@@ -35,7 +37,9 @@ def unhooked() -> AbstractContextManager[Any]:
     """Keep saved-tensor hooks (torch.utils.checkpoint sets them around the client's code) out of the body's graph."""
     if _top_hooks is not None and _top_hooks(True) is None:
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor.detach(), lambda tensor: tensor
+    )
 
 
 def enter(tensor: Tensor) -> Tensor:
@@ -71,11 +75,17 @@ def fresh(tensor: Tensor, device: torch.device | None = None) -> Tensor:
         return kept
     if kept.is_contiguous():
         return kept.clone()
-    strided = [i for i, (n, s) in enumerate(zip(kept.shape, kept.stride(), strict=True)) if s == 0 and n > 1]
+    strided = [
+        i
+        for i, (n, s) in enumerate(zip(kept.shape, kept.stride(), strict=True))
+        if s == 0 and n > 1
+    ]
     base = kept
     for dim in strided:
         base = base.narrow(dim, 0, 1)
-    copy = torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device=base.device).copy_(base)
+    copy = torch.empty_strided(
+        base.shape, base.stride(), dtype=base.dtype, device=base.device
+    ).copy_(base)
     return copy.expand(kept.shape) if strided else copy
 
 

@@ -16,7 +16,15 @@ from torch import nn
 
 from splitfed.errors import UnsupportedError
 
-_SAYS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__new__")
+_SAYS = (
+    "__deepcopy__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__getstate__",
+    "__setstate__",
+    "__getnewargs__",
+    "__new__",
+)
 _ATOMS = frozenset((type(None), bool, int, float, str, type))
 _TABLES = (dict, OrderedDict)
 _MEMBERS = ("_parameters", "_buffers", "_modules")
@@ -73,4 +81,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 def _has_a_say(cls: type) -> bool:
     own = any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _SAYS)
-    return own or cls in copyreg.dispatch_table or any("__slots__" in base.__dict__ for base in cls.__mro__)
+    return (
+        own
+        or cls in copyreg.dispatch_table
+        or any("__slots__" in base.__dict__ for base in cls.__mro__)
+    )

@@ -17,7 +17,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from splitfed.errors import ArchitectureError, CutError, SharedParameterError, UnknownCutError, UnsupportedError
+from splitfed.errors import (
+    ArchitectureError,
+    CutError,
+    SharedParameterError,
+    UnknownCutError,
+    UnsupportedError,
+)
 from splitfed.model.copying import check_hooks, deep_copy
 from splitfed.model.cutpoint import CutPoint, Origin
 from splitfed.model.skeleton import Template, unwrap
@@ -43,7 +49,9 @@ class CutBody(nn.Module):
         Raises:
             CutError: always.
         """
-        raise CutError("a body with several cuts isn't called as a whole: call its client half through a SplitClient")
+        raise CutError(
+            "a body with several cuts isn't called as a whole: call its client half through a SplitClient"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +112,9 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
     template = Template(body)
     for cut, point in zip(cuts, points, strict=True):
         names = (cut.positions or ("",)) if isinstance(at, str) else tuple(cut.parts)
-        point.origin = Origin(template, tuple(zip(cut.positions or ("",), names, strict=True)), point.training)
+        point.origin = Origin(
+            template, tuple(zip(cut.positions or ("",), names, strict=True)), point.training
+        )
     return half, body
 
 
@@ -123,7 +133,9 @@ def join(client_half: nn.Module, weights: Mapping[str, Tensor] | nn.Module) -> n
     whole = deep_copy(getattr(client_half, "client_half", client_half))
     points = [module for module in whole.modules() if isinstance(module, CutPoint)]
     if not points:
-        raise CutError(f"{type(whole).__name__} has no CutPoint: expected the client half that split() returned")
+        raise CutError(
+            f"{type(whole).__name__} has no CutPoint: expected the client half that split() returned"
+        )
     body = deep_copy(unwrap(weights)) if isinstance(weights, nn.Module) else _build(points, weights)
     for point in points:
         spots = list(_places(whole, point))
@@ -146,13 +158,17 @@ def find_cuts(model: nn.Module, at: str | Sequence[str]) -> list[Cut]:
     """
     wanted: list[Any] = list(at) if isinstance(at, list | tuple) else [at]
     if not wanted or not all(isinstance(name, str) for name in wanted) or wanted == [""] != [at]:
-        raise CutError(f"no cut was named: expected the name of a submodule, such as 'encoder', or several, got {at!r}")
+        raise CutError(
+            f"no cut was named: expected the name of a submodule, such as 'encoder', or several, got {at!r}"
+        )
     cuts = [_find(model, name) for name in wanted]
     names = [name for cut in cuts for name in cut.parts]
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             if a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.") or "" in (a, b):
-                raise CutError(f"the cuts {a!r} and {b!r} overlap: name parts that don't contain each other")
+                raise CutError(
+                    f"the cuts {a!r} and {b!r} overlap: name parts that don't contain each other"
+                )
     return cuts
 
 
@@ -167,7 +183,9 @@ def _find(model: nn.Module, at: str) -> Cut:
     module = modules[name]
     kind = type(module).__name__
     if name == at:
-        if getattr(type(module), "forward", None) is nn.Module.forward and "forward" not in vars(module):
+        if getattr(type(module), "forward", None) is nn.Module.forward and "forward" not in vars(
+            module
+        ):
             hint = f"its members {[f'{at}.{leaf}' for leaf in module._modules][:8]}, or the module that uses it"
             raise CutError(f"{at!r} is a {kind}, which isn't called itself: cut at {hint}")
         return Cut(at, ())
@@ -176,14 +194,22 @@ def _find(model: nn.Module, at: str) -> Cut:
             f"{at!r} slices {name or 'the model'!r}, which is a {kind}: only an nn.Sequential has slices"
         )
     if type(module).forward is not nn.Sequential.forward:
-        raise CutError(f"{at!r} slices a {kind}, whose forward is its own: its layers may not run one after another")
+        raise CutError(
+            f"{at!r} slices a {kind}, whose forward is its own: its layers may not run one after another"
+        )
     start, _, stop = last.partition(":")
     try:
-        positions = tuple(module._modules)[slice(int(start) if start else None, int(stop) if stop else None)]
+        positions = tuple(module._modules)[
+            slice(int(start) if start else None, int(stop) if stop else None)
+        ]
     except ValueError:
-        raise UnknownCutError(f"{at!r} isn't a slice: expected two positions, such as '2:5'") from None
+        raise UnknownCutError(
+            f"{at!r} isn't a slice: expected two positions, such as '2:5'"
+        ) from None
     if not positions:
-        raise UnknownCutError(f"the slice {at!r} is empty: {name or 'the model'!r} has {len(module)} positions")
+        raise UnknownCutError(
+            f"the slice {at!r} is empty: {name or 'the model'!r} has {len(module)} positions"
+        )
     return Cut(name, positions)
 
 
@@ -208,10 +234,20 @@ def _places(model: nn.Module, child: nn.Module) -> Iterator[tuple[nn.Module, str
 def _check_apart(half: nn.Module, body: nn.Module) -> None:
     """Refuse tensors and modules that both sides reach, registered or as plain attributes."""
     for side, other, what in ((half, body, "the client half"), (body, half, "the body")):
-        held = {id(tensor): name for name, tensor in [*other.named_parameters(), *other.named_buffers()]}
-        held |= {id(m): name or "it all" for name, m in other.named_modules() if not isinstance(m, CutPoint)}
+        held = {
+            id(tensor): name for name, tensor in [*other.named_parameters(), *other.named_buffers()]
+        }
+        held |= {
+            id(m): name or "it all"
+            for name, m in other.named_modules()
+            if not isinstance(m, CutPoint)
+        }
         for prefix, owner in side.named_modules():
-            hidden = {k: v for k, v in vars(owner).items() if k not in ("_modules", "_parameters", "_buffers")}
+            hidden = {
+                k: v
+                for k, v in vars(owner).items()
+                if k not in ("_modules", "_parameters", "_buffers")
+            }
             for leaf, value in _reached({**owner._parameters, **owner._buffers, **hidden}):
                 if id(value) in held:
                     raise SharedParameterError(
@@ -240,7 +276,9 @@ def _build(points: Sequence[CutPoint], weights: Mapping[str, Tensor]) -> nn.Modu
         )
     needed = {**template.parameters, **template.buffers}
     like = {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
-    wrong = [name for name, tensor in needed.items() if like.get(name) != (tensor.shape, tensor.dtype)]
+    wrong = [
+        name for name, tensor in needed.items() if like.get(name) != (tensor.shape, tensor.dtype)
+    ]
     extra = [n for n in weights if n not in template.names]
     if wrong or extra:
         raise ArchitectureError(

@@ -50,7 +50,9 @@ def all_finite(tensor: Tensor) -> bool:
     if tensor.itemsize < 4:
         if tensor.itemsize == 1:
             tensor = tensor.to(torch.float32)  # float8 has no arithmetic
-        return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(tensor.isfinite().all())
+        return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(
+            tensor.isfinite().all()
+        )
     return cmath.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
@@ -58,4 +60,6 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree in dtype, shape and every bit: NaN equals itself here, and -0.0 differs from 0.0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(*(t.detach().cpu().reshape(-1).contiguous().view(torch.uint8) for t in (a, b)))
+    return torch.equal(
+        *(t.detach().cpu().reshape(-1).contiguous().view(torch.uint8) for t in (a, b))
+    )

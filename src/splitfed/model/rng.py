@@ -32,7 +32,9 @@ class Seed:
             self._before = torch.default_generator.get_state()
             drawn = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
             self._after = torch.default_generator.get_state()
-        self.value = int.from_bytes(hashlib.sha256(drawn.to_bytes(8, "little", signed=True)).digest()[:8], "little")
+        self.value = int.from_bytes(
+            hashlib.sha256(drawn.to_bytes(8, "little", signed=True)).digest()[:8], "little"
+        )
 
     def put_back(self) -> None:
         """Leave the generator as if nothing had been drawn, unless another thread has drawn from it since."""
@@ -55,15 +57,22 @@ class seeded:  # noqa: N801 -- reads as the verb that it is: with seeded(seed) a
         self.drew = False
         """After the block: whether anything was drawn in it."""
         self._seed = seed
-        self._generators = [torch.default_generator, *(g for g in map(_generator, devices) if g is not None)]
+        self._generators = [
+            torch.default_generator,
+            *(g for g in map(_generator, devices) if g is not None),
+        ]
 
     def __enter__(self) -> seeded:
         self._before = [generator.get_state() for generator in self._generators]
-        self._started = [generator.manual_seed(self._seed).get_state() for generator in self._generators]
+        self._started = [
+            generator.manual_seed(self._seed).get_state() for generator in self._generators
+        ]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for generator, before, started in zip(self._generators, self._before, self._started, strict=True):
+        for generator, before, started in zip(
+            self._generators, self._before, self._started, strict=True
+        ):
             self.drew = self.drew or not torch.equal(generator.get_state(), started)
             generator.set_state(before)
 

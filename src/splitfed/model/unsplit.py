@@ -101,7 +101,9 @@ def _aliased(parts: Sequence[nn.Module]) -> Iterator[None]:
             held[leaf] = aliases[id(parameter)]
         yield
         if versions != [parameter._version for _, _, parameter in slots]:
-            raise UnsupportedError("the body changes its own parameters in forward: keep what it changes in buffers")
+            raise UnsupportedError(
+                "the body changes its own parameters in forward: keep what it changes in buffers"
+            )
     finally:
         for held, leaf, parameter in slots:
             held[leaf] = parameter
