@@ -1,4 +1,4 @@
-"""The cut point: the hole in a client half, and what the half may still ask of the part cut out of it.
+"""The cut point: the hole in a client half, and what the half may still ask of the part cut out.
 
 A cut point knows no server. The binding lives in the call: whoever calls the half (a `SplitClient`)
 is the active caller of that context, and the cut point passes its arguments to that caller. So one

@@ -388,7 +388,7 @@ def _transient_slots(module: nn.Module, template: Template) -> list[_TransientSl
 
 
 def _buffer_slots(module: nn.Module, template: Template) -> list[tuple[str, nn.Module, str]]:
-    """Where the persistent buffers are: (first name, owner, name in it), tied ones several times."""
+    """Where the persistent buffers are: (first name, owner, name in it), tied ones repeated."""
     slots = []
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for leaf, buffer in owner._buffers.items():
