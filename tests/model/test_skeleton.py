@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from bodies import Calls
+from bodies import with_buffers
 from torch import Tensor, nn
 
-from splitfed.errors import ArchitectureError, UnsupportedError
+from splitfed.errors import UnsupportedError
 from splitfed.model.copying import deep_copy
-from splitfed.model.skeleton import Template, check_tensors, compare, named_state, transient_buffers, unwrap
+from splitfed.model.skeleton import Template, named_state, transient_buffers, unwrap
 
 
 def tied() -> nn.Module:
@@ -19,15 +19,6 @@ def tied() -> nn.Module:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[1].weight = module[0].weight
     module[1].bias.requires_grad_(False)
-    return module
-
-
-def with_buffers() -> nn.Module:
-    """One buffer that is kept, one that isn't, and one that is None."""
-    module = Calls(lambda m, x: x, layer=nn.Linear(2, 2))
-    module.register_buffer("kept", torch.ones(2))
-    module.register_buffer("scratch", torch.tensor([1.0, 2.0]), persistent=False)
-    module.register_buffer("none", None)
     return module
 
 
@@ -200,53 +191,6 @@ def test_what_cant_be_copied_says_so() -> None:
     module.stream = (i for i in range(3))
     with pytest.raises(UnsupportedError, match="keep what can't be deep-copied out"):
         deep_copy(module)
-
-
-FINGERPRINT = Template(with_buffers()).fingerprint()
-DIFFERENT = {
-    "shape": (
-        nn.Linear(2, 3),
-        "'?weight: the store has trainable float32 \\(2, 2\\), got trainable float32 \\(3, 2\\)",
-    ),
-    "dtype": (nn.Linear(2, 2).double(), "weight: the store has trainable float32 .*got trainable float64"),
-    "missing": (nn.Linear(2, 2, bias=False), "bias: the store has trainable float32 .*got nothing"),
-    "frozen": (nn.Linear(2, 2).requires_grad_(False), "weight: the store has trainable .*got frozen"),
-    "other": (nn.Embedding(2, 2), "1 of 2 tensors differ: bias: .*got nothing"),
-}
-
-
-@pytest.mark.parametrize(("module", "said"), DIFFERENT.values(), ids=DIFFERENT)
-def test_compare_names_the_tensors_that_differ(module: nn.Module, said: str) -> None:
-    """With what the store has and what was given."""
-    with pytest.raises(ArchitectureError, match=said):
-        compare(Template(nn.Linear(2, 2)).fingerprint(), Template(module).fingerprint(), "the body")
-
-
-def test_compare_of_much_names_the_first_few() -> None:
-    """And counts the rest; the same architecture passes."""
-    deep, deeper = (Template(nn.Sequential(*[nn.Linear(n, n) for _ in range(6)])).fingerprint() for n in (2, 3))
-    compare(deep, deep, "the body")
-    with pytest.raises(ArchitectureError, match=r"the body isn't the one.*12 of 12.*and 4 more"):
-        compare(deep, deeper, "the body")
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor", "role"),
-    [
-        ("layer.weight", torch.zeros(2, 3), "trainable"),
-        ("layer.weight", torch.zeros(2, 2, dtype=torch.float64), "trainable"),
-        ("layer.weight", torch.zeros(2, 2), "buffer"),
-        ("kept", torch.zeros(2), "trainable"),
-        ("unknown" * 50, torch.zeros(2), "trainable"),
-    ],
-    ids=["shape", "dtype", "no_buffer", "no_parameter", "unknown"],
-)
-def test_tensors_must_be_those_of_the_fingerprint(name: str, tensor: Tensor, role: str) -> None:
-    """By name, role, shape and dtype; the message says what the store has."""
-    check_tensors(FINGERPRINT, {"layer.weight": torch.zeros(2, 2)}, "trainable")
-    check_tensors(FINGERPRINT, {"kept": torch.zeros(2)}, "buffer")
-    with pytest.raises(ArchitectureError, match=f"{name[:60]}.*doesn't fit the store: it has"):
-        check_tensors(FINGERPRINT, {name: tensor}, role)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -30,6 +30,15 @@ class Pair(NamedTuple):
     right: Tensor
 
 
+def with_buffers() -> nn.Module:
+    """One buffer that is kept, one that isn't, and one that is None."""
+    module = Calls(lambda m, x: x, layer=nn.Linear(2, 2))
+    module.register_buffer("kept", torch.ones(2))
+    module.register_buffer("scratch", torch.tensor([1.0, 2.0]), persistent=False)
+    module.register_buffer("none", None)
+    return module
+
+
 def sandwich(body: nn.Module, width: int = 8) -> nn.Module:
     """`body` `(N, width)` -> `(N, width)` between a bottom and a head."""
     return Calls(

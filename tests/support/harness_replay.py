@@ -9,7 +9,7 @@ import torch
 from bodies import Calls
 from torch import Tensor, nn
 
-from splitfed.model.model import Model
+from splitfed.model.execution import Model
 from splitfed.model.skeleton import Template
 from splitfed.protocol.messages import ForwardRecord
 

@@ -27,7 +27,7 @@ from splitfed.accumulator.policies import constant
 from splitfed.accumulator.stepping import Stepper
 from splitfed.checks import at_least, positive
 from splitfed.errors import MissingError, StoreError
-from splitfed.model.personal import personal_names
+from splitfed.model.fingerprint import personal_names
 from splitfed.model.skeleton import Template, device_of
 from splitfed.protocol.ids import BatchId
 from splitfed.store.batchset import BatchSet

@@ -17,8 +17,9 @@ from typing import Any
 from splitfed.accumulator.mean import StreamingMean
 from splitfed.checks import positive
 from splitfed.errors import ArchitectureError, FormatError, IdError, InputError, MissingError
+from splitfed.model.fingerprint import check_tensors
 from splitfed.model.numerics import all_finite
-from splitfed.model.skeleton import Fingerprint, check_tensors
+from splitfed.model.skeleton import Fingerprint
 from splitfed.protocol.ids import BatchId, check_number
 from splitfed.protocol.messages import BufferUpdate, GradientRecord
 from splitfed.store.batches import Pile

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from splitfed.client.connection import Connection, Counted
 from splitfed.errors import ArchitectureError, InputError, ProtocolError
-from splitfed.model.personal import personal_names
-from splitfed.model.skeleton import Template, compare, named_state, unwrap
+from splitfed.model.fingerprint import compare, personal_names
+from splitfed.model.skeleton import Template, named_state, unwrap
 from splitfed.protocol.messages import PullAnswer, PullRequest, PushRequest, RoundInfo
 
 

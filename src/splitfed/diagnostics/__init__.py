@@ -1,4 +1,7 @@
-"""Tools that examine a split: `check` compares it with the unsplit model, `inspect` shows what crosses the cut."""
+"""Tools that examine a split.
+
+`check` compares it with the unsplit model, `inspect` shows what crosses the cut.
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""What crosses each cut: one training step on an example, with a hand on the wire.
+"""Crossings: the tensors that cross each cut in one training step, and their bytes.
 
-The step goes through a `SplitServer` over a store in memory, as any other, so what is counted is what is sent: tensors,
-and the requests and answers around them. The trap is to take a model's own shapes for those at the cut: a body may be
-called several times, with other tensors than its first argument, and hand some of them back unchanged.
+The step goes through a `SplitServer` over a store in memory, as any other, so what is counted is
+what is sent: tensors, and the requests and answers around them. The trap is to take a model's own
+shapes for those at the cut: a body may be called several times, with other tensors than its first
+argument, and return some of them unchanged.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from splitfed.client.client import SplitClient
+from splitfed.diagnostics.comparison import leaves_like, memory_store
 from splitfed.protocol import pytree
 from splitfed.protocol.packing import pack
 from splitfed.protocol.transport import Middleware
 from splitfed.server.server import SplitServer
-from splitfed.store.store import GradientStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Crossing:
     """One tensor that crosses a cut."""
 
     cut: str
-    """Which; '' for a body with one cut."""
+    """Its name; '' for a body with one cut."""
     call: int
     """Number of the call of a cut point, from 0."""
     what: str
@@ -51,11 +51,11 @@ class Inspection:
     """Elements of the parameters in the client half."""
     body_parameters: int
     body_bytes: int
-    """Bytes of the body's parameters and buffers: about one version in the store, without optimizer state."""
+    """Of parameters and buffers: about one version in the store, without its optimizer state."""
 
 
 def inspect(client_half: nn.Module, body: nn.Module, *example: Any) -> Inspection:
-    """Run one training step on `example` and tell what crossed.
+    """Run one training step on `example` and list what crossed.
 
     Args:
         client_half: As `split` returns it; a lone `CutPoint` for a body by itself.
@@ -65,30 +65,23 @@ def inspect(client_half: nn.Module, body: nn.Module, *example: Any) -> Inspectio
     Raises:
         BodyError: the body doesn't run on that.
     """
-    store = GradientStore(f"memory://splitfed-inspect-{uuid.uuid4().hex}", sync="process")
-    tap = _Tap(SplitServer(body, store))
-    spec, tensors = pytree.flatten(example)
-    leaves = [t.detach().requires_grad_(t.is_floating_point() or t.is_complex()) for t in tensors]
-    try:
-        outputs = SplitClient(client_half, tap, "inspect")(*pytree.unflatten(spec, leaves))
+    with memory_store("inspect") as store:
+        tap = _Tap(SplitServer(body, store))
+        outputs = SplitClient(client_half, tap, "inspect")(*leaves_like(example))
         scored = [output for output in pytree.flatten(outputs)[1] if output.requires_grad]
         if scored:
             torch.stack([output.abs().double().mean() for output in scored]).sum().backward()
-    finally:
-        for folder in ("body", "clients"):
-            store.blobs.delete_tree(folder)
-        store.blobs.delete("format.json")
     return Inspection(
-        tuple(tap.crossings),
-        tap.messages,
-        sum(parameter.numel() for parameter in client_half.parameters()),
-        sum(parameter.numel() for parameter in body.parameters()),
-        sum(tensor.nbytes for tensor in body.state_dict().values()),
+        crossings=tuple(tap.crossings),
+        messages=tap.messages,
+        client_parameters=sum(parameter.numel() for parameter in client_half.parameters()),
+        body_parameters=sum(parameter.numel() for parameter in body.parameters()),
+        body_bytes=sum(tensor.nbytes for tensor in body.state_dict().values()),
     )
 
 
 class _Tap(Middleware):
-    """Notes the tensors and the bytes of each forward and backward that passes."""
+    """Notes the tensors and the bytes of each request and answer that passes."""
 
     def __init__(self, server: SplitServer) -> None:
         super().__init__(server)
@@ -100,6 +93,7 @@ class _Tap(Middleware):
         """Pass a request on; note what it and its answer hold."""
         answer = super().send(verb, request)
         if verb == "forward":
+            # A backward names its call only; the forward of that call said at which cut.
             self._cuts[request.call] = request.cut
             self._note(request.call, "activations", request.tensors())
             self._note(request.call, "outputs", pytree.flatten(answer.outputs)[1])
@@ -112,10 +106,13 @@ class _Tap(Middleware):
 
     def _note(self, call: int | None, what: str, tensors: Iterable[Tensor | None]) -> None:
         for tensor in tensors:
-            if tensor is not None and call is not None:
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                shape = tuple(tensor.shape)
-                self.crossings.append(Crossing(self._cuts[call], call, what, shape, dtype, tensor.nbytes))
+            if tensor is None or call is None:
+                continue
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            shape = tuple(tensor.shape)
+            cut = self._cuts[call]
+            self.crossings.append(Crossing(cut, call, what, shape, dtype, tensor.nbytes))
 
     def _count(self, kind: str, message: Any) -> None:
-        self.messages[kind] = self.messages.get(kind, 0) + sum(map(len, pack(message)))
+        num_bytes = sum(map(len, pack(message)))
+        self.messages[kind] = self.messages.get(kind, 0) + num_bytes

@@ -1,4 +1,7 @@
-"""The user's model: cut in two, described, copied, run with exact bits, and joined again. Nothing here does I/O."""
+"""The user's model: cut in two, described, copied, run with exact bits, and joined again.
+
+Nothing here does I/O.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What happens to a tensor at the cut, the same on a server, in a replay and in the reference.
+"""The boundary of the cut: what happens to a tensor there, in a run, a replay and the reference.
 
-A tensor enters as a copy of its own: 64-byte aligned, because an odd address changes the bits of a small Linear;
-with the client's strides; and not a leaf, so that a body may begin with an in-place layer. The autograd functions
-here are identities. They group gradients as the cut does: what the body adds up over several uses of an activation
-leaves it as one sum.
+A tensor enters as a copy of its own: 64-byte aligned, because an odd address changes the bits of a
+small Linear; with the client's strides; and not a leaf, so that a body may begin with an in-place
+layer. The autograd functions here are identities. They group gradients as the cut does: what the
+body adds up over several uses of an activation leaves it as one sum.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from torch import Tensor
 
 from splitfed.protocol import safetensors
 
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.4 can't tell
+# torch 2.4 has no way to ask for it.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class uncached:  # noqa: N801 -- reads as the adjective that it is
-    """Keep autocast's cache of cast weights from crossing the cut: what is cached on one side belongs to one graph."""
+    """Keep autocast's cache of cast weights from crossing the cut.
+
+    A cached cast hangs on the graph of the side that made it, and belongs to that side only.
+    """
 
     __slots__ = ()
 
@@ -32,18 +36,27 @@ class uncached:  # noqa: N801 -- reads as the adjective that it is
 
 
 def unhooked() -> AbstractContextManager[Any]:
-    """Keep saved-tensor hooks (torch.utils.checkpoint sets them around the client's code) out of the body's graph."""
+    """Keep saved-tensor hooks out of the body's graph: `torch.utils.checkpoint` sets some.
+
+    Those are around the client's code. They would drop what the body saves, too, and run the
+    client's code again to get it back.
+    """
     if _top_hooks is not None and _top_hooks(True) is None:
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
+    # Only the innermost pair is called, so one that does nothing keeps the others out. Detached,
+    # or a node that saves its own output would keep itself alive.
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor.detach(), lambda tensor: tensor
+    )
 
 
 def enter(tensor: Tensor) -> Tensor:
     """`tensor` as a body gets it: not a leaf, in memory of its own."""
     if not tensor.requires_grad:
         return fresh(tensor)
+    # A plain tensor's clone is what `_Enter` gives, in one operation of torch's own.
     if type(tensor) is Tensor and safetensors.is_plain(tensor):
-        return tensor.clone()  # the same in one operation of torch's
+        return tensor.clone()
     entered: Tensor = _Enter.apply(tensor)  # type: ignore[no-untyped-call]
     return entered
 
@@ -65,18 +78,29 @@ def alias(parameter: Tensor) -> Tensor:
 def fresh(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """A detached copy in memory of its own, with the strides that survive the codec."""
     tensor = tensor.detach()
-    moved = tensor if device is None or tensor.device == device else tensor.to(device)
+    moved = tensor
+    if device is not None and tensor.device != device:
+        moved = tensor.to(device)
     kept = safetensors.canonical(moved)
+    # Another address: the move or the codec's layout has made the copy already. The same address
+    # may come with another tensor object, which still shares the memory.
     if kept is not tensor and kept.data_ptr() != tensor.data_ptr():
         return kept
     if kept.is_contiguous():
         return kept.clone()
-    strided = [i for i, (n, s) in enumerate(zip(kept.shape, kept.stride(), strict=True)) if s == 0 and n > 1]
-    base = kept
-    for dim in strided:
+    return _strided_copy(kept)
+
+
+def _strided_copy(tensor: Tensor) -> Tensor:
+    """A copy with the same strides; `clone` would fill expanded dimensions with memory."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    expanded = [dim for dim, (size, stride) in enumerate(sizes) if stride == 0 and size > 1]
+    base = tensor
+    for dim in expanded:
         base = base.narrow(dim, 0, 1)
-    copy = torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device=base.device).copy_(base)
-    return copy.expand(kept.shape) if strided else copy
+    copy = torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device=base.device)
+    copy.copy_(base)
+    return copy.expand(tensor.shape) if expanded else copy
 
 
 class _Enter(torch.autograd.Function):
@@ -85,7 +109,8 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         """A fresh copy of `tensor` (any shape)."""
-        ctx.set_materialize_grads(False)  # none stays none, as it does through a clone
+        # No gradient stays none, as it does through a clone, instead of becoming zeros.
+        ctx.set_materialize_grads(False)
         return fresh(tensor)
 
     @staticmethod
@@ -95,7 +120,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """Identity out of the body: a fresh copy forward, the gradient in the codec's layout backward."""
+    """Identity out of the body: a fresh copy forward, the codec's layout backward."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -113,7 +138,11 @@ class _Alias(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor) -> Tensor:
-        """The same memory under another name, and no view of it: who writes to it in place isn't told about views."""
+        """The same memory in another tensor object.
+
+        Not as a view: a body that writes to its parameter in place would get torch's error about
+        views, and not the one that says what to do.
+        """
         return parameter.detach()
 
     @staticmethod

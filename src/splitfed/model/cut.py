@@ -1,9 +1,13 @@
-"""Cutting a model in two, and putting it together again.
+"""Cutting a model in two, and joining the two again.
 
-A cut takes the named submodule out and puts a `CutPoint` in its hole; the rest of the model, its own code included,
-stays as it is. (Tracing would lose control flow and dropout modes; swapping was bit-identical on every architecture
-tried.) A slice of an `nn.Sequential` leaves `nn.Identity` in its other positions, so that all names stay what they
-were.
+A cut takes the named submodule out and puts a `CutPoint` in its hole; the rest of the model, its
+own code included, stays as it is. (Tracing would lose control flow and dropout modes; swapping was
+bit-identical on every architecture tried.) A slice of an `nn.Sequential` leaves `nn.Identity` in
+its other positions, so that all names stay what they were.
+
+The trap: a module or tensor may be reached by several ways, under two names, in a list or as a
+plain attribute. A module under two names is cut under both; what would be on both sides of the cut
+is refused, since each side would train a copy of its own.
 """
 
 from __future__ import annotations
@@ -15,16 +19,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from splitfed.errors import ArchitectureError, CutError, SharedParameterError, UnknownCutError, UnsupportedError
+from splitfed.errors import ArchitectureError, CutError, SharedParameterError, UnknownCutError
 from splitfed.model.copying import check_hooks, deep_copy
 from splitfed.model.cutpoint import CutPoint, Origin
-from splitfed.model.skeleton import Template, unwrap
+from splitfed.model.skeleton import Template, check_initialised, unwrap
 
 
 class CutBody(nn.Module):
-    """The parts cut out at several places, under their original qualified names: one lineage, one version."""
+    """The parts cut out at several places, under their own names: one lineage, one version."""
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -43,7 +46,10 @@ class CutBody(nn.Module):
         Raises:
             CutError: always.
         """
-        raise CutError("a body with several cuts isn't called as a whole: call its client half through a SplitClient")
+        raise CutError(
+            "a body with several cuts isn't called as a whole: "
+            "call its client half through a SplitClient"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,18 @@ class Cut:
     @property
     def parts(self) -> list[str]:
         """Qualified names of the submodules that go to the body."""
-        return [f"{self.owner}.{p}".lstrip(".") for p in self.positions] or [self.owner]
+        if not self.positions:
+            return [self.owner]
+        return [f"{self.owner}.{position}".lstrip(".") for position in self.positions]
+
+    def places(self, *, alone: bool) -> tuple[tuple[str, str], ...]:
+        """For each part, its position in `owner` ('' for `owner` itself) and its name in the body.
+
+        Args:
+            alone: Whether the body is this cut only: then it has its own names, else the model's.
+        """
+        positions = self.positions or ("",)
+        return tuple(zip(positions, positions if alone else self.parts, strict=True))
 
 
 def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Module]:
@@ -65,46 +82,39 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
 
     Args:
         model: Any module that can be deep-copied.
-        at: The name of a submodule at any depth (`"encoder.layer.1"`), a slice of an `nn.Sequential` (`"2:5"`,
-            `"features.3:8"`), or a list of such cuts, which gives one body.
+        at: The name of a submodule at any depth (`"encoder.layer.1"`), a slice of an
+            `nn.Sequential` (`"2:5"`, `"features.3:8"`), or a list of such cuts, which gives one
+            body.
 
     Returns:
-        The client half, with a `CutPoint` in each hole, and the body: the submodule itself, the slice with its original
-        positions as names, or for a list of cuts one module with the original qualified names.
+        The client half, with a `CutPoint` in each hole, and the body: the submodule itself, the
+        slice with its original positions as names, or for a list of cuts one module with the
+        original qualified names.
 
     Raises:
         UnknownCutError: there is no such submodule; the message lists the nearest names.
         SharedParameterError: a parameter or buffer would be on both sides.
         CutError: the cuts overlap or are empty.
-        UnsupportedError: lazy parameters, hooks on tensors, a data-parallel wrapper, or what can't be copied.
+        UnsupportedError: lazy parameters, hooks on tensors, a data-parallel wrapper, or what can't
+            be copied.
     """
+    # Asked of the original, as a copy has lost them already.
     check_hooks(unwrap(model))
-    half = whole = deep_copy(unwrap(model))
+    whole = deep_copy(unwrap(model))
     for name, parameter in whole.named_parameters():
-        if is_lazy(parameter):
-            raise UnsupportedError(
-                f"parameter {name!r} is lazy (uninitialised): run the model once on real input first"
-            )
+        check_initialised(name, parameter)
     cuts = find_cuts(whole, at)
-    parts = {name: whole.get_submodule(name) for cut in cuts for name in cut.parts}
-    if not isinstance(at, str):
-        body: nn.Module = CutBody(parts)
-        body.training = any(whole.get_submodule(cut.owner).training for cut in cuts)
-    elif cuts[0].positions:
-        body = nn.Sequential(OrderedDict(zip(cuts[0].positions, parts.values(), strict=True)))
-        body.training = whole.get_submodule(cuts[0].owner).training
-    else:
-        body = parts[cuts[0].owner]
-    points = []
-    for cut in cuts:
-        points.append(CutPoint("" if isinstance(at, str) else ",".join(cut.parts)))
-        points[-1].training = whole.get_submodule(cut.owner).training
-        half = _swap(half, cut, points[-1])
+    alone = isinstance(at, str)
+    # All that is read from the whole model comes before the first hole is made in it.
+    body = _body(whole, cuts, alone)
+    points = [_cut_point(whole, cut, alone) for cut in cuts]
+    half = whole
+    for cut, point in zip(cuts, points, strict=True):
+        half = _with_hole(half, cut, point)
     _check_apart(half, body)
     template = Template(body)
     for cut, point in zip(cuts, points, strict=True):
-        names = (cut.positions or ("",)) if isinstance(at, str) else tuple(cut.parts)
-        point.origin = Origin(template, tuple(zip(cut.positions or ("",), names, strict=True)), point.training)
+        point.origin = Origin(template, cut.places(alone=alone), point.training)
     return half, body
 
 
@@ -113,8 +123,8 @@ def join(client_half: nn.Module, weights: Mapping[str, Tensor] | nn.Module) -> n
 
     Args:
         client_half: What `split` returned, or a `SplitClient` around it. It isn't changed.
-        weights: The body's weights, as `store.load_weights(version)` returns them; or the body itself, which is the
-            only way for cut points that were placed by hand.
+        weights: The body's weights, as `store.load_weights(version)` returns them; or the body
+            itself, which is the only way for cut points that were placed by hand.
 
     Raises:
         ArchitectureError: the weights aren't those of the body that was cut out.
@@ -123,17 +133,16 @@ def join(client_half: nn.Module, weights: Mapping[str, Tensor] | nn.Module) -> n
     whole = deep_copy(getattr(client_half, "client_half", client_half))
     points = [module for module in whole.modules() if isinstance(module, CutPoint)]
     if not points:
-        raise CutError(f"{type(whole).__name__} has no CutPoint: expected the client half that split() returned")
-    body = deep_copy(unwrap(weights)) if isinstance(weights, nn.Module) else _build(points, weights)
+        raise CutError(
+            f"{type(whole).__name__} has no CutPoint: "
+            "expected the client half that split() returned"
+        )
+    if isinstance(weights, nn.Module):
+        body = deep_copy(unwrap(weights))
+    else:
+        body = _built_body(points, weights)
     for point in points:
-        spots = list(_places(whole, point))
-        for position, name in point.origin.places if point.origin else (("", point.name),):
-            part = body.get_submodule(name)
-            if point.training != (point.origin.training if point.origin else part.training):
-                part.train(point.training)
-            for owner, leaf in spots:
-                owner._modules[position or leaf] = part
-            whole = part if whole is point else whole
+        whole = _filled(whole, point, body)
     return whole
 
 
@@ -145,105 +154,212 @@ def find_cuts(model: nn.Module, at: str | Sequence[str]) -> list[Cut]:
         CutError: two cuts overlap, or there are none.
     """
     wanted: list[Any] = list(at) if isinstance(at, list | tuple) else [at]
-    if not wanted or not all(isinstance(name, str) for name in wanted) or wanted == [""] != [at]:
-        raise CutError(f"no cut was named: expected the name of a submodule, such as 'encoder', or several, got {at!r}")
-    cuts = [_find(model, name) for name in wanted]
-    names = [name for cut in cuts for name in cut.parts]
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            if a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.") or "" in (a, b):
-                raise CutError(f"the cuts {a!r} and {b!r} overlap: name parts that don't contain each other")
+    named = bool(wanted) and all(isinstance(name, str) for name in wanted)
+    # The name '' is the whole model, which can be cut out, but not as one of a list.
+    if not named or (wanted == [""] and at != ""):
+        raise CutError(
+            "no cut was named: expected the name of a submodule, such as 'encoder', or several, "
+            f"got {at!r}"
+        )
+    cuts = [_find_cut(model, name) for name in wanted]
+    _check_disjoint([name for cut in cuts for name in cut.parts])
     return cuts
 
 
-def _find(model: nn.Module, at: str) -> Cut:
+def _check_disjoint(names: Sequence[str]) -> None:
+    """Refuse parts that contain each other; '' contains all."""
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            nested = f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+            if nested or "" in (one, other):
+                raise CutError(
+                    f"the cuts {one!r} and {other!r} overlap: "
+                    "name parts that don't contain each other"
+                )
+
+
+def _find_cut(model: nn.Module, at: str) -> Cut:
+    """The cut that a name stands for: a submodule, or a slice if its last step has a colon."""
     owner, _, last = at.rpartition(".")
-    name = owner if ":" in last else at
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if name not in modules:
-        near = difflib.get_close_matches(name, [m for m in modules if m], n=5, cutoff=0.3)
-        hint = f"the nearest are {near}" if near else f"there are {[m for m in modules if m][:10]}"
-        raise UnknownCutError(f"{type(model).__name__} has no submodule {name!r}: {hint}")
-    module = modules[name]
+    if ":" in last:
+        module = _submodule(model, owner)
+        return Cut(owner, _slice_positions(module, at))
+    module = _submodule(model, at)
+    # A container without a forward (nn.ModuleList) is never called, so there would be no call to
+    # send to the server. Scripted modules have their forward elsewhere than in the class.
+    forward = getattr(type(module), "forward", None)
+    if forward is nn.Module.forward and "forward" not in vars(module):
+        members = [f"{at}.{leaf}" for leaf in module._modules][:8]
+        raise CutError(
+            f"{at!r} is a {type(module).__name__}, which isn't called itself: "
+            f"cut at its members {members}, or the module that uses it"
+        )
+    return Cut(at, ())
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    if name in modules:
+        return modules[name]
+    known = [known for known in modules if known]
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.3)
+    hint = f"the nearest are {near}" if near else f"there are {known[:10]}"
+    raise UnknownCutError(f"{type(model).__name__} has no submodule {name!r}: {hint}")
+
+
+def _slice_positions(module: nn.Module, at: str) -> tuple[str, ...]:
+    """The positions in a Sequential that a slice of it names."""
+    name, _, last = at.rpartition(".")
     kind = type(module).__name__
-    if name == at:
-        if getattr(type(module), "forward", None) is nn.Module.forward and "forward" not in vars(module):
-            hint = f"its members {[f'{at}.{leaf}' for leaf in module._modules][:8]}, or the module that uses it"
-            raise CutError(f"{at!r} is a {kind}, which isn't called itself: cut at {hint}")
-        return Cut(at, ())
     if not isinstance(module, nn.Sequential):
         raise UnknownCutError(
-            f"{at!r} slices {name or 'the model'!r}, which is a {kind}: only an nn.Sequential has slices"
+            f"{at!r} slices {name or 'the model'!r}, which is a {kind}: "
+            "only an nn.Sequential has slices"
         )
     if type(module).forward is not nn.Sequential.forward:
-        raise CutError(f"{at!r} slices a {kind}, whose forward is its own: its layers may not run one after another")
+        raise CutError(
+            f"{at!r} slices a {kind}, whose forward is its own: "
+            "its layers may not run one after another"
+        )
     start, _, stop = last.partition(":")
     try:
-        positions = tuple(module._modules)[slice(int(start) if start else None, int(stop) if stop else None)]
+        bounds = slice(int(start) if start else None, int(stop) if stop else None)
     except ValueError:
-        raise UnknownCutError(f"{at!r} isn't a slice: expected two positions, such as '2:5'") from None
+        raise UnknownCutError(
+            f"{at!r} isn't a slice: expected two positions, such as '2:5'"
+        ) from None
+    positions = tuple(module._modules)[bounds]
     if not positions:
-        raise UnknownCutError(f"the slice {at!r} is empty: {name or 'the model'!r} has {len(module)} positions")
-    return Cut(name, positions)
+        raise UnknownCutError(
+            f"the slice {at!r} is empty: {name or 'the model'!r} has {len(module)} positions"
+        )
+    return positions
 
 
-def _swap(half: nn.Module, cut: Cut, point: CutPoint) -> nn.Module:
-    """Put `point` wherever the cut's module is registered, and identities in the other positions of a slice."""
+def _body(whole: nn.Module, cuts: Sequence[Cut], alone: bool) -> nn.Module:
+    """The parts that are cut out, as one module in the mode of the places that they come from."""
+    if alone and not cuts[0].positions:
+        return whole.get_submodule(cuts[0].owner)
+    places = [place for cut in cuts for place in cut.places(alone=alone)]
+    parts = [whole.get_submodule(name) for cut in cuts for name in cut.parts]
+    named = OrderedDict((name, part) for (_, name), part in zip(places, parts, strict=True))
+    body = nn.Sequential(named) if alone else CutBody(named)
+    body.training = any(whole.get_submodule(cut.owner).training for cut in cuts)
+    return body
+
+
+def _cut_point(whole: nn.Module, cut: Cut, alone: bool) -> CutPoint:
+    """The cut point for a cut, in the mode of the place that it is for."""
+    point = CutPoint("" if alone else ",".join(cut.parts))
+    # Of the owner, which isn't always the mode of a slice's first layer: that may be frozen.
+    point.training = whole.get_submodule(cut.owner).training
+    return point
+
+
+def _with_hole(half: nn.Module, cut: Cut, point: CutPoint) -> nn.Module:
+    """The half with `point` in place of the cut's module, or of the first position of a slice."""
     if cut.positions:
         owner = half.get_submodule(cut.owner)
         for position in cut.positions:
-            owner._modules[position] = point if position == cut.positions[0] else nn.Identity()
+            owner._modules[position] = nn.Identity()
+        owner._modules[cut.positions[0]] = point
         return half
     gone = half.get_submodule(cut.owner)
-    for owner, leaf in list(_places(half, gone)):
+    for owner, leaf in _registrations(half, gone):
         owner._modules[leaf] = point
     return point if gone is half else half
 
 
-def _places(model: nn.Module, child: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for owner in model.modules():
-        yield from ((owner, leaf) for leaf, module in owner._modules.items() if module is child)
+def _filled(whole: nn.Module, point: CutPoint, body: nn.Module) -> nn.Module:
+    """The model with parts of the body in the place of a cut point."""
+    registrations = _registrations(whole, point)
+    places = point.origin.places if point.origin else (("", point.name),)
+    for position, name in places:
+        part = body.get_submodule(name)
+        # In the mode of the cut, parts keep their own modes: one of them may be frozen. The half
+        # may have been set to the other mode since, and then the parts are, too.
+        mode_of_parts = point.origin.training if point.origin else part.training
+        if point.training != mode_of_parts:
+            part.train(point.training)
+        for owner, leaf in registrations:
+            owner._modules[position or leaf] = part
+        if whole is point:
+            whole = part
+    return whole
+
+
+def _registrations(model: nn.Module, child: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where a module is registered, as (owner, name in it): a module may have several names."""
+    return [
+        (owner, leaf)
+        for owner in model.modules()
+        for leaf, module in owner._modules.items()
+        if module is child
+    ]
 
 
 def _check_apart(half: nn.Module, body: nn.Module) -> None:
     """Refuse tensors and modules that both sides reach, registered or as plain attributes."""
-    for side, other, what in ((half, body, "the client half"), (body, half, "the body")):
-        held = {id(tensor): name for name, tensor in [*other.named_parameters(), *other.named_buffers()]}
-        held |= {id(m): name or "it all" for name, m in other.named_modules() if not isinstance(m, CutPoint)}
-        for prefix, owner in side.named_modules():
-            hidden = {k: v for k, v in vars(owner).items() if k not in ("_modules", "_parameters", "_buffers")}
-            for leaf, value in _reached({**owner._parameters, **owner._buffers, **hidden}):
-                if id(value) in held:
-                    raise SharedParameterError(
-                        f"{held[id(value)]!r} of the other side of the cut is also reached from {what} as "
-                        f"{f'{prefix}.{leaf}'.lstrip('.')!r}: move the cut so that both uses are on one side, "
-                        "or untie them"
-                    )
+    _check_unreached(half, "the client half", body)
+    _check_unreached(body, "the body", half)
 
 
-def _reached(values: Mapping[str, Any], depth: int = 4) -> Iterator[tuple[str, Any]]:
-    """What a module's attributes hold, directly or in containers."""
+def _check_unreached(side: nn.Module, side_name: str, other: nn.Module) -> None:
+    held: dict[int, str] = {id(tensor): name for name, tensor in other.named_parameters()}
+    held |= {id(tensor): name for name, tensor in other.named_buffers()}
+    for name, module in other.named_modules():
+        if not isinstance(module, CutPoint):
+            held[id(module)] = name or "it all"
+    for prefix, owner in side.named_modules():
+        for leaf, value in _attributes(owner):
+            if id(value) in held:
+                place = f"{prefix}.{leaf}".lstrip(".")
+                raise SharedParameterError(
+                    f"{held[id(value)]!r} of the other side of the cut is also reached from "
+                    f"{side_name} as {place!r}: "
+                    "move the cut so that both uses are on one side, or untie them"
+                )
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A module's tensors and plain attributes by name, those in containers included."""
+    registries = ("_modules", "_parameters", "_buffers")
+    plain = {name: value for name, value in vars(module).items() if name not in registries}
+    return _contents({**module._parameters, **module._buffers, **plain})
+
+
+def _contents(values: Mapping[str, Any], depth: int = 4) -> Iterator[tuple[str, Any]]:
+    """Values, and those that they contain, down to some depth: a container may contain itself."""
     for name, value in values.items():
         yield name, value
-        inner: Any = value if isinstance(value, dict) else {}
-        if isinstance(value, list | tuple | set):
-            inner = {str(i): item for i, item in enumerate(value)}
+        inner: Mapping[Any, Any] = {}
+        if isinstance(value, dict):
+            inner = value
+        elif isinstance(value, list | tuple | set):
+            inner = dict(enumerate(value))
         if depth:
-            yield from ((f"{name}.{step}", item) for step, item in _reached(inner, depth - 1))
+            for step, item in _contents(inner, depth - 1):
+                yield f"{name}.{step}", item
 
 
-def _build(points: Sequence[CutPoint], weights: Mapping[str, Tensor]) -> nn.Module:
-    template = points[0].origin.template if points[0].origin else None
-    if template is None:
+def _built_body(points: Sequence[CutPoint], weights: Mapping[str, Tensor]) -> nn.Module:
+    """The body that the cut points were cut from, with these weights in it."""
+    if points[0].origin is None:
         raise CutError(
-            "this cut point was placed by hand, so its body isn't known: join(client_half, body) with the module"
+            "this cut point was placed by hand, so its body isn't known: "
+            "join(client_half, body) with the module"
         )
-    needed = {**template.parameters, **template.buffers}
-    like = {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
-    wrong = [name for name, tensor in needed.items() if like.get(name) != (tensor.shape, tensor.dtype)]
-    extra = [n for n in weights if n not in template.names]
-    if wrong or extra:
+    template = points[0].origin.template
+    needed: dict[str, Tensor] = {**template.parameters, **template.buffers}
+    wrong = [name for name, tensor in needed.items() if not _is_like(tensor, weights.get(name))]
+    unknown = [name for name in weights if name not in template.names]
+    if wrong or unknown:
         raise ArchitectureError(
-            f"these aren't the weights of the body cut out here: missing or different {wrong[:8]}, unknown {extra[:8]}"
+            "these aren't the weights of the body cut out here: "
+            f"missing or different {wrong[:8]}, unknown {unknown[:8]}"
         )
     return template.build({name: weights[name].detach().clone() for name in needed})
+
+
+def _is_like(expected: Tensor, got: Tensor | None) -> bool:
+    return got is not None and got.shape == expected.shape and got.dtype == expected.dtype

@@ -1,10 +1,13 @@
-"""Running a body so that it can be run again, anywhere, with the same bits.
+"""Execution of a body, so that it can be run again, anywhere, with the same bits.
 
-A run depends on nothing but what is written down: the version's weights, the inputs, the seed, the train/eval and
-grad mode, the autocast dtype and the buffers it starts from. Each run gets buffers of its own, so a recompute never
-counts BatchNorm twice, and two runs of one version don't see each other. `torch.autograd.grad` writes no `.grad`.
+A run depends on nothing but what is written down: the version's weights, the inputs, the seed, the
+train/eval and grad mode, the autocast dtype and the buffers it starts from. Each run gets buffers
+of its own, so a recompute never counts BatchNorm twice, and two runs of one version don't see each
+other. Parameters do share memory with the version, so a body that writes to them is refused.
+`torch.autograd.grad` writes no `.grad`.
 
-The trap: a body that keeps state in Python can't be pinned; it shows as a recompute whose outputs have another CRC.
+The trap: a body that keeps state in Python can't be pinned; it shows as a recompute whose outputs
+have another CRC.
 """
 
 from __future__ import annotations
@@ -18,13 +21,112 @@ import torch
 from torch import Tensor, nn
 
 from splitfed.errors import BodyError, InputError, ReplayError, SplitFedError, UnsupportedError
-from splitfed.model.boundary import enter, uncached, unhooked
-from splitfed.model.model import Model
+from splitfed.model.boundary import enter, fresh, uncached, unhooked
 from splitfed.model.rng import compute_lock, seeded
+from splitfed.model.skeleton import Template, transient_buffers
 from splitfed.protocol import pytree, safetensors
 from splitfed.protocol.messages import ForwardRecord
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Model:
+    """A body at one version, ready to run, any number of times.
+
+    Immutable in effect: every run starts from the version's own buffers, in memory of its own, so
+    a model that is kept for many runs is as good as a new one.
+
+    Args:
+        template: The body's structure.
+        state: Its tensors by first name; they aren't copied.
+        version: What they are the state of.
+        device: Where it computes.
+    """
+
+    def __init__(
+        self, template: Template, state: Mapping[str, Tensor], version: int, device: torch.device
+    ) -> None:
+        self.version = version
+        self.device = device
+        self.module = template.build(state, device)
+        parameters = {
+            name.replace("_orig_mod.", ""): parameter
+            for name, parameter in self.module.named_parameters()
+        }
+        self.parameters = {name: parameters[name] for name in template.trainable}
+        """Those that train, by first name."""
+        self.buffers: dict[str, Tensor] = {}
+        """The version's persistent buffers by first name: no run changes them."""
+        self._slots = _buffer_slots(self.module, template)
+        for name, owner, leaf in self._slots:
+            buffer = owner._buffers[leaf]
+            if buffer is not None:
+                self.buffers.setdefault(name, buffer)
+        self._transient = _transient_slots(self.module, template)
+        self._pinned = [
+            (owner._parameters, leaf, parameter, parameter._version)
+            for owner in self.module.modules()
+            for leaf, parameter in owner._parameters.items()
+            if parameter is not None
+        ]
+        self._modes = template.modes
+
+    def prepare(self, training: bool, buffers: Mapping[str, Tensor] | None) -> None:
+        """Set the mode and give the coming run buffers of its own.
+
+        Args:
+            training: Train or eval mode.
+            buffers: What an earlier call of the same `client(...)` left in those that it changed;
+                the others, and all if there is none, start as the version has them.
+        """
+        for module, mode in zip(self.module.modules(), self._modes[training], strict=True):
+            # One by one: train() would set a frozen submodule to train, too.
+            module.training = mode
+        start = buffers or {}
+        # One copy for each distinct buffer, so that tied buffers stay tied.
+        copies: dict[str, Tensor] = {}
+        for name, base in self.buffers.items():
+            copies[name] = fresh(start.get(name, base), self.device)
+        for name, owner, leaf in self._slots:
+            owner._buffers[leaf] = copies[name]
+        for slot in self._transient:
+            slot.restore(self.device)
+
+    def end_buffers(self) -> dict[str, Tensor]:
+        """The buffers as the last run left them.
+
+        Raises:
+            UnsupportedError: the body took one away.
+        """
+        found: dict[str, Tensor] = {}
+        for name, owner, leaf in self._slots:
+            buffer = owner._buffers.get(leaf)
+            if buffer is None:
+                raise UnsupportedError(
+                    f"the body takes its buffer {name!r} away in forward: "
+                    "it must have a value at the end"
+                )
+            found[name] = buffer.detach()
+        return found
+
+    def is_spoilt(self) -> bool:
+        """Whether the body wrote to its own parameters."""
+        # In place, which the version counter shows, or by putting another in the slot.
+        for slots, leaf, parameter, version in self._pinned:
+            if slots.get(leaf) is not parameter or parameter._version != version:
+                return True
+        return False
+
+    def check_parameters(self) -> None:
+        """Refuse a body that wrote to its own parameters.
+
+        Raises:
+            UnsupportedError: it did.
+        """
+        if self.is_spoilt():
+            raise UnsupportedError(
+                "the body changes its own parameters in forward: keep what it changes in buffers"
+            )
 
 
 @dataclass(slots=True, eq=False)
@@ -41,16 +143,26 @@ class Run:
     leaves: list[Tensor]
     """The inputs that the graph ends at."""
     parameters: dict[str, nn.Parameter]
+    """Those that train."""
     buffers: dict[str, Tensor]
     """At the end of the run."""
     bases: Mapping[str, Tensor]
     """At its version, before any call of the same `client(...)`."""
     drew: bool
+    """Whether the body drew random numbers."""
     changed: dict[int, Tensor]
+    """The inputs that the body changed in place, by index."""
     crcs: tuple[int, ...]
+    """Of `tensors`."""
 
 
-def run(model: Model, call: ForwardRecord, *, grad: bool, finish: Callable[[Any], Any] | None = None) -> Run:
+def run(
+    model: Model,
+    call: ForwardRecord,
+    *,
+    grad: bool,
+    finish: Callable[[Any], Any] | None = None,
+) -> Run:
     """Run a body on what `call` has written down; its `outputs` and `crcs` aren't read.
 
     Args:
@@ -66,18 +178,27 @@ def run(model: Model, call: ForwardRecord, *, grad: bool, finish: Callable[[Any]
     """
     parts = _parts(model.module, call.cut)
     spec, tensors = pytree.flatten(call.inputs)
-    torch.get_num_threads()  # a thread that hasn't asked computes with OpenMP's count, which may have other bits
+    # A thread that never asked computes with OpenMP's number of threads, not with torch's, and
+    # another number may give other bits. Asking makes torch set it.
+    torch.get_num_threads()
     draws = seeded(call.seed, () if model.device.type == "cpu" else (model.device,))
+    # The lock before all else: the seed is set on the process's own generators, and the buffers in
+    # the module that all runs of a version share. Inference mode off, or what is made under the
+    # caller's could never be part of a graph.
     with compute_lock, torch.inference_mode(False), torch.set_grad_enabled(grad):
         model.prepare(call.training, call.buffers)
-        leaves, entered = _enter(tensors, call.requires_grad, model.device)
+        leaves = _leaves(tensors, call.requires_grad, model.device)
+        # In the grad mode of the call: what enters must hang on the leaves and be none itself.
+        entered = list(map(enter, leaves))
         args, kwargs = pytree.unflatten(spec, entered)
         versions = [tensor._version for tensor in entered]
-        with draws, unhooked(), uncached(), _autocast(call.autocast, model.device), _as_body_error():
+        with draws, unhooked(), uncached(), _autocast(call.autocast, model.device), _BodyErrors():
             outputs = parts[0](*args, **kwargs)
             for part in parts[1:]:
                 outputs = part(outputs)
-            outputs = outputs if finish is None else finish(outputs)
+            if finish is not None:
+                outputs = finish(outputs)
+        # Still under the lock: the next run puts its own buffers into the module.
         buffers = model.end_buffers()
     model.check_parameters()
     spec, live = pytree.flatten(outputs)
@@ -91,27 +212,30 @@ def run(model: Model, call: ForwardRecord, *, grad: bool, finish: Callable[[Any]
         buffers=buffers,
         bases=model.buffers,
         drew=draws.drew,
-        changed={i: t for i, (t, v) in enumerate(zip(entered, versions, strict=True)) if t._version != v},
-        crcs=tuple(safetensors.crc32(tensor) for tensor in live),
+        changed={i: t for i, t in enumerate(entered) if t._version != versions[i]},
+        crcs=tuple(map(safetensors.crc32, live)),
     )
 
 
-def check_replay(record: ForwardRecord, again: Run, hint: str) -> None:
+def check_replay(record: ForwardRecord, replayed: Run, hint: str) -> None:
     """Compare a recompute with its forward.
 
     Raises:
         ReplayError: an output has other bits.
     """
-    if again.crcs != record.crcs:
-        wrong = [i for i, (a, b) in enumerate(zip(again.crcs, record.crcs, strict=False)) if a != b]
+    if replayed.crcs != record.crcs:
+        pairs = zip(replayed.crcs, record.crcs, strict=False)
+        wrong = [i for i, (got, expected) in enumerate(pairs) if got != expected]
         raise ReplayError(
-            f"recomputing a forward at version {again.version} gave other outputs (numbers {wrong} of "
-            f"{len(record.crcs)}): {hint}. "
-            "A body must not keep state in Python, use generators other than torch's defaults, or depend on the time"
+            f"recomputing a forward at version {replayed.version} gave other outputs "
+            f"(numbers {wrong} of {len(record.crcs)}): {hint}. A body must not keep state "
+            "in Python, use generators other than torch's defaults, or depend on the time"
         )
 
 
-def backward(done: Run, grad_outputs: Sequence[Tensor | None]) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+def backward(
+    done: Run, grad_outputs: Sequence[Tensor | None]
+) -> tuple[list[Tensor | None], dict[str, Tensor]]:
     """Gradients of a run's inputs and trainable parameters; frees its graph.
 
     Args:
@@ -119,25 +243,28 @@ def backward(done: Run, grad_outputs: Sequence[Tensor | None]) -> tuple[list[Ten
         grad_outputs: For each distinct output tensor, its gradient or `None`.
 
     Returns:
-        The gradients of the inputs (`None` where there is none), and those of the parameters that were reached.
+        The gradients of the inputs (`None` where there is none), and those of the parameters that
+        were reached.
 
     Raises:
         BodyError: autograd raised.
     """
-    pairs = [(t, g) for t, g in zip(done.tensors, grad_outputs, strict=True) if g is not None and t.requires_grad]
-    targets = [*(leaf for leaf in done.leaves if leaf.requires_grad), *done.parameters.values()]
-    if not pairs or not targets:
-        return [None] * len(done.leaves), {}
     torch.get_num_threads()  # as in `run`
-    gradients = [safetensors.canonical(g.detach().to(t.device)) for t, g in pairs]
-    device = pairs[0][0].device
-    with compute_lock, torch.inference_mode(False), _autocast(None, device), _as_body_error():
-        found = list(torch.autograd.grad([t for t, _ in pairs], targets, gradients, allow_unused=True))
-    for name, g in zip([*["an input"] * (len(targets) - len(done.parameters)), *done.parameters], found, strict=True):
-        if g is not None and g.layout is not torch.strided:
-            raise UnsupportedError(f"the gradient of {name!r} is sparse: build its layer with sparse=False")
-    inputs = [found.pop(0) if leaf.requires_grad else None for leaf in done.leaves]
-    return inputs, {name: g for name, g in zip(done.parameters, found, strict=True) if g is not None}
+    outputs, gradients = _seeds(done, grad_outputs)
+    inputs = [leaf for leaf in done.leaves if leaf.requires_grad]
+    targets = [*inputs, *done.parameters.values()]
+    if not outputs or not targets:
+        return [None] * len(done.leaves), {}
+    device = outputs[0].device
+    # The lock, as hooks and custom functions of the body may draw; and no autocast, since the
+    # backward runs at the dtypes that the forward has chosen, whatever surrounds this call.
+    with compute_lock, torch.inference_mode(False), _autocast(None, device), _BodyErrors():
+        found = torch.autograd.grad(outputs, targets, gradients, allow_unused=True)
+    _check_dense([*["an input"] * len(inputs), *done.parameters], found)
+    of_inputs = iter(found)
+    grad_inputs = [next(of_inputs) if leaf.requires_grad else None for leaf in done.leaves]
+    of_parameters = zip(done.parameters, found[len(inputs) :], strict=True)
+    return grad_inputs, {name: g for name, g in of_parameters if g is not None}
 
 
 def _parts(module: nn.Module, cut: str) -> list[nn.Module]:
@@ -151,33 +278,69 @@ def _parts(module: nn.Module, cut: str) -> list[nn.Module]:
         ) from None
 
 
-def _enter(
+def _leaves(
     tensors: Sequence[Tensor], requires_grad: Sequence[bool], device: torch.device
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The leaves that the graph ends at, and the copies that the body gets."""
+) -> list[Tensor]:
+    """The input tensors as leaves that a graph can end at, on the body's device."""
     if len(tensors) != len(requires_grad):
         raise InputError(
-            f"expected a requires_grad flag for each of {len(tensors)} input tensors, got {len(requires_grad)}"
+            f"expected a requires_grad flag for each of {len(tensors)} input tensors, "
+            f"got {len(requires_grad)}"
         )
+    # Detached, as requires_grad is set on them: in one process they are the client's own tensors.
     leaves = [tensor.to(device).detach() for tensor in tensors]
     for leaf, needed in zip(leaves, requires_grad, strict=True):
         if needed and not (leaf.is_floating_point() or leaf.is_complex()):
-            raise InputError(f"an input is said to require a gradient and is {leaf.dtype}: expected a floating dtype")
+            raise InputError(
+                f"an input is said to require a gradient and is {leaf.dtype}: "
+                "expected a floating dtype"
+            )
         leaf.requires_grad_(needed)
-    return leaves, [enter(leaf) for leaf in leaves]
+    return leaves
+
+
+def _seeds(done: Run, grad_outputs: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs at which a backward starts, and the gradient of each.
+
+    The gradients have the layout that the codec gives them, also where they never crossed a wire:
+    the bits of a backward may depend on strides and alignment.
+    """
+    outputs: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for output, gradient in zip(done.tensors, grad_outputs, strict=True):
+        if gradient is not None and output.requires_grad:
+            outputs.append(output)
+            gradients.append(safetensors.canonical(gradient.detach().to(output.device)))
+    return outputs, gradients
+
+
+def _check_dense(names: Sequence[str], gradients: Sequence[Tensor | None]) -> None:
+    """Refuse sparse gradients: the format has no place for them."""
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is not None and gradient.layout is not torch.strided:
+            raise UnsupportedError(
+                f"the gradient of {name!r} is sparse: build its layer with sparse=False"
+            )
 
 
 def _autocast(dtype: str | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to a dtype by name; for `None`, none, whatever surrounds the block."""
     if dtype is None:
-        on = torch.is_autocast_enabled(device.type)
-        return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
+        if torch.is_autocast_enabled(device.type):
+            return torch.autocast(device.type, enabled=False)
+        return contextlib.nullcontext()
     if dtype not in AUTOCAST:
-        raise InputError(f"autocast dtype {dtype[:40]!r} isn't known: expected one of {sorted(AUTOCAST)}")
+        raise InputError(
+            f"autocast dtype {dtype[:40]!r} isn't known: expected one of {sorted(AUTOCAST)}"
+        )
     return torch.autocast(device.type, dtype=AUTOCAST[dtype])
 
 
-class _as_body_error:  # noqa: N801 -- reads as the phrase that it is
-    """Translate what the user's own code raises; the only place where foreign exceptions become ours."""
+class _BodyErrors:
+    """Translates what the user's own code raises; the only place where foreign errors become ours.
+
+    A class, as `contextlib.contextmanager` costs more, in each forward and backward.
+    """
 
     __slots__ = ()
 
@@ -187,3 +350,49 @@ class _as_body_error:  # noqa: N801 -- reads as the phrase that it is
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, SplitFedError):
             raise BodyError(f"the body raised {type(error).__name__}: {error}") from error
+
+
+@dataclass(slots=True, eq=False)
+class _TransientSlot:
+    """The place of a buffer that `state_dict()` leaves out, so that no version has it."""
+
+    owner: nn.Module
+    leaf: str
+    pristine: Tensor | None
+    """What was there when the template was made."""
+    buffer: Tensor | None
+    """What the next run should find there: equal to `pristine`."""
+    counter: int | None
+    """The version counter of `buffer` as long as nobody writes to it."""
+
+    def restore(self, device: torch.device) -> None:
+        """Put a copy of the pristine buffer there, if a run has changed or exchanged it."""
+        found = self.owner._buffers.get(self.leaf)
+        if found is self.buffer and (found is None or found._version == self.counter):
+            return
+        self.buffer = None if self.pristine is None else fresh(self.pristine, device)
+        self.counter = None if self.buffer is None else self.buffer._version
+        self.owner._buffers[self.leaf] = self.buffer
+
+
+def _transient_slots(module: nn.Module, template: Template) -> list[_TransientSlot]:
+    """The transient buffers of a module that was built from a template."""
+    slots = []
+    built = transient_buffers(module)
+    originals = transient_buffers(template.blueprint)
+    for (owner, leaf), (original, _) in zip(built, originals, strict=True):
+        buffer = owner._buffers[leaf]
+        counter = None if buffer is None else buffer._version
+        slots.append(_TransientSlot(owner, leaf, original._buffers[leaf], buffer, counter))
+    return slots
+
+
+def _buffer_slots(module: nn.Module, template: Template) -> list[tuple[str, nn.Module, str]]:
+    """Where the persistent buffers are: (first name, owner, name in it), tied ones repeated."""
+    slots = []
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for leaf, buffer in owner._buffers.items():
+            name = f"{prefix}.{leaf}".lstrip(".").replace("_orig_mod.", "")
+            if buffer is not None and name in template.names:
+                slots.append((template.names[name], owner, leaf))
+    return slots

@@ -1,14 +1,16 @@
 """Randomness across the cut: who draws the seed, and how a body runs under it.
 
-The client draws 64 bits from torch's default CPU generator for each call and sends the first 8 bytes of their SHA-256:
-one-way, so that a server can't predict the client's stream. The body runs with every generator seeded so, and the
-generators are put back after it. A body that drew nothing costs the client's stream nothing, so that a seeded run
-goes on as the unsplit one would, and `torch.utils.checkpoint`, which restores the generator before it recomputes,
-meets the same seed.
+The client draws 64 bits from torch's default CPU generator for each call and sends the first 8
+bytes of their SHA-256: one-way, so that a server can't predict the client's stream. The body runs
+with every generator seeded by them, and the generators are put back after it. A body that drew
+nothing costs the client's stream nothing, so that a seeded run goes on as the unsplit one would,
+and `torch.utils.checkpoint`, which restores the generator before it recomputes, meets the same
+seed.
 
-The trap: torch's default generator belongs to the process, not to the thread. `compute_lock` keeps two bodies from
-running under each other's seed; a client half that draws in another thread meanwhile isn't covered, so many training
-clients in one process go one after another, and real parallelism is by processes.
+The trap: torch's default generator belongs to the process, not to the thread. `compute_lock` keeps
+two bodies from running under each other's seed. A client half that draws in another thread
+meanwhile isn't covered, so many training clients in one process go one after another, and real
+parallelism is by processes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 
 import torch
 
+# Reentrant: what runs under it may draw a seed, as a body does that is itself split.
 compute_lock = threading.RLock()
 
 
@@ -32,11 +35,13 @@ class Seed:
             self._before = torch.default_generator.get_state()
             drawn = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
             self._after = torch.default_generator.get_state()
-        self.value = int.from_bytes(hashlib.sha256(drawn.to_bytes(8, "little", signed=True)).digest()[:8], "little")
+        digest = hashlib.sha256(drawn.to_bytes(8, "little", signed=True)).digest()
+        self.value = int.from_bytes(digest[:8], "little")
 
     def put_back(self) -> None:
-        """Leave the generator as if nothing had been drawn, unless another thread has drawn from it since."""
+        """Leave the generator as if nothing had been drawn."""
         with compute_lock:
+            # If another thread has drawn since, going back would have it draw the same again.
             if torch.equal(torch.default_generator.get_state(), self._after):
                 torch.default_generator.set_state(self._before)
 
@@ -55,20 +60,29 @@ class seeded:  # noqa: N801 -- reads as the verb that it is: with seeded(seed) a
         self.drew = False
         """After the block: whether anything was drawn in it."""
         self._seed = seed
-        self._generators = [torch.default_generator, *(g for g in map(_generator, devices) if g is not None)]
+        self._generators = [torch.default_generator]
+        for device in devices:
+            generator = _generator(device)
+            if generator is not None:
+                self._generators.append(generator)
 
     def __enter__(self) -> seeded:
         self._before = [generator.get_state() for generator in self._generators]
-        self._started = [generator.manual_seed(self._seed).get_state() for generator in self._generators]
+        for generator in self._generators:
+            generator.manual_seed(self._seed)
+        self._started = [generator.get_state() for generator in self._generators]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for generator, before, started in zip(self._generators, self._before, self._started, strict=True):
+        states = zip(self._generators, self._before, self._started, strict=True)
+        for generator, before, started in states:
+            # A draw of no numbers at all leaves the state as it was, and counts as none.
             self.drew = self.drew or not torch.equal(generator.get_state(), started)
             generator.set_state(before)
 
 
 def _generator(device: torch.device) -> torch.Generator | None:
+    """The default generator of a device that isn't the CPU, if it has one."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         return torch.cuda.default_generators[index]

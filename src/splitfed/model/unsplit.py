@@ -1,9 +1,9 @@
 """The unsplit model to compare with: identity functions where the cut would be, and the same seeds.
 
-Split equals reference bit for bit, always. The reference equals the raw model wherever the body draws no random
-numbers, no activation fans out across the cut, and no parameter is used several times in a call of a body that is
-called several
-times: there, floating-point addition is grouped by the cut, and the reference is grouped the same way.
+Split equals reference bit for bit, always. The reference equals the raw model wherever the body
+draws no random numbers, no activation fans out across the cut, and no parameter is used several
+times in a call of a body that is called several times: there, the cut decides the floating-point
+order in which gradients are added up, and the reference adds them in the same order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from splitfed.errors import UnsupportedError
 from splitfed.model.boundary import alias, enter, leave, uncached
@@ -34,7 +34,8 @@ def reference(model: nn.Module, at: str | Sequence[str]) -> nn.Module:
         at: Where it would be cut, as for `split`.
 
     Returns:
-        A module with the same keys whose outputs, gradients and buffers are those of the split model.
+        A module with the same keys whose outputs, gradients and buffers are those of the split
+        model.
 
     Raises:
         UnknownCutError: as `split`.
@@ -42,66 +43,89 @@ def reference(model: nn.Module, at: str | Sequence[str]) -> nn.Module:
     whole = deep_copy(unwrap(model))
     for cut in find_cuts(whole, at):
         first, *rest = (whole.get_submodule(name) for name in cut.parts)
-        first.__dict__["_rest"] = rest  # no submodules of it, but copied with it
-        _wrap(first, lambda part, *args, **kwargs: _across([part, *part._rest], args, kwargs))
+        # The first part of a slice runs them all, and the others pass on what they are given. By
+        # way of __dict__ they are no submodules of the first, but are copied with it.
+        first.__dict__["_rest"] = rest
+        _replace_call(first, lambda part, *args, **kw: _run_parts([part, *part._rest], args, kw))
         for part in rest:
-            _wrap(part, lambda part, value: value)
+            _replace_call(part, lambda part, value: value)
     return whole
 
 
-def _wrap(module: nn.Module, call: Call) -> None:
-    """Change what calling this one module does: by a class of its own, so that names, hooks and type checks stay."""
+def _replace_call(module: nn.Module, call: Call) -> None:
+    """Change what calling this one module does.
+
+    By a class of its own, so that names, hooks and type checks stay.
+    """
     kind = type(module)
     module.__class__ = type(kind.__name__, (kind,), {"__call__": call, "_plain": kind})
 
 
-def _across(parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run the parts as a server does: own copies in and out, generators seeded by the client's draw."""
+def _original_call(part: nn.Module) -> Call:
+    call: Call = part._plain.__call__  # type: ignore[operator]
+    return call
+
+
+def _run_parts(parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the parts as a server does: copies in and out, generators seeded by the client's draw."""
     spec, tensors = pytree.flatten((args, kwargs))
     seed = Seed()
     args, kwargs = pytree.unflatten(spec, [enter(tensor) for tensor in tensors])
     devices = {t.device for t in tensors if t.device.type != "cpu"}
     with uncached(), compute_lock, seeded(seed.value, tuple(devices)) as draws, _aliased(parts):
-        value = _plain(parts[0])(parts[0], *args, **kwargs)
+        value = _original_call(parts[0])(parts[0], *args, **kwargs)
         for part in parts[1:]:
-            value = _plain(part)(part, value)
+            value = _original_call(part)(part, value)
     if not draws.drew:
         seed.put_back()
     spec, tensors = pytree.flatten(value)
     return pytree.unflatten(spec, [leave(tensor) for tensor in tensors])
 
 
-def _plain(part: nn.Module) -> Call:
-    call: Call = part._plain.__call__  # type: ignore[operator]
-    return call
-
-
 @contextmanager
 def _aliased(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Give each parameter another name for the call, so that gradients add up within it first, as across the cut.
+    """Give each parameter another name for the call, so that its gradients add up within it first.
 
-    Recurrent layers keep a list of their weights besides and use each once; they are left alone. So is all under
-    autocast, which caches casts of leaves only: there, the cast of a weight, made anew in each call, groups them.
+    As across the cut. All under autocast is left alone, which caches casts of leaves only: there,
+    the cast of a weight, made again in each call, groups them.
     """
-    slots = [
-        (owner._parameters, leaf, parameter)
-        for part in parts
-        for owner in part.modules()
-        if not isinstance(owner, nn.RNNBase)
-        for leaf, parameter in owner._parameters.items()
-        if parameter is not None and parameter.requires_grad
-    ]
-    aliases: dict[int, Any] = {}
-    versions = [parameter._version for _, _, parameter in slots]
-    autocast = any(torch.is_autocast_enabled(parameter.device.type) for _, _, parameter in slots)
+    slots = _parameter_slots(parts)
+    parameters = [slot[leaf] for slot, leaf in slots]
+    versions = [parameter._version for parameter in parameters]
+    autocast = any(torch.is_autocast_enabled(parameter.device.type) for parameter in parameters)
     try:
-        for held, leaf, parameter in slots if torch.is_grad_enabled() and not autocast else ():
-            if id(parameter) not in aliases:
-                aliases[id(parameter)] = alias(parameter)
-            held[leaf] = aliases[id(parameter)]
+        if torch.is_grad_enabled() and not autocast:
+            aliases = _aliases(parameters)
+            for (slot, leaf), parameter in zip(slots, parameters, strict=True):
+                slot[leaf] = aliases[id(parameter)]
         yield
-        if versions != [parameter._version for _, _, parameter in slots]:
-            raise UnsupportedError("the body changes its own parameters in forward: keep what it changes in buffers")
+        # An alias shares its parameter's memory and version counter.
+        if versions != [parameter._version for parameter in parameters]:
+            raise UnsupportedError(
+                "the body changes its own parameters in forward: keep what it changes in buffers"
+            )
     finally:
-        for held, leaf, parameter in slots:
-            held[leaf] = parameter
+        for (slot, leaf), parameter in zip(slots, parameters, strict=True):
+            slot[leaf] = parameter
+
+
+def _aliases(parameters: Sequence[nn.Parameter]) -> dict[int, Tensor]:
+    """By the id of each parameter, one alias: tied parameters stay tied."""
+    found: dict[int, Tensor] = {}
+    for parameter in parameters:
+        if id(parameter) not in found:
+            found[id(parameter)] = alias(parameter)
+    return found
+
+
+def _parameter_slots(parts: Sequence[nn.Module]) -> list[tuple[dict[str, Any], str]]:
+    """Where the trainable parameters of the parts are registered, as (registry, name in it)."""
+    slots: list[tuple[dict[str, Any], str]] = []
+    for owner in (module for part in parts for module in part.modules()):
+        # A recurrent layer keeps a list of its weights besides, and uses each once in a call.
+        if isinstance(owner, nn.RNNBase):
+            continue
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                slots.append((owner._parameters, leaf))
+    return slots

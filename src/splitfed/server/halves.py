@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from splitfed.checks import positive
 from splitfed.errors import ArchitectureError
-from splitfed.model.skeleton import check_tensors, check_whole
+from splitfed.model.fingerprint import check_tensors, check_whole
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
 from splitfed.protocol.messages import BufferUpdate, GradientRecord, PullAnswer, PullRequest, PushAnswer, PushRequest
 from splitfed.store.rounds import Plan

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from splitfed.errors import ExpiredError, StoreError
 from splitfed.model import execution
-from splitfed.model.execution import Run
-from splitfed.model.model import Model
+from splitfed.model.execution import Model, Run
 from splitfed.model.numerics import same_bits
 from splitfed.model.skeleton import Template
 from splitfed.protocol.messages import BufferUpdate, ForwardRecord, ForwardRequest, GradientRecord

@@ -22,7 +22,7 @@ from splitfed.accumulator.optimizer import steps_alone
 from splitfed.client.client import SplitClient
 from splitfed.errors import ExpiredError, InputError, UnsupportedError
 from splitfed.model.copying import deep_copy
-from splitfed.model.personal import personal_names
+from splitfed.model.fingerprint import personal_names
 from splitfed.protocol.transport import Transport
 from splitfed.simulation import data as localdata
 from splitfed.simulation.data import Data, num_right

@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from splitfed.errors import InputError, StoreError
-from splitfed.model.skeleton import Fingerprint, compare
+from splitfed.model.fingerprint import compare
+from splitfed.model.skeleton import Fingerprint
 from splitfed.protocol import safetensors
 from splitfed.protocol.packing import pack_tree
 from splitfed.store.batchset import BatchSet

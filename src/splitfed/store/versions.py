@@ -15,7 +15,8 @@ from torch import Tensor
 
 from splitfed.blobs.contract import Blobs, Buffer
 from splitfed.errors import CorruptedError, ExpiredError, FormatError, MissingError
-from splitfed.model.skeleton import Fingerprint, is_entry
+from splitfed.model.fingerprint import is_entry
+from splitfed.model.skeleton import Fingerprint
 from splitfed.protocol import safetensors
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.packing import read_json, unpack_tree

@@ -1,4 +1,4 @@
-"""Personal parts of a half: never pushed, never pulled, and patterns that can't be meant are refused."""
+"""Fingerprints: what differs is named. Personal parts of a half: in none, never pushed and never pulled."""
 
 from __future__ import annotations
 
@@ -8,12 +8,60 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from bodies import with_buffers
+from torch import Tensor, nn
 
 import splitfed
 from splitfed.errors import ArchitectureError, InputError, UnsupportedError
-from splitfed.model.personal import personal_names
+from splitfed.model.fingerprint import check_tensors, compare, personal_names
+from splitfed.model.skeleton import Template
 from splitfed.protocol.messages import PushRequest
+
+FINGERPRINT = Template(with_buffers()).fingerprint()
+DIFFERENT = {
+    "shape": (
+        nn.Linear(2, 3),
+        "'?weight: the store has trainable float32 \\(2, 2\\), got trainable float32 \\(3, 2\\)",
+    ),
+    "dtype": (nn.Linear(2, 2).double(), "weight: the store has trainable float32 .*got trainable float64"),
+    "missing": (nn.Linear(2, 2, bias=False), "bias: the store has trainable float32 .*got nothing"),
+    "frozen": (nn.Linear(2, 2).requires_grad_(False), "weight: the store has trainable .*got frozen"),
+    "other": (nn.Embedding(2, 2), "1 of 2 tensors differ: bias: .*got nothing"),
+}
+
+
+@pytest.mark.parametrize(("module", "said"), DIFFERENT.values(), ids=DIFFERENT)
+def test_compare_names_the_tensors_that_differ(module: nn.Module, said: str) -> None:
+    """With what the store has and what was given."""
+    with pytest.raises(ArchitectureError, match=said):
+        compare(Template(nn.Linear(2, 2)).fingerprint(), Template(module).fingerprint(), "the body")
+
+
+def test_compare_of_much_names_the_first_few() -> None:
+    """And counts the rest; the same architecture passes."""
+    deep, deeper = (Template(nn.Sequential(*[nn.Linear(n, n) for _ in range(6)])).fingerprint() for n in (2, 3))
+    compare(deep, deep, "the body")
+    with pytest.raises(ArchitectureError, match=r"the body isn't the one.*12 of 12.*and 4 more"):
+        compare(deep, deeper, "the body")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "role"),
+    [
+        ("layer.weight", torch.zeros(2, 3), "trainable"),
+        ("layer.weight", torch.zeros(2, 2, dtype=torch.float64), "trainable"),
+        ("layer.weight", torch.zeros(2, 2), "buffer"),
+        ("kept", torch.zeros(2), "trainable"),
+        ("unknown" * 50, torch.zeros(2), "trainable"),
+    ],
+    ids=["shape", "dtype", "no_buffer", "no_parameter", "unknown"],
+)
+def test_tensors_must_be_those_of_the_fingerprint(name: str, tensor: Tensor, role: str) -> None:
+    """By name, role, shape and dtype; the message says what the store has."""
+    check_tensors(FINGERPRINT, {"layer.weight": torch.zeros(2, 2)}, "trainable")
+    check_tensors(FINGERPRINT, {"kept": torch.zeros(2)}, "buffer")
+    with pytest.raises(ArchitectureError, match=f"{name[:60]}.*doesn't fit the store: it has"):
+        check_tensors(FINGERPRINT, {name: tensor}, role)
 
 
 def half(*, tied: bool = False) -> nn.Module:
