@@ -9,11 +9,12 @@ belong to that.
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Iterator
 
 from splitfed.checks import positive
 from splitfed.client.half import HalfSync
+from splitfed.protocol.backoff import Backoff
 from splitfed.protocol.messages import RoundInfo
 
 
@@ -27,6 +28,7 @@ def take_part(sync: HalfSync, poll: float, num_samples: float | None, gradient: 
         gradient: As for `push`.
     """
     positive("poll", poll)
+    looks = Backoff(itertools.repeat(poll))
     done = 0
     while True:
         info = sync.look()
@@ -36,7 +38,7 @@ def take_part(sync: HalfSync, poll: float, num_samples: float | None, gradient: 
             sync.pull()
             info = sync.round
         if info is None or not _is_due(info, done):
-            time.sleep(poll)
+            looks.wait()
             continue
         yield info
         sync.push(num_samples, gradient=gradient)

@@ -1,27 +1,13 @@
-"""Trying again: what may pass, for how long, and what a server asks for."""
+"""Trying again: what may pass, and what a server asks for."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 from urllib3.exceptions import NewConnectionError, ProtocolError, SSLError
 
-from splitfed.service.http.retry import Tries, asked_for, passes, reason
+from splitfed.service.http.retry import asked_for, passes, reason
 
 NOBODY = NewConnectionError(None, "refused")  # type: ignore[arg-type]
-
-
-def test_pauses_double_until_the_patience_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.05, 0.1, 0.2 ..., each times 0.5 to 1.5; what is asked for counts if it is longer, up to five seconds."""
-    slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    tries = Tries(60.0)
-    for asked in (None, 0.0, 2.0, 86_400.0):
-        assert tries.wait(asked)
-    for wait, expected in zip(slept, (0.05, 0.1, 2.0, 5.0), strict=True):
-        assert expected / 2 <= wait <= expected * 1.5
-    assert not Tries(0.0).wait(None)
 
 
 @pytest.mark.parametrize(

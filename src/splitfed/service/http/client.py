@@ -22,13 +22,16 @@ from urllib3.util import Retry, Timeout, parse_url
 from splitfed._version import __version__
 from splitfed.checks import positive
 from splitfed.errors import FormatError, InputError, UnreachableError
+from splitfed.protocol.backoff import Backoff, growing
 from splitfed.protocol.packing import pack, unpack
 from splitfed.protocol.transport import VERBS, Sender
 from splitfed.service.http.connection import Answer, Body, PlainExchange, SecureExchange
 from splitfed.service.http.contract import BINARY, PREFIX, RETRIED, decode_error
-from splitfed.service.http.retry import Tries, asked_for, passes, reason
+from splitfed.service.http.retry import asked_for, passes, reason
 
 VARIABLE = "SPLITFED_TOKEN"
+_FIRST_PAUSE = 0.05  # seconds
+_LAST_PAUSE = 5.0
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _ONCE = Retry(False, redirect=False)  # it is for `_send` to try again
 
@@ -134,7 +137,7 @@ class HttpTransport(Sender):
 
     def _request(self, method: str, path: str, parts: Body | None, patience: float) -> memoryview:
         """The body of the answer, after as many tries as it takes."""
-        tries = Tries(patience)
+        tries = Backoff(growing(_FIRST_PAUSE, 2.0), most=_LAST_PAUSE, within=patience, jitter=True)
         while True:
             asked: float | None = None
             try:

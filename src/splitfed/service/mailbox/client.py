@@ -18,13 +18,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 import warnings
 from typing import Any
 
 from splitfed.blobs.url import open_blobs
 from splitfed.checks import positive
 from splitfed.errors import BusyError, CorruptedError, InputError, StoreCapabilityError, StoreError
+from splitfed.protocol.backoff import Backoff, growing
 from splitfed.protocol.ids import check_client_id
 from splitfed.protocol.packing import pack, unpack_answer
 from splitfed.protocol.transport import Sender
@@ -89,7 +89,7 @@ class StoreTransport(Sender):
     def send(self, verb: str, request: Any, /) -> Any:
         """The answer, after as many tries as there are pauses; a repeated request is answered as the first was."""
         parts = pack(request)
-        pauses = iter(self._pauses)
+        tries = Backoff(self._pauses)
         while True:
             place = self._place()
             try:
@@ -99,10 +99,8 @@ class StoreTransport(Sender):
             except (StoreCapabilityError, CorruptedError):
                 raise
             except StoreError:
-                pause = next(pauses, None)
-                if pause is None:
+                if not tries.wait():
                     raise
-                time.sleep(pause)
             else:
                 raise self._unanswered(place)
 
@@ -117,18 +115,16 @@ class StoreTransport(Sender):
                 self._blobs.delete(f"{place}.answer")
 
     def _await(self, place: str, parts: list[memoryview | bytes]) -> memoryview | None:
-        began = time.monotonic()
-        pause, look = _FIRST_POLL, _PATIENCE
+        looks = Backoff(growing(_FIRST_POLL, 1.5), most=self._poll, within=self.timeout, last_look=True)
+        patience = _PATIENCE
         while True:
             answer = self._peek(f"{place}.answer")
-            waited = time.monotonic() - began
-            if answer is not None or waited >= self.timeout:
+            if answer is not None or looks.expired:
                 return answer
-            if waited >= look:
-                look *= 2
-                self._look_after(place, parts, waited)
-            time.sleep(min(pause, self.timeout - waited))
-            pause = min(pause * 1.5, self._poll)
+            if looks.elapsed >= patience:
+                patience *= 2
+                self._look_after(place, parts, looks.elapsed)
+            looks.wait()
 
     def _look_after(self, place: str, parts: list[memoryview | bytes], waited: float) -> None:
         """Post a request again that a worker has swept (this machine slept), and say so if nobody takes it."""

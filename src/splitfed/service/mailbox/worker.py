@@ -25,6 +25,7 @@ from typing import Any
 
 from splitfed.checks import positive
 from splitfed.errors import BodyError, IdError, SplitFedError
+from splitfed.protocol.backoff import Backoff, growing
 from splitfed.protocol.packing import kind_of, pack, pack_error, unpack
 from splitfed.protocol.transport import VERBS, Transport, verb_of
 from splitfed.store import layout
@@ -125,17 +126,17 @@ class Worker:
             How many requests were answered.
         """
         ends = self._stop if stop is None else stop
-        made, pause = 0, _FIRST_POLL
+        looks = Backoff(growing(_FIRST_POLL, 1.5), most=poll, stop=ends)
+        made = 0
         while not ends.is_set() and not self._stop.is_set():
             answered = self.step(ends)
             made += answered
-            if answered and on_answer is not None:
-                on_answer(answered)
-            if answered:
-                pause = _FIRST_POLL
+            if not answered:
+                looks.wait()
                 continue
-            ends.wait(min(pause, poll))
-            pause *= 1.5
+            looks = Backoff(growing(_FIRST_POLL, 1.5), most=poll, stop=ends)
+            if on_answer is not None:
+                on_answer(answered)
         return made
 
     def stop(self) -> None:
