@@ -74,7 +74,7 @@ class Backoff:
         """Sleep until the next try is due.
 
         Args:
-            asked: The pause that a server asks for, in seconds; it counts where it is the longer one.
+            asked: The pause that a server asks for, in seconds; it counts where it is longer.
 
         Returns:
             Whether to try again. If no try follows, this returns at once.
@@ -83,9 +83,10 @@ class Backoff:
             return False
         pause = min(max(self.pause, asked or 0.0), self._most)
         if self._jitter:
+            # Made here, where a pause follows anyway: most objects are never waited on.
             pause *= random.SystemRandom().uniform(0.5, 1.5)
         left = self._deadline - time.monotonic()
-        if self._last_look and left > 0.0:
+        if self._last_look and left > 0.0:  # not once it has passed: this look was the last one
             pause = min(pause, left)
         if pause > left:
             return False
