@@ -11,7 +11,7 @@ import pytest
 from coalition import Coalition, set_weight
 
 from splitfed import InputError
-from splitfed.client import participating
+from splitfed.protocol import backoff
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def waits(monkeypatch: pytest.MonkeyPatch, *actions: Callable[[], Any]) -> list[
         waited.append(seconds)
         left.pop(0)()
 
-    monkeypatch.setattr(participating.time, "sleep", sleep)
+    monkeypatch.setattr(backoff.time, "sleep", sleep)
     return waited
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from splitfed.protocol import backoff
 from splitfed.protocol.packing import pack, unpack_answer
-from splitfed.service.mailbox import client
 from splitfed.service.mailbox.client import StoreTransport
 from splitfed.store import layout
 from splitfed.store.store import GradientStore
@@ -38,7 +38,7 @@ class Clock:
 def clocked(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Any] = lambda: None) -> Clock:
     """A clock that the store transport waits by."""
     clock = Clock(meanwhile)
-    monkeypatch.setattr(client, "time", clock)
+    monkeypatch.setattr(backoff, "time", clock)
     return clock
 
 

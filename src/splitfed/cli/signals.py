@@ -16,6 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from splitfed.errors import CorruptedError, StoreCapabilityError, StoreError
+from splitfed.protocol.backoff import Backoff
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
@@ -65,18 +66,20 @@ def keep_going(
     Raises:
         StoreError: the storage failed once more than there are pauses, or isn't fit for the job.
     """
-    failures, began = 0, clock()
+    waits = Backoff(pauses, stop=stop)
+    began = clock()
     while not stop.is_set():
         try:
             run()
         except (StoreCapabilityError, CorruptedError):
             raise
         except StoreError as error:
-            failures = 0 if clock() - began > calm else failures
-            if failures == len(pauses):
+            if clock() - began > calm:
+                waits = Backoff(pauses, stop=stop)
+            if waits.pause is None:
                 raise
-            print(f"splitfed: {error}; trying again in {pauses[failures]:g} seconds", file=sys.stderr, flush=True)
-            stop.wait(pauses[failures])
-            failures, began = failures + 1, clock()
+            print(f"splitfed: {error}; trying again in {waits.pause:g} seconds", file=sys.stderr, flush=True)
+            waits.wait()
+            began = clock()
         else:
             return

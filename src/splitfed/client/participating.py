@@ -1,36 +1,36 @@
-"""Taking part in rounds, from the client's side: wait until asked, pull, let the user train, push.
+"""Rounds from the client's side: wait until it is sampled, pull, let the user train, push.
 
 All that a client knows of a round is in the answers to its pulls, so this works through any
 transport. It asks often and cheaply (without weights), and pulls in full only when it is its turn.
 
-The race: a round may end between the look and the pull. What holds is what the pull itself answers,
+The race: a round may end between the look and the pull. What the pull itself answers is valid,
 since the weights belong to that.
 """
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Iterator
 
 from splitfed.checks import positive
 from splitfed.client.half import HalfSync
+from splitfed.protocol.backoff import Backoff
 from splitfed.protocol.messages import RoundInfo
 
 
 def take_part(
     sync: HalfSync, poll: float, num_samples: float | None, gradient: bool
 ) -> Iterator[RoundInfo]:
-    """Yield each round in which this client is asked to train, from its pull to its push.
-
-    Ends when the last round is over.
+    """Yield each round in which this client trains, between a pull and a push, until the last one.
 
     Args:
         sync: The client half's versions.
-        poll: How long to wait before asking again, in seconds.
+        poll: Pause between two looks, in seconds.
         num_samples: As for `push`.
         gradient: As for `push`.
     """
     positive("poll", poll)
+    looks = Backoff(itertools.repeat(poll))
     done = 0
     while True:
         info = sync.look()
@@ -40,7 +40,7 @@ def take_part(
             sync.pull()
             info = sync.round
         if info is None or not _is_due(info, done):
-            time.sleep(poll)
+            looks.wait()
             continue
         yield info
         sync.push(num_samples, gradient=gradient)

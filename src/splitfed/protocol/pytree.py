@@ -1,12 +1,14 @@
-"""Pytrees of tensors and plain values: taken apart for the wire and the disk, and put together again.
+"""Pytrees of tensors and plain values: flattened for the wire and the disk, and rebuilt from there.
 
-What crosses a cut is whatever the body takes and returns: tensors, `None`, bool, int, float and str in dict, list,
-tuple and named tuple. A tree is taken apart into its tensors and a *spec*, plain JSON that says how to put it
-together. A spec names classes but never carries code: a named tuple's class is used if this process has imported it
-already, and made from its field names if not; any other container must be registered.
+Whatever the body takes and returns can cross a cut: tensors, `None`, bool, int, float and str in
+dict, list, tuple and named tuple. A tree is flattened into its tensors and a *spec*, plain JSON
+that says how to rebuild it. A spec names classes but never carries code: a named tuple's class is
+used if this process has imported it already, and made from its field names if not; any other
+container must be registered.
 
-Tensor identity survives: an object that occurs twice is one tensor in the list. (nn.MultiheadAttention computes along
-another path, with other bits, when query, key and value are one object.)
+The trap is identity: an object that occurs twice is one tensor in the list, and one object again
+afterwards. nn.MultiheadAttention computes along another path, with other bits, if query, key and
+value are one object.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ T = TypeVar("T")
 Spec = Any
 MAX_DEPTH = 64
 _Path = tuple[Any, ...]
-"""Where a value is: (path of its container, key in it), or () for the top. Only an error spells it out."""
+"""Place of a value: (path of its container, key in it), or () at the top. Only errors show it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,89 +40,116 @@ class _Container:
     unflatten: Callable[[Any], Any]
 
 
-# Registration is per process, like pickle's copyreg: which classes exist is a fact of the process, not of an object.
+# Per process, like pickle's copyreg: which classes exist is a property of the process.
 _containers: dict[str, _Container] = {}
 
 
-def register_container(cls: type[T], flatten: Callable[[T], Any], unflatten: Callable[[Any], T]) -> None:
+def register_container(
+    cls: type[T], flatten: Callable[[T], Any], unflatten: Callable[[Any], T]
+) -> None:
     """Let instances of `cls` cross the cut.
+
+    Both sides must register the class, since no code travels.
 
     Args:
         cls: The class; exactly this one, not its subclasses.
         flatten: Makes a tree of supported values from an instance.
         unflatten: Makes an instance from that tree.
-
-    Both sides must register the class, since no code travels.
     """
     _containers[_path(cls)] = _Container(cls, flatten, unflatten)
 
 
 def flatten(tree: Any) -> tuple[Spec, list[Tensor]]:
-    """Take a tree apart into a JSON-able spec and its distinct tensors, in order of first occurrence.
+    """Return a tree's JSON-able spec, and its distinct tensors in order of first occurrence.
 
     Raises:
         ContainerError: a value is of a kind that can't cross the cut; the message says where it is.
     """
-    if type(tree) is Tensor:
+    if type(tree) is Tensor:  # the ordinary case of an input or output
         return {"t": 0}, [tree]
     tensors: list[Tensor] = []
     return _flatten(tree, tensors, {}, (), 0), tensors
 
 
 def unflatten(spec: Spec, tensors: list[Tensor]) -> Any:
-    """Put a tree together from its spec and tensors; the inverse of `flatten`.
+    """Rebuild a tree from its spec and tensors; the inverse of `flatten`.
 
     Raises:
-        FormatError: the spec isn't one that `flatten` makes, or names a tensor that isn't there.
+        FormatError: the spec isn't one that `flatten` makes, or names a tensor that doesn't exist.
         ContainerError: it names a container that isn't registered in this process.
     """
     try:
         return _unflatten(spec, tensors, 0)
+    except (FormatError, ContainerError):  # two of the next line's kinds
+        raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
-        if isinstance(error, FormatError | ContainerError):
-            raise
+        # A spec is foreign: what it lacks shows in whatever first needs it.
         raise FormatError(f"a tree's spec is malformed: {error}") from error
 
 
-def _flatten(value: Any, tensors: list[Tensor], seen: dict[int, int], where: _Path, depth: int) -> Spec:
+def _flatten(
+    value: Any, tensors: list[Tensor], indices: dict[int, int], where: _Path, depth: int
+) -> Spec:
+    """The spec of a value; its tensors are appended, `indices` has the place of each by its id."""
     kind = type(value)
     if kind in _PLAIN:
         return value
     if isinstance(value, Tensor):
-        index = seen.setdefault(id(value), len(tensors))
+        index = indices.setdefault(id(value), len(tensors))
         if index == len(tensors):
             tensors.append(value)
         return {"t": index}
     if kind is float:
+        # JSON has neither NaN nor infinity.
         return value if math.isfinite(value) else {"f": str(value)}
     if depth >= MAX_DEPTH:
         raise ContainerError(f"the value at {_place(where)} is nested more than {MAX_DEPTH} deep")
-    depth += 1
+    return _flatten_container(value, kind, tensors, indices, where, depth + 1)
+
+
+def _flatten_container(
+    value: Any,
+    kind: type,
+    tensors: list[Tensor],
+    indices: dict[int, int],
+    where: _Path,
+    depth: int,
+) -> Spec:
     if kind in _SEQUENCES:
-        return {
-            _SEQUENCES[kind]: [
-                child if type(child) in _PLAIN else _flatten(child, tensors, seen, (where, i), depth)
-                for i, child in enumerate(value)
-            ]
-        }
+        # Plain values, most of what sequences hold, cost no call here, in `_items` and in `_pairs`.
+        children = [
+            c if type(c) in _PLAIN else _flatten(c, tensors, indices, (where, i), depth)
+            for i, c in enumerate(value)
+        ]
+        return {_SEQUENCES[kind]: children}
     if kind in _MAPPINGS:
-        return {_MAPPINGS[kind]: _items(value, tensors, seen, where, depth)}
+        return {_MAPPINGS[kind]: _items(value, tensors, indices, where, depth)}
     path = _path(kind)
+    # Before named tuples: a registered class may be one, and the user's functions count.
     if path in _containers:
-        return {"c": [path, _flatten(_containers[path].flatten(value), tensors, seen, (where, kind.__name__), depth)]}
+        tree = _containers[path].flatten(value)
+        return {"c": [path, _flatten(tree, tensors, indices, (where, kind.__name__), depth)]}
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
-        named = zip(kind._fields, value, strict=True)
-        return {"n": [path, list(kind._fields), [_flatten(v, tensors, seen, (where, f), depth) for f, v in named]]}
+        fields = list(kind._fields)
+        children = [
+            _flatten(child, tensors, indices, (where, field), depth)
+            for field, child in zip(fields, value, strict=True)
+        ]
+        return {"n": [path, fields, children]}
     if _is_transformers(kind, "ModelOutput"):
-        return {"h": [path, _items(value, tensors, seen, where, depth)]}
+        return {"h": [path, _items(value, tensors, indices, where, depth)]}
     raise ContainerError(_refusal(kind, where))
 
 
-def _items(value: Any, tensors: list[Tensor], seen: dict[int, int], where: _Path, depth: int) -> Spec:
+def _items(
+    value: Any, tensors: list[Tensor], indices: dict[int, int], where: _Path, depth: int
+) -> Spec:
+    """The items of a mapping as a list of pairs: keys of JSON objects can only be strings."""
     items = []
     for key, child in value.items():
-        inner = child if type(child) in _PLAIN else _flatten(child, tensors, seen, (where, key), depth)
-        items.append([key if type(key) is str else _key(key, where), inner])
+        if type(child) not in _PLAIN:
+            child = _flatten(child, tensors, indices, (where, key), depth)
+        items.append([key if type(key) is str else _key(key, where), child])
     return items
 
 
@@ -128,30 +157,49 @@ def _unflatten(spec: Spec, tensors: list[Tensor], depth: int) -> Any:
     if type(spec) in _LEAVES:
         return spec
     if depth > MAX_DEPTH or type(spec) is not dict or len(spec) != 1:
-        raise FormatError(f"a tree's spec is malformed: a {type(spec).__name__} that is no spec, at depth {depth}")
+        raise FormatError(
+            f"a tree's spec is malformed: a {type(spec).__name__} that is no spec, at depth {depth}"
+        )
     ((kind, body),) = spec.items()
-    depth += 1
     if kind == "t":
-        if not isinstance(body, int) or not 0 <= body < len(tensors):
-            raise FormatError(f"a tree names tensor {body!r} of {len(tensors)}")
-        return tensors[body]
+        return _tensor(body, tensors)
     if kind == "f":
         return float(body)
+    depth += 1
     if kind in _SEQUENCE_OF:
         return _SEQUENCE_OF[kind]([_unflatten(child, tensors, depth) for child in body])
     if kind in _MAPPING_OF:
         return _MAPPING_OF[kind](_pairs(body, tensors, depth))
+    return _unflatten_class(kind, body, tensors, depth)
+
+
+def _tensor(index: Any, tensors: list[Tensor]) -> Tensor:
+    if not isinstance(index, int) or not 0 <= index < len(tensors):
+        raise FormatError(f"a tree names tensor {index!r} of {len(tensors)}")
+    return tensors[index]
+
+
+def _unflatten_class(kind: str, body: Spec, tensors: list[Tensor], depth: int) -> Any:
+    """Put a container together whose spec names its class.
+
+    The name is foreign, so a class is never called because it was named: only if it was registered,
+    is a named tuple of just these fields, or is a ModelOutput.
+    """
     if kind == "c":
         if body[0] not in _containers:
-            raise ContainerError(f"container {body[0]!r} isn't registered in this process: call register_container()")
+            raise ContainerError(
+                f"container {body[0]!r} isn't registered in this process: call register_container()"
+            )
         return _containers[body[0]].unflatten(_unflatten(body[1], tensors, depth))
     if kind == "n":
-        return _named_tuple(body[0], body[1])(*[_unflatten(child, tensors, depth) for child in body[2]])
+        children = [_unflatten(child, tensors, depth) for child in body[2]]
+        return _named_tuple(body[0], body[1])(*children)
     if kind == "h":
         cls = _find(body[0])
         if cls is None or not _is_transformers(cls, "ModelOutput"):
             raise ContainerError(
-                f"{body[0]!r} isn't an imported transformers ModelOutput: import its module here first"
+                f"{body[0]!r} isn't an imported transformers ModelOutput: "
+                "import its module here first"
             )
         return cls(**_pairs(body[1], tensors, depth))
     raise FormatError(f"a tree's spec has an unknown kind {kind!r}")
@@ -162,7 +210,9 @@ def _pairs(children: Spec, tensors: list[Tensor], depth: int) -> dict[Any, Any]:
     for key, child in children:
         if type(key) not in _LEAVES:
             key = _unflatten(key, tensors, depth)
-        found[key] = child if type(child) in _LEAVES else _unflatten(child, tensors, depth)
+        if type(child) not in _LEAVES:
+            child = _unflatten(child, tensors, depth)
+        found[key] = child
     return found
 
 
@@ -175,7 +225,11 @@ _LEAVES = _PLAIN | {float}
 _SEQUENCES: dict[type, str] = {list: "l", tuple: "u", torch.Size: "z"}
 _SEQUENCE_OF: dict[str, Callable[[list[Any]], Any]] = {"l": list, "u": tuple, "z": torch.Size}
 _MAPPINGS: dict[type, str] = {dict: "d", collections.OrderedDict: "o", collections.Counter: "k"}
-_MAPPING_OF: dict[str, Callable[[dict[Any, Any]], Any]] = {"d": dict, "o": collections.OrderedDict, "k": _counter}
+_MAPPING_OF: dict[str, Callable[[dict[Any, Any]], Any]] = {
+    "d": dict,
+    "o": collections.OrderedDict,
+    "k": _counter,
+}
 
 
 def _place(where: _Path) -> str:
@@ -187,9 +241,11 @@ def _place(where: _Path) -> str:
 
 
 def _key(key: Any, where: _Path) -> Spec:
-    if key is None or type(key) in (bool, int, str) or (type(key) is float and math.isfinite(key)):
+    if type(key) in _PLAIN or (type(key) is float and math.isfinite(key)):
         return key
-    raise ContainerError(f"a key of the dict at {_place(where)} is {type(key).__name__}: expected str, int or bool")
+    raise ContainerError(
+        f"a key of the dict at {_place(where)} is {type(key).__name__}: expected str, int or bool"
+    )
 
 
 def _path(cls: type) -> str:
@@ -197,7 +253,10 @@ def _path(cls: type) -> str:
 
 
 def _find(path: str) -> Any:
-    """The class at `module:qualname` if its module is imported; nothing is ever imported for foreign data."""
+    """The class at `module:qualname`, if its module is imported.
+
+    Foreign data never cause an import: importing a module runs its code.
+    """
     module, _, qualname = path.partition(":")
     found: Any = sys.modules.get(module)
     for name in qualname.split("."):
@@ -215,22 +274,32 @@ def _named_tuple(path: str, fields: list[str]) -> Callable[..., Any]:
 
 @functools.lru_cache(256)
 def _stand_in(name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
-    """A named tuple for a class that isn't here. Making one costs as much as reading 10 KB, so each is made once.
+    """A named tuple in place of a class that this process doesn't have.
 
-    Passed on, its name is `splitfed.trees:...`, whatever this module is called: names are the format.
+    Each is made once, since making one costs as much as reading 10 KB. Passed on, its name is
+    `splitfed.trees:...`, whatever this module is called: names are the format.
     """
     return collections.namedtuple(name, fields, module="splitfed.trees")
 
 
 def _is_transformers(cls: type, name: str) -> bool:
-    return any(c.__name__ == name and c.__module__.partition(".")[0] == "transformers" for c in cls.__mro__)
+    # By name: the library must not be imported for this.
+    return any(
+        base.__name__ == name and base.__module__.partition(".")[0] == "transformers"
+        for base in cls.__mro__
+    )
 
 
 def _refusal(kind: type, where: _Path) -> str:
     place = _place(where)
     if _is_transformers(kind, "Cache"):
-        return f"the value at {place} is a transformers {kind.__name__}, which holds state: pass use_cache=False"
+        return (
+            f"the value at {place} is a transformers {kind.__name__}, which holds state: "
+            "pass use_cache=False"
+        )
     return (
-        f"the value at {place} is {kind.__module__}.{kind.__qualname__}, which can't cross the cut: expected tensors, "
-        "None, bool, int, float or str in dict, list, tuple or named tuple; other containers by register_container()"
+        f"the value at {place} is {kind.__module__}.{kind.__qualname__}, "
+        "which can't cross the cut: "
+        "expected tensors, None, bool, int, float or str in dict, list, tuple or named tuple; "
+        "other containers by register_container()"
     )

@@ -1,1 +1,1 @@
-"""The ways to a server in another process: over HTTP, or through the store as a mailbox."""
+"""The ways to a server in another process: HTTP, or the store as a mailbox."""

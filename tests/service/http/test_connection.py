@@ -1,4 +1,4 @@
-"""One request and its answer on a connection: every way in which HTTP may say the same."""
+"""One request and its answer on a connection: every way in which HTTP may say the same, and which failures may pass."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import threading
 
 import pytest
 from harness_http import listener, read_request, scripted
+from urllib3.exceptions import NewConnectionError, ProtocolError, SSLError
 
 from splitfed.errors import UnreachableError
 from splitfed.protocol.messages import PullAnswer, PullRequest
 from splitfed.protocol.packing import pack
 from splitfed.service.http import connection as exchange
 from splitfed.service.http.client import HttpTransport
+from splitfed.service.http.connection import is_transient, reason, retry_after
 
 PULLED = b"".join(pack(PullAnswer(5, None, {})))
 OURS = b"HTTP/1.1 200 OK\r\ndate: now\r\ncontent-type: application/octet-stream\r\ncontent-length: %d\r\n\r\n"
@@ -128,3 +130,39 @@ def test_only_what_our_server_writes_is_read_without_http_client() -> None:
         ours.replace(b"octet-stream", b"json"),
     ):
         assert not exchange._OURS.match(change)
+
+
+NOBODY = NewConnectionError(None, "refused")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("error", "first", "later"),
+    [
+        (NOBODY, False, True),
+        (SSLError("expired"), False, False),
+        (ProtocolError("broken"), True, True),
+        (ConnectionResetError(), True, True),
+    ],
+)
+def test_what_may_pass(error: Exception, first: bool, later: bool) -> None:
+    """A server that nobody has met may be a wrong URL; no pause mends a certificate."""
+    assert is_transient(error, met=False) == first
+    assert is_transient(error, met=True) == later
+
+
+def test_a_retry_after_that_can_t_be_read_asks_for_nothing() -> None:
+    """A number, a date that is over, nonsense, nothing."""
+    assert retry_after("7") == 7.0
+    assert retry_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0.0
+    assert retry_after("soon") is None
+    assert retry_after("Thu, 01 Jan 99999 00:00:00 GMT") is None
+    assert retry_after("9" * 5000) is None
+    assert retry_after(None) is None
+
+
+def test_a_reason_has_its_class_and_what_urllib3_wraps() -> None:
+    """One line for a message."""
+    assert reason(ProtocolError("broken")) == "ProtocolError: broken"
+    wrapped = ProtocolError("outer")
+    wrapped.reason = OSError("inner")  # type: ignore[attr-defined]
+    assert reason(wrapped) == "ProtocolError: inner"

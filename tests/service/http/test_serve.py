@@ -231,7 +231,7 @@ def test_a_worker_that_doesn_t_end_is_killed(caplog: pytest.LogCaptureFixture) -
     worker = context.Process(target=deaf, args=(there,))
     worker.start()
     assert here.recv() == "deaf"
-    serving._end([worker], 0.1)
+    serving._end_processes([worker], 0.1)
     assert worker.exitcode == -signal.SIGKILL
     assert "it is killed" in caplog.text
 

@@ -147,7 +147,7 @@ def test_python_ends_and_waits_only_for_work_that_was_left_on_purpose(close: str
     """Forgotten threads that have nothing to do don't hold it up."""
     code = f"""
 import asyncio, time
-from splitfed.http.threads import Threads
+from splitfed.service.http.threads import Threads
 async def main():
     threads = Threads(2, "splitfed")
     await threads.run(int)

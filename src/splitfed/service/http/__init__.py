@@ -1,24 +1,22 @@
-"""The service over HTTP: a `SplitServer` behind Starlette and uvicorn, and the transport that asks it.
+"""The service over HTTP: a `SplitServer` behind Starlette and uvicorn, and the transport to it.
 
-Nothing here changes what is computed. A request's body is the packed message itself, the answer's likewise, so what
-crosses the wire is what lies on disk. Each replica is as stateless as the server it wraps: any load balancer may send
-any request to any replica, and every request may be sent again.
+Nothing here changes what is computed. The body of a request is the packed message itself, and so is
+that of its answer: what crosses the wire is what is on disk. Each replica is as stateless as the
+server in it, so any load balancer may send any request to any replica, and every request may be
+sent again.
 
-    contract.py   what both sides agree on: paths, content type, errors as JSON
-    exchange.py   one request and its answer on a connection
-    client.py     the transport: connections, retries
-    limits.py     how much a request may be, and how much may be under way
-    auth.py       tokens, hashed at rest
-    metrics.py    Prometheus text
-    openapi.py    the OpenAPI document
-    threads.py    where requests are worked on
-    arrival.py    a body as it arrives
-    endpoints.py  one request: admit, receive, serve, answer
-    app.py        the ASGI app
-    protocol.py   what uvicorn lacks: limits on time, headers and connections
-    serving.py    running it: sockets, workers, drain
+    limits.py      size of a request, and of all that are under way
+    contract.py    paths, content types, statuses, errors as JSON; the OpenAPI document
+    connection.py  one request and its answer on a connection; which failures are transient
+    client.py      the transport: connections, retries
+    auth.py        tokens, hashed at rest
+    threads.py     threads that compute while the event loop goes on
+    endpoints.py   one request: admit, receive, serve, answer
+    app.py         the ASGI app, the operator's pages, metrics
+    guard.py       limits that uvicorn lacks: on time, headers and connections
+    serve.py       running it: sockets, workers, drain
 
-The client's side is `contract.py`, `exchange.py`, `patience.py` and `client.py`, which import nothing of the rest.
+The client's end is the first four, which import nothing of the rest.
 """
 
 from __future__ import annotations

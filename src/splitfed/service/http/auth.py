@@ -1,12 +1,16 @@
-"""Tokens: who a request is from, and that it touches that client's own ids only.
+"""Tokens: which client a request is from, and the check that it touches only that client's ids.
 
-A token is 32 random bytes, so a plain SHA-256 of it can't be guessed back: the file has a line per token, with the
-client's id and that hash, and whoever reads it learns no token. Comparison is in constant time, on bytes (on text it
-raises for what isn't ASCII), over all lines, so that time tells neither how much of a token nor whose was right.
+A token is 32 random bytes, so it can't be guessed from its plain SHA-256. The token file has a line
+per token, with the client's id and that hash: whoever reads the file learns no token. Comparison is
+in constant time over all lines, so that the time tells neither how much of a token was right nor
+whose it was; and on bytes, since on text it raises for what isn't ASCII.
 
-A running server sees a changed file at the next request. One that can't be read in the middle of an edit changes
-nothing: the last good one counts, and the log says so. So a revoked token would live on if whoever revokes it made the
-file unreadable for the server: the new file has the mode and the owner of the old one, or there is none.
+A running server sees a changed file at the next request. If it can't be read, in the middle of an
+edit for instance, the tokens read before stay valid, and the log says so.
+
+The trap follows from that: a revoked token would stay valid if whoever revokes it made the file
+unreadable for the server. So the new file has the mode and the owner of the old one, or nothing is
+revoked.
 """
 
 from __future__ import annotations
@@ -29,53 +33,61 @@ _HEAD = "# splitfed tokens: a client's id and the SHA-256 of its token, a line e
 _log = logging.getLogger("splitfed.http")
 
 Stamp = tuple[int, int, int]
+"""Time of the last change, size and inode: a file with another one is read again."""
 
 
 class Tokens:
-    """The clients of a token file, by their tokens.
+    """The token file of a server.
 
     Args:
         path: The file.
 
     Raises:
-        InputError: it can't be read, or a line isn't one of ours.
+        InputError: it can't be read, or a line isn't a client's id and a hash.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
+        # Before the content: if the file changes in between, it is read again.
         self._stamp: Stamp | None = _stamp(self._path)
         self._hashes = _read(self._path)
 
     def owner(self, authorization: bytes | None) -> str:
-        """The client whose token an Authorization header bears.
+        """Return the client whose token an Authorization header has.
 
         Raises:
-            TokenError: there is none, or nobody has it.
+            TokenError: it has no token, or one that isn't in the file.
         """
         self._refresh()
         scheme, _, token = (authorization or b"").strip().partition(b" ")
         if scheme.lower() != b"bearer" or not token.strip():
             raise TokenError(
-                "this server needs a token: SplitClient(..., token=...), or the environment variable SPLITFED_TOKEN"
+                "this server needs a token: SplitClient(..., token=...), "
+                "or the environment variable SPLITFED_TOKEN"
             )
         sent = hashlib.sha256(token.strip()).hexdigest().encode()
         found: str | None = None
+        # Through all lines, also after the right one: the time must not tell which it was.
         for client_id, known in self._hashes:
             if hmac.compare_digest(sent, known):
                 found = client_id
         if found is None:
-            raise TokenError("this server doesn't know the token: was it revoked, or made for another server?")
+            raise TokenError(
+                "this server doesn't know the token: was it revoked, or made for another server?"
+            )
         return found
 
     def _refresh(self) -> None:
+        """Read the file again if it has changed."""
         try:
             stamp = _stamp(self._path)
         except InputError as error:
-            if self._stamp is not None:
+            if self._stamp is not None:  # logged once, not at each request
                 _log.error("%s: the tokens read before still count", error)
             self._stamp = None
             return
         if stamp != self._stamp:
+            # Set also when reading fails, so that a broken file is logged once.
             self._stamp = stamp
             try:
                 self._hashes = _read(self._path)
@@ -84,25 +96,29 @@ class Tokens:
 
 
 def check_owner(owner: str | None, client_id: object) -> None:
-    """Let a client touch only its own ids.
+    """Check that a client touches only its own ids.
 
     Args:
-        owner: Whose token it is; `None` where tokens aren't used.
-        client_id: Whom the request is about.
+        owner: The client that the token belongs to; `None` where tokens aren't used.
+        client_id: The client that the request is about.
 
     Raises:
-        AccessError: that is somebody else.
+        AccessError: they differ.
     """
     if owner is not None and client_id != owner:
-        raise AccessError(f"this token is client {owner!r}'s: it may not act as {str(client_id)[:80]!r}")
+        raise AccessError(
+            f"this token is client {owner!r}'s: it may not act as {str(client_id)[:80]!r}"
+        )
 
 
 def new_token(path: Path, client_id: str) -> str:
-    """Make a token for a client and add its hash to the file, which is begun if it isn't there (mode 0600).
+    """Make a token for a client, and add its hash to the file.
+
+    A file that doesn't exist is created, with mode 0600.
 
     Raises:
-        IdError: the id may not become a key.
-        InputError: the file can't be written, or isn't one of tokens.
+        IdError: the id can't be part of a key.
+        InputError: the file can't be written, or isn't a token file.
     """
     check_client_id(client_id)
     token = "sf_" + secrets.token_urlsafe(32)
@@ -112,11 +128,8 @@ def new_token(path: Path, client_id: str) -> str:
             _read(path)
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            head = _HEAD
-            if os.fstat(descriptor).st_size:
-                os.lseek(descriptor, -1, os.SEEK_END)
-                head = "" if os.read(descriptor, 1) == b"\n" else "\n"  # an editor may have left the last line open
-            os.write(descriptor, (head + line).encode())  # one write: two commands at once add two whole lines
+            # One write: two commands at the same time append two whole lines.
+            os.write(descriptor, (_beginning(descriptor) + line).encode())
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -124,50 +137,68 @@ def new_token(path: Path, client_id: str) -> str:
     return token
 
 
+def _beginning(descriptor: int) -> str:
+    """What goes in front of a new line: the file's head, the end of its last line, or nothing."""
+    if not os.fstat(descriptor).st_size:
+        return _HEAD
+    os.lseek(descriptor, -1, os.SEEK_END)
+    if os.read(descriptor, 1) == b"\n":
+        return ""
+    return "\n"  # an editor may leave the last line without an end
+
+
 def revoke(path: Path, client_id: str) -> int:
-    """Remove all tokens of a client from the file, which is replaced as a whole; everything else in it stays.
+    """Remove all tokens of a client from the file, and keep everything else that is in it.
 
     Returns:
-        How many there were.
+        Number of tokens removed.
 
     Raises:
-        InputError: the file can't be read or written, or the new one can't have the owner of the old one.
+        InputError: the file can't be read or written, or the new one can't have the owner of the
+            old one.
     """
     _read(path)
     lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.startswith("#") or line.strip().partition(" ")[0] != client_id]
+    kept = [line for line in lines if line.startswith("#") or _client_of(line) != client_id]
     if len(kept) < len(lines):
         _replace(path, "".join(f"{line}\n" for line in kept))
     return len(lines) - len(kept)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Put a new file in the place of one, with its mode and owner."""
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    try:
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            was, made = path.stat(), os.fstat(file.fileno())
-            if (was.st_uid, was.st_gid) != (made.st_uid, made.st_gid):
-                os.fchown(file.fileno(), was.st_uid, was.st_gid)
-            if sys.platform != "win32":
-                os.fchmod(file.fileno(), stat.S_IMODE(was.st_mode))
-            file.write(text)
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(
-            f"the token file {path} can't be replaced by one of the same owner and mode: {error.strerror}; nothing was "
-            "revoked: run this as the file's owner"
-        ) from error
-
-
 def clients(path: Path) -> list[str]:
-    """The clients that have a token, in order.
+    """Return the clients that have a token, sorted.
 
     Raises:
         InputError: the file can't be read.
     """
     return sorted({name for name, _ in _read(path)})
+
+
+def _client_of(line: str) -> str:
+    return line.strip().partition(" ")[0]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace a file by a new one of the same mode and owner, in one step."""
+    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            old_stat = path.stat()
+            new_stat = os.fstat(file.fileno())
+            # Only root may give a file away, so this isn't attempted where it isn't needed.
+            if (old_stat.st_uid, old_stat.st_gid) != (new_stat.st_uid, new_stat.st_gid):
+                os.fchown(file.fileno(), old_stat.st_uid, old_stat.st_gid)
+            if sys.platform != "win32":
+                os.fchmod(file.fileno(), stat.S_IMODE(old_stat.st_mode))
+            file.write(text)
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise InputError(
+            f"the token file {path} can't be replaced by one of the same owner and mode: "
+            f"{error.strerror}; nothing was revoked: run this as the file's owner"
+        ) from error
 
 
 def _stamp(path: Path) -> Stamp:
@@ -179,6 +210,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _read(path: Path) -> list[tuple[str, bytes]]:
+    """The clients and hashes of a token file, a line each; a client may have several."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -190,8 +222,8 @@ def _read(path: Path) -> list[tuple[str, bytes]]:
         name, _, known = line.strip().partition(" ")
         if not _HASH.fullmatch(known.strip()):
             raise InputError(
-                f"line {number} of the token file {path} isn't a client's id and a SHA-256: make lines by "
-                f"'splitfed token new CLIENT --tokens {path}'"
+                f"line {number} of the token file {path} isn't a client's id and a SHA-256: "
+                f"make lines by 'splitfed token new CLIENT --tokens {path}'"
             )
         found.append((check_client_id(name), known.strip().encode()))
     return found

@@ -1,12 +1,17 @@
-"""One request and its answer on a connection: urllib3's pool, and neither urllib3's nor http.client's ceremony.
+"""One request and its answer on a connection: urllib3's pool without the cost of its connections.
 
-For a tiny body the library costs more than the network: headers are checked and sent one by one, the answer's go
-through the parser of e-mails. Here a request leaves in one send where it is small. An answer as our server writes it is
-recognized by its first bytes, and goes into the memory that its tensors will be views of. Any other answer, such as
-an error, or one that a gateway has rewritten, is left as it is for http.client, which reads all that HTTP allows.
+For a tiny body the library costs more than the network: it checks and sends headers one by one, and
+parses those of the answer as an e-mail's. Here a small request leaves in one send. An answer as our
+server writes it is recognized by its first bytes, and is received into the memory that its tensors
+will be views of. Any other answer, such as an error or one that a gateway has rewritten, goes to
+http.client, which reads all that HTTP allows.
 
-The trap is to decide before anything is taken: so the first bytes are looked at without consuming them, which TLS
-can't. There every answer is http.client's.
+The trap is that this must be decided before a byte is consumed. So the first bytes are peeked at,
+which TLS can't do: there every answer is http.client's.
+
+A connection that breaks, or a server that is away for a while, may be back at the next try.
+A certificate that isn't trusted won't be. Nor will a first contact that finds nobody: that is a
+wrong URL, and nobody should wait a minute for that message (`is_transient`).
 """
 
 from __future__ import annotations
@@ -18,16 +23,23 @@ from http.client import HTTPException, HTTPResponse, IncompleteRead
 from typing import Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, SSLError
 from urllib3.response import BaseHTTPResponse
+from urllib3.util import Retry
 
 from splitfed.protocol.safetensors import aligned
 from splitfed.service.http.contract import BINARY
 
 Body = list[memoryview | bytes]
 
-_SMALL = 64 << 10  # below, one send of joined bytes is cheaper than one for each tensor
-_SLICE = 512 << 10  # the time for a send is for all of it: so a line may be as slow as a server takes it
-_PEEK = 1024
+# Below this many bytes one send of joined bytes is cheaper than one send for each tensor.
+_SMALL = 64 << 10
+# A socket's timeout is for the whole of one send. In slices, a line may be as slow as a server
+# accepts.
+_SLICE = 512 << 10
+_PEEK = 1024  # bytes, more than the headers that our server writes
+# Exactly what our server writes, in its order: with any other header, a second length for instance,
+# the body may end elsewhere.
 _OURS = re.compile(
     rb"HTTP/1\.1 200 OK\r\n((date|server): [^\r\n]*\r\n)*"
     rb"content-type: %s\r\ncontent-length: (?P<size>\d{1,15})\r\n\r\n" % re.escape(BINARY.encode())
@@ -35,15 +47,17 @@ _OURS = re.compile(
 
 
 class Answer(BaseHTTPResponse):
-    """An answer that has arrived as a whole, so it has nothing of what urllib3 needs to read on.
+    """An answer that has arrived as a whole; it has nothing of what urllib3 needs to read on.
 
     Args:
         status: Its status.
-        headers: Its headers, under names of any case; none where nobody looks at them.
+        headers: Its headers, under names of any case; empty for an answer of our server's, whose
+            headers are known.
         memory: Its body.
     """
 
-    version, version_string = 11, "HTTP/1.1"  # urllib3 2.1 and 2.2 log the first, later ones the second
+    version = 11
+    version_string = "HTTP/1.1"  # urllib3 2.1 and 2.2 log `version`, later releases this
     length_remaining = 0
 
     def __init__(self, status: int, headers: Any, memory: memoryview) -> None:
@@ -52,30 +66,40 @@ class Answer(BaseHTTPResponse):
         self.memory = memory
 
     def close(self) -> None:
-        """Nothing is open; but Python 3.13 calls this at the end of what derives from io, and prints what is raised."""
+        """Do nothing: nothing is open.
+
+        Python 3.13 calls this at the end of what derives from io, and prints what it raises.
+        """
 
 
 class _Exchange(HTTPConnection):
-    """What both kinds of connection do otherwise than urllib3's."""
+    """The methods in which both kinds of connection differ from urllib3's."""
 
     def request(  # type: ignore[override] # as urllib3 itself does
-        self, method: str, url: str, body: Any = None, headers: Mapping[str, str] | None = None, **options: Any
+        self,
+        method: str,
+        url: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> None:
         """Send a request.
 
         Args:
-            method: Its verb.
+            method: Its HTTP method.
             url: Its path.
             body: Its buffers, one after another.
             headers: All of its headers.
-            options: What urllib3's own answers need.
+            options: What urllib3's own answers need; unused.
         """
         if self.sock is None:
             self.connect()
         self.sock.settimeout(self.timeout)
-        self._verb = method
-        lines = [f"{method} {url} HTTP/1.1", *[f"{name}: {value}" for name, value in (headers or {}).items()]]
-        parts: Body = ["\r\n".join([*lines, "\r\n"]).encode("latin-1"), *(body or ())]
+        self._sent_method = method
+        lines = [f"{method} {url} HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        head = "\r\n".join([*lines, "\r\n"]).encode("latin-1")
+        parts: Body = [head, *(body or ())]
         if sum(map(len, parts)) < _SMALL:
             parts = [b"".join(parts)]
         for part in parts:
@@ -83,7 +107,7 @@ class _Exchange(HTTPConnection):
                 self.sock.sendall(part[begin : begin + _SLICE])
 
     def getresponse(self) -> Answer:  # type: ignore[override]
-        """Receive the answer, all of it.
+        """Receive the whole answer.
 
         Raises:
             OSError: the connection failed.
@@ -91,25 +115,31 @@ class _Exchange(HTTPConnection):
         """
         self.sock.settimeout(self.timeout)
         try:
-            return self._ours() or self._any()
+            return self._receive_ours() or self._receive_any()
         except (MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            raise HTTPException(f"a part of the answer has no length that memory can have: {error}") from error
+            raise HTTPException(
+                f"a part of the answer has no length that memory can have: {error}"
+            ) from error
 
-    def _ours(self) -> Answer | None:
+    def _receive_ours(self) -> Answer | None:
+        """Receive an answer as our server writes it; if it isn't one, consume nothing."""
+        # Only a plain socket can peek; that of TLS is a subclass.
         if type(self.sock) is not socket.socket:
             return None
         found = _OURS.match(self.sock.recv(_PEEK, socket.MSG_PEEK))
         if found is None:
             return None
-        self.sock.recv(found.end())
-        return Answer(200, {}, _filled(int(found["size"]), self.sock.recv_into))
+        self.sock.recv(found.end())  # in one piece: these bytes are there, they were peeked at
+        return Answer(200, {}, _read_exactly(int(found["size"]), self.sock.recv_into))
 
-    def _any(self) -> Answer:
-        response = HTTPResponse(self.sock, method=self._verb)
+    def _receive_any(self) -> Answer:
+        response = HTTPResponse(self.sock, method=self._sent_method)
         try:
             response.begin()
-            size = response.length
-            body = memoryview(response.read()) if size is None else _filled(size, response.readinto)
+            if response.length is None:
+                body = memoryview(response.read())
+            else:
+                body = _read_exactly(response.length, response.readinto)
             if response.will_close:
                 self.close()
         finally:
@@ -125,12 +155,47 @@ class SecureExchange(_Exchange, HTTPSConnection):
     """A connection over HTTPS."""
 
 
-def _filled(size: int, read_into: Callable[[memoryview], int]) -> memoryview:
-    """So many bytes, in memory that is aligned as tensors need it."""
-    memory, end = aligned(size), 0
+def _read_exactly(size: int, read_into: Callable[[memoryview], int]) -> memoryview:
+    """Return `size` bytes, in memory that is aligned as tensors need it."""
+    memory = aligned(size)
+    end = 0
     while end < size:
         count = read_into(memory[end:])
         if not count:
             raise IncompleteRead(b"", size - end)
         end += count
     return memory
+
+
+# ----------------------------------------------------------------------------------------- failures
+
+
+def is_transient(error: BaseException, *, met: bool) -> bool:
+    """Whether a failure to reach a server may be over at the next try.
+
+    Args:
+        error: The failure.
+        met: Whether the server has answered before.
+    """
+    if isinstance(error, SSLError):
+        return False
+    return met or not isinstance(error, NewConnectionError | ConnectTimeoutError)
+
+
+def reason(error: BaseException) -> str:
+    """Return a failure in words, without urllib3's wrapping."""
+    inner = getattr(error, "reason", None)
+    if not isinstance(inner, Exception):
+        inner = error
+    return f"{type(error).__name__}: {inner}"
+
+
+def retry_after(header: str | None) -> float | None:
+    """Return the seconds of a Retry-After header, a number or a date; `None` if unreadable."""
+    if header is None:
+        return None
+    try:
+        return max(0.0, Retry().parse_retry_after(header))
+    except (HTTPError, ValueError, OverflowError):
+        # The last two: a year or a number that Python can't represent.
+        return None

@@ -1,12 +1,14 @@
-"""One request of the protocol: admit, receive, serve, answer.
+"""The endpoints of the protocol: admit a request, receive its body, serve it, answer.
 
-Cheapest first: what is wrong with the headers (a token, a size, a type) is told before any of the body is read, and
-nothing is reserved for it. The body goes straight into the memory that its tensors will be views of, and the answer's
-tensors are written from where they lie. In between, a thread does the work: the event loop never computes.
+The order is from cheap to expensive: wrong headers (a token, a size, a type) are refused before any
+of the body is read, and nothing is reserved for it. The body goes straight into the memory that its
+tensors will be views of; the answer's tensors are written from where they are. In between, a thread
+computes: the event loop never does. Whatever was reserved is given back, however a request ends.
 
-A refused request is answered while its body may still be arriving. uvicorn then throws the rest away as it comes, and
-`protocol` ends one that never ends. A client that leaves in the middle is no error: what it asked for is idempotent,
-so nobody needs to know. Nor is an end of the replica in the middle: it is told as a 503, and repeated elsewhere.
+A request may be refused while its body is still arriving. uvicorn then discards the rest as it
+comes, and `guard` ends one that never ends. A client that leaves in the middle is no error: its
+request is idempotent, so nobody needs to know. If the replica is stopped in the middle, the client
+receives a 503 and repeats the request elsewhere.
 """
 
 from __future__ import annotations
@@ -15,66 +17,213 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from splitfed.errors import BusyError, InputError, SplitFedError, TokenError, TooLargeError
+from splitfed.errors import (
+    BusyError,
+    FormatError,
+    InputError,
+    SplitFedError,
+    TokenError,
+    TooLargeError,
+)
 from splitfed.protocol.packing import pack, unpack
+from splitfed.protocol.safetensors import aligned
 from splitfed.protocol.transport import VERBS, Transport
-from splitfed.service.http.arrival import GoneError, Receive, Received, RefusedError
 from splitfed.service.http.auth import Tokens, check_owner
-from splitfed.service.http.contract import BINARY, PREFIX, encode_error
-from splitfed.service.http.limits import Budget, Limits, check_message
-from splitfed.service.http.metrics import Metrics
+from splitfed.service.http.contract import BINARY, JSON, PREFIX, encode_error
+from splitfed.service.http.limits import Budget, Limits, check_body, check_message
 from splitfed.service.http.threads import Threads
 
 Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Buffers = list[memoryview | bytes]
 
-_SLICE = 256 << 10  # what is written at once: more would be copied into the transport's own buffer
+# Bytes that are written at once: of more, the transport would make a copy in a buffer of its own.
+_SLICE = 256 << 10
 _log = logging.getLogger("splitfed.http")
+
+
+class Observer(Protocol):
+    """Counts what the endpoints answer; `app.Metrics` is the one that a service has."""
+
+    def count(self, path: str, status: int, seconds: float, received: int, sent: int) -> None:
+        """Count a request that was answered."""
+        ...
+
+    def error(self, name: str) -> None:
+        """Count an error that a request was answered with, by its class."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reply:
+    """An answer that is ready to be sent."""
+
+    status: int
+    kind: str
+    """Content type."""
+    parts: Buffers
+    """The body, in pieces."""
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    """Further headers."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the body."""
+        return sum(map(len, self.parts))
+
+
+class GoneError(Exception):
+    """The client left before its body had arrived."""
+
+
+class RefusedError(Exception):
+    """An error that is answered with another status than that of its class."""
+
+    def __init__(self, error: SplitFedError, status: int) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.status = status
 
 
 class Desk:
     """What the endpoints of one process share.
 
     Args:
-        server: Who serves.
-        limits: How much it takes.
-        tokens: Whom it serves; `None` for everybody.
-        threads: Where it computes, one for each request that may be under way.
+        server: Serves the requests.
+        limits: What is accepted.
+        tokens: The clients that are served; `None` for all.
+        threads: Where requests are served, one thread for each that may be under way.
+        observer: Counts the answers.
     """
 
-    def __init__(self, server: Transport, limits: Limits, tokens: Tokens | None, threads: Threads) -> None:
+    def __init__(
+        self,
+        server: Transport,
+        limits: Limits,
+        tokens: Tokens | None,
+        threads: Threads,
+        observer: Observer,
+    ) -> None:
         self.server = server
         self.limits = limits
         self.tokens = tokens
         self.threads = threads
+        self.observer = observer
         self.budget = Budget(limits)
-        self.metrics = Metrics()
 
     def admit(self, scope: Scope) -> tuple[dict[bytes, bytes], str | None]:
-        """The headers of a request and whose it is.
+        """Return the headers of a request, and the client that its token belongs to.
 
         Raises:
-            TokenError: it has no token that counts.
+            RefusedError: the headers are over the limit.
+            TokenError: it has no valid token.
         """
         headers = dict(scope["headers"])
-        size = len(scope.get("raw_path") or b"") + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+        size = len(scope.get("raw_path") or b"")
+        # The scope's list, not the dict: a header that occurs twice counts twice. 4 is for ": " and
+        # the end of the line.
+        size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size > self.limits.http_header:
-            error = TooLargeError(f"the headers have {size} bytes: this server takes {self.limits.http_header}")
+            error = TooLargeError(
+                f"the headers have {size} bytes: this server takes {self.limits.http_header}"
+            )
             raise RefusedError(error, 431)
-        owner = None if self.tokens is None else self.tokens.owner(headers.get(b"authorization"))
-        return headers, owner
+        if self.tokens is None:
+            return headers, None
+        return headers, self.tokens.owner(headers.get(b"authorization"))
+
+
+class Arrival:
+    """The body of one request as it arrives, and its place in the budget.
+
+    Where the length is declared, the memory is taken once and filled; without one the parts are
+    gathered first. Either way, reading stops at the first byte over the limit.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._entered = False
+        self._reserved = 0
+        self.num_bytes = 0
+
+    def close(self) -> None:
+        """Give back what was reserved."""
+        if self._entered:
+            self._budget.leave(self._reserved)
+            self._entered = False
+
+    async def body(
+        self, headers: Mapping[bytes, bytes], receive: Receive, limits: Limits
+    ) -> memoryview:
+        """Receive the body, into memory of its own that is aligned as tensors need it.
+
+        Raises:
+            TooLargeError: it is over the limit.
+            BusyError: too many bytes are under way.
+            RefusedError: too many requests are under way.
+            FormatError: its length isn't a number, or isn't the declared one.
+            GoneError: the client left.
+        """
+        try:
+            self._budget.enter()
+        except BusyError as error:
+            raise RefusedError(error, 503) from None
+        self._entered = True
+        text = headers.get(b"content-length")
+        if text is None:
+            return await self._gather(receive, limits)
+        # No sign, space or underscore, all of which int() would accept.
+        if not text.isdigit():
+            raise FormatError(f"the content length is {text[:40]!r}: expected a number of bytes")
+        declared = int(text)
+        check_body(declared, limits)
+        self._reserved += self._budget.reserve(declared)
+        return await self._fill(aligned(declared), receive, limits)
+
+    async def _fill(self, memory: memoryview, receive: Receive, limits: Limits) -> memoryview:
+        more = True
+        while more:
+            part, more = await self._part(receive, limits)
+            if self.num_bytes > len(memory):
+                break
+            memory[self.num_bytes - len(part) : self.num_bytes] = part
+        if self.num_bytes != len(memory):
+            raise FormatError(
+                f"the body has another length: expected {len(memory)} bytes, got {self.num_bytes}"
+            )
+        return memory
+
+    async def _gather(self, receive: Receive, limits: Limits) -> memoryview:
+        parts: list[bytes] = []
+        more = True
+        while more:
+            part, more = await self._part(receive, limits)
+            self._reserved += self._budget.reserve(len(part))
+            parts.append(part)
+        return _joined(parts, self.num_bytes)
+
+    async def _part(self, receive: Receive, limits: Limits) -> tuple[bytes, bool]:
+        """The next part, and whether another follows."""
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise GoneError
+        part: bytes = message.get("body", b"")
+        self.num_bytes += len(part)
+        check_body(self.num_bytes, limits)
+        return part, message.get("more_body", False)
 
 
 class Endpoint(ABC):
-    """An ASGI app for one path: counts, and turns whatever is raised into an answer.
+    """An ASGI app for one path: counts its requests, and answers whatever is raised as an error.
 
     Args:
         desk: What the process shares.
-        path: The route, for the metrics.
+        path: The route, as the metrics name it.
     """
 
     def __init__(self, desk: Desk, path: str) -> None:
@@ -83,79 +232,89 @@ class Endpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        begun, received = time.perf_counter(), Received(self.desk.budget)
-        kind, parts, headers = b"application/json", list[memoryview | bytes](), list[tuple[bytes, bytes]]()
+        begun = time.perf_counter()
+        arrival = Arrival(self.desk.budget)
         try:
             try:
-                status, kind, parts = await self.answer(scope, receive, received)
+                reply = await self.answer(scope, receive, arrival)
             except GoneError:
                 return
-            except asyncio.CancelledError:  # the time to drain is over: uvicorn would answer a 500 that nobody repeats
+            except asyncio.CancelledError:
+                # The time to drain is over. uvicorn would answer a 500, which no client repeats.
                 stopped = BusyError("this replica is being stopped: try again")
-                status, headers, parts = self._told(RefusedError(stopped, 503))
-            except Exception as error:  # noqa: BLE001 -- the last border: nothing may leave as a traceback
-                status, headers, parts = self._told(error)
+                reply = self._error_reply(RefusedError(stopped, 503))
+            except Exception as error:  # noqa: BLE001 -- the last border: no traceback may leave
+                reply = self._error_reply(error)
             try:
-                await _send(send, status, kind, parts, headers)
+                await _send(send, reply)
             finally:
-                sent = sum(map(len, parts))
-                self.desk.metrics.count(self.path, status, time.perf_counter() - begun, received.num_bytes, sent)
+                seconds = time.perf_counter() - begun
+                self.desk.observer.count(
+                    self.path, reply.status, seconds, arrival.num_bytes, reply.num_bytes
+                )
         finally:
-            received.close()
+            arrival.close()
 
     @abstractmethod
-    async def answer(self, scope: Scope, receive: Receive, received: Received) -> tuple[int, bytes, Buffers]:
-        """Status, content type and body of the answer."""
+    async def answer(self, scope: Scope, receive: Receive, arrival: Arrival) -> Reply:
+        """Return the answer to a request."""
 
-    def _told(self, error: Exception) -> tuple[int, list[tuple[bytes, bytes]], Buffers]:
+    def _error_reply(self, error: Exception) -> Reply:
         status = getattr(error, "status", 500)
         if isinstance(error, RefusedError):
             error = error.error
+        name = "SplitFedError"  # an unforeseen error travels as this; its class is for the log
         if not isinstance(error, SplitFedError):
             _log.error("%s failed: %s", self.path, type(error).__name__, exc_info=error)
-        elif status >= 500:
-            _log.warning("%s: %s: %s", self.path, type(error).__name__, error)
-        self.desk.metrics.error(type(error).__name__ if isinstance(error, SplitFedError) else "SplitFedError")
-        headers = []
+        else:
+            name = type(error).__name__
+            if status >= 500:
+                _log.warning("%s: %s: %s", self.path, name, error)
+        self.desk.observer.error(name)
+        headers: list[tuple[bytes, bytes]] = []
         if status in (429, 503):
             headers.append((b"retry-after", b"%d" % self.desk.limits.retry_seconds))
         if isinstance(error, TokenError):
             headers.append((b"www-authenticate", b"Bearer"))
-        return status, headers, [encode_error(error)]
+        return Reply(status, JSON, [encode_error(error)], tuple(headers))
 
 
 class Method(Endpoint):
-    """The endpoint of one method of `Transport`."""
+    """The endpoint of one verb of `Transport`."""
 
-    def __init__(self, desk: Desk, name: str) -> None:
-        super().__init__(desk, f"{PREFIX}/{name}")
-        self._request = VERBS[name][0]
-        self._serve = getattr(desk.server, name)
+    def __init__(self, desk: Desk, verb: str) -> None:
+        super().__init__(desk, f"{PREFIX}/{verb}")
+        self._request = VERBS[verb][0]
+        self._serve = getattr(desk.server, verb)
 
-    async def answer(self, scope: Scope, receive: Receive, received: Received) -> tuple[int, bytes, Buffers]:
+    async def answer(self, scope: Scope, receive: Receive, arrival: Arrival) -> Reply:
         """Serve a message."""
         headers, owner = self.desk.admit(scope)
         _check_type(headers)
-        body = await received.body(headers, receive, self.desk.limits)
-        return 200, BINARY.encode(), await self.desk.threads.run(self._run, body, owner)
+        body = await arrival.body(headers, receive, self.desk.limits)
+        return Reply(200, BINARY, await self.desk.threads.run(self._run, body, owner))
 
     def _run(self, body: memoryview, owner: str | None) -> Buffers:
         limits = self.desk.limits
-        request: Any = unpack(self._request, body, max_tensors=limits.tensors, max_header=limits.header)
+        request: Any = unpack(
+            self._request, body, max_tensors=limits.tensors, max_header=limits.header
+        )
+        # Ownership first: another client's ids are refused before anything else is said of them.
         check_owner(owner, request.client_id)
         check_message(request, limits)
         return pack(self._serve(request))
 
 
 class Report(Endpoint):
-    """An endpoint that answers something to read.
+    """An endpoint that answers something to read: a status, a document, metrics.
 
     Args:
         desk: What the process shares.
         path: The route.
         kind: The content type.
-        read: Makes status and body.
-        threads: Where, if it asks the store: others than those that compute, which may all be busy.
+        read: Makes the body.
+        threads: Where it is made, if that asks the store. Not those that serve requests, which may
+            all be busy.
         private: Whether a token is needed.
     """
 
@@ -163,8 +322,8 @@ class Report(Endpoint):
         self,
         desk: Desk,
         path: str,
-        kind: bytes,
-        read: Callable[[], tuple[int, bytes]],
+        kind: str,
+        read: Callable[[], bytes],
         threads: Threads | None = None,
         *,
         private: bool = False,
@@ -175,12 +334,13 @@ class Report(Endpoint):
         self._threads = threads
         self._private = private
 
-    async def answer(self, scope: Scope, receive: Receive, received: Received) -> tuple[int, bytes, Buffers]:
-        """Read it."""
+    async def answer(self, scope: Scope, receive: Receive, arrival: Arrival) -> Reply:
+        """Make the body."""
         if self._private:
             self.desk.admit(scope)
-        status, body = self._read() if self._threads is None else await self._threads.run(self._read)
-        return status, self._kind, [body]
+        if self._threads is None:
+            return Reply(200, self._kind, [self._read()])
+        return Reply(200, self._kind, [await self._threads.run(self._read)])
 
 
 def _check_type(headers: Mapping[bytes, bytes]) -> None:
@@ -189,17 +349,34 @@ def _check_type(headers: Mapping[bytes, bytes]) -> None:
         got = kind.decode("latin-1")[:80]
         raise RefusedError(InputError(f"the content type is {got!r}: expected {BINARY!r}"), 415)
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise RefusedError(InputError("the body is encoded: expected it as it is, without a content-encoding"), 415)
+        raise RefusedError(
+            InputError("the body is encoded: expected it as it is, without a content-encoding"), 415
+        )
 
 
-async def _send(send: Send, status: int, kind: bytes, parts: Buffers, headers: list[tuple[bytes, bytes]]) -> None:
-    total = sum(map(len, parts))
-    told = [(b"content-type", kind), (b"content-length", b"%d" % total), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": told})
-    if total <= _SLICE:
-        await send({"type": "http.response.body", "body": b"".join(parts)})
-        return
+def _joined(parts: Iterable[bytes], num_bytes: int) -> memoryview:
+    memory = aligned(num_bytes)
+    end = 0
     for part in parts:
+        memory[end : end + len(part)] = part
+        end += len(part)
+    return memory
+
+
+async def _send(send: Send, reply: Reply) -> None:
+    size = reply.num_bytes
+    headers = [
+        # In this order: the client knows our answers by their first bytes (`connection`).
+        (b"content-type", reply.kind.encode()),
+        (b"content-length", b"%d" % size),
+        *reply.headers,
+    ]
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    if size <= _SLICE:
+        await send({"type": "http.response.body", "body": b"".join(reply.parts)})
+        return
+    for part in reply.parts:
         for begin in range(0, len(part), _SLICE):
-            await send({"type": "http.response.body", "body": part[begin : begin + _SLICE], "more_body": True})
+            piece = part[begin : begin + _SLICE]
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
     await send({"type": "http.response.body"})

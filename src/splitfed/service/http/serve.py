@@ -1,15 +1,15 @@
-"""Running the app: a socket, one process or several, and an end without a lost request.
+"""Running the app: a socket, one process or several, and an end that loses no request.
 
-The socket is bound here, before anything else is started, so that a port that is taken is told at once and port 0 has
-a number. It is made with its protocol named: asyncio turns Nagle's algorithm off only then, and with it on each answer
-waits 40 ms for an acknowledgement.
+The socket is bound here, before anything else is started, so that a port in use is reported at once
+and port 0 has a number.
 
-SIGTERM and SIGINT stop the listening and let what is under way end, for `drain_seconds` at most. A thread that still
-computes then can't be ended, and Python waits for it at its own end: so the process leaves without, as it would by
-SIGKILL, and the call is repeated elsewhere. With several workers one that dies is started anew.
+SIGTERM and SIGINT stop the listening and let requests under way end, for `drain_seconds` at most.
+A thread that still computes then can't be ended, and Python would wait for it at its own end. So
+the process leaves without, as if it were killed, and the call is repeated elsewhere. With several
+workers, one that dies is replaced.
 
-The trap is a signal that comes before uvicorn takes signals itself: from before anybody is told the URL, one of ours
-tells its server to end as soon as it has begun.
+The trap is a signal that comes before uvicorn handles signals itself. So from before the URL is
+known to anybody, a handler of ours tells its server to end as soon as it has begun.
 """
 
 from __future__ import annotations
@@ -38,22 +38,27 @@ from splitfed.errors import BusyError, InputError
 from splitfed.service.http.guard import GuardedConfig
 from splitfed.service.http.limits import Limits
 
-_BACKLOG = 2048
-_TICK, _QUICK, _GRACE = 0.2, 5.0, 10.0  # seconds
+_BACKLOG = 2048  # connections that wait to be accepted
+_TICK = 0.2  # seconds, as are all of these
+_QUICK = 5.0
+_GRACE = 10.0
+_KEEP_ALIVE = 75
 _log = logging.getLogger("splitfed.http")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where and how to listen."""
+    """Address to listen at, and how."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     """0 for any that is free."""
     certificate: str | None = None
-    """File with the certificate chain: then it is HTTPS."""
+    """File with the certificate chain; with one, the service is HTTPS."""
     key: str | None = None
+    """File with the certificate's key."""
     workers: int = 1
+    """Number of processes."""
     drain_seconds: int = 30
     """How long requests under way may take to end after SIGTERM."""
 
@@ -66,20 +71,24 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def serve(make: Callable[[], Any], limits: Limits, place: Place, listening: Callable[[str], None]) -> int:
+def serve(
+    make: Callable[[], Any], limits: Limits, place: Place, listening: Callable[[str], None]
+) -> int:
     """Serve until a signal ends it.
 
     Args:
-        make: Makes the ASGI app; called once in each process, so for several workers it must be picklable.
-        limits: What connections keep.
-        place: Where to listen.
-        listening: Called with the URL once requests are taken in.
+        make: Makes the ASGI app. It is called once in each process, so with several workers it must
+            be picklable.
+        limits: Limits that connections keep.
+        place: Address to listen at.
+        listening: Called with the URL as soon as requests are accepted.
 
     Returns:
-        How many threads of this process still compute; its caller has nothing to wait for (`leave`).
+        How many threads of this process still compute; the caller should not wait for them
+        (`leave`).
 
     Raises:
-        InputError: the address can't be used, or the certificate can't.
+        InputError: the address or the certificate can't be used.
         BusyError: workers died as soon as they were started, again and again.
     """
     bound = _bind(place.host, place.port)
@@ -87,11 +96,9 @@ def serve(make: Callable[[], Any], limits: Limits, place: Place, listening: Call
         if place.certificate is not None:
             _check_certificate(place.certificate, place.key)
         bound.listen(_BACKLOG)
-        host = f"[{place.host}]" if ":" in place.host else place.host
-        scheme = "http" if place.certificate is None else "https"
-        ready = functools.partial(listening, f"{scheme}://{host}:{bound.getsockname()[1]}")
+        ready = functools.partial(listening, _url(place, bound.getsockname()[1]))
         if place.workers == 1:
-            return _work(make, limits, place, bound, ready)
+            return _serve_here(make, limits, place, bound, ready)
         _supervise(make, limits, place, bound, ready)
         return 0
     finally:
@@ -99,17 +106,30 @@ def serve(make: Callable[[], Any], limits: Limits, place: Place, listening: Call
 
 
 def leave() -> NoReturn:
-    """End this process with status 0, and whatever its threads compute."""
+    """End this process with status 0, without waiting for its threads."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def _work(
-    make: Callable[[], Any], limits: Limits, place: Place, bound: socket.socket, ready: Callable[[], None]
+def _url(place: Place, port: int) -> str:
+    scheme = "http" if place.certificate is None else "https"
+    host = f"[{place.host}]" if ":" in place.host else place.host
+    return f"{scheme}://{host}:{port}"
+
+
+# ------------------------------------------------------------------------------------- one process
+
+
+def _serve_here(
+    make: Callable[[], Any],
+    limits: Limits,
+    place: Place,
+    bound: socket.socket,
+    ready: Callable[[], None],
 ) -> int:
-    """Serve in this process; how many threads still compute afterwards."""
+    """Serve in this process; return how many threads still compute afterwards."""
     config = GuardedConfig(
         make,
         limits,
@@ -117,7 +137,7 @@ def _work(
         log_config=None,
         access_log=False,
         backlog=_BACKLOG,
-        timeout_keep_alive=75,
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=place.drain_seconds,
         ssl_certfile=place.certificate,
         ssl_keyfile=place.key,
@@ -128,14 +148,16 @@ def _work(
     def stop(number: int) -> None:
         server.should_exit = True
 
-    with _signals(stop):  # uvicorn raises the signal once more when it has drained: that isn't a failure
+    # Around all of `run`: uvicorn raises the signal once more when it has drained, and without a
+    # handler the process would die of it.
+    with _signals(stop):
         ready()
         server.run([bound])
-    return _computing()
+    return _num_computing()
 
 
-def _computing() -> int:
-    """The app's threads that go on; those with nothing to do end at once."""
+def _num_computing() -> int:
+    """How many of the app's threads still compute; those without work end within a moment."""
     found = [thread for thread in threading.enumerate() if thread.name.startswith("splitfed")]
     until = time.monotonic() + _TICK
     for thread in found:
@@ -143,57 +165,105 @@ def _computing() -> int:
     return sum(thread.is_alive() for thread in found)
 
 
-def _be_worker(make: Callable[[], Any], limits: Limits, place: Place, bound: socket.socket) -> None:
+# --------------------------------------------------------------------------------------- processes
+
+
+class _Workers:
+    """The processes of a service; one that has ended is replaced.
+
+    uvicorn's supervisor isn't used: it kills a worker that doesn't answer within seconds, which a
+    worker that loads torch on a busy machine doesn't.
+
+    Args:
+        number: How many there are.
+        arguments: Of `_worker_main`, in each.
+    """
+
+    def __init__(self, number: int, arguments: tuple[Any, ...]) -> None:
+        self._number = number
+        self._arguments = arguments
+        # "spawn": a fork of a process that has run torch's threads may hang.
+        self._context = multiprocessing.get_context("spawn")
+        self._running: dict[BaseProcess, float] = {}
+        """When each was started."""
+        self._num_quick = 0
+
+    @property
+    def are_failing(self) -> bool:
+        """Whether so many in a row died as soon as they were started that each would."""
+        return self._num_quick > 2 * self._number
+
+    def start(self) -> None:
+        """Start those that are missing."""
+        while len(self._running) < self._number:
+            worker: BaseProcess = self._context.Process(target=_worker_main, args=self._arguments)
+            worker.start()
+            self._running[worker] = time.monotonic()
+
+    def wait(self) -> None:
+        """Wait until one ends, or for a moment."""
+        wait([worker.sentinel for worker in self._running], timeout=_TICK)
+
+    def remove_ended(self) -> None:
+        """Forget those that have ended."""
+        for worker, began in list(self._running.items()):
+            if worker.is_alive():
+                continue
+            del self._running[worker]
+            if time.monotonic() - began < _QUICK:
+                self._num_quick += 1
+            else:
+                self._num_quick = 0
+            _log.warning("worker %s ended with %s: another one begins", worker.pid, worker.exitcode)
+
+    def end(self, seconds: float) -> None:
+        """End all of them, within so many seconds."""
+        _end_processes(list(self._running), seconds)
+
+
+def _supervise(
+    make: Callable[[], Any],
+    limits: Limits,
+    place: Place,
+    bound: socket.socket,
+    ready: Callable[[], None],
+) -> None:
+    """Serve in processes of their own, until a signal comes."""
+    workers = _Workers(place.workers, (make, limits, place, bound))
+    signals: list[int] = []
+    with _signals(signals.append):
+        ready()
+        while not signals and not workers.are_failing:
+            workers.start()
+            workers.wait()
+            # Ctrl-C reaches the workers too: that they end by it is nothing to warn of.
+            if not signals:
+                workers.remove_ended()
+        workers.end(place.drain_seconds + _GRACE)
+    if not signals:
+        raise BusyError("the workers end as soon as they have begun: their log says why")
+
+
+def _worker_main(
+    make: Callable[[], Any], limits: Limits, place: Place, bound: socket.socket
+) -> None:
     """Serve as one of several processes, no longer than the one that started it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    if _work(make, limits, place, bound, lambda: None):
+        watcher = threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True)
+        watcher.start()
+    if _serve_here(make, limits, place, bound, lambda: None):
         leave()
 
 
-def _end_with(sentinel: int) -> None:
+def _end_after(sentinel: int) -> None:
+    """End this process once another one has ended, even if that one was killed."""
     wait([sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _supervise(
-    make: Callable[[], Any], limits: Limits, place: Place, bound: socket.socket, ready: Callable[[], None]
-) -> None:
-    """Serve in processes of their own; one that dies is started anew.
-
-    uvicorn's supervisor isn't used: it kills a worker that doesn't answer within seconds, as one does that loads torch
-    on a busy machine.
-    """
-    context = multiprocessing.get_context("spawn")
-    workers: dict[int, tuple[BaseProcess, float]] = {}
-    told: list[int] = []
-    quick = 0
-
-    with _signals(told.append):
-        ready()
-        while not told:
-            for number in range(place.workers):
-                if number not in workers:
-                    worker: BaseProcess = context.Process(target=_be_worker, args=(make, limits, place, bound))
-                    worker.start()
-                    workers[number] = worker, time.monotonic()
-            wait([worker.sentinel for worker, _ in workers.values()], timeout=_TICK)
-            for number, (worker, began) in list(workers.items()):
-                if worker.is_alive() or told:
-                    continue
-                del workers[number]
-                quick = quick + 1 if time.monotonic() - began < _QUICK else 0
-                _log.warning("worker %s ended with %s: another one begins", worker.pid, worker.exitcode)
-            if quick > 2 * place.workers:
-                told.append(0)
-        _end([worker for worker, _ in workers.values()], place.drain_seconds + _GRACE)
-    if told == [0]:
-        raise BusyError("the workers end as soon as they have begun: their log says why")
-
-
-def _end(workers: list[BaseProcess], seconds: float) -> None:
-    """Tell processes to end, and kill those that haven't in time."""
+def _end_processes(workers: list[BaseProcess], seconds: float) -> None:
+    """Ask processes to end, and kill those that haven't ended in time."""
     for worker in workers:
         worker.terminate()
     until = time.monotonic() + seconds
@@ -205,11 +275,16 @@ def _end(workers: list[BaseProcess], seconds: float) -> None:
             worker.join()
 
 
+# ------------------------------------------------------------------------------------- environment
+
+
 @contextmanager
 def _signals(note: Callable[[int], object]) -> Iterator[None]:
-    """Note SIGTERM and SIGINT instead of dying of them."""
+    """Within this context SIGTERM and SIGINT are noted, and don't end the process."""
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda number, frame: note(number)) for number in numbers}
+    before = {
+        number: signal.signal(number, lambda number, frame: note(number)) for number in numbers
+    }
     try:
         yield
     finally:
@@ -218,13 +293,20 @@ def _signals(note: Callable[[int], object]) -> Iterator[None]:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65_535:  # getaddrinfo would take the rest of it
-        raise InputError(f"can't listen at port {port}: expected one from 0 (any that is free) to 65535")
+    # getaddrinfo would take a larger port modulo 65536.
+    if not 0 <= port <= 65_535:
+        raise InputError(
+            f"can't listen at port {port}: expected one from 0 (any that is free) to 65535"
+        )
     bound: socket.socket | None = None
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
+        # With the protocol named: asyncio turns Nagle's algorithm off only then, and with it on,
+        # each answer waits 40 ms for an acknowledgement.
         bound = socket.socket(family, kind, protocol or socket.IPPROTO_TCP)
         if sys.platform != "win32":
+            # A restart can use the port at once. On Windows it would let others use it too.
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except (OSError, UnicodeError) as error:
@@ -239,4 +321,6 @@ def _check_certificate(certificate: str, key: str | None) -> None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
     except OSError as error:  # ssl.SSLError is one
-        raise InputError(f"the certificate {certificate} or its key can't be used: {error}") from error
+        raise InputError(
+            f"the certificate {certificate} or its key can't be used: {error}"
+        ) from error

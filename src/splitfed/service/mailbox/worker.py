@@ -1,13 +1,15 @@
-"""The worker: a server for clients that reach nothing but the store.
+"""The server's end of the mailbox: a worker, for clients that reach nothing but the store.
 
-It looks through `post/`, claims a request by a create-once file, lets a `SplitServer` answer it, and creates the
-answer. A claim saves duplicate work, no more. It expires when a worker has seen it stand unanswered for so many seconds
-of its own clock: clocks of two machines are never compared, and one that is wrong costs a computation done twice.
-Whoever takes over creates the next claim, so one of several wins.
+It lists `post/`, claims a request by a create-once file, lets a `SplitServer` answer it, and
+creates the answer. A claim saves duplicate work, nothing else. It expires when a worker has seen it
+without an answer for so many seconds of the worker's own clock: clocks of two machines are never
+compared, and one that is wrong costs a computation done twice. Whoever takes over creates the next
+claim, so one of several wins.
 
-Two traps. A request that kills its workers would kill them all, one after another, for ever: after so many claims it is
-answered with an error. And what lies there without its request is rubbish, since a client deletes the request first
-and a request is there before any claim; so a listing that shows such may be swept on the spot.
+Two traps. A request that kills its workers would kill them all, one after another, for ever: after
+`MAX_CLAIMS` claims it is answered with an error. And files without their request are rubbish, since
+a request exists before any claim and its client deletes it before the rest; so they can be swept as
+soon as a listing shows them.
 """
 
 from __future__ import annotations
@@ -25,41 +27,49 @@ from typing import Any
 
 from splitfed.checks import positive
 from splitfed.errors import BodyError, IdError, SplitFedError
+from splitfed.protocol.backoff import Backoff, growing
 from splitfed.protocol.packing import kind_of, pack, pack_error, unpack
 from splitfed.protocol.transport import VERBS, Transport, verb_of
 from splitfed.store import layout
 from splitfed.store.store import GradientStore, check_store
 
 MAX_CLAIMS = 5
+"""Claims of one request after which it is given up."""
+_FIRST_POLL = 0.005  # seconds
 _log = logging.getLogger("splitfed.mailbox")
-
-_FIRST_POLL = 0.005
 
 
 @dataclass(slots=True)
 class _Post:
-    """What lies at one place: ends of its keys."""
+    """The files of one request, by the last parts of their names."""
 
     client_id: str
     ends: list[str] = field(default_factory=list)
 
     @property
     def claims(self) -> int:
+        """Number of claims."""
         return sum(end.startswith("claim-") for end in self.ends)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is a request without an answer."""
+        return "request" in self.ends and "answer" not in self.ends
 
 
 class Worker:
-    """Answers the requests that clients post in a store. Run as many as you like on one store.
+    """Answers the requests that clients post in a store. Several may run on one store.
 
     Args:
-        server: Who computes.
-        store: Where the clients post.
-        claim_seconds: A claim that stands unanswered for so long is taken over; longer than a call takes to compute.
-        keep_seconds: An answer that its client hasn't fetched for so long is deleted.
-        clock: Seconds that never go back.
+        server: Computes the answers.
+        store: The store that the clients post in.
+        claim_seconds: A claim without an answer is taken over after so many seconds; more than any
+            call takes to compute.
+        keep_seconds: An answer that its client hasn't fetched is deleted after so many seconds.
+        clock: A clock in seconds that never goes back.
 
     Raises:
-        InputError: `store` isn't one, or a time isn't positive.
+        InputError: `store` isn't a store, or a time isn't positive.
     """
 
     def __init__(
@@ -78,28 +88,30 @@ class Worker:
         self._blobs = store.blobs
         self._clock = clock
         self._seen: dict[str, float] = {}
-        """When this worker first saw a claim or an answer that is still there."""
-        self._order = random.Random()
+        """When this worker first saw each claim and answer that still exists."""
+        self._random = random.Random()  # of its own: the module's state is the user's seed
         self._stop = threading.Event()
 
     def step(self, stop: threading.Event | None = None) -> int:
-        """Answer what waits and can be claimed, once through; sweep what is left of what is done.
+        """Answer each request that can be claimed, then sweep the rubbish.
 
         Args:
             stop: Once it is set, no further request is begun.
 
         Returns:
-            How many requests this worker answered.
+            Number of requests that this worker answered.
 
         Raises:
             StoreError: the storage failed; nothing is lost, and a later step continues.
         """
         posts = self._look()
-        waiting = [place for place, post in posts.items() if "request" in post.ends and "answer" not in post.ends]
-        self._order.shuffle(waiting)  # so that workers don't all reach for the same one
+        waiting = [place for place, post in posts.items() if post.is_waiting]
+        # In an order of its own, or all workers would try to claim the same request first.
+        self._random.shuffle(waiting)
+        stops = [self._stop] if stop is None else [self._stop, stop]
         answered = 0
         for place in waiting:
-            if self._stop.is_set() or (stop is not None and stop.is_set()):
+            if any(event.is_set() for event in stops):
                 break
             post = posts[place]
             if self._claim(place, post.claims):
@@ -114,36 +126,36 @@ class Worker:
         poll: float = 0.5,
         on_answer: Callable[[int], object] | None = None,
     ) -> int:
-        """Answer requests until told to stop.
+        """Answer requests until it is stopped.
 
         Args:
             stop: Set it to stop; or call `stop()`.
-            poll: How long to wait at most before looking again, in seconds, when nothing waits.
-            on_answer: Called with the number of requests, after each look that found some.
+            poll: Longest pause between two looks without a request, in seconds.
+            on_answer: Called after each look that found some, with the number of answers.
 
         Returns:
-            How many requests were answered.
+            Number of requests answered.
         """
         ends = self._stop if stop is None else stop
-        made, pause = 0, _FIRST_POLL
+        looks = Backoff(growing(_FIRST_POLL, 1.5), most=poll, stop=ends)
+        made = 0
         while not ends.is_set() and not self._stop.is_set():
             answered = self.step(ends)
             made += answered
-            if answered and on_answer is not None:
-                on_answer(answered)
-            if answered:
-                pause = _FIRST_POLL
+            if not answered:
+                looks.wait()
                 continue
-            ends.wait(min(pause, poll))
-            pause *= 1.5
+            looks = Backoff(growing(_FIRST_POLL, 1.5), most=poll, stop=ends)
+            if on_answer is not None:
+                on_answer(answered)
         return made
 
     def stop(self) -> None:
-        """End `run()`, also one that begins later; a request under way is answered."""
+        """End `run()`, also one that begins later; the request under way is answered."""
         self._stop.set()
 
     def _look(self) -> dict[str, _Post]:
-        """All that lies beneath post/, by place."""
+        """Everything beneath post/, by place."""
         found: dict[str, _Post] = {}
         timed: set[str] = set()
         for key in self._blobs.list(layout.POST):
@@ -155,25 +167,28 @@ class Worker:
             if end != "request":
                 timed.add(key)
                 self._seen.setdefault(key, self._clock())
+        # What is gone is forgotten: else this would grow for ever.
         self._seen = {key: since for key, since in self._seen.items() if key in timed}
         return found
 
     def _claim(self, place: str, claims: int) -> bool:
-        """Try to be who answers."""
+        """Whether this worker is the one to answer: it has created the request's next claim."""
         if claims and not self._is_older(f"{place}.claim-{claims - 1:04d}", self.claim_seconds):
             return False
-        whose = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()  # for people; nothing reads it
-        return self._blobs.create(f"{place}.claim-{claims:04d}", [whose], durable=False)
+        # For people who look for a worker that hangs; no program reads it.
+        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+        return self._blobs.create(f"{place}.claim-{claims:04d}", [owner], durable=False)
 
     def _answer(self, place: str, post: _Post) -> bool:
-        """Create the answer; whether there was a request."""
+        """Create the answer; false if the client has withdrawn its request meanwhile."""
         data = self._blobs.get(f"{place}.request")
         if data is None:
             return False
         if post.claims >= MAX_CLAIMS:
-            parts = pack_error(self._given_up(post))
+            parts = pack_error(self._claims_error(post))
         else:
             parts = self._compute(post.client_id, data)
+        # Create, not put: if another worker was faster, the client sees that one's answer only.
         self._blobs.create(f"{place}.answer", parts, durable=False)
         return True
 
@@ -181,9 +196,11 @@ class Worker:
         try:
             verb = verb_of(kind_of(data))
             request: Any = unpack(VERBS[verb][0], data)
+            # A bucket's policy binds a client to its folder; this binds the folder to its id.
             if request.client_id != client_id:
                 raise IdError(
-                    f"a request of client {request.client_id!r} lies in the folder of {client_id!r}: expected its own"
+                    f"a request of client {request.client_id!r} lies in the folder of "
+                    f"{client_id!r}: expected its own"
                 )
             return pack(getattr(self._server, verb)(request))
         except SplitFedError as error:
@@ -192,18 +209,22 @@ class Worker:
             _log.exception("a request of client %r failed", client_id)
             return pack_error(error)
 
-    def _given_up(self, post: _Post) -> BodyError:
+    def _claims_error(self, post: _Post) -> BodyError:
         return BodyError(
-            f"{post.claims} workers have taken this request and none has answered: it ends them (out of memory?), or "
-            f"takes longer than their claim_seconds, which is {self.claim_seconds:g} here"
+            f"{post.claims} workers have taken this request and none has answered: "
+            "it ends them (out of memory?), or takes longer than their claim_seconds, "
+            f"which is {self.claim_seconds:g} here"
         )
 
     def _sweep(self, posts: dict[str, _Post]) -> None:
-        """Delete what belongs to no request any more, and answers that nobody fetches, request first."""
+        """Delete files without a request, and requests whose answer nobody fetches."""
         for place, post in posts.items():
-            forgotten = "answer" in post.ends and self._is_older(f"{place}.answer", self.keep_seconds)
-            if "request" in post.ends and not forgotten:
+            is_answered = "answer" in post.ends
+            is_forgotten = is_answered and self._is_older(f"{place}.answer", self.keep_seconds)
+            if "request" in post.ends and not is_forgotten:
                 continue
+            # In reverse, the request comes first: a sweep that dies leaves rubbish, not a request
+            # that has lost its answer and is computed once more.
             for end in sorted(post.ends, reverse=True):
                 self._blobs.delete(f"{place}.{end}")
 
