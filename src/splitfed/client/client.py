@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from splitfed.client.backward import Passes, Scope, count_samples
 from splitfed.client.calls import Session
 from splitfed.client.connection import Connection, LossScale
-from splitfed.client.half import HalfSync
+from splitfed.client.half import HalfSync, take_part
 from splitfed.client.loss import LossSession
-from splitfed.client.participating import take_part
 from splitfed.client.transports import as_transport
 from splitfed.errors import CutError, InputError, UnsupportedError
 from splitfed.model.cutpoint import CutPoint

@@ -4,6 +4,11 @@ What is pushed is a pseudo-gradient, start − end, or in synchronous mode the g
 weight is the client's samples, and buffers go with their start and end values. What is pulled is
 copied in place, so the user's optimizer keeps its parameters and its state.
 
+A client takes part in rounds by pulls and pushes alone (`take_part`): all that it knows of a round
+is in the answers to its pulls, so it works through any transport. It asks often and cheaply,
+without weights, and pulls in full only when it is its turn. The race: a round may end between the
+look and the pull. What the pull itself answers is valid, since the weights belong to that.
+
 The trap: autograd adds up. After several batches `.grad` is Σ λᵢgᵢ, each scaled as its loss was, so
 what is published is `.grad` / Σ λᵢ: their mean, whether losses were scaled by 1/k, by GradScaler,
 by their size, or not at all.
@@ -11,14 +16,17 @@ by their size, or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
+from splitfed.checks import positive
 from splitfed.client.connection import Connection, Counted
 from splitfed.errors import ArchitectureError, InputError, ProtocolError
 from splitfed.model.fingerprint import compare, personal_names
 from splitfed.model.skeleton import Template, named_state, unwrap
+from splitfed.protocol.backoff import Backoff
 from splitfed.protocol.messages import PullAnswer, PullRequest, PushRequest, RoundInfo
 
 
@@ -209,6 +217,42 @@ class HalfSync:
         """What the next push is the change from, and the batches that the last one has counted."""
         self._start = {name: tensor.clone() for name, tensor in state.items()}
         self._connection.counted -= counted
+
+
+def take_part(
+    sync: HalfSync, poll: float, num_samples: float | None, gradient: bool
+) -> Iterator[RoundInfo]:
+    """Yield each round in which this client trains, between a pull and a push, until the last one.
+
+    Args:
+        sync: The client half's versions.
+        poll: Pause between two looks, in seconds.
+        num_samples: As for `push`.
+        gradient: As for `push`.
+    """
+    positive("poll", poll)
+    looks = Backoff(itertools.repeat(poll))
+    done = 0
+    while True:
+        info = sync.look()
+        if info is not None and info.finished:
+            return
+        if info is not None and _is_due(info, done):
+            sync.pull()
+            info = sync.round
+        if info is None or not _is_due(info, done):
+            looks.wait()
+            continue
+        yield info
+        sync.push(num_samples, gradient=gradient)
+        done = info.number
+
+
+def _is_due(info: RoundInfo, done: int) -> bool:
+    """Whether to train now: once a round, or without a barrier again and again."""
+    if not info.barrier:
+        return not info.finished
+    return info.sampled and not info.closed and not info.arrived and info.number > done
 
 
 def _weight(num_samples: float | None, counted: Counted) -> float:

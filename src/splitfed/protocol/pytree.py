@@ -104,7 +104,25 @@ def _flatten(
         return value if math.isfinite(value) else {"f": str(value)}
     if depth >= MAX_DEPTH:
         raise ContainerError(f"the value at {_place(where)} is nested more than {MAX_DEPTH} deep")
-    return _flatten_container(value, kind, tensors, indices, where, depth + 1)
+    depth += 1
+    # The two containers that nearly all values are made of are walked in this very frame: a message
+    # is mostly nested tuples, and a helper would be one more call at each level.
+    if kind in _SEQUENCES:
+        children: list[Spec] = []
+        for i, child in enumerate(value):
+            if type(child) not in _PLAIN:
+                child = _flatten(child, tensors, indices, (where, i), depth)
+            children.append(child)
+        return {_SEQUENCES[kind]: children}
+    if kind in _MAPPINGS:
+        # As a list of pairs: keys of JSON objects can only be strings.
+        items: list[Spec] = []
+        for key, child in value.items():
+            if type(child) not in _PLAIN:
+                child = _flatten(child, tensors, indices, (where, key), depth)
+            items.append([key if type(key) is str else _key(key, where), child])
+        return {_MAPPINGS[kind]: items}
+    return _flatten_container(value, kind, tensors, indices, where, depth)
 
 
 def _flatten_container(
@@ -115,15 +133,7 @@ def _flatten_container(
     where: _Path,
     depth: int,
 ) -> Spec:
-    if kind in _SEQUENCES:
-        # Plain values, most of what sequences hold, cost no call here, in `_items` and in `_pairs`.
-        children = [
-            c if type(c) in _PLAIN else _flatten(c, tensors, indices, (where, i), depth)
-            for i, c in enumerate(value)
-        ]
-        return {_SEQUENCES[kind]: children}
-    if kind in _MAPPINGS:
-        return {_MAPPINGS[kind]: _items(value, tensors, indices, where, depth)}
+    """A container that is neither a sequence nor a mapping of Python's own."""
     path = _path(kind)
     # Before named tuples: a registered class may be one, and the user's functions count.
     if path in _containers:
@@ -137,20 +147,12 @@ def _flatten_container(
         ]
         return {"n": [path, fields, children]}
     if _is_transformers(kind, "ModelOutput"):
-        return {"h": [path, _items(value, tensors, indices, where, depth)]}
+        items: list[Spec] = []
+        for key, child in value.items():
+            inner = _flatten(child, tensors, indices, (where, key), depth)
+            items.append([_key(key, where), inner])
+        return {"h": [path, items]}
     raise ContainerError(_refusal(kind, where))
-
-
-def _items(
-    value: Any, tensors: list[Tensor], indices: dict[int, int], where: _Path, depth: int
-) -> Spec:
-    """The items of a mapping as a list of pairs: keys of JSON objects can only be strings."""
-    items = []
-    for key, child in value.items():
-        if type(child) not in _PLAIN:
-            child = _flatten(child, tensors, indices, (where, key), depth)
-        items.append([key if type(key) is str else _key(key, where), child])
-    return items
 
 
 def _unflatten(spec: Spec, tensors: list[Tensor], depth: int) -> Any:
@@ -167,7 +169,10 @@ def _unflatten(spec: Spec, tensors: list[Tensor], depth: int) -> Any:
         return float(body)
     depth += 1
     if kind in _SEQUENCE_OF:
-        return _SEQUENCE_OF[kind]([_unflatten(child, tensors, depth) for child in body])
+        children = []
+        for child in body:  # in this frame, as in `_flatten`
+            children.append(_unflatten(child, tensors, depth))
+        return _SEQUENCE_OF[kind](children)
     if kind in _MAPPING_OF:
         return _MAPPING_OF[kind](_pairs(body, tensors, depth))
     return _unflatten_class(kind, body, tensors, depth)

@@ -1,4 +1,4 @@
-"""The record of a run and who receives it: history, callbacks, progress bars, plots and the HTML report."""
+"""The record of a run and its receivers: history, callbacks, progress bars, plots, HTML report."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Who is told of each row of a run as it comes: the history, a progress bar, TensorBoard, a CSV file, the user's own.
+"""Receivers of a run's rows: the user's own functions, a CSV file, TensorBoard.
 
-A callback is a function of one row, or an object with `on_row`; one that also has `close` is closed when the run ends,
-however it ends. An error in a callback ends the run: whoever can't write its figures should hear of it.
+A callback is a function of one row, or an object with `on_row`; one that also has `close` is closed
+when the run ends, however it ends. `History` and `Progress` are callbacks too. An error in a
+callback ends the run: a user whose metrics can't be written should learn of it at once.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from splitfed.store.rows import Row
 
 
 class Callback(Protocol):
-    """Is told of each row; see `splitfed.rows` for what is in them."""
+    """An object that receives each row of a run."""
 
     def on_row(self, row: Row, /) -> object:
-        """Take note of a row."""
+        """Receive a row."""
         ...
 
 
@@ -29,7 +30,7 @@ AnyCallback: TypeAlias = Callback | Callable[[Row], object]
 
 
 class Callbacks:
-    """Several callbacks as one, each told in turn.
+    """Several callbacks as one: each receives every row, in the order in which they were given.
 
     Args:
         callbacks: Objects with `on_row`, or functions of a row.
@@ -42,12 +43,15 @@ class Callbacks:
 
     def __init__(self, callbacks: Iterable[AnyCallback]) -> None:
         self._callbacks = list(callbacks)
-        self._tell: list[Callable[[Row], object]] = []
-        for one in self._callbacks:
-            tell = getattr(one, "on_row", one)
-            if not callable(tell):
-                raise InputError(f"callback {one!r} can't be called: expected a function of a row, or one with on_row")
-            self._tell.append(tell)
+        self._receivers: list[Callable[[Row], object]] = []
+        for callback in self._callbacks:
+            receiver = getattr(callback, "on_row", callback)
+            if not callable(receiver):
+                raise InputError(
+                    f"callback {callback!r} can't be called: "
+                    "expected a function of a row, or one with on_row"
+                )
+            self._receivers.append(receiver)
 
     def __enter__(self) -> Callbacks:
         return self
@@ -56,26 +60,27 @@ class Callbacks:
         self.close()
 
     def on_row(self, row: Row) -> None:
-        """Tell each callback of a row."""
-        for tell in self._tell:
-            tell(row)
+        """Pass a row to each callback."""
+        for receive in self._receivers:
+            receive(row)
 
     def close(self) -> None:
         """Close each callback that can be closed; an error in one doesn't keep the others open."""
         with contextlib.ExitStack() as stack:
-            for one in self._callbacks:
-                close = getattr(one, "close", None)
+            for callback in self._callbacks:
+                close = getattr(callback, "close", None)
                 if callable(close):
                     stack.callback(close)
 
 
 class CSV:
-    """Writes the rounds' reports as lines of a CSV file, one column per figure.
+    """Writes the reports of rounds as lines of a CSV file, one column per metric.
 
     Args:
-        path: Where to write; an older file there is replaced at the first row.
+        path: The file; an older one there is replaced at the first row.
 
-    Lists become counts. What a client did is left to the `History`: it would be a column per client.
+    Lists become counts. The clients' own metrics are left out, as they would need columns for each
+    client: the `History` has them.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -86,23 +91,25 @@ class CSV:
         """Add a line, if the row is a round's report."""
         if row.get("kind") != "round":
             return
-        figures = {name: len(value) if isinstance(value, list) else value for name, value in row.items()}
-        figures |= {"dropped": len(row.get("dropped", {}))}
+        metrics = {name: _count(value) for name, value in row.items()}
+        metrics["dropped"] = len(row.get("dropped", {}))
         first = not self._columns
-        self._columns = self._columns or [name for name in figures if name not in ("kind", "clients")]
+        if first:
+            # The first round decides on the columns: a line that is written can't get more of them.
+            self._columns = [name for name in metrics if name not in ("kind", "clients")]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("w" if first else "a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
             if first:
                 writer.writeheader()
-            writer.writerow(figures)
+            writer.writerow(metrics)
 
 
 class TensorBoard:
-    """Writes the figures of rounds and commits as scalars that TensorBoard shows.
+    """Writes the metrics of rounds and commits as scalars that TensorBoard shows.
 
     Args:
-        folder: Where to write.
+        folder: The folder that TensorBoard reads.
 
     Raises:
         InputError: at the first row, if TensorBoard isn't installed.
@@ -113,7 +120,7 @@ class TensorBoard:
         self._writer: Any = None
 
     def on_row(self, row: Row) -> None:
-        """Add the row's figures: a round's at its number, a commit's at its version."""
+        """Add the row's metrics: a round's at its number, a commit's at its version."""
         if row.get("kind") not in ("round", "commit"):
             return
         if self._writer is None:
@@ -123,7 +130,7 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is left, and end the writer's thread."""
+        """Write what is buffered, and end the writer's thread."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -132,18 +139,29 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
-            raise InputError("this callback needs TensorBoard: pip install 'splitfed[tensorboard]'") from None
+            raise InputError(
+                "this callback needs TensorBoard: pip install 'splitfed[tensorboard]'"
+            ) from None
         return SummaryWriter(self._folder)
 
 
+def _count(value: Any) -> Any:
+    """The length of a list; anything else as it is."""
+    return len(value) if isinstance(value, list) else value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _scalars(row: Row) -> Iterator[tuple[str, float]]:
-    """The finite numbers of a row by their names; those of a round's clients too, and the lengths of its lists."""
+    """The numbers of a row by their names, the lengths of its lists, and its clients' metrics."""
     group = "round" if row["kind"] == "round" else f"commit/{row.get('lineage', 'body')}"
     for name, value in row.items():
-        number = len(value) if isinstance(value, list) else value
-        if name not in ("round", "version") and isinstance(number, int | float) and not isinstance(number, bool):
+        number = _count(value)
+        if name not in ("round", "version") and _is_number(number):
             yield f"{group}/{name}", number
-    for client, figures in row.get("clients", {}).items():
+    for client, metrics in row.get("clients", {}).items():
         for name in ("loss", "accuracy", "train_loss"):
-            if isinstance(figures.get(name), int | float):
-                yield f"client/{name}/{client}", figures[name]
+            if isinstance(metrics.get(name), int | float):
+                yield f"client/{name}/{client}", metrics[name]

@@ -1,10 +1,13 @@
-"""What happened in a run: rows (see `rows`) as JSON lines that outlive whoever wrote them.
+"""The history of a run: rows as JSON lines, which outlive the process that wrote them.
 
-In a store an append is no primitive, so each one is a create-once file under the next free number. A killed writer
-leaves whole rows, and two coordinators that race both get theirs in: the loser of a number takes the next. (A reply
-that was lost makes "taken" mean "mine": the bytes are compared.) With one commit per batch that would be a file for
-each batch, so rows of commits wait for the next row of another kind and are written together with it. Were they lost in
-a kill, the store still has its own record of every commit.
+A store has no append, so each append is a create-once file under the next free number. A killed
+writer leaves whole rows, and of two coordinators that race both get theirs in: the loser of a
+number takes the next one. The reply to a create may be lost, and "taken" then means "mine": the
+bytes are compared.
+
+With one commit per batch that would be a file for each batch. So rows of commits are held back
+until a row of another kind comes, and are written together with it. If a kill loses them, the store
+still has its own record of every commit.
 """
 
 from __future__ import annotations
@@ -22,24 +25,24 @@ from splitfed.store.store import GradientStore
 
 FILE = "history.jsonl"
 STORE = "store"
-"""Where a run's folder has its store, if it isn't one itself."""
-_MOST_HELD = 1000
+"""The name of the store in a run's folder, where the folder isn't a store itself."""
+_MOST_UNWRITTEN = 1000
 
 
 class History:
     """The rows of one run.
 
     Args:
-        where: A `GradientStore`, or the path of a local file, whose rows are continued if it has any; in memory if it
-            isn't given.
+        where: A `GradientStore`, or the path of a local file; rows that are there already are kept.
+            Without it the history is in memory only.
 
     Opening one does no I/O. It is a callback, so `callbacks=[History(store)]` records a run.
     """
 
     def __init__(self, where: GradientStore | str | os.PathLike[str] | None = None) -> None:
-        self._keeper = _keeper(where)
+        self._journal = _journal(where)
         self._rows: list[Row] | None = None
-        self._held: list[Row] = []
+        self._unwritten: list[Row] = []
 
     def __enter__(self) -> History:
         return self
@@ -49,30 +52,33 @@ class History:
 
     @classmethod
     def load(cls, where: GradientStore | str | os.PathLike[str]) -> History:
-        """The history that lies somewhere.
+        """The history of an earlier run.
 
         Args:
-            where: A store or its URL, a file of JSON lines, or a folder with a `store` or a `history.jsonl` in it.
+            where: A store or its URL, a file of JSON lines, or a folder with a `store` or a
+                `history.jsonl` in it.
 
         Raises:
             MissingError: there is none.
-            FormatError: what is there isn't one.
+            FormatError: the file there isn't a history.
         """
         found = cls(_locate(where))
         if not found.rows:
-            raise MissingError(f"{where} holds no history: expected a run's store, its folder or its {FILE}")
+            raise MissingError(
+                f"{where} holds no history: expected a run's store, its folder or its {FILE}"
+            )
         return found
 
     @property
     def rows(self) -> list[Row]:
         """All rows, oldest first; those that an earlier process wrote included."""
         if self._rows is None:
-            self._rows = list(self._keeper.read())
+            self._rows = list(self._journal.read())
         return self._rows
 
     @property
     def run(self) -> Row | None:
-        """The newest row of kind `run`: who took part, with which settings."""
+        """The newest row of kind `run`: the clients and the settings."""
         return next((row for row in reversed(self.rows) if row.get("kind") == "run"), None)
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -84,42 +90,49 @@ class History:
         """
         entry = plain(row)
         self.rows.append(entry)
-        self._held.append(entry)
-        if entry["kind"] != "commit" or len(self._held) >= _MOST_HELD:
+        self._unwritten.append(entry)
+        if entry["kind"] != "commit" or len(self._unwritten) >= _MOST_UNWRITTEN:
             self.close()
 
     def on_row(self, row: Row) -> None:
-        """Add a row: what makes this a callback."""
+        """Add a row: `append` under the name that callbacks have."""
         self.append(row)
 
     def close(self) -> None:
-        """Write the rows that wait; more may follow."""
-        if self._held:
-            self._keeper.write(self._held)
-            self._held = []
+        """Write the rows that were held back; more may follow."""
+        if self._unwritten:
+            self._journal.write(self._unwritten)
+            self._unwritten = []
 
     def rounds(self) -> list[Row]:
-        """The reports of the rounds by number; of a round that is on record twice, the last.
+        """The reports of the rounds by number; of a round that was reported twice, the last.
 
         Raises:
             FormatError: a row of kind `round` has no number.
         """
-        last: dict[Any, Row] = {row.get("round"): row for row in self.rows if row.get("kind") == "round"}
+        last: dict[Any, Row] = {row.get("round"): row for row in self._of_kind("round")}
         unknown = [number for number in last if type(number) is not int]
         if unknown:
-            raise FormatError(f"a row of kind 'round' has the round {unknown[0]!r}: expected its number, an integer")
+            raise FormatError(
+                f"a row of kind 'round' has the round {unknown[0]!r}: "
+                "expected its number, an integer"
+            )
         return [last[number] for number in sorted(last)]
 
     def commits(self, lineage: str | None = None) -> list[Row]:
         """The commits, of all lineages or of one."""
-        found = (row for row in self.rows if row.get("kind") == "commit")
+        found = self._of_kind("commit")
         return [row for row in found if lineage in (None, row.get("lineage"))]
+
+    def _of_kind(self, kind: str) -> list[Row]:
+        return [row for row in self.rows if row.get("kind") == kind]
 
     def to_pandas(self, kind: str = "round") -> Any:
         """A pandas DataFrame of one kind of rows.
 
         Args:
-            kind: `round`, `commit` or `run`: a line per row; `client`: a line per round and client in it.
+            kind: `round`, `commit` or `run` for a line per row; `client` for a line per round and
+                client in it.
 
         Raises:
             InputError: an unknown kind, or pandas isn't installed.
@@ -129,35 +142,40 @@ class History:
         except ImportError:
             raise InputError("to_pandas needs pandas: pip install 'splitfed[pandas]'") from None
         if kind == "client":
-            return pd.DataFrame(
-                {"round": row["round"], "client": client, **figures}
-                for row in self.rounds()
-                for client, figures in row.get("clients", {}).items()
-            )
+            return pd.DataFrame(self._client_lines())
         if kind not in ("round", "commit", "run"):
-            raise InputError(f"kind {kind!r} isn't known: expected 'round', 'commit', 'run' or 'client'")
-        return pd.DataFrame(self.rounds() if kind == "round" else [row for row in self.rows if row.get("kind") == kind])
+            raise InputError(
+                f"kind {kind!r} isn't known: expected 'round', 'commit', 'run' or 'client'"
+            )
+        return pd.DataFrame(self.rounds() if kind == "round" else self._of_kind(kind))
+
+    def _client_lines(self) -> list[Row]:
+        return [
+            {"round": row["round"], "client": client, **metrics}
+            for row in self.rounds()
+            for client, metrics in row.get("clients", {}).items()
+        ]
 
 
-class _Keeper(Protocol):
-    """Where rows are kept."""
+class _Journal(Protocol):
+    """The storage of rows."""
 
     def read(self) -> Iterable[Row]: ...
 
     def write(self, rows: list[Row]) -> None: ...
 
 
-class _Nowhere:
-    """Rows in memory only."""
+class _MemoryJournal:
+    """No storage: the history itself has the rows."""
 
     def read(self) -> list[Row]:
         return []
 
     def write(self, rows: list[Row]) -> None:
-        """Nothing to do: the history itself has them."""
+        """Nothing to do."""
 
 
-class _InStore:
+class _StoreJournal:
     """Rows as create-once files of a store."""
 
     def __init__(self, blobs: Blobs) -> None:
@@ -173,6 +191,7 @@ class _InStore:
         if self._next is None:
             self._next = max((layout.parse_history(key) for key in self._keys()), default=0) + 1
         while not self._blobs.create(layout.history(self._next), [data]):
+            # The number is taken: by another writer, or by us when the reply was lost.
             if bytes(self._blobs.get(layout.history(self._next)) or b"") == data:
                 break
             self._next += 1
@@ -182,47 +201,58 @@ class _InStore:
         return [key for key in self._blobs.list(layout.HISTORY) if layout.parse_history(key)]
 
 
-class _InFile:
-    """Rows as the lines of a local file. A line that a kill or a full disk left torn is no row, and is cut off."""
+class _FileJournal:
+    """Rows as the lines of a local file.
+
+    A line without its end was torn by a kill or a full disk: it is no row, and is cut off before
+    the next one is written.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._mended = False
+        self._torn_line_cut = False
 
     def read(self) -> Iterable[Row]:
-        return from_lines(self._whole(), str(self._path))
+        return from_lines(self._whole_lines(), str(self._path))
 
     def write(self, rows: list[Row]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._mended and self._path.exists():
-            os.truncate(self._path, len(self._whole()))
-        self._mended = True
+        # Once only: the whole file is read for it, and the lines of this process have their ends.
+        if not self._torn_line_cut and self._path.exists():
+            os.truncate(self._path, len(self._whole_lines()))
+        self._torn_line_cut = True
         with self._path.open("ab") as file:
             file.write(to_lines(rows))
 
-    def _whole(self) -> bytes:
-        """The lines that were written to their end."""
+    def _whole_lines(self) -> bytes:
         try:
             data = self._path.read_bytes()
         except FileNotFoundError:
             return b""
-        whole, tail = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
-        if tail and not tail.startswith(b"{"):
-            raise FormatError(f"{self._path} ends in what isn't a row of a history: expected JSON lines of a run")
-        return whole
+        end = data.rfind(b"\n") + 1
+        torn = data[end:]
+        # A user's file of another kind must not be cut: a torn row is the start of a JSON object.
+        if torn and not torn.startswith(b"{"):
+            raise FormatError(
+                f"{self._path} ends in what isn't a row of a history: expected JSON lines of a run"
+            )
+        return data[:end]
 
 
-def _keeper(where: GradientStore | str | os.PathLike[str] | None) -> _Keeper:
+def _journal(where: GradientStore | str | os.PathLike[str] | None) -> _Journal:
     if where is None:
-        return _Nowhere()
+        return _MemoryJournal()
     if isinstance(where, GradientStore):
-        return _InStore(where.blobs)
+        return _StoreJournal(where.blobs)
     if "://" in os.fspath(where):
-        raise InputError(f"{where} is a URL: expected a GradientStore over it, or the path of a local file")
-    return _InFile(Path(where))
+        raise InputError(
+            f"{where} is a URL: expected a GradientStore over it, or the path of a local file"
+        )
+    return _FileJournal(Path(where))
 
 
 def _locate(where: GradientStore | str | os.PathLike[str]) -> GradientStore | Path:
+    """The store or the file in which the history of a run is."""
     if isinstance(where, GradientStore):
         return where
     if "://" in os.fspath(where):

@@ -1,13 +1,13 @@
-"""One look for every picture that matplotlib draws: of a deal, of a run, of the study.
+"""One look for every picture that matplotlib draws: of a partition, of a run, of a study.
 
-Figures are made without pyplot, so neither matplotlib's global state nor the user's display is touched. matplotlib is
-imported when something is drawn: training needs none of it.
+Figures are made without pyplot, so neither matplotlib's global state nor the user's display is
+touched. matplotlib is imported when something is drawn: training needs none of it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from splitfed.errors import InputError
@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT, GRID = "#1f2933", "#6b7785", "#e4e8ec"
+INK = "#1f2933"
+FAINT = "#6b7785"
+GRID = "#e4e8ec"
 # Ten hues that differ in lightness too, so that neighbours stay apart in grey and for most eyes.
 PALETTE = (
     "#1864ab", "#e8590c", "#2b8a3e", "#f2b705", "#7048a8",
     "#66b2e8", "#c2255c", "#8fce6b", "#8a5a2b", "#6b7785",
 )  # fmt: skip
 _MOST_NAMES = 30
+_MOST_LEVEL_LETTERS = 60
 
 
 def figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -48,14 +51,16 @@ def figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[
     return made, list(made.subplots(1, columns, squeeze=False)[0])
 
 
-def style(axes: Axes, *, title: str | None = None, x: str | None = None, y: str | None = None) -> None:
+def style(
+    axes: Axes, *, title: str | None = None, x: str | None = None, y: str | None = None
+) -> None:
     """Give axes the common look: horizontal grid lines, no frame, a title at the left.
 
     Args:
-        axes: What to style.
-        title: What stands above them.
-        x: What the horizontal axis is.
-        y: What the vertical axis is.
+        axes: The axes to style.
+        title: The title above them.
+        x: The label of the horizontal axis.
+        y: The label of the vertical axis.
     """
     axes.set_title(title or "", loc="left", color=INK, fontsize=11)
     axes.set_xlabel(x or "", color=FAINT)
@@ -68,14 +73,17 @@ def style(axes: Axes, *, title: str | None = None, x: str | None = None, y: str 
 
 
 def class_bars(
-    clients: Mapping[str, Mapping[str, int]], where: str | os.PathLike[str] | Axes, *, title: str | None = None
+    clients: Mapping[str, Mapping[str, int]],
+    where: str | os.PathLike[str] | Axes,
+    *,
+    title: str | None = None,
 ) -> None:
-    """Draw how many examples of each class each client has, as stacked bars.
+    """Draw the number of examples of each class at each client, as stacked bars.
 
     Args:
-        clients: For each client, how many examples it has of each class.
+        clients: For each client, the number of its examples of each class.
         where: The picture's path, or the axes to draw on.
-        title: What stands above it.
+        title: The title above it.
 
     Raises:
         InputError: matplotlib isn't installed, or the path can't be a picture's.
@@ -89,10 +97,10 @@ def class_bars(
 
 
 def save(made: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure as the kind of picture that the path's ending says.
+    """Write a figure; the path's ending says in which format.
 
     Raises:
-        InputError: there is no such kind, or the path can't be written.
+        InputError: there is no such format, or the path can't be written.
     """
     try:
         made.savefig(os.fspath(path))
@@ -101,7 +109,7 @@ def save(made: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def class_order(label: str) -> tuple[int, float, str]:
-    """Sorts classes by number where they are numbers, by name otherwise."""
+    """A sorting key for classes: by number where they are numbers, by name otherwise."""
     try:
         return (0, float(label), "")
     except ValueError:
@@ -109,26 +117,50 @@ def class_order(label: str) -> tuple[int, float, str]:
 
 
 def _draw_bars(axes: Axes, clients: Mapping[str, Mapping[str, int]], title: str | None) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    names = list(clients)
-    bottoms = [0] * len(names)
-    gap: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.6} if len(names) <= _MOST_NAMES else {}
-    for number, label in enumerate(sorted({label for held in clients.values() for label in held}, key=class_order)):
-        heights = [clients[name].get(label, 0) for name in names]
+    many = len(clients) > _MOST_NAMES
+    # Of many bars the gaps between them would be wider than the bars: they touch.
+    look: dict[str, Any] = {"width": 1.0}
+    if not many:
+        look = {"width": 0.8, "edgecolor": "white", "linewidth": 0.6}
+    bottoms = [0] * len(clients)
+    labels = {label for held in clients.values() for label in held}
+    for number, label in enumerate(sorted(labels, key=class_order)):
+        heights = [held.get(label, 0) for held in clients.values()]
         colour = PALETTE[number % len(PALETTE)]
-        width = 0.8 if gap else 1.0
-        axes.bar(range(len(names)), heights, width, bottom=bottoms, color=colour, label=label, **gap)
+        places = range(len(clients))
+        axes.bar(places, heights, bottom=bottoms, color=colour, label=label, **look)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     style(axes, title=title or "Examples of each class at each client", x="client", y="examples")
-    if len(names) <= _MOST_NAMES:
-        crowded = sum(map(len, names)) > 60
-        axes.set_xticks(range(len(names)), names, rotation=60 if crowded else 0, ha="right" if crowded else "center")
-    else:
+    _name_bars(axes, list(clients), many)
+    _class_legend(axes)
+
+
+def _name_bars(axes: Axes, names: Sequence[str], many: bool) -> None:
+    """Below each bar its client; below many bars only their numbers, as an axis has them."""
+    from matplotlib.ticker import MaxNLocator
+
+    places = range(len(names))
+    if many:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    elif sum(map(len, names)) > _MOST_LEVEL_LETTERS:
+        axes.set_xticks(places, names, rotation=60, ha="right")
+    else:
+        axes.set_xticks(places, names, rotation=0, ha="center")
     axes.set_xlim(-0.6, len(names) - 0.4)
+
+
+def _class_legend(axes: Axes) -> None:
+    """The classes at the right, from the top down as the bars are stacked."""
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(  # top down as the bars are stacked
-        handles[::-1], labels[::-1], title="class", frameon=False, labelcolor=INK, loc="center left",
-        bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=9, handlelength=1.0,
-    )  # fmt: skip
+    axes.legend(
+        handles[::-1],
+        labels[::-1],
+        title="class",
+        frameon=False,
+        labelcolor=INK,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        fontsize=8,
+        title_fontsize=9,
+        handlelength=1.0,
+    )

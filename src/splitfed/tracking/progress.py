@@ -1,7 +1,7 @@
-"""A progress bar over the rounds of a run; silent where nobody looks.
+"""A progress bar over the rounds of a run.
 
-Off a terminal a bar is only noise in a log, so unless it is told otherwise it shows where standard error is one. It
-draws when the first row comes, not when it is made.
+Off a terminal a bar is only noise in a log, so by default it shows where standard error is a
+terminal. It is drawn when the first row comes, not when it is made.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from splitfed.store.rows import Row
 
 
 class Progress:
-    """A callback that draws a bar: one tick per round, with the newest figures behind it.
+    """A callback that draws a bar: one tick per round, with the newest metrics behind it.
 
     Args:
-        show: `False` for never, `True` for always, `None` where standard error is a terminal and tqdm is installed.
-        total: How many rounds there will be; what the run row's settings say, if it isn't given.
-        label: What stands in front of it.
+        show: `False` for never, `True` for always, `None` where standard error is a terminal and
+            tqdm is installed.
+        total: The number of rounds; that of the run row's settings, if it isn't given.
+        label: The text before the bar.
     """
 
-    def __init__(self, show: bool | None = None, *, total: int | None = None, label: str = "rounds") -> None:
+    def __init__(
+        self, show: bool | None = None, *, total: int | None = None, label: str = "rounds"
+    ) -> None:
         self._show = show
         self._total = total
         self._label = label
@@ -35,18 +38,20 @@ class Progress:
         Raises:
             InputError: the bar was asked for, and tqdm isn't installed.
         """
-        if row.get("kind") == "run":
-            self._total = self._total or row.get("settings", {}).get("rounds")
-        if self._bar is None and self._show is not False:
+        kind = row.get("kind")
+        if kind == "run" and not self._total:
+            self._total = row.get("settings", {}).get("rounds")
+        if self._bar is None:
             self._bar = self._open()
         if self._bar is None:
             return
-        if row.get("kind") == "commit":
+        if kind == "commit":
             self._commits += 1
             self._bar.set_postfix_str(f"{self._commits} commits")
-        elif row.get("kind") == "round":
-            figures = {name: row[name] for name in ("loss", "accuracy") if isinstance(row.get(name), float)}
-            self._bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()}, refresh=False)
+        elif kind == "round":
+            metrics = [(name, row.get(name)) for name in ("loss", "accuracy")]
+            known = {name: f"{value:.4f}" for name, value in metrics if isinstance(value, float)}
+            self._bar.set_postfix(known, refresh=False)
             self._bar.update()
 
     def write(self, line: str) -> None:
@@ -57,19 +62,24 @@ class Progress:
             self._bar.write(line)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar; later rows don't draw it again."""
         if self._bar is not None:
             self._bar.close()
-            self._bar, self._show = None, False
+            self._bar = None
+            self._show = False
 
     def _open(self) -> Any:
-        if self._show is None and not sys.stderr.isatty():
+        """The bar of tqdm, or `None` where none is shown."""
+        wanted = sys.stderr.isatty() if self._show is None else self._show
+        if not wanted:
             return None
         try:
             from tqdm import tqdm
         except ImportError:
             if self._show:
-                raise InputError("a progress bar needs tqdm: pip install 'splitfed[progress]'") from None
+                raise InputError(
+                    "a progress bar needs tqdm: pip install 'splitfed[progress]'"
+                ) from None
             return None
         # Rounds are rare: each is shown, however soon it comes.
         return tqdm(total=self._total, desc=self._label, unit="round", leave=False, mininterval=0)

@@ -1,208 +1,479 @@
-"""The cards of the page: what the run learned, who took part, when updates came, what crossed, what was lost.
+"""The cards of the page: what was learned, who took part, updates, traffic, discarded gradients.
 
-A card says what isn't known instead of showing an empty chart.
+A card says what isn't known instead of showing an empty chart. What is shown by client is plain
+HTML, which fits any width: a grid of clients by rounds, and bars.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from splitfed._version import __version__
-from splitfed.tracking.report import columns, people, reading
-from splitfed.tracking.report.axes import moments, ticks
-from splitfed.tracking.report.charts import MOST_LINES, Axis, curves
-from splitfed.tracking.report.markup import percent, plain, plural, size, span, tag, text
+from splitfed.store.rows import Row
+from splitfed.tracking.plots import class_order
+from splitfed.tracking.report import reading
+from splitfed.tracking.report.charts import (
+    MOST_LINES,
+    STALENESS,
+    Axis,
+    Curve,
+    Dot,
+    Format,
+    curves,
+    moments,
+    stacked,
+    staleness_class,
+    ticks,
+    timeline,
+)
+from splitfed.tracking.report.markup import (
+    card,
+    details,
+    empty,
+    good,
+    legend,
+    note,
+    percent,
+    plain,
+    plural,
+    scrollable,
+    size,
+    span,
+    table,
+    tag,
+    text,
+)
 from splitfed.tracking.report.reading import STATES, Run
+
+MOST_CLIENTS = 40
+MOST_ROUNDS = 100
+_MOST_DROPPED = 200
+_MOST_CLASS_NAMES = 20
+# The page's CSS has colours c0 to c9; further classes use them again.
+_CLASS_COLOURS = 10
 
 _AXES = {
     "round": Axis("round", plain, functools.partial(ticks, most=6, whole=True)),
     "time": Axis("time since the start", span, moments),
     "bytes": Axis("bytes so far", size, functools.partial(ticks, most=6)),
 }
-_SWITCH = {"round": "rounds", "time": "time", "bytes": "bytes"}
+_AXIS_BUTTONS = {"round": "rounds", "time": "time", "bytes": "bytes"}
+_STATE_COLOURS = {"took part": "p", "late": "l", "missing": "m", "dropped": "d", "sampled": "s"}
 _REASONS = {
     "stale": "too old by the policy",
     "rejected": "not finite, or unreadable",
     "skipped": "given up by their client",
 }
+_ROUND_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "round": plain,
+    "status": str,
+    "accuracy": percent,
+    "loss": plain,
+    "train_loss": plain,
+    "participants": plain,
+    "version": plain,
+    "commits": plain,
+    "batches": plain,
+    "gradients_folded": plain,
+    "gradients_waiting": plain,
+    "gradients_stale": plain,
+    "gradients_rejected": plain,
+    "bytes_up": size,
+    "bytes_down": size,
+    "time": span,
+}
+
+
+# -------------------------------------------------------------------------------------- learning
 
 
 def learning(run: Run) -> str:
-    """Accuracy and loss, over rounds, time and bytes: three drawings each, of which one is shown."""
-    axes = reading.at_rounds(run) if run.rounds else {}
-    switch = [
-        tag(
-            "label",
-            f'<input type="radio" name="axis" value="{name}"{" checked" if name == "round" else ""}>',
-            _SWITCH[name],
-        )
-        for name in axes
-    ]
-    accuracy, loss = [], []
-    drawn_clients = 0
-    for name, where in axes.items():
-        lines = reading.series(run, where, {"accuracy": "accuracy"}, ("accuracy", "train_accuracy"))
-        if lines:
-            drawing = curves("Accuracy by round", lines, _AXES[name], percent, ceiling=1.0)
-            accuracy.append(tag("div", drawing, class_=f"over-{name}"))
-        both = reading.series(run, where, {"loss": "test loss", "train_loss": "training loss"}, ("loss", "train_loss"))
-        drawn_clients = max(drawn_clients, sum(line.client for line in [*lines, *both]))
-        if both:
-            loss.append(tag("div", curves("Loss by round", both, _AXES[name], plain), class_=f"over-{name}"))
-    many = drawn_clients > MOST_LINES
-    entries = [("k-main", "overall"), ("k-dashed", "in training")]
-    if drawn_clients:
-        own = any(
-            {"accuracy", "loss"} & set(figures) for row in run.rounds for figures in row.get("clients", {}).values()
-        )
-        who = "range of the clients" if many else "each client"
-        entries.append(("k-band" if many else "k-client", who if own else f"{who}, in training"))
-    key = people.legend(entries)
-    cards = [
-        _card("Accuracy", "".join(accuracy) or _empty("No accuracy is on record: the run wasn't evaluated.")),
-        _card("Loss", "".join(loss) or _empty("No loss is on record.")),
-    ]
-    bar = tag(
+    """Accuracy and loss over rounds, time and bytes: three drawings each, of which one is shown."""
+    accuracies: dict[str, list[Curve]] = {}
+    losses: dict[str, list[Curve]] = {}
+    for axis, places in reading.at_rounds(run).items():
+        shown = {"accuracy": "accuracy"}
+        accuracies[axis] = reading.series(run, places, shown, ("accuracy", "train_accuracy"))
+        shown = {"loss": "test loss", "train_loss": "training loss"}
+        losses[axis] = reading.series(run, places, shown, ("loss", "train_loss"))
+    accuracy = _over_axes("Accuracy by round", accuracies, percent, ceiling=1.0)
+    loss = _over_axes("Loss by round", losses, plain)
+    legend_and_switch = tag(
         "div",
-        key,
-        tag("div", tag("span", "over"), *switch, class_="switch") if len(switch) > 1 else "",
+        _learning_legend(run, accuracies, losses),
+        _axis_switch(accuracies),
         class_="bar-top",
     )
-    return tag("div", bar, *cards, class_="cards learning")
+    return tag(
+        "div",
+        legend_and_switch,
+        card("Accuracy", accuracy or empty("No accuracy is on record: the run wasn't evaluated.")),
+        card("Loss", loss or empty("No loss is on record.")),
+        class_="cards learning",
+    )
 
 
-def who(run: Run) -> str:
+def _over_axes(
+    label: str,
+    lines: Mapping[str, Sequence[Curve]],
+    y_format: Format,
+    *,
+    ceiling: float | None = None,
+) -> str:
+    """A drawing over each axis; the CSS shows that of the axis which is switched on."""
+    drawings = []
+    for axis, shown in lines.items():
+        if shown:
+            drawing = curves(label, shown, _AXES[axis], y_format, ceiling=ceiling)
+            drawings.append(tag("div", drawing, class_=f"over-{axis}"))
+    return "".join(drawings)
+
+
+def _axis_switch(axes: Iterable[str]) -> str:
+    """Radio buttons for the axis: with CSS alone, so that they work without scripts too."""
+    buttons = []
+    for name in axes:
+        checked = " checked" if name == "round" else ""
+        # Not by `tag`: an input has no end tag, and `checked` no value.
+        button = f'<input type="radio" name="axis" value="{name}"{checked}>'
+        buttons.append(tag("label", button, _AXIS_BUTTONS[name]))
+    if len(buttons) < 2:
+        return ""
+    return tag("div", tag("span", "over"), *buttons, class_="switch")
+
+
+def _learning_legend(
+    run: Run, accuracies: Mapping[str, Sequence[Curve]], losses: Mapping[str, Sequence[Curve]]
+) -> str:
+    entries = [("k-main", "overall"), ("k-dashed", "in training")]
+    # All axes show the same lines, and every run with rounds has this axis.
+    drawn = [*accuracies.get("round", ()), *losses.get("round", ())]
+    num_clients = sum(line.client for line in drawn)
+    # Clients that don't evaluate are drawn with the metrics of their training.
+    source = "" if reading.has_client_evaluations(run) else ", in training"
+    if num_clients > MOST_LINES:
+        entries.append(("k-band", f"range of the clients{source}"))
+    elif num_clients:
+        entries.append(("k-client", f"each client{source}"))
+    return legend(entries)
+
+
+# ---------------------------------------------------------------------------------- participants
+
+
+def participants(run: Run) -> str:
     """How many clients took part in each round, and which."""
     if not run.rounds:
         return ""
-    key = people.legend([("p", "took part"), ("l", "late"), ("m", "missing"), ("d", "dropped"), ("n", "not sampled")])
-    kinds = {kind.replace(" ", "-"): kind for kind in STATES}
-    made = [(str(row["round"]), dict(zip(kinds, reading.tally(row), strict=True))) for row in run.rounds]
-    if not any(any(held.values()) for _, held in made):
-        return tag("div", _card("Participants", _empty("The rounds don't say who took part.")), class_="cards")
-    chart = columns.stacked("Clients by round", made[-people.MOST_ROUNDS :], kinds, "round")
-    return tag(
-        "div",
-        _card("Participants", key + chart, "How many clients took part in each round."),
-        _card("Who took part", people.participation(run), "A row for each client, a square for each round."),
-        class_="cards",
+    kinds = {state.replace(" ", "-"): state for state in STATES}
+    by_round = [
+        (str(row["round"]), dict(zip(kinds, reading.tally(row), strict=True))) for row in run.rounds
+    ]
+    if not any(any(counts.values()) for _, counts in by_round):
+        return _cards(card("Participants", empty("The rounds don't say who took part.")))
+    key = legend(
+        [
+            ("p", "took part"),
+            ("l", "late"),
+            ("m", "missing"),
+            ("d", "dropped"),
+            ("n", "not sampled"),
+        ]
     )
-
-
-def when(run: Run) -> str:
-    """When commits came, how long their batches had waited, and how stale they were."""
-    dots, ages = reading.dots(run), reading.ages(run)
-    if not dots:
-        return tag("div", _card("Updates", _empty("No commits are on record."), wide=True), class_="cards")
-    known = all(dot.delay is not None for dot in dots)
-    how = "Height: how long its batches had waited" if known else "Height: how many batches it folded"
-    key = people.legend([(f"s{n}", name) for n, name in enumerate(columns.STALENESS)])
-    if any(dot.lineage == "client" for dot in dots):
-        key += people.legend([("k-circle", "body"), ("k-diamond", "client halves")])
-    ends = [row["time"] for row in run.rounds if reading.value(row, "time") is not None]
-    drawn = columns.timeline("Commits over time", dots, ends)
-    hist = [(age, {"s" + str(_shade(age)): float(count)}) for age, count in ages.items()]
-    shades = {f"s{number}": "gradients" for number in range(len(columns.STALENESS))}
-    old = columns.stacked("Gradients by staleness", hist, shades, "staleness in commits")
-    folded = sum(ages.values())
-    fresh = f"{100 * ages.get('0', 0) / folded:.3g} % of {folded:,} were fresh." if folded else ""
-    return tag(
-        "div",
-        _card("Updates over time", key + drawn, f"A mark is a commit. {how}; colour: their staleness, in commits."),
-        _card(
-            "Staleness",
-            old if ages else _empty("Not known."),
-            f"How many commits a gradient of the body was behind. {fresh}",
+    chart = stacked("Clients by round", by_round[-MOST_ROUNDS:], kinds, "round")
+    return _cards(
+        card("Participants", key + chart, "How many clients took part in each round."),
+        card(
+            "Who took part",
+            participation(run),
+            "A row for each client, a square for each round.",
         ),
-        class_="cards",
     )
 
 
-def _shade(age: str) -> int:
-    first = int(age.partition("–")[0])
-    return (first > 0) + (first > 2) + (first > 5)
+def participation(run: Run) -> str:
+    """A row for each client, a cell for each round: its state there, or empty if not sampled.
+
+    Of many clients those are shown with which something was wrong, then those that took part most.
+    """
+    rounds = run.rounds[-MOST_ROUNDS:]
+    by_round = [reading.states(row) for row in rounds]
+    by_client = {client: [states.get(client) for states in by_round] for client in run.clients}
+    # Python's sort is stable: of equal clients the first ones are shown.
+    ranked = sorted(by_client, key=lambda client: _urgency(by_client[client]), reverse=True)
+    shown = set(ranked[:MOST_CLIENTS])
+    lines = [
+        _participation_row(client, rounds, states)
+        for client, states in by_client.items()
+        if client in shown
+    ]
+    notes = []
+    if len(shown) < len(by_client):
+        notes.append(
+            f"{len(shown)} of {len(by_client):,} clients: "
+            "first those with which something was wrong"
+        )
+    if len(rounds) < len(run.rounds):
+        notes.append(f"the last {MOST_ROUNDS} of {len(run.rounds):,} rounds")
+    head = tag("thead", tag("tr", tag("th", "round"), *_round_numbers(rounds)))
+    grid = tag("table", head, tag("tbody", *lines), class_="grid")
+    return scrollable(grid) + note("; ".join(notes))
 
 
-def what(run: Run) -> str:
+def _urgency(states: Sequence[str | None]) -> tuple[int, int]:
+    """In how many rounds something was wrong with a client, and in how many it took part."""
+    wrong = sum(state in ("dropped", "late", "missing") for state in states)
+    return wrong, states.count("took part")
+
+
+def _round_numbers(rounds: Sequence[Row]) -> list[str]:
+    """The heads of the columns: at most twenty have a number, as more would touch each other."""
+    every = math.ceil(len(rounds) / 20)
+    numbers = [str(row["round"]) for row in rounds]
+    return [
+        tag("th", text(number) if place % every == 0 else "")
+        for place, number in enumerate(numbers)
+    ]
+
+
+def _participation_row(client: str, rounds: Sequence[Row], states: Sequence[str | None]) -> str:
+    name = tag("th", text(client), scope="row", data_client=client)
+    cells = [_cell(client, row, state) for row, state in zip(rounds, states, strict=True)]
+    return tag("tr", name, *cells, data_client=client)
+
+
+def _cell(client: str, row: Row, state: str | None) -> str:
+    if state is None:
+        return "<td></td>"
+    tip = [f"{client}, round {row['round']}", state]
+    batches = row.get("clients", {}).get(client, {}).get("batches")
+    if batches is not None:
+        tip.append(plural(batches, "batch", "batches"))
+    dropped = row.get("dropped", {})
+    if client in dropped:
+        tip.append(str(dropped[client]))
+    return tag("td", tag("i", class_=_STATE_COLOURS[state]), data_tip="\n".join(tip))
+
+
+# --------------------------------------------------------------------------------------- updates
+
+
+def updates(run: Run) -> str:
+    """When commits came, how long their batches were pending, and how stale they were."""
+    dots = reading.dots(run)
+    if not dots:
+        return _cards(card("Updates", empty("No commits are on record."), wide=True))
+    return _cards(_timeline_card(run, dots), _staleness_card(run))
+
+
+def _timeline_card(run: Run, dots: Sequence[Dot]) -> str:
+    height = "how long its batches had waited"
+    if any(dot.delay is None for dot in dots):
+        height = "how many batches it folded"
+    key = legend([(f"s{number}", name) for number, name in enumerate(STALENESS)])
+    if any(dot.lineage == "client" for dot in dots):
+        key += legend([("k-circle", "body"), ("k-diamond", "client halves")])
+    ends = [row["time"] for row in run.rounds if reading.value(row, "time") is not None]
+    return card(
+        "Updates over time",
+        key + timeline("Commits over time", dots, ends),
+        f"A mark is a commit. Height: {height}; colour: their staleness, in commits.",
+    )
+
+
+def _staleness_card(run: Run) -> str:
+    ages = reading.ages(run)
+    folded = sum(ages.values())
+    about = "How many commits a gradient of the body was behind. "
+    if folded:
+        fresh = 100 * ages.get("0", 0) / folded
+        about += f"{fresh:.3g} % of {folded:,} were fresh."
+    if not ages:
+        return card("Staleness", empty("Not known."), about)
+    # A class of ages such as 10–19 has the colour of its youngest.
+    columns = [
+        (age, {staleness_class(int(age.partition("–")[0])): count}) for age, count in ages.items()
+    ]
+    kinds = {f"s{number}": "gradients" for number in range(len(STALENESS))}
+    chart = stacked("Gradients by staleness", columns, kinds, "staleness in commits")
+    return card("Staleness", chart, about)
+
+
+# ------------------------------------------------------------------------------ traffic and data
+
+
+def by_client(run: Run) -> str:
     """Bytes and classes by client."""
     traffic = reading.traffic(run)
+    bytes_ = empty("The bytes weren't counted.")
+    if traffic:
+        key = legend([("up", "from the client"), ("down", "to the client")])
+        bytes_ = key + traffic_bars(traffic)
     held = {name: known["classes"] for name, known in run.clients.items() if known.get("classes")}
-    key = people.legend([("up", "from the client"), ("down", "to the client")])
-    bars = key + people.traffic_bars(traffic) if traffic else _empty("The bytes weren't counted.")
-    classes = people.class_bars(held) if held else _empty("Clients keep their classes to themselves.")
+    classes = class_bars(held) if held else empty("Clients keep their classes to themselves.")
+    return _cards(
+        card(
+            "Bytes by client",
+            bytes_,
+            "Tensors that crossed the cut, and halves that were exchanged.",
+        ),
+        card("Examples by client and class", classes),
+    )
+
+
+def traffic_bars(traffic: Mapping[str, tuple[float, float]]) -> str:
+    """Bytes of each client, up and down; of many clients those with the most bytes are shown."""
+    sizes = {client: sum(pair) for client, pair in traffic.items()}
+    shown = _largest(sizes)
+    longest = max((sizes[client] for client in shown), default=0) or 1
+    lines = []
+    for client in shown:
+        up, down = traffic[client]
+        parts = [("up", 100 * up / longest), ("down", 100 * down / longest)]
+        tip = f"{client}\nup {size(up)}\ndown {size(down)}"
+        lines.append(_bar(client, parts, size(sizes[client]), tip))
+    bars = tag("div", *lines, class_="bars")
+    num_others = len(sizes) - len(shown)
+    if not num_others:
+        return bars
+    others = sum(sizes[client] for client in sizes if client not in shown)
+    return bars + note(f"and {plural(num_others, 'client')} more with {size(others)}")
+
+
+def class_bars(clients: Mapping[str, Mapping[str, int]]) -> str:
+    """Examples of each class at each client; of many clients those with most are shown."""
+    sizes = {client: sum(held.values()) for client, held in clients.items()}
+    shown = _largest(sizes)
+    longest = max((sizes[client] for client in shown), default=0) or 1
+    labels = sorted({label for held in clients.values() for label in held}, key=class_order)
+    lines = []
+    for client in shown:
+        parts = []
+        tip = [client]
+        for number, label in enumerate(labels):
+            count = clients[client].get(label, 0)
+            if count:
+                parts.append((_class_colour(number), 100 * count / longest))
+                tip.append(f"class {label}: {plain(count)}")
+        lines.append(_bar(client, parts, plain(sizes[client]), "\n".join(tip)))
+    num_others = len(sizes) - len(shown)
+    others = f"and {plural(num_others, 'client')} more" if num_others else ""
+    return _class_legend(labels) + tag("div", *lines, class_="bars") + note(others)
+
+
+def _class_legend(labels: Sequence[str]) -> str:
+    named = labels[:_MOST_CLASS_NAMES]
+    num_others = len(labels) - len(named)
+    more = f"and {num_others} classes more" if num_others else ""
+    return legend([(_class_colour(number), label) for number, label in enumerate(named)], more)
+
+
+def _class_colour(number: int) -> str:
+    return f"c{number % _CLASS_COLOURS}"
+
+
+def _largest(sizes: Mapping[str, float]) -> list[str]:
+    """The clients with most, in their own order."""
+    largest = set(sorted(sizes, key=lambda client: -sizes[client])[:MOST_CLIENTS])
+    return [client for client in sizes if client in largest]
+
+
+def _bar(client: str, parts: Sequence[tuple[str, float]], total: str, tip: str) -> str:
+    """A line of a client: its name, a bar of parts by their CSS class and per cent, its total."""
+    track = [f'<i class="{kind}" style="width:{width:.2f}%"></i>' for kind, width in parts]
     return tag(
         "div",
-        _card("Bytes by client", bars, "Tensors that crossed the cut, and halves that were exchanged."),
-        _card("Examples by client and class", classes),
-        class_="cards",
+        tag("span", text(client), class_="name"),
+        tag("span", *track, class_="track"),
+        tag("span", text(total), class_="figure"),
+        data_client=client,
+        data_tip=tip,
     )
 
 
-def lost(run: Run) -> str:
-    """What wasn't folded, and why."""
+# ------------------------------------------------------------------------------------- discarded
+
+
+def discarded(run: Run) -> str:
+    """Gradients and updates that weren't folded, and why."""
     if not run.rounds:
         return ""
-    by_round = [(str(row["round"]), {k: float(n) for k, n in reading.lost(row).items()}) for row in run.rounds]
-    sums = {kind: sum(int(held[kind]) for _, held in by_round) for kind in _REASONS}
-    left = reading.value(run.rounds[-1], "gradients_waiting")
-    waiting = f" {plural(int(left), 'gradient')} waited at the end." if left else ""
-    dropped = [(row["round"], name, why) for row in run.rounds for name, why in row.get("dropped", {}).items()]
+    by_round = [(str(row["round"]), reading.discarded(row)) for row in run.rounds]
+    sums = {reason: sum(counts[reason] for _, counts in by_round) for reason in _REASONS}
+    dropped = reading.dropped(run)
+    pending = _pending(run)
     if not any(sums.values()) and not dropped:
-        folded = reading.total(run, "gradients_folded")
-        words = f"✓ Nothing was discarded: {plural(folded, 'gradient')} came and all were folded.{waiting}"
-        return tag("div", _card("Discarded", tag("p", text(words), class_="good"), wide=True), class_="cards")
-    chart = columns.stacked("Discarded gradients by round", by_round, {kind: kind for kind in _REASONS}, "round")
-    key = people.legend([(kind, f"{kind}: {sums[kind]:,} ({why})") for kind, why in _REASONS.items()])
-    table = (
-        _table(["round", "client", "why"], dropped[-200:], "table words")
-        if dropped
-        else _empty("No client's update was dropped.")
-    )
-    shown = key + chart if any(sums.values()) else tag("p", "✓ No gradient was discarded.", class_="good")
-    return tag(
-        "div", _card("Discarded gradients", shown + _note(waiting)), _card("Dropped updates", table), class_="cards"
+        folded = plural(reading.total(run, "gradients_folded"), "gradient")
+        words = f"✓ Nothing was discarded: {folded} came and all were folded. {pending}".strip()
+        return _cards(card("Discarded", good(words), wide=True))
+    shown = good("✓ No gradient was discarded.")
+    if any(sums.values()):
+        key = [(name, f"{name}: {sums[name]:,} ({why})") for name, why in _REASONS.items()]
+        kinds = {name: name for name in _REASONS}
+        shown = legend(key) + stacked("Discarded gradients by round", by_round, kinds, "round")
+    return _cards(
+        card("Discarded gradients", shown + note(pending)),
+        card("Dropped updates", _dropped_table(dropped)),
     )
 
 
-def _note(words: str) -> str:
-    return tag("p", text(words.strip()), class_="note") if words else ""
+def _pending(run: Run) -> str:
+    """A sentence on the gradients that were still pending after the last round, if any were."""
+    pending = reading.value(run.last_round, "gradients_waiting")
+    if not pending:
+        return ""
+    return f"{plural(int(pending), 'gradient')} waited at the end."
+
+
+def _dropped_table(dropped: Sequence[tuple[object, ...]]) -> str:
+    if not dropped:
+        return empty("No client's update was dropped.")
+    return table(["round", "client", "why"], dropped[-_MOST_DROPPED:], "table words")
+
+
+# ---------------------------------------------------------------------------------------- tables
 
 
 def tables(run: Run) -> str:
-    """All figures of all rounds, and the settings."""
-    figures = {
-        "round": plain, "status": str, "accuracy": percent, "loss": plain, "train_loss": plain, "participants": plain,
-        "version": plain, "commits": plain, "batches": plain, "gradients_folded": plain, "gradients_waiting": plain,
-        "gradients_stale": plain, "gradients_rejected": plain, "bytes_up": size, "bytes_down": size, "time": span,
-    }  # fmt: skip
-    rows = [{key: len(v) if isinstance(v, list) else v for key, v in row.items()} for row in run.rounds]
-    heads = [name for name in figures if any(row.get(name) is not None for row in rows)]
-    cells = [
-        ["" if row.get(name) is None else figures[name](row[name]) for name in heads]  # type: ignore[operator]
-        for row in rows
-    ]
-    rounds = tag("details", tag("summary", "All rounds"), _table([head.replace("_", " ") for head in heads], cells))
-    settings = sorted(run.about.get("settings", {}).items())
-    told = (
-        tag("details", tag("summary", "Settings"), _table(["setting", "value"], settings, "table words"))
-        if settings
-        else ""
+    """All metrics of all rounds, and the settings."""
+    made_by = f"Made by splitfed {__version__}. Everything is in this file."
+    return tag(
+        "section",
+        _rounds_table(run),
+        _settings_table(run),
+        note(made_by),
+        class_="card wide tables",
     )
-    by = tag("p", text(f"Made by splitfed {__version__}. Everything is in this file."), class_="note")
-    return tag("section", rounds if run.rounds else "", told, by, class_="card wide tables")
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[object]], class_: str = "table") -> str:
-    head = tag("thead", tag("tr", *(tag("th", text(head)) for head in heads)))
-    body = tag("tbody", *(tag("tr", *(tag("td", text(cell)) for cell in row)) for row in rows))
-    return tag("div", tag("table", head, body, class_=class_), class_="scroll", tabindex="0")
+def _rounds_table(run: Run) -> str:
+    if not run.rounds:
+        return ""
+    known = [
+        name for name in _ROUND_COLUMNS if any(row.get(name) is not None for row in run.rounds)
+    ]
+    heads = [name.replace("_", " ") for name in known]
+    lines = [[_round_cell(name, row.get(name)) for name in known] for row in run.rounds]
+    return details("All rounds", table(heads, lines))
 
 
-def _card(title: str, content: str, about: str = "", wide: bool = False) -> str:
-    words = tag("p", text(about), class_="about") if about else ""
-    return tag("section", tag("h2", text(title)), words, content, class_="card wide" if wide else "card")
+def _round_cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        value = len(value)
+    return _ROUND_COLUMNS[name](value)
 
 
-def _empty(words: str) -> str:
-    return tag("p", text(words), class_="empty")
+def _settings_table(run: Run) -> str:
+    settings = sorted(run.about.get("settings", {}).items())
+    if not settings:
+        return ""
+    return details("Settings", table(["setting", "value"], settings, "table words"))
+
+
+def _cards(*cards: str) -> str:
+    return tag("div", *cards, class_="cards")

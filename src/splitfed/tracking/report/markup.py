@@ -1,23 +1,25 @@
-"""Text that becomes HTML or SVG, and numbers as people read them.
+"""The elements that the page is made of, and numbers as people read them.
 
-Names of clients and reasons of errors come from outside: every attribute and every text is escaped here, so that no
-page can be made to run what a client calls itself.
+Names of clients and messages of errors come from outside: every attribute and every text is escaped
+here, so that a client's name can't become a script in the page.
 """
 
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 
 _BYTES = ("B", "kB", "MB", "GB", "TB")
 
 
 def tag(name: str, *content: str, **attributes: object) -> str:
-    """An element: attributes are escaped (`class_` is `class`, `_` is `-`), content is markup already.
+    """An element: attributes are escaped, content is markup already.
 
     Args:
         name: The element's name.
         content: Its children as markup.
-        attributes: Its attributes; those that are `None` are left out.
+        attributes: Its attributes: `class_` is written `class`, and `_` within a name `-`; those
+            that are `None` are left out.
     """
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{_quoted(number(value))}"'
@@ -28,7 +30,8 @@ def tag(name: str, *content: str, **attributes: object) -> str:
 
 
 def _quoted(value: str) -> str:
-    return html.escape(value).replace("\n", "&#10;")  # XML would make a blank of a bare line break
+    # A parser of XML reads a bare line break within an attribute as a blank.
+    return html.escape(value).replace("\n", "&#10;")
 
 
 def text(value: object) -> str:
@@ -36,9 +39,65 @@ def text(value: object) -> str:
     return html.escape(str(value))
 
 
+# -------------------------------------------------------------------------------- parts of cards
+
+
+def card(title: str, content: str, about: str = "", *, wide: bool = False) -> str:
+    """A card with its title, and a line on what it shows."""
+    parts = [tag("h2", text(title))]
+    if about:
+        parts.append(tag("p", text(about), class_="about"))
+    return tag("section", *parts, content, class_="card wide" if wide else "card")
+
+
+def legend(entries: Sequence[tuple[str, str]], more: str = "") -> str:
+    """The meaning of the colours: CSS classes and their names."""
+    items = [tag("li", tag("i", class_=kind), text(name)) for kind, name in entries]
+    if more:
+        items.append(tag("li", text(more)))
+    return tag("ul", *items, class_="legend")
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[object]], class_: str = "table") -> str:
+    """A table with its heads, which scrolls within its card."""
+    head = tag("thead", tag("tr", *(tag("th", text(head)) for head in heads)))
+    rows = [tag("tr", *(tag("td", text(cell)) for cell in line)) for line in lines]
+    return scrollable(tag("table", head, tag("tbody", *rows), class_=class_))
+
+
+def scrollable(content: str) -> str:
+    """A part that scrolls where it doesn't fit; with the arrow keys too, once it has the focus."""
+    return tag("div", content, class_="scroll", tabindex="0")
+
+
+def details(title: str, content: str) -> str:
+    """A part that opens by a click on its title."""
+    return tag("details", tag("summary", title), content)
+
+
+def note(words: str) -> str:
+    """Small print; nothing if there are no words."""
+    return tag("p", text(words), class_="note") if words else ""
+
+
+def good(words: str) -> str:
+    """A sentence with good news."""
+    return tag("p", text(words), class_="good")
+
+
+def empty(words: str) -> str:
+    """A sentence in place of a chart whose data isn't known."""
+    return tag("p", text(words), class_="empty")
+
+
+# --------------------------------------------------------------------------------------- numbers
+
+
 def number(value: object) -> str:
     """A coordinate with no more digits than can be seen; anything else as it is."""
-    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.2f}".rstrip("0").rstrip(".")
+    return str(value)
 
 
 def percent(value: float) -> str:
@@ -47,26 +106,34 @@ def percent(value: float) -> str:
 
 
 def plain(value: float) -> str:
-    """A number with three digits that matter, and thousands apart."""
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+    """A number with three significant digits, or a whole one with its thousands separated."""
+    if abs(value) >= 1000 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
 
 
 def size(value: float) -> str:
     """A number of bytes, in steps of a thousand."""
     step = 0
+    # From 999.5 on, three digits would be rounded to 1e+03.
     while abs(value) >= 999.5 and step < len(_BYTES) - 1:
-        value, step = value / 1000, step + 1
+        value /= 1000
+        step += 1
     return f"{value:.3g} {_BYTES[step]}"
 
 
 def span(seconds: float) -> str:
-    """A time span given in seconds."""
+    """A time span, given in seconds, in the largest unit of which there are two."""
     for name, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.3g} {name}"
-    return f"{seconds:.3g} s" if seconds >= 1 or seconds == 0 else f"{seconds * 1000:.3g} ms"
+    if seconds >= 1 or seconds == 0:
+        return f"{seconds:.3g} s"
+    return f"{seconds * 1000:.3g} ms"
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:
     """A count with its noun."""
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
+    if count == 1:
+        return f"{count:,} {one}"
+    return f"{count:,} {many or one + 's'}"

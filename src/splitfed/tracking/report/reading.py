@@ -1,26 +1,37 @@
-"""What a history says, as the report shows it: series, states of clients, totals.
+"""The metrics of a history as the report shows them: series, states of clients, totals.
 
-Sources differ in what they know. A figure that no row has is left out of the page, or its card says that it isn't
-known; nothing is made up.
+Sources differ in what they record. A metric that no row has is left out of the page, or its card
+says that it isn't known; nothing is made up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from splitfed.errors import FormatError, MissingError
 from splitfed.store.rows import Row
 from splitfed.tracking.history import History
-from splitfed.tracking.report.charts import Curve, Points
-from splitfed.tracking.report.columns import Dot
+from splitfed.tracking.report.charts import Curve, Dot
 
 STATES = ("took part", "late", "missing", "dropped")
-_EPOCH = 1e8  # a time beyond is one since 1970, not since the start
-_SHAPES = dict.fromkeys(("clients", "dropped", "settings"), dict) | dict.fromkeys(
-    ("sampled", "participants", "late", "missing"), list
-)
+"""What may become of a sampled client in a round."""
+DISCARDED = ("stale", "rejected", "skipped")
+"""Why a gradient isn't folded: each is counted as `gradients_REASON` in the row of a round."""
+
+# Times of commits are seconds since the start, or since 1970 where nobody knew the start: no run
+# lasts for three years, and no clock is behind 1973.
+_EPOCH = 1e8
+_SHAPES = {
+    "clients": dict,
+    "dropped": dict,
+    "settings": dict,
+    "sampled": list,
+    "participants": list,
+    "late": list,
+    "missing": list,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,181 +43,262 @@ class Run:
     rounds: Sequence[Row]
     commits: Sequence[Row]
     clients: Mapping[str, Mapping[str, Any]]
-    """What the run row says of each client; of one that it doesn't know, nothing."""
+    """The run row's entry of each client; an empty one for clients that only rounds name."""
+
+    @property
+    def last_round(self) -> Row:
+        """The newest round; empty if there is none."""
+        return self.rounds[-1] if self.rounds else {}
 
 
 def read(history: History) -> Run:
-    """Sort the rows of a history.
+    """The rows of a history by kind, once each is known to have the shape that the report needs.
 
     Raises:
         MissingError: it has neither rounds nor commits.
         FormatError: a row isn't what its kind says.
     """
-    rounds, commits, about = history.rounds(), history.commits(), history.run or {}
+    rounds = history.rounds()
+    commits = history.commits()
+    about = history.run or {}
     if not rounds and not commits:
         raise MissingError("the history has no round and no commit as yet: expected one at least")
     for row in (about, *rounds, *commits):
         _check(row)
     clients = dict(about.get("clients", {}))
     for row in rounds:
-        for name in [
-            *row.get("clients", {}),
-            *row.get("sampled", []),
-            *row.get("participants", []),
-            *row.get("late", []),
-        ]:
-            clients.setdefault(name, {})
-    return Run(about, rounds, commits, dict(sorted(clients.items(), key=lambda item: natural(item[0]))))
+        for key in ("clients", "sampled", "participants", "late"):
+            for name in row.get(key, ()):
+                clients.setdefault(name, {})
+    in_order = dict(sorted(clients.items(), key=lambda item: natural(item[0])))
+    return Run(about, rounds, commits, in_order)
 
 
 def _check(row: Row) -> None:
+    kind = row.get("kind")
     for name, shape in _SHAPES.items():
         if name in row and not isinstance(row[name], shape):
             raise FormatError(
-                f"{name!r} of a row of kind {row['kind']!r} is {str(row[name])[:40]!r}: expected a {shape.__name__}"
+                f"{name!r} of a row of kind {kind!r} is {str(row[name])[:40]!r}: "
+                f"expected a {shape.__name__}"
             )
-    if not all(isinstance(known, dict) for known in row.get("clients", {}).values()):
-        raise FormatError(f"'clients' of a row of kind {row['kind']!r} holds what isn't a dict: expected one by client")
+    for known in row.get("clients", {}).values():
+        if not isinstance(known, dict):
+            raise FormatError(
+                f"'clients' of a row of kind {kind!r} holds what isn't a dict: "
+                "expected one by client"
+            )
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sorts `client-10` after `client-9`."""
-    parts, digits = [], ""
+    """A sorting key that puts `client-10` after `client-9`: digits count as the number they are."""
+    parts: list[tuple[int, int, str]] = []
+    digits = ""
+    # The sentinel ends a number at the end of the name.
     for letter in f"{name}\0":
         if letter.isdecimal():
             digits += letter
             continue
-        parts += [(0, int(digits), "")] if digits else []
+        if digits:
+            parts.append((0, int(digits), ""))
+            digits = ""
         parts.append((1, 0, letter))
-        digits = ""
     return parts
 
 
-def at_rounds(run: Run) -> dict[str, dict[int, float]]:
-    """Where each round lies on each axis: by number, by clock, by bytes so far."""
-    axes: dict[str, dict[int, float]] = {"round": {}, "time": {}, "bytes": {}}
-    total = 0.0
-    for row in run.rounds:
-        axes["round"][row["round"]] = row["round"]
-        when = value(row, "time", "seconds")
-        if when is not None:
-            axes["time"][row["round"]] = when
-        if "bytes_up" in row or "bytes_down" in row:
-            total += (row.get("bytes_up") or 0) + (row.get("bytes_down") or 0)
-            axes["bytes"][row["round"]] = total
-    return {name: found for name, found in axes.items() if len(found) == len(run.rounds)}
-
-
 def value(row: Mapping[str, Any], *names: str) -> float | None:
-    """The first of the named figures that is a number."""
-    found = (row.get(name) for name in names)
-    return next((float(v) for v in found if isinstance(v, int | float) and not isinstance(v, bool)), None)
+    """The first of the named metrics that is a number."""
+    for name in names:
+        found = row.get(name)
+        if isinstance(found, int | float) and not isinstance(found, bool):
+            return float(found)
+    return None
 
 
-def series(run: Run, where: Mapping[int, float], shown: Mapping[str, str], client: Sequence[str]) -> list[Curve]:
-    """Lines over the rounds: the run's own, then one for each client that has the figure.
+def first_value(run: Run, name: str) -> float | None:
+    """A metric in the first round that has it."""
+    for row in run.rounds:
+        found = value(row, name)
+        if found is not None:
+            return found
+    return None
+
+
+def total(run: Run, name: str) -> int:
+    """The sum of a metric over all rounds."""
+    return int(sum(value(row, name) or 0 for row in run.rounds))
+
+
+def best(run: Run) -> tuple[float, int] | None:
+    """The highest accuracy and the first round that reached it."""
+    known = [row for row in run.rounds if value(row, "accuracy") is not None]
+    found = [(row["accuracy"], row["round"]) for row in known]
+    return max(found, key=lambda pair: (pair[0], -pair[1])) if found else None
+
+
+# ---------------------------------------------------------------------------------------- curves
+
+
+def at_rounds(run: Run) -> dict[str, dict[int, float]]:
+    """The place of each round on each axis: `round`, `time` and `bytes` so far.
+
+    An axis on which a round has no place is left out: its curves would have gaps there.
+    """
+    axes: dict[str, dict[int, float]] = {"round": {}, "time": {}, "bytes": {}}
+    crossed = 0.0
+    for row in run.rounds:
+        number = row["round"]
+        axes["round"][number] = number
+        time = value(row, "time", "seconds")
+        if time is not None:
+            axes["time"][number] = time
+        if "bytes_up" in row or "bytes_down" in row:
+            crossed += _bytes_up(row) + _bytes_down(row)
+            axes["bytes"][number] = crossed
+    return {name: places for name, places in axes.items() if len(places) == len(run.rounds) > 0}
+
+
+def series(
+    run: Run, places: Mapping[int, float], shown: Mapping[str, str], client: Sequence[str]
+) -> list[Curve]:
+    """Lines over the rounds: the run's own, then one for each client that has the metric.
 
     Args:
-        run: What happened.
-        where: Where each round lies.
-        shown: The run's figures and what they are called; all but the first are dashed.
-        client: The figure of a client; the first that it has.
+        run: The run.
+        places: The place of each round on the axis.
+        shown: The run's metrics and their names in the chart; all but the first are dashed.
+        client: The metric of a client; the first of these that it has.
     """
     lines = []
     for number, (key, name) in enumerate(shown.items()):
-        points = _points((where[row["round"]], value(row, key)) for row in run.rounds)
-        lines += [Curve(name, points, dashed=number > 0)] if points else []
+        values = [(places[row["round"]], value(row, key)) for row in run.rounds]
+        points = [(x, y) for x, y in values if y is not None]
+        if points:
+            lines.append(Curve(name, points, dashed=number > 0))
+    return lines + _client_series(run, places, client)
+
+
+def _client_series(run: Run, places: Mapping[int, float], names: Sequence[str]) -> list[Curve]:
     found: dict[str, list[tuple[float, float]]] = {}
     for row in run.rounds:
-        for one, figures in row.get("clients", {}).items():
-            y = value(figures, *client)
+        for client, metrics in row.get("clients", {}).items():
+            y = value(metrics, *names)
             if y is not None:
-                found.setdefault(one, []).append((where[row["round"]], y))
-    lines += [Curve(one, found[one], client=True) for one in run.clients if one in found]
-    return lines
+                found.setdefault(client, []).append((places[row["round"]], y))
+    return [Curve(client, found[client], client=True) for client in run.clients if client in found]
 
 
-def _points(pairs: Iterator[tuple[float, float | None]]) -> Points:
-    return [(x, y) for x, y in pairs if y is not None]
+def has_client_evaluations(run: Run) -> bool:
+    """Whether clients report metrics of an evaluation, or only those of their training."""
+    for row in run.rounds:
+        for metrics in row.get("clients", {}).values():
+            if "accuracy" in metrics or "loss" in metrics:
+                return True
+    return False
+
+
+# --------------------------------------------------------------------------------------- clients
 
 
 def states(row: Row) -> dict[str, str]:
-    """What became of each client in a round: one of `STATES`, or 'sampled' while nothing is known."""
+    """The state of each client in a round: one of `STATES`, or 'sampled' while nothing is known."""
     found = dict.fromkeys(row.get("sampled", ()), "sampled")
-    for name, key in (("missing", "missing"), ("took part", "participants"), ("late", "late"), ("dropped", "dropped")):
-        found |= dict.fromkeys(row.get(key, ()), name)
+    # A client may be in several lists: the last word on it is that its update was dropped.
+    found |= dict.fromkeys(row.get("missing", ()), "missing")
+    found |= dict.fromkeys(row.get("participants", ()), "took part")
+    found |= dict.fromkeys(row.get("late", ()), "late")
+    found |= dict.fromkeys(row.get("dropped", ()), "dropped")
     return found
 
 
 def tally(row: Row) -> list[int]:
-    """How many clients came to each of `STATES` in a round."""
+    """The number of clients in each of `STATES` in a round."""
     found = list(states(row).values())
-    return [found.count(kind) for kind in STATES]
+    return [found.count(state) for state in STATES]
 
 
-def lost(row: Row) -> dict[str, int]:
-    """How many gradients of a round weren't folded, by reason; without those that only wait."""
-    return {name: int(row.get(f"gradients_{name}") or 0) for name in ("stale", "rejected", "skipped")}
+def discarded(row: Row) -> dict[str, int]:
+    """The number of a round's gradients that weren't folded, by reason; without pending ones."""
+    return {reason: int(row.get(f"gradients_{reason}") or 0) for reason in DISCARDED}
+
+
+def dropped(run: Run) -> list[tuple[int, str, object]]:
+    """The updates of clients that were dropped: the round, the client, and why."""
+    return [
+        (row["round"], client, reason)
+        for row in run.rounds
+        for client, reason in row.get("dropped", {}).items()
+    ]
 
 
 def traffic(run: Run) -> dict[str, tuple[float, float]]:
     """Bytes up and down of each client over all rounds, of those that are known."""
     found: dict[str, tuple[float, float]] = {}
     for row in run.rounds:
-        for client, figures in row.get("clients", {}).items():
-            if "bytes_up" in figures or "bytes_down" in figures:
+        for client, metrics in row.get("clients", {}).items():
+            if "bytes_up" in metrics or "bytes_down" in metrics:
                 up, down = found.get(client, (0.0, 0.0))
-                found[client] = (up + (figures.get("bytes_up") or 0), down + (figures.get("bytes_down") or 0))
-    found = {client: found[client] for client in run.clients if client in found}
-    return found
+                found[client] = (up + _bytes_up(metrics), down + _bytes_down(metrics))
+    return {client: found[client] for client in run.clients if client in found}
+
+
+def _bytes_up(metrics: Mapping[str, Any]) -> float:
+    return metrics.get("bytes_up") or 0
+
+
+def _bytes_down(metrics: Mapping[str, Any]) -> float:
+    return metrics.get("bytes_down") or 0
+
+
+# --------------------------------------------------------------------------------------- commits
 
 
 def dots(run: Run) -> list[Dot]:
-    """The commits on the timeline; those that folded nothing, such as a lineage's first version, are left out."""
+    """The commits as marks of the timeline.
+
+    Those that folded nothing, such as a lineage's first version, are left out.
+    """
     rows = [row for row in run.commits if value(row, "time") is not None and row.get("num_batches")]
     start = min((row["time"] for row in rows if row["time"] > _EPOCH), default=0.0)
-    return [
-        Dot(
-            time=row["time"] - (start if row["time"] > _EPOCH else 0.0),
-            delay=value(row, "delay"),
-            staleness=_mean(row.get("staleness") or {}),
-            num_batches=row["num_batches"],
-            lineage=str(row.get("lineage", "body")),
-            versions=(row["version"], row["version"]),
-        )
-        for row in rows
-    ]
+    return [_dot(row, start) for row in rows]
+
+
+def _dot(row: Row, start: float) -> Dot:
+    return Dot(
+        time=row["time"] - start if row["time"] > _EPOCH else row["time"],
+        delay=value(row, "delay"),
+        staleness=_mean(row.get("staleness") or {}),
+        num_batches=row["num_batches"],
+        lineage=str(row.get("lineage", "body")),
+        versions=(row["version"], row["version"]),
+    )
 
 
 def _mean(staleness: Mapping[str, int]) -> float:
-    total = sum(staleness.values())
-    return sum(int(age) * count for age, count in staleness.items()) / total if total else 0.0
+    """The mean of the ages, each as often as it is counted."""
+    count = sum(staleness.values())
+    if not count:
+        return 0.0
+    return sum(int(age) * number for age, number in staleness.items()) / count
 
 
 def ages(run: Run) -> dict[str, int]:
-    """How many of the body's folded gradients had which staleness: single ones up to 9, then by doubling."""
+    """The number of the body's folded gradients by staleness.
+
+    Ages up to 9 stand alone; beyond, each class is twice as wide as the one before.
+    """
     found: dict[int, int] = {}
     for row in run.commits:
-        if row.get("lineage") == "client":
-            continue
-        for age, count in (row.get("staleness") or {}).items():
-            found[int(age)] = found.get(int(age), 0) + count
+        if row.get("lineage") != "client":
+            for age, count in (row.get("staleness") or {}).items():
+                found[int(age)] = found.get(int(age), 0) + count
     if not found:
         return {}
-    named: dict[str, int] = {str(age): found.get(age, 0) for age in range(min(max(found), 9) + 1)}
+    oldest = max(found)
+    named = {str(age): found.get(age, 0) for age in range(min(oldest, 9) + 1)}
     low = 10
-    while low <= max(found):
-        named[f"{low}–{2 * low - 1}"] = sum(count for age, count in found.items() if low <= age < 2 * low)
+    while low <= oldest:
+        counts = [count for age, count in found.items() if low <= age < 2 * low]
+        named[f"{low}–{2 * low - 1}"] = sum(counts)
         low *= 2
     return named
-
-
-def total(run: Run, key: str) -> int:
-    """The sum of a figure over all rounds."""
-    return int(sum(value(row, key) or 0 for row in run.rounds))
-
-
-def best(run: Run) -> tuple[float, int] | None:
-    """The highest accuracy and its round."""
-    found = [(row["accuracy"], row["round"]) for row in run.rounds if value(row, "accuracy") is not None]
-    return max(found, key=lambda pair: (pair[0], -pair[1])) if found else None

@@ -8,9 +8,24 @@ from xml.etree import ElementTree
 
 import pytest
 
-from splitfed.tracking.report.axes import HEIGHT, LEFT, RIGHT, WIDTH, horizontal, moments, rounded, ticks, vertical
-from splitfed.tracking.report.charts import Axis, Curve, curves
-from splitfed.tracking.report.columns import Dot, merged, stacked, timeline
+from splitfed.tracking.report.charts import (
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    WIDTH,
+    Axis,
+    Curve,
+    Dot,
+    curves,
+    horizontal,
+    merged,
+    moments,
+    rounded,
+    stacked,
+    ticks,
+    timeline,
+    vertical,
+)
 from splitfed.tracking.report.markup import number, percent, plain, plural, size, span, tag, text
 
 ROUNDS = Axis("round", plain, functools.partial(ticks, most=6, whole=True))

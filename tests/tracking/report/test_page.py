@@ -16,7 +16,7 @@ from splitfed.cli.command import main
 from splitfed.errors import FormatError, InputError, MissingError
 from splitfed.store.store import GradientStore
 from splitfed.tracking.history import History
-from splitfed.tracking.report import people
+from splitfed.tracking.report import cards
 from splitfed.tracking.report.reading import ages, at_rounds, dots, natural, read, states, traffic
 
 HOSTILE = '<img src=x onerror="alert(1)">'
@@ -237,13 +237,13 @@ def test_a_thousand_clients_stay_readable() -> None:
     ]
     rows.append(rows[0] | {"round": 120, "clients": figures})
     run = read(history({"kind": "run", "clients": clients}, *rows))
-    grid = people.participation(run)
-    assert grid.count("<tr") == 1 + people.MOST_CLIENTS
+    grid = cards.participation(run)
+    assert grid.count("<tr") == 1 + cards.MOST_CLIENTS
     assert "client-0," in grid
     assert "40 of 1,000 clients" in grid
     assert "the last 100 of 120 rounds" in grid
-    assert "and 960 clients more with" in people.traffic_bars(traffic(run))
-    classes = people.class_bars({name: known["classes"] for name, known in clients.items()})
+    assert "and 960 clients more with" in cards.traffic_bars(traffic(run))
+    classes = cards.class_bars({name: known["classes"] for name, known in clients.items()})
     assert "and 5 classes more" in classes
     assert len(report.render(history({"kind": "run", "clients": clients}, *rows))) < 2_000_000
 
