@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from splitfed.cli.apps import load_body, load_object
-from splitfed.cli.servers import add_body, check_device, set_threads
+from splitfed.cli.options import add_body, check_device, set_threads
 from splitfed.cli.signals import Stopping, keep_going
 from splitfed.cli.stores import open_store
 from splitfed.errors import InputError, SplitFedError

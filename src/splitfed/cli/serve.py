@@ -14,7 +14,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from splitfed.cli.servers import add_server, open_server
+from splitfed.cli.options import add_server, open_server
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:

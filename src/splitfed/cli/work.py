@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import Any
 
-from splitfed.cli.servers import add_server, open_server
+from splitfed.cli.options import add_server, open_server
 from splitfed.cli.signals import Stopping, keep_going
 from splitfed.errors import InputError
 
