@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from splitfed.cli.command import main
-from splitfed.cli.demo import data, experiment, federated, model, recipe
-from splitfed.cli.demo.recipe import Settings
+from splitfed.cli.demo import data, experiment
+from splitfed.cli.demo.experiment import Settings
 from splitfed.errors import FormatError, InputError, StoreError
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -137,7 +137,7 @@ def test_label_skew_leaves_no_gradient_behind(folder: Path, tmp_path: Path) -> N
     arguments = ["--clients", "5", "--alpha", "0.3", "--rounds", "1", "--seed", "2", "--quiet"]
     assert demo(folder, tmp_path, *arguments) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
-    parts = federated.deal(data.load(folder).train_labels, Settings(clients=5, alpha=0.3, seed=2))
+    parts = experiment.deal(data.load(folder).train_labels, Settings(clients=5, alpha=0.3, seed=2))
     assert len({len(part) for part in parts}) > 1
     assert summary["batches"] == sum(-(-len(part) // 64) for part in parts) == summary["gradients_folded"]
     assert summary["alpha"] == 0.3
@@ -155,7 +155,7 @@ def test_an_interrupted_run_keeps_the_rounds_that_ended(
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    monkeypatch.setattr(recipe, "evaluate", evaluate)
+    monkeypatch.setattr(experiment, "evaluate", evaluate)
     assert demo(folder, tmp_path, "--rounds", "2", "--quiet") == 130
     assert [(row["loss"], row["accuracy"]) for row in rows(tmp_path)] == [(0.5, 0.75)]
     assert not (tmp_path / "summary.json").exists()
@@ -165,7 +165,7 @@ def test_an_interrupted_run_keeps_the_rounds_that_ended(
 def test_the_model_is_a_function_of_the_seed() -> None:
     """Two builds of one seed are equal bit for bit, and the caller's generator isn't moved."""
     before = torch.get_rng_state()
-    first, again, other = (model.build(seed).state_dict() for seed in (1, 1, 2))
+    first, again, other = (experiment.build_model(seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
     assert torch.equal(torch.get_rng_state(), before)
@@ -325,11 +325,3 @@ def test_help_doesnt_wait_for_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for option in ("--clients", "--rounds", "--replicas", "--alpha", "--data", "--output", "--seed", "--quiet"):
         assert option in done.stdout
-
-
-def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    """`splitfed --version` names the version."""
-    with pytest.raises(SystemExit) as end:
-        main(["--version"])
-    assert end.value.code == 0
-    assert capsys.readouterr().out.startswith("splitfed ")

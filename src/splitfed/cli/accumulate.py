@@ -1,7 +1,8 @@
-"""`splitfed accumulate`: gradients that wait in a store become the next version.
+"""`splitfed accumulate`: fold the pending gradients of a store into the next version.
 
-The optimizer is named, not pickled: a class of torch.optim with its settings, or a factory of the user's own. Its state
-lives in the store, so whoever starts the next accumulator must name the same one.
+The optimizer is named, not pickled: a class of torch.optim with its settings, or a factory of the
+user's own. Its state is in the store, so whoever starts the next accumulator must name the same
+one.
 """
 
 from __future__ import annotations
@@ -9,25 +10,34 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from splitfed.cli.apps import load_body, load_object
-from splitfed.cli.options import add_body, check_device, set_threads
+from splitfed.cli.options import (
+    add_body,
+    check_device,
+    check_poll,
+    load_body,
+    load_object,
+    open_store,
+    set_threads,
+    store_name,
+)
 from splitfed.cli.signals import Stopping, keep_going
-from splitfed.cli.stores import open_store
 from splitfed.errors import InputError, SplitFedError
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from splitfed.accumulator.accumulator import Accumulator
     from splitfed.store.commit import Commit
 
 _DESCRIPTION = """\
-Fold the gradients that wait in a store into their mean, take one optimizer step, and commit the next version; again
-and again, or once. Any number may run on one store, and any may be killed at any moment. SIGTERM ends it after the
-commit under way."""
+Fold the gradients that wait in a store into their mean, take one optimizer step, and commit the
+next version; again and again, or once. Any number may run on one store, and any may be killed at
+any moment. SIGTERM ends it after the commit under way."""
 
-_SETTINGS = ("lr", "momentum", "weight_decay")
+_OPTIMIZER_SETTINGS = ("lr", "momentum", "weight_decay")
 
 
 def add(verbs: argparse._SubParsersAction[Any]) -> None:
@@ -41,7 +51,9 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
     add_body(parser)
     _add_optimizer(parser.add_argument_group("optimizer"))
     _add_policy(parser.add_argument_group("when to commit, and what counts"))
-    parser.add_argument("--once", action="store_true", help="commit what waits, if it is enough, and exit")
+    parser.add_argument(
+        "--once", action="store_true", help="commit what waits, if it is enough, and exit"
+    )
     parser.add_argument(
         "--poll",
         type=float,
@@ -57,10 +69,14 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
         "--optimizer",
         required=True,
         metavar="NAME",
-        help="a class of torch.optim, such as AdamW; or module:attribute, a function that makes one from parameters",
+        help="a class of torch.optim, such as AdamW; "
+        "or module:attribute, a function that makes one from parameters",
     )
     group.add_argument(
-        "--lr", type=float, metavar="X", help="its learning rate, for the whole run (default: the class's own)"
+        "--lr",
+        type=float,
+        metavar="X",
+        help="its learning rate, for the whole run (default: the class's own)",
     )
     group.add_argument("--momentum", type=float, metavar="X", help="its momentum")
     group.add_argument("--weight-decay", type=float, metavar="X", help="its weight decay")
@@ -73,27 +89,40 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
 
 def _add_policy(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--min-batches", type=int, default=1, metavar="K", help="commit when so many wait (default: %(default)s)"
+        "--min-batches",
+        type=int,
+        default=1,
+        metavar="K",
+        help="commit when so many wait (default: %(default)s)",
     )
     group.add_argument(
-        "--max-staleness", type=int, metavar="N", help="leave out batches more commits behind (default: any count)"
+        "--max-staleness",
+        type=int,
+        metavar="N",
+        help="leave out batches more commits behind (default: any count)",
     )
     group.add_argument(
         "--staleness-weight",
         choices=("constant", "inverse_sqrt"),
         default="constant",
-        help="what a batch counts that is t commits behind: 1, or 1/sqrt(1+t) (default: %(default)s)",
+        help="what a batch counts that is t commits behind: 1, or 1/sqrt(1+t) "
+        "(default: %(default)s)",
     )
-    group.add_argument("--clip-norm", type=float, metavar="X", help="clip the mean gradient to this 2-norm")
+    group.add_argument(
+        "--clip-norm", type=float, metavar="X", help="clip the mean gradient to this 2-norm"
+    )
     group.add_argument(
         "--lineage",
         default="body",
         metavar="NAME",
-        help="body; or client, to average client halves: APP is the half then, and --optimizer SGD --lr 1 is FedAvg "
-        "(default: %(default)s)",
+        help="body; or client, to average client halves: "
+        "APP is the half then, and --optimizer SGD --lr 1 is FedAvg (default: %(default)s)",
     )
     group.add_argument(
-        "--keep-versions", type=int, metavar="N", help="versions that stay readable (default: 16, or staleness + 2)"
+        "--keep-versions",
+        type=int,
+        metavar="N",
+        help="versions that stay readable (default: 16, or staleness + 2)",
     )
 
 
@@ -103,22 +132,24 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: an argument doesn't fit.
     """
-    if not arguments.poll > 0:
-        raise InputError(f"--poll is {arguments.poll}: expected a number of seconds above 0")
+    check_poll(arguments)
     accumulator = open_accumulator(arguments)
     if arguments.once:
         commit = accumulator.step()
-        waiting = len(accumulator.store.waiting(arguments.lineage)) if commit is None else 0
-        idle = f"nothing to commit: {waiting} of {accumulator.min_batches} batches wait"
-        print(idle if commit is None else told(commit), flush=True)
+        if commit is None:
+            print(_idle_line(accumulator, arguments.lineage), flush=True)
+        else:
+            print(_commit_line(commit), flush=True)
         return 0
+
+    def report(commit: Commit) -> None:
+        print(_commit_line(commit), flush=True)
+
     with Stopping() as stopping:
-        where = getattr(accumulator.store.blobs, "url", arguments.store)
-        print(f"splitfed: accumulating {arguments.lineage} in {where}", flush=True)
+        store = store_name(accumulator.store, arguments)
+        print(f"splitfed: accumulating {arguments.lineage} in {store}", flush=True)
         keep_going(
-            lambda: accumulator.run(
-                stopping.event, poll=arguments.poll, on_commit=lambda commit: print(told(commit), flush=True)
-            ),
+            lambda: accumulator.run(stopping.event, poll=arguments.poll, on_commit=report),
             stopping.event,
         )
     return 0
@@ -135,7 +166,9 @@ def open_accumulator(arguments: argparse.Namespace) -> Accumulator:
     from splitfed.accumulator import policies
     from splitfed.accumulator.accumulator import Accumulator
 
-    scheduler = None if arguments.lr_scheduler is None else _own(arguments.lr_scheduler, "--lr-scheduler")
+    scheduler = None
+    if arguments.lr_scheduler is not None:
+        scheduler = _user_factory(arguments.lr_scheduler, "--lr-scheduler")
     return Accumulator(
         load_body(arguments.app),
         store,
@@ -152,39 +185,62 @@ def open_accumulator(arguments: argparse.Namespace) -> Accumulator:
 
 
 def optimizer_factory(arguments: argparse.Namespace) -> Callable[[Any], Any]:
-    """What makes the optimizer from parameters.
+    """The function that makes the optimizer from parameters.
 
     Raises:
         InputError: there is no such class, or it doesn't take a setting.
     """
     name = arguments.optimizer
-    settings = {field: getattr(arguments, field) for field in _SETTINGS if getattr(arguments, field) is not None}
+    given = {setting: getattr(arguments, setting) for setting in _OPTIMIZER_SETTINGS}
+    settings = {setting: value for setting, value in given.items() if value is not None}
     if ":" in name:
         if settings:
-            raise InputError(f"--{next(iter(settings)).replace('_', '-')} goes with a class of torch.optim, not {name}")
-        return _own(name, "--optimizer")
-    import torch
-
-    kind = getattr(torch.optim, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        raise InputError(f"--optimizer {name!r} isn't a class of torch.optim: expected such as SGD, Adam or AdamW")
-    for field, value in settings.items():
-        if not math.isfinite(value):
-            raise InputError(f"--{field.replace('_', '-')} is {value}: expected a finite number")
-        if field not in inspect.signature(kind).parameters:
-            raise InputError(f"--{field.replace('_', '-')}: torch.optim.{name} takes none; leave it out")
+            option = _option(next(iter(settings)))
+            raise InputError(f"{option} goes with a class of torch.optim, not {name}")
+        return _user_factory(name, "--optimizer")
+    kind = _optimizer_class(name)
+    _check_settings(kind, settings)
 
     def make(params: Any) -> Any:
         try:
             return kind(params, **settings)
         except (TypeError, ValueError) as error:
-            raise InputError(f"torch.optim.{name} refuses {settings or 'to go without settings'}: {error}") from error
+            refused = settings or "to go without settings"
+            raise InputError(f"torch.optim.{name} refuses {refused}: {error}") from error
 
     return make
 
 
-def _own(spec: str, what: str) -> Callable[[Any], Any]:
-    """A factory of the user's, whose errors are told in one line like any other mistake."""
+def _optimizer_class(name: str) -> Callable[..., Optimizer]:
+    import torch
+
+    kind = getattr(torch.optim, name, None)
+    # Modules and functions of torch.optim are no optimizers.
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise InputError(
+            f"--optimizer {name!r} isn't a class of torch.optim: "
+            "expected such as SGD, Adam or AdamW"
+        )
+    return kind
+
+
+def _check_settings(kind: Callable[..., Optimizer], settings: Mapping[str, float]) -> None:
+    known = inspect.signature(kind).parameters
+    for setting, value in settings.items():
+        if not math.isfinite(value):
+            raise InputError(f"{_option(setting)} is {value}: expected a finite number")
+        if setting not in known:
+            raise InputError(
+                f"{_option(setting)}: torch.optim.{kind.__name__} takes none; leave it out"
+            )
+
+
+def _option(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
+
+
+def _user_factory(spec: str, what: str) -> Callable[[Any], Any]:
+    """A factory of the user's whose errors are a user's mistake, told in one line."""
     factory = load_object(spec, what)
 
     def make(given: Any) -> Any:
@@ -198,11 +254,16 @@ def _own(spec: str, what: str) -> Callable[[Any], Any]:
     return make
 
 
-def told(commit: Commit) -> str:
-    """A commit in one line."""
+def _commit_line(commit: Commit) -> str:
     batches = "1 batch" if commit.num_batches == 1 else f"{commit.num_batches} batches"
     parts = [batches, f"{commit.num_samples:g} samples"]
     for kind in ("stale", "rejected", "skipped"):
         count = getattr(commit, f"num_{kind}")
-        parts += [f"{count} {kind}"] if count else []
+        if count:
+            parts.append(f"{count} {kind}")
     return f"version {commit.version}: {', '.join(parts)}"
+
+
+def _idle_line(accumulator: Accumulator, lineage: str) -> str:
+    pending = len(accumulator.store.waiting(lineage))
+    return f"nothing to commit: {pending} of {accumulator.min_batches} batches wait"

@@ -1,9 +1,10 @@
-"""The command line: `splitfed VERB`, a file per verb.
+"""The command `splitfed VERB`; each verb has a file of its own.
 
-A verb's module has `add(verbs)`, which describes its arguments and sets `run`, a function from the parsed arguments to
-the exit status. It imports what it needs in `run`, so that `--help` doesn't wait for torch. What the user got wrong is
-told in one line, without a traceback: exit status 2; anything else that fails by our own errors, or by the system's: 1.
-Who reads the output may leave before its end, as `head` does: that is no failure to speak of.
+A verb's module has `add(verbs)`, which describes its arguments and sets `run`, a function from the
+parsed arguments to the exit status. It imports what it needs in `run`, so that `--help` doesn't
+wait for torch. A user's mistake is reported in one line, without a traceback, with exit status 2;
+any other failure, by our own errors or by the system's, with 1. A reader of the output may leave
+before its end, as `head` does: that is no failure to report.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from splitfed.errors import InputError, SplitFedError
 
 _VERBS = (accumulate, demo, doctor, inspect, report, serve, status, token, work)
 
+# As shells have it: 128 and the number of the signal.
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
 
 class _Parser(argparse.ArgumentParser):
-    """Raises what argparse would print and exit with, so that every mistake leaves by the same door."""
+    """Raises what argparse would print and exit with: every mistake is reported in one place."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see '{self.prog} --help')")
@@ -32,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 2 for a user's mistake, 1 for a failure.
 
-    130 is an interrupt, and 141 output that nobody reads any more, as shells have it.
+    130 is an interrupt, and 141 output that nobody reads any more.
 
     Args:
         argv: The arguments after the program's name; those of the process if not given.
@@ -40,24 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         status: int = arguments.run(arguments)
-        sys.stdout.flush()  # later its failure would be a traceback
+        # Here its failure is reported; at the end of the process it would be a traceback.
+        sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         print("splitfed: interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except SplitFedError as error:
         print(f"splitfed: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except OSError as error:
         _drop_output()
         if isinstance(error, BrokenPipeError):
-            return 141
+            return _BROKEN_PIPE
         print(f"splitfed: error: {error}", file=sys.stderr)
         return 1
 
 
 def _drop_output() -> None:
-    """Let what can't be written go: Python would try once more at its end, and say so."""
+    """Drop what can't be written: Python would try once more at its end, and report that too."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -65,6 +71,7 @@ def _drop_output() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Named here: for `python -m splitfed` argparse would take the name of `__main__.py`.
     parser = _Parser(prog="splitfed", description="Split federated learning for any PyTorch model.")
     parser.add_argument("--version", action="version", version=f"splitfed {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, dest="verb")

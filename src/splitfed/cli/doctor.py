@@ -1,7 +1,8 @@
-"""`splitfed doctor`: is all there that a run needs, and does it keep its promises? Says how to mend what doesn't.
+"""`splitfed doctor`: check what a run needs, and say how to mend what fails.
 
-Unlike `status` it writes: the probe of a store races for a few keys beneath `probe/` and deletes them. Each check goes
-as far as it can on its own; one that fails is told in the words of its error, which say what to do.
+Unlike `status` it writes: the probe of a store races for a few keys beneath `probe/` and deletes
+them. Each check goes as far as it can on its own; one that fails is reported with the message of
+its error, which says what to do.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from splitfed._version import __version__
-from splitfed.cli.stores import add_store, open_store
+from splitfed.cli.options import add_store, open_store
 from splitfed.cli.tables import size, table
 from splitfed.errors import MissingError, SplitFedError
 
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from splitfed.store.store import GradientStore
 
 _DESCRIPTION = """\
-Check what a run needs: packages; a store (is it reachable, does it honour create-if-absent, are its newest versions
-what was committed); a server (is it reachable, is it of this version, does it take the token in $SPLITFED_TOKEN). The
-exit status is 1 if anything fails. A few small keys are written beneath probe/ in the store and deleted again."""
+Check what a run needs: packages; a store (is it reachable, does it honour create-if-absent, are
+its newest versions what was committed); a server (is it reachable, is it of this version, does it
+take the token in $SPLITFED_TOKEN). The exit status is 1 if anything fails. A few small keys are
+written beneath probe/ in the store and deleted again."""
 
 _EXTRAS = {
     "http": ("starlette", "uvicorn", "urllib3"),
@@ -38,12 +40,14 @@ _EXTRAS = {
     "azure": ("adlfs",),
     "demo": ("matplotlib", "mlxtend", "tqdm"),
 }
-_SAMPLE = 2**20
+_PACKAGES = ("torch", "safetensors", "fsspec", "filelock")
+_SAMPLE_BYTES = 2**20
+_SERVER_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report."""
+    """One line of the report: a check and its result."""
 
     state: str
     """'ok', 'note' (worth knowing) or 'FAIL'."""
@@ -63,25 +67,30 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_store(parser, writes=False)
-    parser.add_argument("--server", metavar="URL", help="a service to try, such as https://host:8000")
+    parser.add_argument(
+        "--server", metavar="URL", help="a service to try, such as https://host:8000"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what was found; 1 if anything failed."""
-    found = [*_packages()]
+    """Print the findings; 1 if a check failed."""
+    found = list(_packages())
     if arguments.store:
         found += _guarded("store", partial(_store, arguments))
     if arguments.server:
         found += _guarded("server", partial(_server, arguments.server))
     print(table([(finding.state, finding.what, finding.detail) for finding in found]))
     failed = sum(finding.state == "FAIL" for finding in found)
-    print(f"\n{failed} of {len(found)} checks failed" if failed else f"\nall {len(found)} checks passed")
-    return 1 if failed else 0
+    if failed:
+        print(f"\n{failed} of {len(found)} checks failed")
+        return 1
+    print(f"\nall {len(found)} checks passed")
+    return 0
 
 
 def _guarded(what: str, check: Callable[[], Findings]) -> Findings:
-    """What a check finds, and the error that ends it."""
+    """The findings of a check, and the error that ends it as one more."""
     try:
         yield from check()
     except SplitFedError as error:
@@ -89,20 +98,24 @@ def _guarded(what: str, check: Callable[[], Findings]) -> Findings:
 
 
 def _packages() -> Findings:
-    names = ("torch", "safetensors", "fsspec", "filelock")
-    found = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]
+    found = [f"Python {platform.python_version()}"]
+    found += [f"{name} {version(name)}" for name in _PACKAGES]
     yield Finding("ok", "splitfed", f"{__version__}, with {', '.join(found)}")
     for extra, modules in _EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
-        told = ", ".join(f"{name} {_version(name)}" for name in modules)
-        mend = f"{' and '.join(missing)} not installed; if you need it: pip install 'splitfed[{extra}]'"
-        yield Finding("note" if missing else "ok", f"extra {extra}", mend if missing else told)
+        if missing:
+            install = f"if you need it: pip install 'splitfed[{extra}]'"
+            detail = f"{' and '.join(missing)} not installed; {install}"
+            yield Finding("note", f"extra {extra}", detail)
+        else:
+            detail = ", ".join(f"{name} {_version(name)}" for name in modules)
+            yield Finding("ok", f"extra {extra}", detail)
 
 
 def _version(name: str) -> str:
     try:
         return version(name)
-    except PackageNotFoundError:  # importable all the same
+    except PackageNotFoundError:  # a module without metadata can be imported all the same
         return "of unknown version"
 
 
@@ -110,32 +123,43 @@ def _store(arguments: argparse.Namespace) -> Findings:
     store = open_store(arguments)
     began = time.perf_counter()
     store.blobs.get("format.json")
-    yield Finding("ok", "store is reachable", f"{store.blobs!r}, {_since(began)} to the first answer")
+    detail = f"{store.blobs!r}, {_since(began)} to the first answer"
+    yield Finding("ok", "store is reachable", detail)
     began = time.perf_counter()
     store.blobs.probe()
-    yield Finding("ok", "create-if-absent", f"honoured: of racing writers one won each key ({_since(began)})")
+    detail = f"honoured: of racing writers one won each key ({_since(began)})"
+    yield Finding("ok", "create-if-absent", detail)
     yield _speed(store)
+    yield from _run_in(store)
+
+
+def _run_in(store: GradientStore) -> Findings:
+    """The health of the run in a store, and whether its newest versions are what was committed."""
     from splitfed.store.status import read_status
 
     try:
         status = read_status(store)
     except MissingError:
-        yield Finding("note", "run", "none was begun here yet: the first server or accumulator begins it")
+        detail = "none was begun here yet: the first server or accumulator begins it"
+        yield Finding("note", "run", detail)
         return
     for problem in status.problems:
         yield Finding("FAIL", "health", problem)
     if not status.problems:
-        yield Finding("ok", "health", f"{status.num_objects} objects, {size(sum(status.bytes.values()))}")
+        detail = f"{status.num_objects} objects, {size(sum(status.bytes.values()))}"
+        yield Finding("ok", "health", detail)
     yield _numerics(status)
     for lineage in status.lineages:
         if lineage.version >= 0:
+            # Guarded one by one: a damaged lineage must not hide the state of the others.
             check = partial(_newest, store, lineage.name, lineage.version)
             yield from _guarded(f"lineage {lineage.name}", check)
 
 
 def _speed(store: GradientStore) -> Finding:
-    """Write and read one object, and delete it."""
-    key, data = f"probe/{os.urandom(8).hex()}/speed", os.urandom(_SAMPLE)
+    """Write one object, read and delete it."""
+    key = f"probe/{os.urandom(8).hex()}/speed"
+    data = os.urandom(_SAMPLE_BYTES)
     began = time.perf_counter()
     try:
         store.blobs.create(key, [data])
@@ -146,8 +170,10 @@ def _speed(store: GradientStore) -> Finding:
     finally:
         store.blobs.delete(key)
     if not same:
-        return Finding("FAIL", "read after write", "another content came back than was written: use other storage")
-    return Finding("ok", "read after write", f"{size(_SAMPLE)} written in {written}, read in {read}")
+        detail = "another content came back than was written: use other storage"
+        return Finding("FAIL", "read after write", detail)
+    detail = f"{size(_SAMPLE_BYTES)} written in {written}, read in {read}"
+    return Finding("ok", "read after write", detail)
 
 
 def _numerics(status: StoreStatus) -> Finding:
@@ -157,13 +183,15 @@ def _numerics(status: StoreStatus) -> Finding:
 
     own = numerics_class(torch.device("cpu"))
     if class_id(own) == status.numerics:
-        return Finding("ok", "numerics class", f"{status.numerics}: bits computed here are those of version 0's class")
-    told = f"torch {own['torch']}, {own['cpu']}, {own['threads']} threads"
+        detail = f"{status.numerics}: bits computed here are those of version 0's class"
+        return Finding("ok", "numerics class", detail)
+    machine = f"torch {own['torch']}, {own['cpu']}, {own['threads']} threads"
     return Finding(
         "note",
         "numerics class",
-        f"on the CPU here it is {class_id(own)} ({told}), the store's is {status.numerics}: batches computed here "
-        "count, and are exact up to rounding; for equal bits use the same torch, threads (OMP_NUM_THREADS) and device",
+        f"on the CPU here it is {class_id(own)} ({machine}), the store's is {status.numerics}: "
+        "batches computed here count, and are exact up to rounding; "
+        "for equal bits use the same torch, threads (OMP_NUM_THREADS) and device",
     )
 
 
@@ -174,8 +202,8 @@ def _newest(store: GradientStore, name: str, newest: int) -> Findings:
     state = versions.checked_state(newest)
     versions.applied(newest)
     versions.optimizer(newest)
-    told = size(sum(tensor.nbytes for tensor in state.values()))
-    yield Finding("ok", f"lineage {name}", f"version {newest} is what was committed: {told}, read in {_since(began)}")
+    read = f"{size(sum(tensor.nbytes for tensor in state.values()))}, read in {_since(began)}"
+    yield Finding("ok", f"lineage {name}", f"version {newest} is what was committed: {read}")
 
 
 def _server(url: str) -> Findings:
@@ -184,16 +212,21 @@ def _server(url: str) -> Findings:
         return
     from splitfed.service.http.client import HttpTransport
 
-    transport = HttpTransport(url, timeout=10.0, patience=0.0)
+    # Without patience: a server that is away is a finding, not a reason to wait.
+    transport = HttpTransport(url, timeout=_SERVER_SECONDS, patience=0.0)
     try:
         began = time.perf_counter()
         ready = transport.ready()
-        yield Finding("ok", "server is ready", f"{url} at version {ready.get('version')}, answered in {_since(began)}")
+        detail = f"{url} at version {ready.get('version')}, answered in {_since(began)}"
+        yield Finding("ok", "server is ready", detail)
         theirs = ready.get("splitfed")
         if theirs != __version__:
-            yield Finding("note", "server version", f"it runs splitfed {theirs}, here is {__version__}: use the same")
+            detail = f"it runs splitfed {theirs}, here is {__version__}: use the same"
+            yield Finding("note", "server version", detail)
         status = transport.status()
-        yield Finding("ok", "access", "it tells its status: the token, if it asks for one, is right")
+        yield Finding(
+            "ok", "access", "it tells its status: the token, if it asks for one, is right"
+        )
         for problem in status.get("problems", ()):
             yield Finding("FAIL", "the server's store", problem)
     finally:

@@ -1,68 +1,253 @@
-"""The body that a verb serves, and how: what `serve` and `work` have in common.
+"""Arguments that several verbs have, and the objects that they name: body, store, server.
 
-The number of threads is part of the numerics class, and torch reads it before it computes, so it is set first.
+`module:attribute` is the user's own code, loaded as uvicorn loads an app: the folder that the
+command runs in comes first on the import path, as for a script there. An error within the user's
+module keeps its own message and the line where it was raised; without these an import error is a
+riddle.
+
+The URL of a store is an argument, its credentials never are. Arguments are seen by everyone on the
+machine and end up in shell histories, so keys and endpoints of an object store come from the
+environment, as its client library reads it, or fsspec: FSSPEC_<PROTOCOL>_<OPTION>.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import importlib
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
 
-from splitfed.cli.apps import load_body, load_object
-from splitfed.cli.stores import add_store, open_store
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from splitfed.server.server import SplitServer
+    from splitfed.store.store import GradientStore
+
+STORE_VARIABLE = "SPLITFED_STORE"
+_MOST_THREADS = 4096
+
+
+# -------------------------------------------------------------------------- the user's own code
+
+
+def load_object(spec: str, what: str) -> Any:
+    """The attribute that `module:attribute` names; dots after the colon go deeper.
+
+    Args:
+        spec: Such as `hospital.models:body`.
+        what: The name of the argument, for the message.
+
+    Raises:
+        InputError: it isn't of this form, there is no such module or attribute, or importing or
+            reading it raised.
+    """
+    module, path = _module_and_path(spec, what)
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as error:
+        raise InputError(
+            f"{what} {spec!r}: importing {module!r} from {folder} raised {_description(error)}"
+        ) from error
+    for name in path.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError as error:
+            raise InputError(
+                f"{what} {spec!r}: {module!r} has no attribute {name!r} of {path!r}"
+            ) from error
+        except Exception as error:
+            raise InputError(
+                f"{what} {spec!r}: reading {name!r} raised {_description(error)}"
+            ) from error
+    return found
+
+
+def _module_and_path(spec: str, what: str) -> tuple[str, str]:
+    module, colon, path = spec.partition(":")
+    if not (module and colon and path):
+        raise InputError(f"{what} is {spec!r}: expected module:attribute, such as my_models:body")
+    if "/" in module or module.startswith(".") or module.endswith(".py"):
+        raise InputError(
+            f"{what} is {spec!r}, which names a file: "
+            "expected the name by which Python imports it from the current folder, "
+            "such as my_models:body for my_models.py, "
+            "or sites.my_models:body for sites/my_models.py"
+        )
+    return module, path
+
+
+def load_body(spec: str) -> nn.Module:
+    """The body that APP names: a module, or a function or class without arguments that returns one.
+
+    Raises:
+        InputError: it is neither, or calling it raised.
+    """
+    from torch import nn
+
+    found = load_object(spec, "APP")
+    # A module can be called too, but then it computes: only what isn't one yet is called.
+    if not isinstance(found, nn.Module) and callable(found):
+        try:
+            found = found()
+        except Exception as error:
+            raise InputError(f"APP {spec!r}: calling it raised {_description(error)}") from error
+    if not isinstance(found, nn.Module):
+        raise InputError(
+            f"APP {spec!r} is a {type(found).__name__}: "
+            "expected the body as an nn.Module, or a function that returns it, "
+            "such as lambda: splitfed.split(model, '1:5')[1]"
+        )
+    return found
+
+
+def _description(error: Exception) -> str:
+    """The error, and the place in the user's code where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    # A place in this file or in Python's import tells the user nothing: a module that isn't
+    # there, a function that needs arguments.
+    if last.filename == __file__ or last.filename.startswith("<frozen importlib"):
+        return f"{type(error).__name__}: {error}"
+    place = f"{os.path.basename(last.filename)}, line {last.lineno}"
+    return f"{type(error).__name__}: {error} ({place})"
+
+
+# ------------------------------------------------------------------------------------- the store
+
+
+def add_store(parser: argparse.ArgumentParser, *, writes: bool = True) -> None:
+    """Add the arguments for the store, and for the durability of what the verb writes to it."""
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        default=os.environ.get(STORE_VARIABLE),
+        help="where the run lies: a folder, or a URL such as s3://bucket/run "
+        f"(default: ${STORE_VARIABLE}); credentials are taken from the environment",
+    )
+    if not writes:
+        parser.set_defaults(sync="power")
+        return
+    parser.add_argument(
+        "--sync",
+        choices=("power", "process"),
+        default="power",
+        help="what a batch that was answered survives: a power cut, or the death of processes "
+        "only, which is faster (default: power)",
+    )
+
+
+def open_store(arguments: argparse.Namespace) -> GradientStore:
+    """The store that the arguments name; nothing is read or written yet.
+
+    Raises:
+        InputError: none is named, or the URL isn't one.
+    """
+    if not arguments.store:
+        raise InputError(
+            f"which store? Give --store URL, such as --store runs/demo, or set {STORE_VARIABLE}"
+        )
+    from splitfed.store.store import GradientStore
+
+    return GradientStore(arguments.store, sync=arguments.sync)
+
+
+# ---------------------------------------------------------------------------- body and server
 
 
 def add_body(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments that every computing verb has: the body, the store, and what computes."""
+    """Add the arguments of all verbs that compute: the body, the store, device and threads."""
     parser.add_argument(
         "app",
         metavar="APP",
-        help="the body as module:attribute: an nn.Module, or a function that returns it, such as my_model:body",
+        help="the body as module:attribute: an nn.Module, or a function that returns it, "
+        "such as my_model:body",
     )
     add_store(parser)
-    parser.add_argument("--device", metavar="D", help="where to compute, such as cuda:0 (default: the body's own)")
+    parser.add_argument(
+        "--device",
+        metavar="D",
+        help="where to compute, such as cuda:0 (default: the body's own)",
+    )
     parser.add_argument(
         "--threads",
         type=int,
         metavar="N",
-        help="threads of torch; all processes of a run need the same number for the same bits (default: torch's)",
+        help="threads of torch; all processes of a run need the same number for the same bits "
+        "(default: torch's)",
     )
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments of a `SplitServer`."""
+    """Add the arguments of a `SplitServer`."""
     add_body(parser)
     parser.add_argument(
         "--loss",
         metavar="MODULE:ATTRIBUTE",
-        help="for client.loss(x, y): a function of outputs and target, such as torch.nn.functional:cross_entropy",
+        help="for client.loss(x, y): a function of outputs and target, "
+        "such as torch.nn.functional:cross_entropy",
     )
     parser.add_argument(
         "--keep-graphs",
         type=int,
         default=8,
         metavar="N",
-        help="forwards whose graph stays in memory, which saves their recompute; 0 for none (default: %(default)s)",
+        help="forwards whose graph stays in memory, which saves their recompute; 0 for none "
+        "(default: %(default)s)",
     )
 
 
 def set_threads(arguments: argparse.Namespace) -> None:
     """Let torch compute with as many threads as the arguments say.
 
+    The number is part of the numerics class: it is set before anything is computed or begun.
+
     Raises:
         InputError: fewer than one, or more than torch can count.
     """
     if arguments.threads is None:
         return
-    if not 1 <= arguments.threads <= 4096:
-        raise InputError(f"--threads is {arguments.threads}: expected 1 to 4096, as many as there are cores at most")
+    if not 1 <= arguments.threads <= _MOST_THREADS:
+        raise InputError(
+            f"--threads is {arguments.threads}: "
+            f"expected 1 to {_MOST_THREADS}, as many as there are cores at most"
+        )
     import torch
 
     torch.set_num_threads(arguments.threads)
+
+
+def check_device(name: str | None) -> str | None:
+    """The name of a device, if torch knows it and the machine has it.
+
+    Raises:
+        InputError: it doesn't.
+    """
+    if name is None:
+        return None
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name!r} can't be used: {reason}") from error
+    return name
+
+
+def check_poll(arguments: argparse.Namespace) -> None:
+    """Check the pause between two looks at the store.
+
+    Raises:
+        InputError: it is no time.
+    """
+    if not arguments.poll > 0:
+        raise InputError(f"--poll is {arguments.poll}: expected a number of seconds above 0")
 
 
 def open_server(arguments: argparse.Namespace) -> SplitServer:
@@ -79,7 +264,9 @@ def open_server(arguments: argparse.Namespace) -> SplitServer:
 
     loss = None if arguments.loss is None else load_object(arguments.loss, "--loss")
     if loss is not None and not callable(loss):
-        raise InputError(f"--loss {arguments.loss!r} is a {type(loss).__name__}: expected a function")
+        raise InputError(
+            f"--loss {arguments.loss!r} is a {type(loss).__name__}: expected a function"
+        )
     return SplitServer(
         load_body(arguments.app),
         store,
@@ -89,19 +276,6 @@ def open_server(arguments: argparse.Namespace) -> SplitServer:
     )
 
 
-def check_device(name: str | None) -> str | None:
-    """The name of a device, if torch knows it and has it here.
-
-    Raises:
-        InputError: it doesn't.
-    """
-    if name is None:
-        return None
-    import torch
-
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        told = str(error).splitlines()[0]
-        raise InputError(f"--device {name!r} can't be used: {told}") from error
-    return name
+def store_name(store: GradientStore, arguments: argparse.Namespace) -> str:
+    """The store's URL without the credentials that the argument may hold, for logs."""
+    return str(getattr(store.blobs, "url", arguments.store))

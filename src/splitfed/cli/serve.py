@@ -1,8 +1,9 @@
 """`splitfed serve`: a stateless replica over HTTP.
 
-Who may use it is decided before it listens: only this machine, or clients with tokens, or everybody if that is said in
-so many words. The app is made here once even for several workers, each of which makes its own: what is wrong with APP
-is then told in one line, instead of by workers that die and are started anew.
+Who may use it is decided before it listens: only this machine, or clients with tokens, or everybody
+if `--insecure` says so. The app is made here once even for several workers, each of which makes its
+own: a mistake in APP is then reported in one line, instead of by workers that die and are started
+again and again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from splitfed.cli.options import add_server, open_server
+from splitfed.cli.options import add_server, open_server, store_name
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
 
     from splitfed.server.server import SplitServer
     from splitfed.service.http.limits import Limits
+    from splitfed.service.http.serve import Place
 
 _DESCRIPTION = """\
-Serve a body from a store over HTTP. A replica keeps nothing: run as many as you like on one store, behind any load
-balancer, and stop them when you like. SIGTERM lets requests under way end.
+Serve a body from a store over HTTP. A replica keeps nothing: run as many as you like on one store,
+behind any load balancer, and stop them when you like. SIGTERM lets requests under way end.
 
 Without --tokens only this machine is listened to. Make tokens by 'splitfed token new CLIENT'."""
+_NEEDED = ("starlette", "uvicorn", "httptools")
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def add(verbs: argparse._SubParsersAction[Any]) -> None:
@@ -39,31 +43,60 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_server(parser)
-    place = parser.add_argument_group("where")
-    place.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
-    place.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: %(default)s)")
-    place.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
-    place.add_argument(
+    _add_place(parser.add_argument_group("where"))
+    _add_access(parser.add_argument_group("for whom"))
+    _add_limits(parser.add_argument_group("how much"))
+    parser.set_defaults(run=run)
+
+
+def _add_place(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: %(default)s)"
+    )
+    group.add_argument(
+        "--port", type=int, default=8000, help="0 for any that is free (default: %(default)s)"
+    )
+    group.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)"
+    )
+    group.add_argument(
         "--drain-seconds",
         type=int,
         default=30,
         metavar="S",
         help="how long requests under way may take to end after SIGTERM (default: %(default)s)",
     )
-    who = parser.add_argument_group("for whom")
-    who.add_argument("--tokens", metavar="FILE", help="serve clients whose token is in this file (splitfed token)")
-    who.add_argument("--insecure", action="store_true", help="listen beyond this machine without tokens")
-    who.add_argument("--tls-cert", metavar="FILE", help="certificate chain: serve HTTPS")
-    who.add_argument("--tls-key", metavar="FILE", help="its private key")
-    much = parser.add_argument_group("how much")
-    much.add_argument("--max-body", type=int, metavar="BYTES", help="of a request (default: 256 MiB)")
-    much.add_argument("--max-in-flight", type=int, metavar="BYTES", help="of all requests at once (default: 1 GiB)")
-    much.add_argument("--max-requests", type=int, metavar="N", help="at once (default: 32)")
-    much.add_argument("--max-connections", type=int, metavar="N", help="open at once (default: 1024)")
-    much.add_argument("--max-tensors", type=int, metavar="N", help="in a request (default: 10000)")
-    much.add_argument("--max-samples", type=int, metavar="N", help="in a batch (default: 1000000)")
-    much.add_argument("--receive-seconds", type=float, metavar="S", help="for a request to arrive (default: 20)")
-    parser.set_defaults(run=run)
+
+
+def _add_access(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--tokens",
+        metavar="FILE",
+        help="serve clients whose token is in this file (splitfed token)",
+    )
+    group.add_argument(
+        "--insecure", action="store_true", help="listen beyond this machine without tokens"
+    )
+    group.add_argument("--tls-cert", metavar="FILE", help="certificate chain: serve HTTPS")
+    group.add_argument("--tls-key", metavar="FILE", help="its private key")
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    for option, unit, about in (
+        ("--max-body", "BYTES", "of a request (default: 256 MiB)"),
+        ("--max-in-flight", "BYTES", "of all requests at once (default: 1 GiB)"),
+        ("--max-requests", "N", "at once (default: 32)"),
+        ("--max-connections", "N", "open at once (default: 1024)"),
+        ("--max-tensors", "N", "in a request (default: 10000)"),
+        ("--max-samples", "N", "in a batch (default: 1000000)"),
+    ):
+        group.add_argument(option, type=int, metavar=unit, help=about)
+    group.add_argument(
+        "--receive-seconds",
+        type=float,
+        metavar="S",
+        help="for a request to arrive (default: 20)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,39 +105,22 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: an argument doesn't fit, or something isn't installed.
     """
-    missing = [name for name in ("starlette", "uvicorn", "httptools") if importlib.util.find_spec(name) is None]
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"serve needs {' and '.join(missing)}: pip install 'splitfed[http]'")
-    from splitfed.service.http.serve import Place, is_loopback, leave, serve
+    from splitfed.service.http.serve import leave, serve
 
-    if not (arguments.tokens or arguments.insecure or is_loopback(arguments.host)):
-        raise InputError(
-            f"--host {arguments.host} lets others than this machine in: give --tokens FILE (made by 'splitfed token "
-            "new CLIENT --tokens FILE'), or say --insecure if something in front of it asks who they are"
-        )
-    if arguments.workers < 1 or arguments.drain_seconds < 0:
-        raise InputError("--workers takes 1 or more, --drain-seconds 0 or more")
-    if arguments.workers > 1 and (arguments.store or "").lower().startswith("memory:"):
-        raise InputError(
-            f"--workers {arguments.workers}: each would have a {arguments.store} of its own; give a folder"
-        )
-    if arguments.tls_key and not arguments.tls_cert:
-        raise InputError("--tls-key needs --tls-cert: the certificate that it belongs to")
-    place = Place(
-        host=arguments.host,
-        port=arguments.port,
-        certificate=arguments.tls_cert,
-        key=arguments.tls_key,
-        workers=arguments.workers,
-        drain_seconds=arguments.drain_seconds,
-    )
-    settings = argparse.Namespace(**{name: value for name, value in vars(arguments).items() if name != "run"})
+    _check_access(arguments)
+    place = _place(arguments)
+    # They cross to the processes of workers; `run` is this very function, and no setting.
+    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    settings = argparse.Namespace(**given)
     _begin_log()
     server = open_server(settings)
     app = _app(server, settings)
     ready = functools.partial(make, settings) if arguments.workers > 1 else lambda: app
-    where = getattr(server.store.blobs, "url", arguments.store)  # without what a URL may hold of credentials
-    if serve(ready, limits(arguments), place, functools.partial(_listening, arguments, where)):
+    listening = functools.partial(_announce, arguments, store_name(server.store, arguments))
+    if serve(ready, limits(arguments), place, listening):
         leave()
     return 0
 
@@ -116,7 +132,7 @@ def make(arguments: argparse.Namespace) -> Starlette:
 
 
 def limits(arguments: argparse.Namespace) -> Limits:
-    """What the arguments limit; the rest by default.
+    """The limits that the arguments name; the others by default.
 
     Raises:
         InputError: one isn't above 0.
@@ -135,8 +151,41 @@ def limits(arguments: argparse.Namespace) -> Limits:
     return Limits(**{name: value for name, value in given.items() if value is not None})
 
 
+def _check_access(arguments: argparse.Namespace) -> None:
+    from splitfed.service.http.serve import is_loopback
+
+    if not (arguments.tokens or arguments.insecure or is_loopback(arguments.host)):
+        raise InputError(
+            f"--host {arguments.host} lets others than this machine in: "
+            "give --tokens FILE (made by 'splitfed token new CLIENT --tokens FILE'), "
+            "or say --insecure if something in front of it asks who they are"
+        )
+
+
+def _place(arguments: argparse.Namespace) -> Place:
+    from splitfed.service.http.serve import Place
+
+    if arguments.workers < 1 or arguments.drain_seconds < 0:
+        raise InputError("--workers takes 1 or more, --drain-seconds 0 or more")
+    if arguments.workers > 1 and (arguments.store or "").lower().startswith("memory:"):
+        raise InputError(
+            f"--workers {arguments.workers}: each would have a {arguments.store} of its own; "
+            "give a folder"
+        )
+    if arguments.tls_key and not arguments.tls_cert:
+        raise InputError("--tls-key needs --tls-cert: the certificate that it belongs to")
+    return Place(
+        host=arguments.host,
+        port=arguments.port,
+        certificate=arguments.tls_cert,
+        key=arguments.tls_key,
+        workers=arguments.workers,
+        drain_seconds=arguments.drain_seconds,
+    )
+
+
 def _begin_log() -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=_LOG_FORMAT)
     logging.captureWarnings(True)
 
 
@@ -146,7 +195,12 @@ def _app(server: SplitServer, arguments: argparse.Namespace) -> Starlette:
     return make_app(server, limits=limits(arguments), tokens=arguments.tokens)
 
 
-def _listening(arguments: argparse.Namespace, where: str, url: str) -> None:
-    who = "clients with a token" if arguments.tokens else "everybody" if arguments.insecure else "this machine only"
+def _announce(arguments: argparse.Namespace, store: str, url: str) -> None:
+    """Print the address once it is listened at: on standard output, where a script can read it."""
+    users = "this machine only"
+    if arguments.tokens:
+        users = "clients with a token"
+    elif arguments.insecure:
+        users = "everybody"
     print(f"splitfed: serving on {url}", flush=True)
-    print(f"splitfed: {arguments.app} from {where}, for {who}", file=sys.stderr, flush=True)
+    print(f"splitfed: {arguments.app} from {store}, for {users}", file=sys.stderr, flush=True)

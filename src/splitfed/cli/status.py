@@ -1,4 +1,4 @@
-"""`splitfed status`: what a run looks like from outside. It only reads, so it may be pointed at a live store."""
+"""`splitfed status`: the state of a run, from its store. It only reads, so the run may go on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from splitfed.cli.stores import add_store, open_store
+from splitfed.cli.options import add_store, open_store
 from splitfed.cli.tables import age, counts, size, table
 from splitfed.errors import InputError
 
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from splitfed.store.status import LineageStatus, StoreStatus
 
 _DESCRIPTION = """\
-Show the versions of a run, the gradients that wait, their clients and staleness, the bytes stored, and what is wrong,
-if anything is: the exit status is 1 then. Nothing is written, so any number may watch a live store."""
+Show the versions of a run, the gradients that wait, their clients and staleness, the bytes stored,
+and what is wrong, if anything is: the exit status is 1 then. Nothing is written, so any number may
+watch a live store."""
+# Codes of a terminal: the cursor to the top left, and everything erased.
 _CLEAR = "\x1b[H\x1b[2J"
+_LINEAGE_HEADS = ("lineage", "version", "kept", "waiting", "waiting by staleness", "last commit")
 
 
 def add(verbs: argparse._SubParsersAction[Any]) -> None:
@@ -51,60 +54,99 @@ def run(arguments: argparse.Namespace) -> int:
         MissingError: there is no run in the store.
         StoreError: the storage failed.
     """
-    if arguments.watch is not None and not 0 < arguments.watch <= threading.TIMEOUT_MAX:
-        raise InputError(f"--watch {arguments.watch} isn't allowed: expected seconds above 0, such as --watch 5")
+    pause = arguments.watch
+    if pause is not None and not 0 < pause <= threading.TIMEOUT_MAX:
+        raise InputError(
+            f"--watch {pause} isn't allowed: expected seconds above 0, such as --watch 5"
+        )
     from splitfed.store.status import read_status
 
     store = open_store(arguments)
     while True:
         found = read_status(store)
-        if arguments.json:
-            print(json.dumps(found.to_json()), flush=True)
-        else:
-            print(f"{_CLEAR if arguments.watch and sys.stdout.isatty() else ''}{_page(found)}", flush=True)
-        if arguments.watch is None:
+        _show(found, arguments)
+        if pause is None:
             return 1 if found.problems else 0
         try:
-            threading.Event().wait(arguments.watch)
+            threading.Event().wait(pause)
         except KeyboardInterrupt:
+            # The one way to end a watch, so no failure.
             return 0
 
 
+def _show(found: StoreStatus, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        print(json.dumps(found.to_json()), flush=True)
+    elif arguments.watch and sys.stdout.isatty():
+        print(f"{_CLEAR}{_page(found)}", flush=True)
+    else:
+        print(_page(found), flush=True)
+
+
 def _page(found: StoreStatus) -> str:
-    seconds = f"{found.seconds:.2f} s"
-    head = [
-        ("store", f"{found.url}, format {found.format}, numerics {found.numerics}"),
-        ("holds", f"{found.num_objects} objects, {size(sum(found.bytes.values()))}, looked through in {seconds}"),
-        *([("requests", f"{found.num_requests} wait for a worker")] if found.num_requests else []),
-        *(("PROBLEM", problem) for problem in found.problems),
-        *([] if found.problems else [("health", "good")]),
-    ]
-    lineages = [("lineage", "version", "kept", "waiting", "waiting by staleness", "last commit")]
-    lineages += [_row(lineage) for lineage in found.lineages]
+    lineages = [_LINEAGE_HEADS, *(_lineage_row(lineage) for lineage in found.lineages)]
     stored = [("bytes", ""), *((kind, size(count)) for kind, count in found.bytes.items())]
-    return "\n\n".join([table(head), table(lineages), *_clients(found), table(stored)])
+    parts = [table(_store_rows(found)), table(lineages), *_clients(found), table(stored)]
+    return "\n\n".join(parts)
 
 
-def _row(lineage: LineageStatus) -> tuple[str, str, str, str, str, str]:
-    commit = lineage.commits[0] if lineage.commits else None
-    last = "-"
-    if commit is not None:
-        refused = [f"{n} {what}" for n, what in ((commit.num_stale, "stale"), (commit.num_rejected, "rejected")) if n]
-        parts = [f"{commit.num_batches} batches", f"{commit.num_samples:g} samples", *refused]
-        done = ", ".join(parts) if commit.kind == "fold" else commit.kind
-        last = f"{done}, {age(time.time() - commit.time)} ago"
-    ages = counts(lineage.staleness) + (f" (and {lineage.num_unread} not read)" if lineage.num_unread else "")
-    kept = f"{lineage.oldest} to {lineage.version}"
-    return lineage.name, str(lineage.version), kept, str(lineage.num_waiting), ages, last
+def _store_rows(found: StoreStatus) -> list[tuple[str, str]]:
+    held = f"{found.num_objects} objects, {size(sum(found.bytes.values()))}"
+    rows = [
+        ("store", f"{found.url}, format {found.format}, numerics {found.numerics}"),
+        ("holds", f"{held}, looked through in {found.seconds:.2f} s"),
+    ]
+    if found.num_requests:
+        rows.append(("requests", f"{found.num_requests} wait for a worker"))
+    rows += [("PROBLEM", problem) for problem in found.problems]
+    if not found.problems:
+        rows.append(("health", "good"))
+    return rows
+
+
+def _lineage_row(lineage: LineageStatus) -> tuple[str, str, str, str, str, str]:
+    staleness = counts(lineage.staleness)
+    if lineage.num_unread:
+        staleness += f" (and {lineage.num_unread} not read)"
+    return (
+        lineage.name,
+        str(lineage.version),
+        f"{lineage.oldest} to {lineage.version}",
+        str(lineage.num_waiting),
+        staleness,
+        _last_commit(lineage),
+    )
+
+
+def _last_commit(lineage: LineageStatus) -> str:
+    if not lineage.commits:
+        return "-"
+    commit = lineage.commits[0]
+    ago = f"{age(time.time() - commit.time)} ago"
+    # A first version or a rollback folds no batches: its kind says what it is.
+    if commit.kind != "fold":
+        return f"{commit.kind}, {ago}"
+    parts = [f"{commit.num_batches} batches", f"{commit.num_samples:g} samples"]
+    if commit.num_stale:
+        parts.append(f"{commit.num_stale} stale")
+    if commit.num_rejected:
+        parts.append(f"{commit.num_rejected} rejected")
+    return ", ".join([*parts, ago])
 
 
 def _clients(found: StoreStatus) -> list[str]:
-    """The table of clients, if there are any: per lineage what waits and what was closed."""
-    names = sorted({*found.clients, *(name for one in found.lineages for name in (*one.waiting, *one.closed))})
+    """The table of clients, if there are any: the pending and the closed batches per lineage."""
+    names = set(found.clients)
+    for lineage in found.lineages:
+        names.update(lineage.waiting, lineage.closed)
     if not names:
         return []
-    rows = [("client", "process", *(f"{lineage.name}: waiting, closed" for lineage in found.lineages))]
-    for name in names:
-        figures = (f"{one.waiting.get(name, 0)}, {one.closed.get(name, 0)}" for one in found.lineages)
-        rows.append((name, str(found.clients.get(name, "-")), *figures))
+    heads = [f"{lineage.name}: waiting, closed" for lineage in found.lineages]
+    rows = [("client", "process", *heads)]
+    for name in sorted(names):
+        batches = [
+            f"{lineage.waiting.get(name, 0)}, {lineage.closed.get(name, 0)}"
+            for lineage in found.lineages
+        ]
+        rows.append((name, str(found.clients.get(name, "-")), *batches))
     return [table(rows)]

@@ -1,4 +1,4 @@
-"""Figures as people read them: aligned columns, sizes with a unit, ages."""
+"""Numbers as people read them: aligned columns, sizes with a unit, ages."""
 
 from __future__ import annotations
 
@@ -9,18 +9,25 @@ def table(rows: Sequence[Sequence[object]]) -> str:
     """Rows of one length as aligned columns."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
-    return "\n".join(line.rstrip() for line in lines)
+    lines = []
+    for row in cells:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 def size(num_bytes: float) -> str:
     """Bytes with a decimal unit and three digits: 999 B, 1.00 kB, 12.3 MB."""
     units = ["B", "kB", "MB", "GB", "TB"]
+    # The limits are those from which rounding would make a fourth digit.
     while num_bytes >= 999.5 and len(units) > 1:
         num_bytes /= 1000
         units.pop(0)
-    digits = 0 if units[0] == "B" or num_bytes >= 99.95 else 1 if num_bytes >= 9.995 else 2
-    return f"{num_bytes:.{digits}f} {units[0]}"
+    if units[0] == "B" or num_bytes >= 99.95:
+        return f"{num_bytes:.0f} {units[0]}"
+    if num_bytes >= 9.995:
+        return f"{num_bytes:.1f} {units[0]}"
+    return f"{num_bytes:.2f} {units[0]}"
 
 
 def age(seconds: float) -> str:

@@ -1,7 +1,7 @@
-"""`splitfed token`: who may use a service.
+"""`splitfed token`: make, list and revoke the tokens of a service's clients.
 
-A token is shown once, when it is made; the file has its hash only. It goes to standard output alone, so that a shell
-can take it: `export SPLITFED_TOKEN=$(splitfed token new hospital-a)`.
+A token is shown once, when it is made; the file has its hash only. It goes to standard output
+alone, so that a shell can take it: `export SPLITFED_TOKEN=$(splitfed token new hospital-a)`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from splitfed.errors import InputError
 
 _DESCRIPTION = """\
-Make, list and revoke the tokens that 'splitfed serve --tokens FILE' asks for. The file holds hashes only; a running
-server sees a change at its next request."""
+Make, list and revoke the tokens that 'splitfed serve --tokens FILE' asks for. The file holds
+hashes only; a running server sees a change at its next request."""
 
 
 def add(verbs: argparse._SubParsersAction[Any]) -> None:
@@ -27,16 +27,21 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
-    for name, run, said in (
+    for name, run, about in (
         ("new", new, "make a token for a client, and print it"),
         ("revoke", revoke, "revoke all tokens of a client"),
         ("list", show, "print the clients that have a token"),
     ):
-        action = actions.add_parser(name, help=said, description=said[0].upper() + said[1:] + ".")
+        description = f"{about[0].upper()}{about[1:]}."
+        action = actions.add_parser(name, help=about, description=description)
         if name != "list":
             action.add_argument("client", metavar="CLIENT", help="the client_id that it is for")
         action.add_argument(
-            "--tokens", type=Path, default=Path("tokens.txt"), metavar="FILE", help="the file (default: %(default)s)"
+            "--tokens",
+            type=Path,
+            default=Path("tokens.txt"),
+            metavar="FILE",
+            help="the file (default: %(default)s)",
         )
         action.set_defaults(run=run)
 
@@ -47,7 +52,9 @@ def new(arguments: argparse.Namespace) -> int:
 
     print(new_token(arguments.tokens, arguments.client))
     print(
-        f"splitfed: client {arguments.client!r} is in {arguments.tokens}; its token is shown this once", file=sys.stderr
+        f"splitfed: client {arguments.client!r} is in {arguments.tokens}; "
+        "its token is shown this once",
+        file=sys.stderr,
     )
     return 0
 
@@ -68,7 +75,7 @@ def revoke(arguments: argparse.Namespace) -> int:
 
 
 def show(arguments: argparse.Namespace) -> int:
-    """Print who has a token."""
+    """Print the clients that have a token."""
     from splitfed.service.http.auth import clients
 
     for client_id in clients(arguments.tokens):

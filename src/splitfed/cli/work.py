@@ -1,4 +1,4 @@
-"""`splitfed work`: answers the requests of clients that reach only the store."""
+"""`splitfed work`: answer the requests of clients that reach only the store."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import logging
 import sys
 from typing import Any
 
-from splitfed.cli.options import add_server, open_server
+from splitfed.cli.options import add_server, check_poll, open_server, store_name
 from splitfed.cli.signals import Stopping, keep_going
-from splitfed.errors import InputError
 
 _DESCRIPTION = """\
-Answer the requests that clients post in a store: for sites whose only way out is an object store. A client is given
-the store's URL in place of a server's. Any number of workers may run on one store, and any may be killed at any moment:
-another takes its request over. SIGTERM ends it after the request under way."""
+Answer the requests that clients post in a store: for sites whose only way out is an object store.
+A client is given the store's URL in place of a server's. Any number of workers may run on one
+store, and any may be killed at any moment: another takes its request over. SIGTERM ends it after
+the request under way."""
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def add(verbs: argparse._SubParsersAction[Any]) -> None:
@@ -31,8 +32,8 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
         type=float,
         default=60.0,
         metavar="S",
-        help="take over what another worker has claimed and not answered for so long; longer than any call takes to "
-        "compute (default: %(default)s)",
+        help="take over what another worker has claimed and not answered for so long; "
+        "longer than any call takes to compute (default: %(default)s)",
     )
     parser.add_argument(
         "--poll",
@@ -41,7 +42,9 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
         metavar="S",
         help="seconds between two looks at most, when nothing waits (default: %(default)s)",
     )
-    parser.add_argument("--once", action="store_true", help="answer what waits, once through, and exit")
+    parser.add_argument(
+        "--once", action="store_true", help="answer what waits, once through, and exit"
+    )
     parser.set_defaults(run=run)
 
 
@@ -51,11 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: an argument doesn't fit.
     """
-    if not arguments.poll > 0:
-        raise InputError(f"--poll is {arguments.poll}: expected a number of seconds above 0")
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    check_poll(arguments)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=_LOG_FORMAT)
     from splitfed.service.mailbox.worker import Worker
 
     server = open_server(arguments)
@@ -64,7 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"splitfed: {worker.step()} answered", flush=True)
         return 0
     with Stopping() as stopping:
-        where = getattr(server.store.blobs, "url", arguments.store)
-        print(f"splitfed: working in {where}", flush=True)
+        print(f"splitfed: working in {store_name(server.store, arguments)}", flush=True)
         keep_going(lambda: worker.run(stopping.event, poll=arguments.poll), stopping.event)
     return 0

@@ -1,5 +1,5 @@
-"""The demo: real digits, several owners, stateless replicas, and the same model trained in one place to compare with.
+"""The demo: real digits, several owners, stateless replicas, and the same model in one place.
 
-`data` reads the digits, `model` is what is cut, `recipe` what both runs share. `federated` trains over the owners,
-`centralised` without them; `plots` draws both. `experiment` is a whole run and its files: `splitfed demo`.
+`data` reads the digits; `experiment` is the model, both runs and their files; `verb` is the command
+`splitfed demo`.
 """

@@ -1,14 +1,15 @@
-"""`module:attribute` on the command line: what it loads, and what is said when it can't."""
+"""What verbs share: `module:attribute`, and the store, whose credentials come from the environment alone."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 import pytest
 from torch import nn
 
-from splitfed.cli.apps import load_body, load_object
+from splitfed.cli.options import add_store, load_body, load_object, open_store
 from splitfed.errors import InputError
 
 SOURCE = """
@@ -94,3 +95,35 @@ def test_a_mistake_is_told_in_one_line(spec: str, said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
         load_body(spec)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------- store
+
+
+def parsed(*words: str, writes: bool = True) -> argparse.Namespace:
+    """The arguments of a verb that has nothing but a store."""
+    parser = argparse.ArgumentParser()
+    add_store(parser, writes=writes)
+    return parser.parse_args(words)
+
+
+def test_the_argument_comes_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SPLITFED_STORE is used where no --store is given."""
+    monkeypatch.setenv("SPLITFED_STORE", str(tmp_path / "there"))
+    assert open_store(parsed()).url == str(tmp_path / "there")
+    assert open_store(parsed("--store", str(tmp_path / "here"))).url == str(tmp_path / "here")
+
+
+def test_no_store_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says both ways to name one."""
+    monkeypatch.delenv("SPLITFED_STORE", raising=False)
+    with pytest.raises(InputError, match=r"--store URL.*SPLITFED_STORE"):
+        open_store(parsed())
+
+
+def test_durability_is_asked_of_writers_only() -> None:
+    """A verb that only reads has no --sync; one that writes is safe against power cuts unless told otherwise."""
+    assert parsed(writes=False).sync == parsed().sync == "power"
+    assert open_store(parsed("--store", "memory://x", "--sync", "process")).sync == "process"
+    with pytest.raises(SystemExit):
+        parsed("--sync", "process", writes=False)
