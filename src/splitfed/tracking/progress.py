@@ -41,6 +41,7 @@ class Progress:
         kind = row.get("kind")
         if kind == "run" and not self._total:
             self._total = row.get("settings", {}).get("rounds")
+        # Not before: its total may come with this very row.
         if self._bar is None:
             self._bar = self._open()
         if self._bar is None:

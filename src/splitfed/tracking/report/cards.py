@@ -353,6 +353,7 @@ def class_bars(clients: Mapping[str, Mapping[str, int]]) -> str:
     for client in shown:
         parts = []
         tip = [client]
+        # By its number among all classes: a class has the same colour at each client.
         for number, label in enumerate(labels):
             count = clients[client].get(label, 0)
             if count:
@@ -409,6 +410,7 @@ def discarded(run: Run) -> str:
         folded = plural(reading.total(run, "gradients_folded"), "gradient")
         words = f"✓ Nothing was discarded: {folded} came and all were folded. {pending}".strip()
         return _cards(card("Discarded", good(words), wide=True))
+    # The update of a client may be dropped although none of its gradients was lost.
     shown = good("✓ No gradient was discarded.")
     if any(sums.values()):
         key = [(name, f"{name}: {sums[name]:,} ({why})") for name, why in _REASONS.items()]

@@ -289,6 +289,7 @@ def ages(run: Run) -> dict[str, int]:
     """
     found: dict[int, int] = {}
     for row in run.commits:
+        # Commits of client halves fold no gradients.
         if row.get("lineage") != "client":
             for age, count in (row.get("staleness") or {}).items():
                 found[int(age)] = found.get(int(age), 0) + count
