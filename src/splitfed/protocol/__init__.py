@@ -1,4 +1,4 @@
-"""What client and server agree on: ids, messages, pytrees, their bytes, and the transport between them.
+"""What client and server share: ids, messages, pytrees, their bytes, transport and retries.
 
 Nothing in this package reads a file or opens a connection.
 """

@@ -256,45 +256,42 @@ def _check_metadata(metadata: object) -> dict[str, str]:
 def _check_entry(name: str, field: Any, start: int, total: int) -> Entry:
     """The entry of one tensor, with offsets into a body of `total` bytes."""
     check_name(name)
-    short = name[:80]
     if type(field) is not dict or field.keys() != _FIELDS:
         raise FormatError(
-            f"tensor {short!r} has other fields: expected {sorted(_FIELDS)}, got {shown(field)}"
+            f"tensor {name[:80]!r} has other fields: expected {sorted(_FIELDS)}, got {shown(field)}"
         )
-    dtype = _check_dtype(short, field["dtype"])
-    shape = field["shape"]
-    num_bytes = _check_shape(short, shape, dtype)
-    first, last = _check_offsets(short, field["data_offsets"])
-    begin = start + first
-    end = start + last
-    if end > total:
-        raise FormatError(
-            f"tensor {short!r} is truncated: expected a body of {end} bytes or more, got {total}"
-        )
-    if end - begin != num_bytes:
-        raise FormatError(
-            f"tensor {short!r} has another size: "
-            f"expected {num_bytes} bytes for {shape}, got {end - begin}"
-        )
-    if begin % dtype.itemsize:
-        raise FormatError(
-            f"tensor {short!r} is misaligned: expected a multiple of {dtype.itemsize}, got {begin}"
-        )
-    return Entry(name, dtype, shape, begin, end)
-
-
-def _check_dtype(short: str, code: object) -> torch.dtype:
+    code = field["dtype"]
     # Its type first: what isn't hashable can't be looked up.
     dtype = DTYPES.get(code) if type(code) is str else None
     if dtype is None:
         raise FormatError(
-            f"tensor {short!r} has an unknown dtype: "
+            f"tensor {name[:80]!r} has an unknown dtype: "
             f"expected one of {list(DTYPES)}, got {shown(code)}"
         )
-    return dtype
+    shape = field["shape"]
+    num_bytes = _check_shape(name, shape, dtype)
+    first, last = _check_offsets(name, field["data_offsets"])
+    begin = start + first
+    end = start + last
+    if end > total:
+        raise FormatError(
+            f"tensor {name[:80]!r} is truncated: "
+            f"expected a body of {end} bytes or more, got {total}"
+        )
+    if end - begin != num_bytes:
+        raise FormatError(
+            f"tensor {name[:80]!r} has another size: "
+            f"expected {num_bytes} bytes for {shape}, got {end - begin}"
+        )
+    if begin % dtype.itemsize:
+        raise FormatError(
+            f"tensor {name[:80]!r} is misaligned: "
+            f"expected a multiple of {dtype.itemsize}, got {begin}"
+        )
+    return Entry(name, dtype, shape, begin, end)
 
 
-def _check_shape(short: str, shape: Any, dtype: torch.dtype) -> int:
+def _check_shape(name: str, shape: Any, dtype: torch.dtype) -> int:
     """The bytes of a tensor of this shape."""
     # Empty dimensions count as one: strides are products of the others, and must not overflow.
     reach = MAX_EXTENT + 1
@@ -302,21 +299,22 @@ def _check_shape(short: str, shape: Any, dtype: torch.dtype) -> int:
         reach = extent(shape, dtype.itemsize)
     if reach > MAX_EXTENT:
         raise FormatError(
-            f"tensor {short!r} has a bad shape: "
+            f"tensor {name[:80]!r} has a bad shape: "
             f"expected at most {MAX_DIMS} integers from 0, of at most {MAX_EXTENT} bytes in all, "
             f"got {shown(shape)}"
         )
     return 0 if 0 in shape else reach
 
 
-def _check_offsets(short: str, offsets: object) -> tuple[int, int]:
+def _check_offsets(name: str, offsets: object) -> tuple[int, int]:
     if type(offsets) is list and len(offsets) == 2:
         first, last = offsets
         # `type`, not isinstance: True is an int.
         if type(first) is int and type(last) is int and 0 <= first <= last:
             return first, last
     raise FormatError(
-        f"tensor {short!r} has bad offsets: expected [begin, end] in order, got {shown(offsets)}"
+        f"tensor {name[:80]!r} has bad offsets: "
+        f"expected [begin, end] in order, got {shown(offsets)}"
     )
 
 
