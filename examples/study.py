@@ -1,8 +1,8 @@
 """The study behind splitfed, repeated: handwritten digits, uneven owners, and all training methods on the same axes.
 
 Split federated training in each mode, by `splitfed.simulate`: the same servers, accumulators and rounds as in
-production, in one process. The baselines are the same model trained in one place, by FedAvg of the whole model, and by
-each owner alone. It writes `summary.json`, `curves.png`, `classes.png` and a history per mode to the output folder. Run:
+production, in one process. Baselines are the same model trained in one place, by FedAvg of the whole model, and by
+each owner alone. Writes `summary.json`, `curves.png`, `classes.png` and a history per mode to the output folder. Run:
 
     python examples/study.py --data DIR --clients 20 --alpha 5.0 --rounds 10 --modes round buffered sflv2 --output DIR
 

@@ -3,7 +3,7 @@
 The study (its code is the public repository frogdance/MicroSFL) runs a round like this: every client sends all its
 batches. The gradients of each batch are stored as files, for the body at the server, for the head at the client. At the
 end of the round both are **summed** and take one step, SGD with rate 1e-4 at the server and 1e-3 at the clients; the
-heads are averaged. The bottom is a frozen linear encoder, trained before so that an adversarial decoder can't invert it,
+heads are averaged. The bottom is a frozen linear encoder, trained so that an adversarial decoder can't invert it,
 with Gaussian noise of deviation 0.1 added to its outputs.
 
 This module does all of that with splitfed. A sum equals a mean with the rate multiplied by the number of batches: with
