@@ -1,7 +1,7 @@
 """A Hugging Face BERT whose middle layer runs on the server; embeddings, head and labels stay with the owner.
 
-The model is made from a config with random weights: nothing is downloaded. Its class, its loss, its masks and its
-dropout are used as they are. The task is made up too: which of two marker tokens comes first? Run it:
+The model is made from a config with random weights: nothing is downloaded. Its class, loss, masks and dropout aren't
+changed. The task is synthetic: which of two marker tokens comes first? Run it:
 
     python examples/bert.py
     python examples/bert.py --at bert.encoder.layer.0 bert.encoder.layer.2    # two cuts, one body

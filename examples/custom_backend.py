@@ -1,10 +1,10 @@
-"""A storage backend of one's own: a run inside one SQLite file.
+"""A custom storage backend: a run inside one SQLite file.
 
-splitfed asks little of storage, and one thing without compromise: create-if-absent, atomically. Here that is a single
-SQL statement, `INSERT ... ON CONFLICT DO NOTHING`. A filesystem of fsspec with five methods is all there is to write; a
-package that registers it as an entry point of the group `fsspec.specs` makes its URLs known to every command too.
+A backend needs few operations, and one is mandatory: an atomic create-if-absent. Here that is a single SQL statement,
+`INSERT ... ON CONFLICT DO NOTHING`. The backend is an fsspec filesystem with four methods. If a package registers it as
+an entry point of the group `fsspec.specs`, every command knows its URLs too.
 
-Run it to train on such a store; run pytest on it to put the backend to the test, by the suite at the bottom.
+Run the script to train on such a store; run pytest on it to test the backend with the suite at the bottom.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class SqliteFileSystem(fsspec.AbstractFileSystem):
         self._connection.execute("CREATE TABLE IF NOT EXISTS objects (path TEXT PRIMARY KEY, body BLOB) WITHOUT ROWID")
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
-        """Store an object; with mode "create" only if it is absent, and in one statement: nobody comes in between."""
+        """Store an object; with mode "create" only if it is absent, in one statement: no other writer comes between."""
         on_conflict = "DO NOTHING" if mode == "create" else "DO UPDATE SET body = excluded.body"
         query = f"INSERT INTO objects VALUES (?, ?) ON CONFLICT (path) {on_conflict}"  # noqa: S608 -- one of two words
         if self._connection.execute(query, (path, value)).rowcount == 0:
@@ -60,7 +60,7 @@ class SqliteFileSystem(fsspec.AbstractFileSystem):
         self._connection.execute("DELETE FROM objects WHERE path = ?", (path,))
 
     def find(self, path: str, **options: Any) -> dict[str, Any]:
-        """List all objects beneath a directory: one query, so that splitfed needn't walk."""
+        """List all objects under a directory with one query, so that splitfed needn't walk."""
         query = "SELECT path, length(body) FROM objects WHERE path >= ? AND path < ?"
         rows = self._connection.execute(query, (f"{path}/", f"{path}0"))  # '0' comes right after '/'
         return {name: {"name": name, "size": size, "type": "file"} for name, size in rows}
@@ -98,15 +98,15 @@ def main() -> None:
 
 
 class TestSqlite(BlobsSuite):
-    """The conformance suite: all it needs to know is how a store is opened."""
+    """The conformance suite; it needs only a way to open the blobs."""
 
     def setup_method(self) -> None:
-        """Each test has a database of its own."""
+        """Make a database for each test."""
         super().setup_method()
         self.folder = tempfile.mkdtemp()
 
     def teardown_method(self) -> None:
-        """It goes with the test."""
+        """Delete it after the test."""
         shutil.rmtree(self.folder)
 
     def open(self, place: str) -> Blobs:

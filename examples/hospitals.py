@@ -1,12 +1,12 @@
-"""Two hospitals learn to tell malignant from benign tumours; records and diagnoses stay where they are.
+"""Two hospitals learn to tell malignant from benign tumours; records and diagnoses stay with them.
 
-One is a referral centre with mostly malignant cases, the other screens and sees mostly benign ones. Each round both
+One is a referral centre with mostly malignant cases, the other screens and sees mostly benign ones. In each round both
 train their halves through the server, then the halves are averaged by number of patients (FedAvg). The joint model is
-compared with what each reaches alone, and with training on all records in one place, which it is to come near. Run it:
+compared with training at each hospital alone, and with training on all records in one place. Run it:
 
     python examples/hospitals.py
 
-Needs scikit-learn, which brings the Wisconsin breast cancer records: 569 patients, 30 measurements each.
+Needs scikit-learn, which includes the Wisconsin breast cancer records: 569 patients, 30 measurements each.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def train_together(model: nn.Module, hospitals: list[Records], rounds: int, stor
     store = splitfed.GradientStore(store_url, sync="process")
     server = splitfed.SplitServer(body, store)
     bodies = splitfed.Accumulator(body, store, optimizer=sgd)
-    # FedAvg is the same commit on the lineage "client": SGD with rate 1 applies the mean of what the halves learned.
+    # FedAvg is the same kind of commit on the lineage "client": SGD with rate 1 applies the mean of the updates.
     average = functools.partial(torch.optim.SGD, lr=1.0)
     halves = splitfed.Accumulator(half, store, optimizer=average, lineage="client", min_batches=len(hospitals))
     names = ("referral-centre", "screening")
@@ -83,7 +83,7 @@ def train_together(model: nn.Module, hospitals: list[Records], rounds: int, stor
         for client, records in zip(clients, hospitals, strict=True):
             client.pull()  # the newest averaged half
             one_pass(client, sgd(client.parameters()), records, after=bodies.step)  # one commit per batch
-            client.push()  # what it has learned since, weighted by its patients
+            client.push()  # the update since the pull, weighted by its patients
         halves.step()
     clients[0].pull()
     print(f"body at version {store.latest_version()}, halves at version {store.latest_version('client')}")

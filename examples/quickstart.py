@@ -1,11 +1,11 @@
 """Two owners train one digit classifier; neither images nor labels leave them.
 
-The model is cut in U-shape: each owner keeps the first and the last layer, the server runs what lies between. Run it:
+The model is cut in U-shape: each owner keeps the first and the last layer, the server runs the layers between. Run it:
 
     python examples/quickstart.py
-    python examples/quickstart.py --store runs/quickstart    # keep the files and look at them
+    python examples/quickstart.py --store runs/quickstart    # keep the files
 
-Needs scikit-learn, which brings 1,797 real handwritten digits of 8×8 pixels.
+Needs scikit-learn, which includes 1,797 real handwritten digits of 8×8 pixels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import splitfed
 
 
 def make_model() -> nn.Module:
-    """An ordinary PyTorch model; nothing in it knows that it will be cut."""
+    """A plain PyTorch model, with no code for splitfed in it."""
     return nn.Sequential(
         nn.Linear(64, 64),  # 0: the bottom, at the owner
         nn.ReLU(),
@@ -32,7 +32,7 @@ def make_model() -> nn.Module:
         nn.BatchNorm1d(128),
         nn.ReLU(),
         nn.Dropout(0.2),
-        nn.Linear(128, 10),  # 6: the head, at the owner: so the loss is computed there, and labels stay there
+        nn.Linear(128, 10),  # 6: the head, at the owner, who computes the loss: labels stay there
     )
 
 
@@ -49,18 +49,18 @@ def train(store_url: str, epochs: int) -> None:
     """Cut the model, train it over both owners, and say how well each of them does."""
     data_a, data_b, (test_images, test_labels) = load_data()
 
-    # `split` makes copies: the client half with a hole in it, and the body that was there.
+    # `split` makes copies: the client half with a cut point, and the body that was there.
     half, body = splitfed.split(make_model(), "2:6")
 
-    # The server's side. All state is in the store: this server, or any other on the same store, can answer any request.
+    # The server side. All state is in the store: this server, or any other on the same store, can answer any request.
     store = splitfed.GradientStore(store_url, sync="process")
     server = splitfed.SplitServer(body, store)
-    # One commit for every two batches that wait: the mean of both owners' gradients, and one step of Adam.
+    # One commit per two pending batches: the mean of both owners' gradients, and one step of Adam.
     accumulator = splitfed.Accumulator(
         body, store, optimizer=lambda params: torch.optim.Adam(params, lr=5e-3), min_batches=2
     )
 
-    # The owners' side. Each has a half of its own, an optimizer of its own, and its own digits.
+    # The owners' side. Each owner has its own half, optimizer and digits.
     clients = [splitfed.SplitClient(copy.deepcopy(half), server, client_id=name) for name in ("owner-a", "owner-b")]
     optimizers = [torch.optim.Adam(client.parameters(), lr=5e-3) for client in clients]
     loaders = [DataLoader(data, batch_size=50, shuffle=True) for data in (data_a, data_b)]
@@ -71,13 +71,13 @@ def train(store_url: str, epochs: int) -> None:
             for client, optimizer, (images, labels) in zip(clients, optimizers, batches, strict=True):
                 optimizer.zero_grad()
                 loss = cross_entropy(client(images), labels)  # activations go to the server, outputs come back
-                loss.backward()  # gradients too; the body's own are a file in the store now
+                loss.backward()  # gradients cross too; those of the body become a file in the store
                 optimizer.step()
                 total += loss.item() * len(labels)
             accumulator.step()
         print(f"epoch {epoch}: mean loss {total / 1400:.4f}, body at version {store.latest_version()}")
 
-    # `join` puts an owner's half and the newest body together: an ordinary model again, under the original names.
+    # `join` combines an owner's half and the newest body: a plain model again, with the original names.
     for client in clients:
         whole = splitfed.join(client, store.load_weights()).eval()
         with torch.no_grad():

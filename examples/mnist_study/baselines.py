@@ -1,7 +1,7 @@
-"""What split federated training is measured against: the same model, unsplit, with the same batches and optimizer.
+"""The baselines of split federated training: the same model, unsplit, with the same batches and optimizer.
 
 Each baseline yields a row per round, that is per pass over the training digits: loss and accuracy on the test digits,
-seconds since it began, and how many bytes have travelled in all.
+seconds since the start, and the total number of bytes sent.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def centralised(deal: Deal, rounds: int, seed: int, rate: Rate = recipe.WHOLE) -
 def fedavg(deal: Deal, rounds: int, seed: int, rate: Rate = recipe.WHOLE) -> Iterator[Row]:
     """Federated averaging of the whole model (McMahan et al. 2017, arXiv 1602.05629): every owner, one pass a round.
 
-    The whole model travels to each owner and back. An owner's optimizer begins anew each round, as in the split modes.
+    The whole model travels to each owner and back. An owner's optimizer starts again each round, as in the split modes.
     """
     generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
     model = recipe.make_model(seed)
@@ -53,7 +53,7 @@ def fedavg(deal: Deal, rounds: int, seed: int, rate: Rate = recipe.WHOLE) -> Ite
 
 
 def local(deal: Deal, rounds: int, seed: int, rate: Rate = recipe.WHOLE) -> Iterator[Row]:
-    """Every owner alone with its own digits; the figures are the mean over the owners. Nothing travels."""
+    """Every owner alone with its own digits; the metrics are the mean over the owners. Nothing travels."""
     generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
     models = [recipe.make_model(seed) for _ in deal.parts]
     optimizers = [rate(model.parameters()) for model in models]
@@ -82,7 +82,7 @@ def judge(model: nn.Module, test: tuple[Tensor, Tensor]) -> tuple[float, float]:
 
 
 def row(number: int, loss: float, accuracy: float, start: float, num_bytes: int) -> Row:
-    """The figures of a round."""
+    """The metrics of a round."""
     seconds = time.perf_counter() - start
     return {"round": number, "loss": loss, "accuracy": accuracy, "seconds": seconds, "bytes": num_bytes}
 

@@ -1,4 +1,4 @@
-"""Split federated training in each mode, by the library's own simulation; the rows are like those of the baselines."""
+"""Split federated training in each mode, by the library's simulation; the rows are like those of the baselines."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def train(deal: Deal, mode: policies.Mode, rates: Rates, rounds: int, seed: int,
         path: Where the run's history goes; an older one is replaced.
 
     Yields:
-        What baselines have; `bytes` are those of tensors, both ways. Besides, `commits` of the body and `passes` over
-        the digits, both since the beginning.
+        The keys of the baselines; `bytes` counts tensors, both ways. Also `commits` of the body and `passes` over the
+        digits, both since the start.
     """
     path.unlink(missing_ok=True)
     run = splitfed.simulate(

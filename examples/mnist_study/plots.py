@@ -1,4 +1,4 @@
-"""The pictures of the study: what each way of training reaches by rounds, by seconds and by bytes."""
+"""The plots of the study: accuracy of each training method by rounds, by seconds and by bytes."""
 
 from __future__ import annotations
 

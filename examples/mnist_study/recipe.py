@@ -1,7 +1,7 @@
-"""What every run of the study shares: the digits and how they are dealt out, the model, and the rates of each mode.
+"""What every run of the study shares: the digits and their partition, the model, and the rates of each mode.
 
 The rates were chosen on digits that are not in the test set: `study.py --validate` holds 10,000 of the training digits
-out and scores on those. Which rates were tried, and what came of it, is in `docs/study.md`.
+out and scores on those. The tried rates and their results are in `docs/study.md`.
 """
 
 from __future__ import annotations

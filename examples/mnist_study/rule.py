@@ -1,15 +1,15 @@
-"""The update rule of the study that this library builds on, and the mean in its place: why the study's curve swings.
+"""The update rule of the study that this library builds on, and the same with the mean: why the study's curve swings.
 
-The study (its code is the public repository frogdance/MicroSFL) runs one round like this: every client sends all its
-batches; each batch's gradients are put on file, for the body at the server, for the head at the client; at the end of
-the round both are **summed** and take one step, SGD with rate 1e-4 at the server and 1e-3 at the clients; the heads
-are averaged. The bottom was trained beforehand and is frozen: a linear encoder that an adversarial decoder is kept from
-inverting, with Gaussian noise of deviation 0.1 added to its outputs.
+The study (its code is the public repository frogdance/MicroSFL) runs a round like this: every client sends all its
+batches. The gradients of each batch are stored as files, for the body at the server, for the head at the client. At the
+end of the round both are **summed** and take one step, SGD with rate 1e-4 at the server and 1e-3 at the clients; the
+heads are averaged. The bottom is a frozen linear encoder, trained so that an adversarial decoder can't invert it,
+with Gaussian noise of deviation 0.1 added to its outputs.
 
-All of that is done here with splitfed's own parts. A sum is a mean with a rate multiplied by the number of batches:
-with 945 of them, 1e-4 is 0.09. The encoder's outputs have squared norms in the thousands, since growing is how it
-evades its decoder, and the curvature that a step meets grows with them: the step is too long, and the more so the more
-data there is. With the mean in its place a rate that fits goes on to fit.
+This module does all of that with splitfed. A sum equals a mean with the rate multiplied by the number of batches: with
+945 of them, 1e-4 is 0.09. The encoder's outputs have squared norms in the thousands, since it evades its decoder by
+growing. The curvature of the loss grows with them: the step is too long, and longer with more data. With the mean
+instead, a rate that fits still fits with more data.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SUM_RATES = (1e-4, 1e-3)
 MEAN_RATES = (3e-2, 1e-2)
 """Rates for means, chosen on held-out training digits."""
 _NOISE = 0.1
-_MEAN, _STD = 0.1307, 0.3081  # what splitfed.demo.data normalises by; the study's pixels are from 0 to 1
+_MEAN, _STD = 0.1307, 0.3081  # what splitfed.cli.demo.data normalises by; the study's pixels are from 0 to 1
 
 
 class Noise(nn.Module):
@@ -77,7 +77,7 @@ def pretrain(deal: Deal, seed: int, passes: int = 20) -> nn.Linear:
 
 
 def train(deal: Deal, encoder: nn.Linear, rounds: int, seed: int, *, mean: bool) -> Iterator[Row]:
-    """Train by the study's rule, or by the mean in place of the sum; yield a row per round.
+    """Train by the study's rule, or with the mean instead of the sum; yield a row per round.
 
     Args:
         deal: The owners' digits.

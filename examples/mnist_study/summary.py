@@ -1,4 +1,4 @@
-"""What a run of the study comes to: curves, how far they swing, and a table of where they ended."""
+"""The summary of a run of the study: curves, how far they swing, and a table of the final values."""
 
 from __future__ import annotations
 
