@@ -1,11 +1,11 @@
 """Split federated learning for any PyTorch model, with a server that holds nothing.
 
-`split` cuts a model; a `SplitClient` trains its half in the user's own loop; stateless `SplitServer` replicas answer
-over a `GradientStore`; an `Accumulator` commits the batch-averaged update. `reference` and `check` show that the bits
-are those of the unsplit model.
+`split` cuts a model; a `SplitClient` trains its half in the user's own loop; stateless
+`SplitServer` replicas answer over a `GradientStore`; an `Accumulator` commits the batch-averaged
+update. `reference` and `check` show that the bits are those of the unsplit model.
 
-Names load when they are first used (PEP 562): a device that only wants `SplitClient` needs nothing of the server's, and
-`splitfed --help` doesn't wait for torch.
+Names load when they are first used (PEP 562): a device that only wants `SplitClient` needs nothing
+of the server's, and `splitfed --help` doesn't wait for torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Names of a package that load when they are first used (PEP 562).
 
-Each `__init__` of ours only re-exports, and all of them do it this way. Eager imports would bring starlette to a client
-that wants the HTTP transport, the whole store to a mailbox's client that wants its keys, and torch to `BatchId`.
+Each `__init__` of ours only re-exports, and all of them do it this way. Eager imports would bring
+starlette to a client that wants the HTTP transport, the whole store to a mailbox's client that
+wants its keys, and torch to `BatchId`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def lazily(
     Args:
         package: The package: its `__name__`.
         names: For each public name, the module that defines it, without the leading `splitfed.`.
-        modules: Modules that are used by a name of their own, as in `splitfed.policies.mode("buffered")`.
+        modules: Modules that are used by a name of their own, as in
+            `splitfed.policies.mode("buffered")`.
     """
 
     def get(name: str) -> Any:

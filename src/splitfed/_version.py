@@ -1,3 +1,3 @@
-"""The version of the package, in a file that needs nothing else: the build reads it, and every room may."""
+"""The version of the package, in a file that needs nothing else: the build reads it too."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Checks of arguments that many classes take: each returns the value, or raises `InputError` with its name."""
+"""Checks of arguments: each returns the value, or raises `InputError` with its name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def positive(name: str, value: float) -> float:
     Raises:
         InputError: it isn't.
     """
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= sys.float_info.max:
         raise InputError(f"{name} is {value!r}: expected a finite number above 0")
     return value
 

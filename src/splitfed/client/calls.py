@@ -107,8 +107,8 @@ class Session:
     ) -> Any:
         """Answer a cut call that is made again inside of a backward pass.
 
-        The checkpoint has put the generator back, so the seed finds the calls that may be meant. Two
-        calls may have drawn the same seed (a user who seeds before each step): the outputs tell.
+        The checkpoint has put the generator back, so the seed finds the calls that may be meant.
+        Two calls may have drawn the same seed (a user may seed before each step): the outputs tell.
 
         Raises:
             ReplayError: no earlier call gave these outputs.

@@ -98,7 +98,7 @@ class StandIn(nn.Module):
 
 
 class CutMethod:
-    """A method of the half (forward, `encode`, ...) as one call of the client; has its signature."""
+    """A method of the half (forward, `encode`, ...) as one call of the client."""
 
     def __init__(
         self, client: SplitClient, run: Callable[..., Any], method: Callable[..., Any]

@@ -152,7 +152,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seal:
-    """The close of a batch: the parts of its gradient, in the order in which autograd added them."""
+    """The close of a batch: the parts of its gradient, in the order of autograd."""
 
     parts: tuple[tuple[int, int], ...]
     """(version, part) of the parts sent before; a call that rides along comes last."""
