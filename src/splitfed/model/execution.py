@@ -256,8 +256,8 @@ def backward(
     if not outputs or not targets:
         return [None] * len(done.leaves), {}
     device = outputs[0].device
-    # The lock, as hooks and custom functions of the body may draw; and no autocast, since the
-    # backward runs at the dtypes that the forward has chosen, whatever surrounds this call.
+    # The lock, as a hook of the body may draw, which would change what a run in another thread
+    # draws under its seed. Autocast off, as what surrounds this call is written down nowhere.
     with compute_lock, torch.inference_mode(False), _autocast(None, device), _BodyErrors():
         found = torch.autograd.grad(outputs, targets, gradients, allow_unused=True)
     _check_dense([*["an input"] * len(inputs), *done.parameters], found)
