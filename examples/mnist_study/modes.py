@@ -1,4 +1,4 @@
-"""Split federated training in each mode, by the library's own simulation; the rows are like those of the baselines."""
+"""Split federated training in each mode, by `splitfed.simulate`; rows have the metrics of the baselines."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def train(deal: Deal, mode: policies.Mode, rates: Rates, rounds: int, seed: int,
 
     Args:
         deal: The owners' digits.
-        mode: When the body is committed, and what clients publish.
-        rates: How clients, body and halves learn.
-        rounds: How many, of one pass each.
-        seed: Of weights and orders.
-        path: Where the run's history goes; an older one is replaced.
+        mode: How body and halves are updated.
+        rates: Optimizers and rates of clients, body and halves.
+        rounds: How many rounds, of one local pass each.
+        seed: Seeds weights and orders.
+        path: The file of the run's history; an older one is replaced.
 
     Yields:
-        What baselines have; `bytes` are those of tensors, both ways. Besides, `commits` of the body and `passes` over
-        the digits, both since the beginning.
+        The metrics of a baseline's row; `bytes` are those of tensors, both ways. Besides, `commits` of the body and
+        `passes` over the digits, both since the beginning.
     """
     path.unlink(missing_ok=True)
     run = splitfed.simulate(
@@ -50,5 +50,5 @@ def train(deal: Deal, mode: policies.Mode, rates: Rates, rounds: int, seed: int,
     for row in run:
         sent += row["bytes_up"] + row["bytes_down"]
         trained += sum(client.get("num_samples", 0) for client in row["clients"].values())
-        figures = {key: row[key] for key in ("round", "loss", "accuracy", "seconds")}
-        yield figures | {"bytes": sent, "commits": row["version"], "passes": trained / len(deal.labels)}
+        metrics = {key: row[key] for key in ("round", "loss", "accuracy", "seconds")}
+        yield metrics | {"bytes": sent, "commits": row["version"], "passes": trained / len(deal.labels)}

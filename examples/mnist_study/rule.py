@@ -35,7 +35,7 @@ SUM_RATES = (1e-4, 1e-3)
 MEAN_RATES = (3e-2, 1e-2)
 """Rates for means, chosen on held-out training digits."""
 _NOISE = 0.1
-_MEAN, _STD = 0.1307, 0.3081  # what splitfed.demo.data normalises by; the study's pixels are from 0 to 1
+_MEAN, _STD = 0.1307, 0.3081  # of splitfed.cli.demo.data, which normalises; the study's pixels are from 0 to 1
 
 
 class Noise(nn.Module):

@@ -82,8 +82,7 @@ class ClientState:
     """What a client keeps to itself from one local run to the next."""
 
     personal: dict[str, Tensor] = field(default_factory=dict)
-    """Personal parameters and buffers by name; empty before the first run, which has the
-    model's."""
+    """Personal parameters and buffers by name; empty before the first local run."""
     optimizer: dict[str, Any] | None = None
     scheduler: dict[str, Any] | None = None
 

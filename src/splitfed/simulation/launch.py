@@ -51,8 +51,7 @@ from splitfed.tracking.callbacks import AnyCallback
 from splitfed.tracking.history import History
 
 AVERAGING = functools.partial(torch.optim.SGD, lr=1.0)
-"""The optimizer that makes commits of the client lineage FedAvg: it adds the mean
-pseudo-gradient."""
+"""The optimizer of the client lineage that makes its commits FedAvg."""
 
 
 def simulate(

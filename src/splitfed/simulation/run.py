@@ -42,7 +42,7 @@ class _Progress:
     """The newest round that was opened; 0 for none."""
     done: int
     """The newest round that was reported; 0 for none."""
-    missing: Row | None
+    unrecorded: Row | None
     """The report of the newest round, if the kept history lacks its row."""
     seconds: float
     """The seconds that the kept history has on record."""
@@ -112,17 +112,17 @@ class Simulation(Iterator[Row]):
             # Seconds go on from those on record: they never fall within a history.
             started = time.time() - progress.seconds
             watchers.on_row(self._head)
-            if progress.newest and (done < rounds or progress.missing is not None):
+            if progress.newest and (done < rounds or progress.unrecorded is not None):
                 self._resume(progress.newest)
-            if progress.missing is not None:
-                row = self._row(progress.missing, started)
+            if progress.unrecorded is not None:
+                row = self._row(progress.unrecorded, started)
                 # What crossed the cut was known to the killed run alone: left out, not 0.
                 row = {name: row[name] for name in row if not name.startswith("bytes_")}
                 watchers.on_row(row)
                 yield row
             while done < rounds:
                 plan = self._open()
-                row = self._row(self._report(plan), started)
+                row = self._row(self._train(plan), started)
                 # A commit's time counts from 0 of the virtual clock, or from the run's beginning.
                 begin = started if self._timeline is None else 0.0
                 for commit in self._assembly.commit_rows(plan.number, begin):
@@ -143,11 +143,10 @@ class Simulation(Iterator[Row]):
         if self.history.run is None:
             # A new history begins with the run: rounds before it are none of its own.
             return _Progress(newest, done, None, 0.0)
-        told = self.history.rounds()
-        seconds = max((row.get("seconds") or 0.0 for row in told), default=0.0)
-        if newest in {row["round"] for row in told}:
-            report = None
-        return _Progress(newest, done, report, seconds)
+        recorded = self.history.rounds()
+        seconds = max((row.get("seconds") or 0.0 for row in recorded), default=0.0)
+        is_recorded = newest in {row["round"] for row in recorded}
+        return _Progress(newest, done, None if is_recorded else report, seconds)
 
     def _resume(self, newest: int) -> None:
         """Go on from a store's newest round: by its clock, and without the clients' own states."""
@@ -173,11 +172,11 @@ class Simulation(Iterator[Row]):
             )
         return plan
 
-    def _report(self, plan: Plan) -> Row:
-        """The coordinator's report of a round, which is trained for it."""
+    def _train(self, plan: Plan) -> Row:
+        """Let clients train for a round; returns the coordinator's report."""
         federation = self._assembly.federation
         if federation.rounds.ending(plan.number) is not None:
-            # A killed run decided which updates count: who trained now would train for nothing.
+            # A killed run decided which updates count: what is trained now would count nowhere.
             return federation.close()
         return self._driver.run_round(plan)
 

@@ -164,10 +164,10 @@ def test_what_a_client_keeps_can_be_looked_at() -> None:
     """Its personal parts after its last run; nothing of one that was never active."""
     simulation = toy.run(personal=("3.*",), rounds=1)
     list(simulation)
-    schedule = simulation._driver
-    assert isinstance(schedule, Turns)
-    assert sorted(schedule.state("client-0").personal) == ["3.bias", "3.weight"]
-    assert schedule.state("nobody").personal == {}
+    driver = simulation._driver
+    assert isinstance(driver, Turns)
+    assert sorted(driver.state("client-0").personal) == ["3.bias", "3.weight"]
+    assert driver.state("nobody").personal == {}
 
 
 def test_a_round_of_global_steps_is_over_when_its_last_client_is() -> None:

@@ -6,9 +6,9 @@ thread pools in whatever state they are. It gets its setup as one pickle at its 
 by the pipe or through the store. Pickles travel between two processes of one run, of which one
 started the other, and never from or to a file.
 
-Round, SFLV1 and synchronous mode fix the schedule, so they end in the same bits as in one process.
-In modes that commit while clients train, timing decides which batches are folded together, and the
-commit records say which.
+Modes that commit nothing while clients train, or in global steps, fix the schedule, so they end in
+the same bits as in one process. In the others timing decides which batches are folded together, and
+the commit records say which.
 
 The trap: a script that starts worker processes is imported by each of them, so its own work must
 stand below `if __name__ == "__main__":`.
@@ -53,6 +53,7 @@ class Setup:
     config: ClientConfig
     clients: Mapping[str, Data]
     threads: int
+    """This and the rest: how torch computes in the process that asks."""
     dtype: torch.dtype
     matmul: str
     deterministic: bool
@@ -151,7 +152,7 @@ class WorkerPool:
             worker.stop()
 
     def _execute(self, tasks: Iterable[Task]) -> list[TaskResult]:
-        """The results of tasks, in the order of client ids: that of their arrival is by chance."""
+        """Execute tasks; returns their results in the order of client ids, not that of arrival."""
         queue = deque[Task]()
         # A suspended run exists in the memory of one worker, and can go on nowhere else.
         pinned = {
@@ -277,7 +278,8 @@ class _WorkerHandle:
             moment = f"with client {self.current.client_id!r}"
         return WorkerError(
             f"worker {self.number} died {moment} (exit code {exit_code}): "
-            'if that was at its start, the script\'s own work must stand below `if __name__ == "__main__":`. '
+            "if that was at its start, the script's own work must stand below "
+            '`if __name__ == "__main__":`. '
             "What is in the store stays: simulate on it again to go on"
         )
 
@@ -377,8 +379,9 @@ def pickled_setup(
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise InputError(
             f"worker processes can't get their setup ({error}): "
-            "give functions that can be pickled, such as functools.partial(torch.optim.SGD, lr=0.1) "
-            "in place of a lambda, or leave engine=Processes(...) out"
+            "give functions that can be pickled, "
+            "such as functools.partial(torch.optim.SGD, lr=0.1) and not lambdas, "
+            "or leave engine=Processes(...) out"
         ) from error
 
 

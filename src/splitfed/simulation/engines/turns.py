@@ -169,7 +169,7 @@ class Turns:
         for upcoming in run.requests():
             self._follow_up(answered, run)
             if answered is Verb.PUSH:
-                yield None
+                yield None  # parked until the global step
             if upcoming is Verb.FORWARD:
                 if begun == vanishing:
                     # It is back after the time that the run would have taken. Global steps can't
