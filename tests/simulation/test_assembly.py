@@ -99,5 +99,5 @@ def test_who_is_in_already_isnt_asked() -> None:
         with pytest.raises(toy.Killed):
             next(simulation)
         plan = parts.federation.rounds.plan(1)
-        assert parts.asked(plan) == asked
-        assert parts.asked(replace(plan, barrier=False)) == plan.sampled
+        assert parts.remaining_clients(plan) == asked
+        assert parts.remaining_clients(replace(plan, barrier=False)) == plan.sampled

@@ -93,7 +93,7 @@ def test_a_deal_that_doesnt_fit_is_refused(parts: list[torch.Tensor], names: lis
 def test_clients_that_cant_be_simulated_are_refused(clients: Any, error: type[Exception], said: str) -> None:
     """Each with what was expected."""
     with pytest.raises(error, match=said):
-        localdata.check(clients)
+        localdata.check_clients(clients)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_stream_is_refused_though_it_has_a_length() -> None:
             return 3
 
     with pytest.raises(InputError, match=r"data is a Stream: .* a list of what a stream yields"):
-        localdata.check({"a": Stream()})
+        localdata.check_clients({"a": Stream()})
 
 
 def test_an_order_is_every_example_once() -> None:

@@ -11,7 +11,7 @@ import toy
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from splitfed.simulation.client import Outcome, total
+from splitfed.simulation.client import LocalMetrics, sum_by_client
 from splitfed.simulation.data import evaluate
 from splitfed.simulation.virtual_time import VirtualTime
 from splitfed.store.store import GradientStore
@@ -82,10 +82,16 @@ def test_figures_of_ones_own_go_into_the_row() -> None:
     assert "accuracy" not in rows[0]
 
 
-def test_several_activations_of_a_client_are_one_entry() -> None:
+def test_several_runs_of_a_client_are_one_entry() -> None:
     """Sums, by client, in the order of ids; classes count only if all of them did."""
-    found = total([Outcome("b", 4, 1, 2.0, 3), Outcome("a", 1, 1, 1.0, None), Outcome("b", 6, 2, 3.0, 1, expired=1)])
-    assert found == [Outcome("a", 1, 1, 1.0, None), Outcome("b", 10, 3, 5.0, 4, expired=1)]
+    found = sum_by_client(
+        [
+            LocalMetrics("b", 4, 1, 2.0, 3),
+            LocalMetrics("a", 1, 1, 1.0, None),
+            LocalMetrics("b", 6, 2, 3.0, 1, expired=1),
+        ]
+    )
+    assert found == [LocalMetrics("a", 1, 1, 1.0, None), LocalMetrics("b", 10, 3, 5.0, 4, expired=1)]
     assert found[1].row() == {
         "num_samples": 10,
         "batches": 3,

@@ -1,7 +1,8 @@
-"""A whole federation on one machine: real clients, servers, accumulators and rounds, by turns or in virtual time.
+"""A whole federation on one machine: real servers, accumulators and rounds over virtual clients.
 
-`launch` is `simulate`; `settings` what it takes; `assembly` all that serves; `client` one client while it is active;
-`engines` let the clients train: in turns or by a virtual clock (`turns`), or in worker processes (`processes`).
+`launch` is `simulate`; `settings` its groups of settings; `assembly` the federation; `client` one
+client's local run; `run` the rounds and their rows. `engines` let clients train: in this process
+(`turns`) or in worker processes (`processes`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a simulated federation is made of: the parts of a real one, on one store.
+"""The federation of a simulation: the parts of a real one, on one store.
 
-Nothing in here is made for simulation but the meter. Servers, accumulators and the coordinator are those that
-production runs; that they share a process with their clients is all the difference.
+Nothing in here is made for simulation but the meter. Servers, accumulators and the coordinator are
+those of production; all the difference is that they share a process with their clients.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LINEAGES = ("body", "client")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plans:
-    """How a simulated federation is to be built."""
+    """The settings from which a simulated federation is built."""
 
     half: nn.Module
     body: nn.Module
@@ -43,11 +43,11 @@ class Plans:
     server_scheduler: SchedulerFactory | None
     personal: tuple[str, ...]
     active: int
-    """How many clients are active at once, at most."""
+    """How many clients train at once, at most."""
     barrier: bool
     """Whether clients wait for each other at the end of a round."""
     min_updates: int
-    """Without a barrier: client halves are committed when so many updates wait."""
+    """Without a barrier: how many pending updates make a commit of the halves."""
     replicas: int
     """How many servers share the requests."""
     settings: dict[str, Any]
@@ -59,12 +59,12 @@ class Assembly:
 
     Args:
         plans: How to build them.
-        store: Where.
+        store: The store that they share.
         clients: The ids of all clients.
         clock: Virtual seconds; `None` for real ones, since 1970.
 
     Raises:
-        InputError: the store knows other clients too, whom rounds would wait for.
+        InputError: the store knows other clients too, for which rounds would wait.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class Assembly:
         strangers = sorted(set(store.clients()).difference(clients))
         if strangers:
             raise InputError(
-                f"{store!r} has clients that weren't given, {strangers[0]!r} for one: expected data for each "
-                "that a store has, or another store"
+                f"{store!r} has clients that weren't given, {strangers[0]!r} for one: "
+                "expected data for each that a store has, or another store"
             )
         self.store = store
         self.mode = plans.mode
@@ -118,33 +118,36 @@ class Assembly:
         self._noted = dict(self._reported)
         self._times: dict[tuple[str, int], float] = {}
 
-    def asked(self, plan: Plan) -> tuple[str, ...]:
-        """The sampled clients that have yet to train: not those whose update is in already.
+    def remaining_clients(self, plan: Plan) -> tuple[str, ...]:
+        """The sampled clients that have yet to train: not those whose update is in the store.
 
-        An update may be in from a run that was killed, or from a round below quorum; were its client to train again,
-        the body would count its batches twice.
+        It may be there from a run that was killed, or from a round below quorum; were its client to
+        train again, the body would count its batches twice.
         """
         if self.mode.gradients or not plan.barrier:
             return plan.sampled
         heard = Judge(self.store, plan).heard()
-        return tuple(name for name in plan.sampled if name not in heard)
+        return tuple(client_id for client_id in plan.sampled if client_id not in heard)
 
     def commit(self, client_id: str) -> None:
-        """Commit what waits of the body, if the mode doesn't wait for the end of the round."""
+        """Commit the body's pending gradients, unless the mode waits for the end of the round."""
         if isinstance(self.body, PerClient):
             self.body.step([client_id])
         elif self.mode.min_batches is not None and self.body.step() is not None:
             self.note()
 
     def global_step(self) -> None:
-        """One step of both lineages over what all active clients have sent."""
+        """Commit the pending gradients of both lineages: one step of synchronous mode."""
         if isinstance(self.body, Accumulator):
             self.body.step(min_batches=1)
         self.half.step(min_batches=1)
         self.note()
 
     def note(self) -> None:
-        """Take note of the virtual time at which versions came about that weren't there before."""
+        """Note the virtual time of the versions that are new since the last call.
+
+        A commit's record has real time only; so whoever may have committed calls this at once.
+        """
         if self._clock is None:
             return
         for lineage in LINEAGES:
@@ -158,7 +161,7 @@ class Assembly:
 
         Args:
             round_number: The round that has ended.
-            started: When the run began, by its clock; rows count their time from there.
+            started: The beginning of the run, by its clock; times in the rows count from there.
         """
         self.note()
         rows = []
@@ -167,6 +170,7 @@ class Assembly:
             self._reported[lineage] = upto
             for row in commit_rows(self.store, lineage, after, upto, round_number):
                 commit = self.store.lineage(lineage).commit(row["version"])
+                # In real time nothing was noted: the commit's own record has the time.
                 now = self._times.pop((lineage, commit.version), commit.time)
                 delay = self.arrivals.delay(lineage, commit, now)
                 rows.append({**row, "time": now - started, "delay": delay})
@@ -174,7 +178,11 @@ class Assembly:
 
 
 def serve(plans: Plans, store: GradientStore) -> Transport:
-    """Servers for so many active clients: each may have a graph open, up to a bound."""
+    """The servers, as one transport.
+
+    Each client that trains may have a graph open, so that many are kept; but at most 128, as each
+    holds the activations of a call.
+    """
     per_client, graphs = plans.mode.per_client, min(max(8, plans.active), 128)
     return RoundRobin(
         [

@@ -1,9 +1,13 @@
-"""One virtual client while it is active: the loop that its owner would run, on the real `SplitClient`.
+"""A virtual client's local run: its owner's training loop, on a real `SplitClient`.
 
-It is written as a generator that stops before each request, so that whoever drives it decides when that request
-happens: at once, in turns with other clients, or at an instant of virtual time. Client half, optimizer and gradients
-exist only while the generator does. What a client's own disk would hold outlives it in a `Belongings`: its personal
-parameters, and its optimizer's state if that is kept.
+The loop is a generator that stops before each request, so that its driver decides when the request
+happens: at once, in turns with other clients, or at an instant of virtual time. The client half,
+its optimizer and its gradients exist only while the generator does. What a real client would have
+on its own disk outlives them in a `ClientState`.
+
+The trap: torch's default generator belongs to the process, not to the client. A local run draws
+from a stream of its own, which is in force only while the client computes, never while its
+generator is suspended.
 """
 
 from __future__ import annotations
@@ -25,16 +29,16 @@ from splitfed.model.copying import deep_copy
 from splitfed.model.fingerprint import personal_names
 from splitfed.protocol.transport import Transport
 from splitfed.simulation import data as localdata
-from splitfed.simulation.data import Data, num_right
+from splitfed.simulation.data import Data
 from splitfed.simulation.rng import Stream
-from splitfed.simulation.settings import LocalTraining
+from splitfed.simulation.settings import LocalTraining, check_function
 
 LossFunction = Callable[[Any, Any], Tensor]
 Optimizers = Callable[[Iterable[Any]], Optimizer]
 
 
-class Next(Enum):
-    """The request that a trainee is about to make."""
+class Verb(Enum):
+    """The kind of request that a local run makes next."""
 
     PULL = "pull"
     FORWARD = "forward"
@@ -43,214 +47,262 @@ class Next(Enum):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Recipe:
-    """What all virtual clients of a run have in common.
+class ClientConfig:
+    """The settings that all virtual clients of a run share.
 
     Raises:
-        InputError: a loss function, or what is to make an optimizer or a scheduler, can't be called.
+        InputError: the loss function, or what makes an optimizer, can't be called.
     """
 
     half: nn.Module
-    """The client half; each activation trains a copy."""
+    """The client half; each local run trains a copy."""
     loss_fn: LossFunction
     """`loss_fn(outputs, targets)`, a scalar: the mean over the batch."""
     optimizer: Optimizers
     local: LocalTraining = field(default_factory=LocalTraining)
     gradients: bool = False
-    """Publish the half's gradient after each batch, and take no local step but of personal parts: synchronous mode."""
+    """Whether clients publish the half's gradient after each batch (synchronous mode).
+
+    Local steps then train the personal parts alone.
+    """
     personal: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        makers = {
-            "loss_fn": self.loss_fn,
-            "optimizer": self.optimizer,
-            "scheduler": self.local.scheduler,
-        }
-        for name, made in makers.items():
-            if made is not None and not callable(made):
-                raise InputError(
-                    f"{name} is {type(made).__name__}: expected a function, such as functools.partial(torch.optim.SGD, "
-                    "lr=0.1) for an optimizer: each client makes its own"
-                )
+        check_function("loss_fn", self.loss_fn, "torch.nn.functional.cross_entropy")
+        check_function(
+            "optimizer",
+            self.optimizer,
+            "functools.partial(torch.optim.SGD, lr=0.1): each client makes its own",
+        )
 
 
 @dataclass(slots=True, eq=False)
-class Belongings:
-    """What stays at a client from one activation to the next."""
+class ClientState:
+    """What a client keeps to itself from one local run to the next."""
 
     personal: dict[str, Tensor] = field(default_factory=dict)
+    """Personal parameters and buffers by name; empty before the first local run."""
     optimizer: dict[str, Any] | None = None
     scheduler: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What an activation came to."""
+class LocalMetrics:
+    """Counts and summed loss of a client's local runs."""
 
     client_id: str
     num_samples: int = 0
+    """Examples trained on; one that is trained on twice counts twice."""
     batches: int = 0
-    loss: float = 0.0
+    loss_sum: float = 0.0
     """Σ over examples."""
-    right: int | None = 0
-    """How many examples were classified right as they were trained on; `None` if nothing is classified."""
+    num_correct: int | None = 0
+    """Examples classified right as they were trained on; `None` if nothing is classified."""
     expired: int = 0
-    """Batches that were lost, because their version had left the retention window before the backward."""
+    """Batches lost because their version left the retention window before their backward."""
+
+    def add_batch(self, num_samples: int, mean_loss: float, num_correct: int | None) -> None:
+        """Count a batch that was trained on."""
+        self.num_samples += num_samples
+        self.batches += 1
+        self.loss_sum += mean_loss * num_samples
+        self.num_correct = _sum_if_known(self.num_correct, num_correct)
 
     def row(self) -> dict[str, Any]:
-        """Its part of a round's row."""
-        found: dict[str, Any] = {"num_samples": self.num_samples, "batches": self.batches}
-        if self.batches and math.isfinite(self.loss):
-            found["train_loss"] = self.loss / self.num_samples
-        if self.batches and self.right is not None:
-            found["train_accuracy"] = self.right / self.num_samples
+        """The client's entry in a round's row; metrics that aren't known are left out."""
+        entry: dict[str, Any] = {"num_samples": self.num_samples, "batches": self.batches}
+        if self.batches and math.isfinite(self.loss_sum):
+            entry["train_loss"] = self.loss_sum / self.num_samples
+        if self.batches and self.num_correct is not None:
+            entry["train_accuracy"] = self.num_correct / self.num_samples
         if self.expired:
-            found["expired"] = self.expired
-        return found
+            entry["expired"] = self.expired
+        return entry
 
 
-def total(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """One outcome for each client, of all its activations together, in the order of ids."""
-    found: dict[str, Outcome] = {}
-    for one in outcomes:
-        before = found.get(one.client_id, Outcome(one.client_id))
-        found[one.client_id] = Outcome(
+def sum_by_client(metrics: Iterable[LocalMetrics]) -> list[LocalMetrics]:
+    """The metrics of all local runs of each client together, in the order of ids."""
+    sums: dict[str, LocalMetrics] = {}
+    for one in metrics:
+        before = sums.get(one.client_id, LocalMetrics(one.client_id))
+        sums[one.client_id] = LocalMetrics(
             one.client_id,
             before.num_samples + one.num_samples,
             before.batches + one.batches,
-            before.loss + one.loss,
-            None if before.right is None or one.right is None else before.right + one.right,
+            before.loss_sum + one.loss_sum,
+            _sum_if_known(before.num_correct, one.num_correct),
             before.expired + one.expired,
         )
-    return [found[name] for name in sorted(found)]
+    return [sums[client_id] for client_id in sorted(sums)]
 
 
-class Trainee:
-    """One activation of one client.
+def _sum_if_known(one: int | None, other: int | None) -> int | None:
+    if one is None or other is None:
+        return None
+    return one + other
+
+
+class LocalRun:
+    """One local run of one client: pull, train on its own data, push.
 
     Args:
-        recipe: What it shares with others.
+        config: The settings that it shares with other clients.
         server: Its server.
-        client_id: Who it is.
+        client_id: The client's id.
         data: Its examples.
-        belongings: What it kept from before; brought up to date at the end.
-        occasion: Numbers that tell this activation from the client's others: they seed what is drawn.
+        state: What it kept from earlier runs; brought up to date when this one ends.
+        run_id: Numbers that tell this run from the client's others, such as (round, repetition).
+            They seed all that it draws.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        config: ClientConfig,
         server: Transport,
         client_id: str,
         data: Data,
-        belongings: Belongings,
-        occasion: tuple[int, ...],
+        state: ClientState,
+        run_id: tuple[int, ...],
     ) -> None:
-        self.outcome = Outcome(client_id)
-        self.occasion = occasion
-        self._recipe = recipe
+        self.metrics = LocalMetrics(client_id)
+        """The metrics so far."""
+        self.run_id = run_id
+        self._config = config
         self._server = server
         self._data = data
-        self._own = belongings
-        self._stream = Stream(recipe.seed, client_id, *occasion)
+        self._state = state
+        self._stream = Stream(config.seed, client_id, *run_id)
 
     @property
     def num_batches(self) -> int:
-        """How many batches the whole activation has."""
-        return self._recipe.local.local_passes * -(
-            -localdata.size(self._data) // self._recipe.local.batch_size
-        )
+        """How many batches the whole run has."""
+        local = self._config.local
+        return local.local_passes * -(-localdata.size(self._data) // local.batch_size)
 
-    def run(self) -> Generator[Next, None, Outcome]:
-        """The activation: pull, train, push; it stops before each request."""
-        steps = self._steps()
+    def requests(self) -> Generator[Verb, None, LocalMetrics]:
+        """Train; the generator stops before each request.
+
+        Yields:
+            The verb of the request that is made when the generator is resumed.
+
+        Returns:
+            The metrics of the run.
+
+        Raises:
+            InputError: the loss isn't a scalar tensor.
+            UnsupportedError: an optimizer or a scheduler whose `step()` needs arguments.
+        """
+        loop = self._loop()
         while True:
+            # Not around the yield: while this client is suspended, others and the caller draw.
             with self._stream.active():
                 try:
-                    ahead = next(steps)
+                    upcoming = next(loop)
                 except StopIteration:
-                    return self.outcome
-            yield ahead
+                    return self.metrics
+            yield upcoming
 
-    def _steps(self) -> Generator[Next, None, None]:
-        recipe, own = self._recipe, self._own
-        half = deep_copy(recipe.half).train()
-        half.load_state_dict(own.personal, strict=False)
-        client = SplitClient(half, self._server, self.outcome.client_id, personal=recipe.personal)
-        yield Next.PULL
+    def _loop(self) -> Generator[Verb, None, None]:
+        config = self._config
+        half = deep_copy(config.half).train()
+        half.load_state_dict(
+            self._state.personal, strict=False
+        )  # all other names come with the pull
+        client = SplitClient(half, self._server, self.metrics.client_id, personal=config.personal)
+        yield Verb.PULL
         client.pull()
-        optimizer = recipe.optimizer(client.parameters())
-        scheduler = None if recipe.local.scheduler is None else recipe.local.scheduler(optimizer)
+        optimizer, scheduler = self._optimizer(client)
+        for _ in range(config.local.local_passes):
+            yield from self._local_pass(client, optimizer, scheduler)
+        # Without a sample every batch has expired: there is no update to push.
+        if not config.gradients and self.metrics.num_samples:
+            yield Verb.PUSH
+            client.push()
+        self._keep_state(half, optimizer, scheduler)
+
+    def _optimizer(self, client: SplitClient) -> tuple[Optimizer, LRScheduler | None]:
+        """The client's optimizer and its scheduler, in the state that it kept."""
+        local = self._config.local
+        optimizer = self._config.optimizer(client.parameters())
+        scheduler = None if local.scheduler is None else local.scheduler(optimizer)
         for made in (optimizer, scheduler):
             if made is not None and not steps_alone(made):
                 raise UnsupportedError(
-                    f"{type(made).__name__}.step() needs arguments, such as a closure or a metric, and a simulated "
-                    "client's loop has none: use one that steps alone, such as AdamW or StepLR"
+                    f"{type(made).__name__}.step() needs arguments, such as a closure or a metric, "
+                    "and a simulated client's loop has none: use one that steps alone, "
+                    "such as AdamW or StepLR"
                 )
-        if own.optimizer is not None:
-            optimizer.load_state_dict(own.optimizer)
-        if scheduler is not None and own.scheduler is not None:
-            scheduler.load_state_dict(own.scheduler)
-        for _ in range(recipe.local.local_passes):
-            yield from self._one_pass(client, optimizer, scheduler)
-        if not recipe.gradients and self.outcome.num_samples:
-            yield Next.PUSH
-            client.push()
-        names, state = personal_names(half, recipe.personal), half.state_dict()
-        own.personal = {name: state[name].detach().clone() for name in sorted(names)}
-        if recipe.local.keep_optimizers:
-            own.optimizer = optimizer.state_dict()
-            own.scheduler = None if scheduler is None else scheduler.state_dict()
+        # A scheduler sets its optimizer's rates when it is made, so states are loaded after both.
+        if self._state.optimizer is not None:
+            optimizer.load_state_dict(self._state.optimizer)
+        if scheduler is not None and self._state.scheduler is not None:
+            scheduler.load_state_dict(self._state.scheduler)
+        return optimizer, scheduler
 
-    def _one_pass(
+    def _local_pass(
         self, client: SplitClient, optimizer: Optimizer, scheduler: LRScheduler | None
-    ) -> Generator[Next, None, None]:
-        recipe, order = self._recipe, localdata.order(self._data, self._stream.generator)
-        for number, (inputs, targets) in enumerate(
-            localdata.batches(self._data, recipe.local.batch_size, order)
-        ):
-            if recipe.gradients and self.outcome.batches + self.outcome.expired:
-                yield Next.PULL
+    ) -> Generator[Verb, None, None]:
+        """One pass over the client's data."""
+        config = self._config
+        batch_size = config.local.batch_size
+        order = localdata.order(self._data, self._stream.generator)
+        batches = localdata.batches(self._data, batch_size, order)
+        for number, (inputs, targets) in enumerate(batches):
+            # With gradients, every batch starts from the newest global step. The run's first pull
+            # has been made already; an expired batch had one too.
+            if config.gradients and self.metrics.batches + self.metrics.expired:
+                yield Verb.PULL
                 client.pull()
-            yield Next.FORWARD
+            yield Verb.FORWARD
             optimizer.zero_grad()
             outputs = client(inputs)
-            loss = recipe.loss_fn(outputs, targets)
-            if not isinstance(loss, Tensor) or loss.dim():
-                found = (
-                    f"tensor of shape {tuple(loss.shape)}"
-                    if isinstance(loss, Tensor)
-                    else type(loss).__name__
-                )
-                raise InputError(f"loss_fn returned a {found}: expected a scalar tensor")
-            yield Next.BACKWARD
+            loss = _scalar(config.loss_fn(outputs, targets))
+            yield Verb.BACKWARD
             try:
                 loss.backward()
             except ExpiredError:
-                self.outcome.expired += 1
+                # Commits of others pushed its version out of the retention window: the batch is
+                # lost, as it would be to a real client, and the pass goes on.
+                self.metrics.expired += 1
                 continue
-            num_samples = min(
-                recipe.local.batch_size, len(order) - number * recipe.local.batch_size
+            self.metrics.add_batch(
+                localdata.batch_length(len(order), batch_size, number),
+                loss.item(),
+                localdata.num_correct(outputs, targets),
             )
-            self._count(num_samples, loss, num_right(outputs, targets))
-            if recipe.gradients:
-                yield Next.PUSH
+            if config.gradients:
+                yield Verb.PUSH
                 client.push(gradient=True)
-                _forget_shared(client, recipe.personal)
+                _drop_shared_gradients(client, config.personal)
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
 
-    def _count(self, num_samples: int, loss: Tensor, right: int | None) -> None:
-        counted = self.outcome.right
-        self.outcome.right = None if right is None or counted is None else counted + right
-        self.outcome.num_samples += num_samples
-        self.outcome.batches += 1
-        self.outcome.loss += loss.item() * num_samples
+    def _keep_state(
+        self, half: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None
+    ) -> None:
+        names = personal_names(half, self._config.personal)
+        state = half.state_dict()
+        self._state.personal = {name: state[name].detach().clone() for name in sorted(names)}
+        if self._config.local.keep_optimizers:
+            self._state.optimizer = optimizer.state_dict()
+            self._state.scheduler = None if scheduler is None else scheduler.state_dict()
 
 
-def _forget_shared(client: SplitClient, personal: Iterable[str]) -> None:
+def _scalar(loss: object) -> Tensor:
+    """The loss, if it is one: checked before autograd complains in words of its own."""
+    if not isinstance(loss, Tensor):
+        raise InputError(f"loss_fn returned a {type(loss).__name__}: expected a scalar tensor")
+    if loss.dim():
+        raise InputError(
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)}: expected a scalar tensor, "
+            "such as the mean over the batch"
+        )
+    return loss
+
+
+def _drop_shared_gradients(client: SplitClient, personal: Iterable[str]) -> None:
     """Leave gradients to the personal parameters alone: an optimizer steps those that have one."""
     own = personal_names(client.client_half, personal)
     for name, parameter in client.client_half.named_parameters():

@@ -1,11 +1,12 @@
-"""A whole federation in one process: real clients, servers, accumulators and rounds, in turns or in virtual time.
+"""A federation on one machine: real servers, accumulators and rounds, over virtual clients.
 
-What differs from production is who drives the clients, and nothing else: each trains with a `SplitClient` against a
-`SplitServer`, each update goes through the store, each round is a `Federation`'s. A client's model and optimizer exist
-only while it is active, so a thousand clients of which ten train at once need the memory of ten.
+It differs from production in who drives the clients, and in nothing else: each trains with a
+`SplitClient` against a `SplitServer`, each update goes through the store, each round is that of a
+`Federation`. A client's model and optimizer exist only while it trains, so a thousand clients of
+which ten train at once need the memory of ten.
 
-The same arguments give the same bits: a client draws from a stream of its own, and who makes which request when is
-fixed by the schedule.
+The same arguments give the same bits: a client draws from a stream of its own, and the schedule
+fixes the order of requests (except in worker processes, in modes that commit while clients train).
 """
 
 from __future__ import annotations
@@ -26,21 +27,22 @@ from splitfed.accumulator.policies import mode as mode_of
 from splitfed.blobs.contract import Blobs
 from splitfed.checks import at_least
 from splitfed.errors import InputError
-from splitfed.federation.sampling import check_sample_size, sample_size
+from splitfed.federation.sampling import sample_size
 from splitfed.model.cut import split
 from splitfed.simulation import data as localdata
 from splitfed.simulation.assembly import Assembly, Plans
-from splitfed.simulation.client import LossFunction, Optimizers, Recipe
+from splitfed.simulation.client import ClientConfig, LossFunction, Optimizers
 from splitfed.simulation.data import Data, Evaluation
+from splitfed.simulation.engines.driver import Driver
 from splitfed.simulation.engines.processes import WorkerPool
 from splitfed.simulation.engines.turns import Turns
-from splitfed.simulation.run import Driver, Simulation
+from splitfed.simulation.run import Simulation
 from splitfed.simulation.settings import (
     Engine,
     LocalTraining,
     Processes,
     RoundSchedule,
-    check_engine,
+    check_settings,
 )
 from splitfed.simulation.virtual_time import Timeline, VirtualTime
 from splitfed.store.rows import Row
@@ -49,7 +51,7 @@ from splitfed.tracking.callbacks import AnyCallback
 from splitfed.tracking.history import History
 
 AVERAGING = functools.partial(torch.optim.SGD, lr=1.0)
-"""The optimizer of the client lineage that makes it FedAvg."""
+"""The optimizer of the client lineage that makes its commits FedAvg."""
 
 
 def simulate(
@@ -83,26 +85,25 @@ def simulate(
         clients: The data of each client, by id: a pair of tensors, a `Dataset`, or what `deal`
             makes of one data set.
         loss_fn: `loss_fn(outputs, targets)`: the mean over a batch.
-        optimizer: Makes a client's own optimizer from its half's parameters. Synchronous mode takes
-            no local steps.
-        server_optimizer: Makes the body's, as of `Accumulator`.
+        optimizer: Makes a client's own optimizer from its half's parameters. Synchronous mode
+            takes no local steps but of personal parts.
+        server_optimizer: Makes the body's optimizer, as for `Accumulator`.
         rounds: The number of the last round; a store with rounds in it goes on from there.
         mode: How body and halves are updated: a name, or a `Mode` of `splitfed.policies`.
         local: How a client trains: batch size, passes, scheduler.
-        schedule: How rounds run: who is sampled, deadline, barrier.
-        engine: Where clients run: in turns, in this process, if `None`; by a virtual clock,
+        schedule: How rounds run: sampling, deadline, barrier.
+        engine: Where clients run: in turns in this process, if `None`; by a virtual clock,
             `VirtualTime(...)`; or in parallel, `Processes(workers)`.
         half_optimizer: Makes the optimizer of the client lineage: SGD with rate 1 is FedAvg, others
             are FedOpt.
         server_scheduler: Makes a scheduler for the body's optimizer; it steps once per commit.
-        evaluate: Held-out data, or a function of the model that returns metrics by name; asked once
-            per round.
-        store: Where the run is kept; a store in memory that goes when nobody holds it, if it isn't
-            given.
+        evaluate: Held-out data, or a function of the model that returns metrics by name; evaluated
+            once per round.
+        store: The store of the run; by default one in memory that goes when nobody holds it.
         personal: Patterns of names in the half that stay with each client.
         replicas: How many servers share the requests, in turn.
-        seed: Of everything that is drawn: samples of clients, orders of examples, dropout.
-        name: What the run is called in its history.
+        seed: Seeds all that is drawn: samples of clients, orders of examples, dropout.
+        name: The run's name in its history.
         callbacks: Receive each row. The first `History` among them keeps the rows of the run; they
             are kept in memory if there is none.
 
@@ -111,9 +112,8 @@ def simulate(
         IdError: a client id that may not become a key.
         CutError: the model can't be cut there.
     """
-    ids = localdata.check(clients)
-    check_sample_size(schedule.clients_per_round, schedule.min_clients)
-    check_engine(engine, schedule)
+    check_settings(local, schedule, engine)
+    ids = localdata.check_clients(clients)
     half, body = split(model, at)
     policy = mode_of(mode)
     active = sample_size(schedule.clients_per_round, len(ids), schedule.min_clients)
@@ -137,7 +137,7 @@ def simulate(
             "seed": seed,
         },
     )
-    recipe = Recipe(
+    config = ClientConfig(
         half=half,
         loss_fn=loss_fn,
         optimizer=optimizer,
@@ -148,24 +148,24 @@ def simulate(
     )
     virtual = engine if isinstance(engine, VirtualTime) else None
     timeline = Timeline()
-    where = temporary_store(shared=isinstance(engine, Processes)) if store is None else store
-    assembly = Assembly(plans, where, ids, None if virtual is None else lambda: timeline.now)
+    if store is None:
+        store = temporary_store(shared=isinstance(engine, Processes))
+    assembly = Assembly(plans, store, ids, None if virtual is None else lambda: timeline.now)
     driver: Driver
     if isinstance(engine, Processes):
-        driver = WorkerPool(assembly, recipe, clients, plans, engine.workers)
+        driver = WorkerPool(assembly, config, clients, plans, engine.workers)
     else:
-        driver = Turns(assembly, recipe, clients, timeline, virtual)
-    watchers = list(callbacks)
-    history = next((found for found in watchers if isinstance(found, History)), None)
+        driver = Turns(assembly, config, clients, timeline, virtual)
+    history, others = _history_and_others(callbacks)
     return Simulation(
         assembly,
         driver,
         None if virtual is None else timeline,
-        recipe,
-        _head(name, at_least("rounds", rounds, 1), clients, plans, recipe, virtual),
+        config,
+        _head(name, at_least("rounds", rounds, 1), clients, plans, config, virtual),
         evaluate=evaluate,
-        history=History() if history is None else history,
-        callbacks=[watcher for watcher in watchers if watcher is not history],
+        history=history,
+        callbacks=others,
     )
 
 
@@ -179,14 +179,23 @@ def _has_barrier(mode: Mode, schedule: RoundSchedule, engine: Engine | None) -> 
         return True
     if schedule.barrier is not None:
         return schedule.barrier
-    # In real time nobody is late; and a mode that bounds no staleness is one that waits.
+    # Without virtual time nobody is late, so waiting costs nothing. With it, a mode that sets no
+    # bound to staleness expects clients to wait.
     return not isinstance(engine, VirtualTime) or mode.max_staleness is None
 
 
 def _min_updates(schedule: RoundSchedule, active: int) -> int:
-    if schedule.min_updates is None:
-        return max(1, active // 10)
-    return at_least("min_updates", schedule.min_updates, 1)
+    """How many updates make a commit of the halves where there is no barrier."""
+    return max(1, active // 10) if schedule.min_updates is None else schedule.min_updates
+
+
+def _history_and_others(callbacks: Iterable[AnyCallback]) -> tuple[History, list[AnyCallback]]:
+    """The first history among the callbacks, or one in memory; and the other callbacks."""
+    receivers = list(callbacks)
+    for callback in receivers:
+        if isinstance(callback, History):
+            return callback, [other for other in receivers if other is not callback]
+    return History(), receivers
 
 
 def _head(
@@ -194,20 +203,21 @@ def _head(
     rounds: int,
     clients: Mapping[str, Data],
     plans: Plans,
-    recipe: Recipe,
+    config: ClientConfig,
     virtual: VirtualTime | None,
 ) -> Row:
-    """The row that says who takes part, and with which settings."""
+    """The row that a run begins with: its clients and its settings."""
     parties: dict[str, Row] = {}
     for client_id, data in sorted(clients.items()):
+        parties[client_id] = {"num_samples": localdata.size(data)}
         counts = localdata.classes(data)
-        known = {} if counts is None else {"classes": counts}
-        parties[client_id] = {"num_samples": localdata.size(data), **known}
+        if counts is not None:
+            parties[client_id]["classes"] = counts
     settings = {
         "rounds": rounds,
-        "batch_size": recipe.local.batch_size,
-        "local_passes": recipe.local.local_passes,
-        "personal": list(recipe.personal),
+        "batch_size": config.local.batch_size,
+        "local_passes": config.local.local_passes,
+        "personal": list(config.personal),
         "virtual_time": virtual is not None,
         "barrier": plans.barrier,
         "policy": plans.mode.describe(),
@@ -216,7 +226,7 @@ def _head(
     return {
         "kind": "run",
         "name": name,
-        "seed": recipe.seed,
+        "seed": config.seed,
         "mode": plans.mode.name,
         "clients": parties,
         "settings": settings,
@@ -224,11 +234,12 @@ def _head(
 
 
 def temporary_store(*, shared: bool) -> GradientStore:
-    """A store that goes when nobody holds it any more.
+    """A store whose contents go when nobody holds it any more.
 
     Args:
         shared: In a temporary folder, for several processes; else in this one's memory.
     """
+    # The finalizers hold the folder's name or the blobs, never the store: they would keep it alive.
     if shared:
         folder = tempfile.mkdtemp(prefix="splitfed-")
         store = GradientStore(folder, sync="process")

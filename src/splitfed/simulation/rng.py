@@ -1,8 +1,9 @@
-"""Random streams of their own, for many clients in one process.
+"""Random streams of virtual clients: each its own, though they share a process.
 
-A client on a machine of its own has torch's default generator to itself. Virtual clients share one process, so each
-gets a stream that follows from the run's seed and its name alone: what it draws doesn't depend on who else is active,
-in which order they take turns or in which worker process it runs, and the caller's own stream is left as it was.
+A client on a machine of its own has torch's default generator to itself. Virtual clients share one
+process, so each gets a stream that follows from the run's seed, its id and the round alone. What it
+draws doesn't depend on who else trains, in which order they take turns or in which worker process
+it runs, and the caller's own stream is left as it was.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from splitfed.model.rng import compute_lock
 
 def derive(*words: str | int) -> int:
     """A seed of 63 bits that follows from these words; unlike words give unrelated seeds."""
-    return int.from_bytes(hashlib.sha256(json.dumps(words).encode()).digest()[:8], "little") >> 1
+    # As JSON, so that ("a", "bc") and ("ab", "c") differ; 63 bits, as torch's seeds are signed.
+    digest = hashlib.sha256(json.dumps(words).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def uniform(*words: str | int) -> float:
@@ -41,7 +44,10 @@ class Stream:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Run the block on this stream, where it was left; then put the process's generator back."""
+        """Run the block on this stream, where it was left; then put the process's generator back.
+
+        The lock keeps out bodies that run in other threads: they draw from the same generator.
+        """
         with compute_lock:
             before = torch.default_generator.get_state()
             torch.default_generator.set_state(self._state)

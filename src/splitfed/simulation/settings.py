@@ -1,7 +1,11 @@
-"""The settings of a simulation that belong together: how a client trains, how rounds run, where clients run.
+"""The settings of a simulation in groups: local training, the schedule of rounds, the engine.
 
-Each is a frozen value that `simulate` takes under one keyword. Where clients run is the engine: one after the other in
-this process if there is none, in this process by a virtual clock (`VirtualTime`), or in worker processes (`Processes`).
+Each group is a frozen value that `simulate` takes under one keyword, so that a further setting
+extends a group and not the signature. A group checks itself when it is made; `check_settings`
+checks what shows only when they come together.
+
+The engine says where virtual clients run: in turns in this process if there is none, in this
+process by a virtual clock (`VirtualTime`), or in worker processes (`Processes`).
 """
 
 from __future__ import annotations
@@ -10,62 +14,96 @@ from dataclasses import dataclass
 from typing import Literal
 
 from splitfed.accumulator.optimizer import SchedulerFactory
-from splitfed.checks import at_least
+from splitfed.checks import at_least, positive
 from splitfed.errors import InputError
+from splitfed.federation.sampling import check_sample_size
 from splitfed.simulation.virtual_time import VirtualTime
 
 
 @dataclass(frozen=True, slots=True)
 class LocalTraining:
-    """What a client does with its own data while it is active.
+    """How a client trains on its own data in a round.
 
     Raises:
-        InputError: a number below 1.
+        InputError: a number below 1, or a scheduler that can't be called.
     """
 
     batch_size: int = 64
-    """Examples of a batch."""
+    """Examples of a batch; the last one of a pass may be smaller."""
     local_passes: int = 1
-    """How often a client goes through its data in a round."""
+    """How often a client goes through its data in a round (elsewhere: local epochs)."""
     scheduler: SchedulerFactory | None = None
-    """Makes a scheduler for a client's optimizer; it steps once per batch, and is kept with the optimizer."""
+    """Makes a scheduler for a client's optimizer.
+
+    It steps once per batch, and is kept with the optimizer.
+    """
     keep_optimizers: bool = False
-    """Whether the state of a client's optimizer outlives its activation."""
+    """Whether a client goes on with its optimizer's state in its next round."""
 
     def __post_init__(self) -> None:
         at_least("batch_size", self.batch_size, 1)
         at_least("local_passes", self.local_passes, 1)
+        if self.scheduler is not None:
+            check_function(
+                "scheduler",
+                self.scheduler,
+                "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10): "
+                "each client makes its own",
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class RoundSchedule:
-    """Who trains in a round, how long it lasts, and when halves are averaged."""
+    """Who trains in a round, how long it lasts, and when halves are averaged.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
 
     clients_per_round: int | float | None = None
     """How many are sampled for a round: a number, a share such as 0.1, or `None` for all."""
     min_clients: int = 1
-    """Below so many clients with an update nothing is averaged."""
+    """With updates of fewer clients than this nothing is averaged."""
     deadline: float | None = None
-    """How many virtual seconds a round lasts at most."""
+    """How many virtual seconds a round lasts at most; needs `engine=VirtualTime(...)`."""
     late: Literal["count", "refuse"] = "count"
     """Updates of earlier rounds `"count"`, or are closed as stale (`"refuse"`)."""
     barrier: bool | None = None
     """Whether clients wait for each other at the end of a round.
 
-    By default they do, except in virtual time and a mode with `max_staleness`, such as `buffered`: there each goes on
-    as soon as it has pushed, and a round is as many updates as there are sampled clients. Synchronous mode always has
-    a barrier.
+    By default they do, except in virtual time and a mode with `max_staleness`, such as `buffered`:
+    there each goes on as soon as it has pushed, and a round is as many updates as there are sampled
+    clients. Synchronous mode always has a barrier.
     """
     min_updates: int | None = None
-    """Without a barrier: halves are committed when so many updates wait; by default a tenth of the sampled clients."""
+    """Without a barrier: how many pending updates make a commit of the halves.
+
+    By default a tenth of the sampled clients; with a barrier it has no effect.
+    """
+
+    def __post_init__(self) -> None:
+        at_least("min_clients", self.min_clients, 1)
+        check_sample_size(self.clients_per_round, self.min_clients)
+        if self.deadline is not None:
+            positive("deadline", self.deadline)
+        if self.late not in ("count", "refuse"):
+            raise InputError(f"late is {self.late!r}: expected 'count' or 'refuse'")
+        # 0 and 1 equal False and True, but `barrier is False` decides further on.
+        if self.barrier is not None and not isinstance(self.barrier, bool):
+            raise InputError(
+                f"barrier is {self.barrier!r}: expected True, False, "
+                "or None to let mode and engine decide"
+            )
+        if self.min_updates is not None:
+            at_least("min_updates", self.min_updates, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
     """Worker processes that train clients in parallel, on a store in a folder.
 
-    Modes that commit nothing while clients train, or in global steps, end in the same bits as in one process; in the
-    others timing decides what is folded together.
+    Modes that commit nothing while clients train, or in global steps, end in the same bits as in
+    one process. In the others timing decides which batches are folded together.
 
     Raises:
         InputError: a number of workers below 1.
@@ -81,20 +119,41 @@ class Processes:
 Engine = VirtualTime | Processes
 
 
-def check_engine(engine: object, schedule: RoundSchedule) -> None:
-    """Refuse an engine that isn't one, or that the schedule of rounds doesn't go with.
+def check_settings(local: object, schedule: object, engine: object) -> None:
+    """Refuse groups of another type, and a schedule that the engine can't keep.
 
     Raises:
-        InputError: it doesn't.
+        InputError: a group has another type, or two of them contradict each other.
     """
-    if engine is not None and not isinstance(engine, VirtualTime | Processes):
+    if not isinstance(local, LocalTraining):
+        raise InputError(f"local is {local!r}: expected LocalTraining(batch_size=..., ...)")
+    if not isinstance(schedule, RoundSchedule):
         raise InputError(
-            f"engine is {engine!r}: expected a VirtualTime, such as VirtualTime(compute=1.0), Processes(workers=2), "
-            "or None for clients in turns"
+            f"schedule is {schedule!r}: expected RoundSchedule(clients_per_round=..., ...)"
+        )
+    if engine is not None and not isinstance(engine, Engine):
+        raise InputError(
+            f"engine is {engine!r}: expected a VirtualTime, such as VirtualTime(compute=1.0), "
+            "Processes(workers=2), or None for clients in turns"
         )
     if schedule.deadline is not None and not isinstance(engine, VirtualTime):
         raise InputError(
-            f"deadline={schedule.deadline!r} needs a clock: give engine=VirtualTime(...) too, or no deadline"
+            f"deadline={schedule.deadline!r} needs a clock: "
+            "give engine=VirtualTime(...) too, or no deadline"
         )
     if isinstance(engine, Processes) and schedule.barrier is False:
-        raise InputError("worker processes train in rounds: leave barrier=False out, or the engine")
+        raise InputError(
+            "worker processes train in rounds: leave barrier=False out, or engine=Processes(...)"
+        )
+
+
+def check_function(name: str, value: object, example: str) -> None:
+    """Refuse what should compute or make something, but can't be called.
+
+    Raises:
+        InputError: it can't be called; the message names the example.
+    """
+    if not callable(value):
+        raise InputError(
+            f"{name} is {type(value).__name__}: expected a function, such as {example}"
+        )

@@ -1,7 +1,8 @@
-"""What crosses the cut, in bytes, and when it arrives: a transport that counts and passes everything on.
+"""The traffic of a simulation: tensor bytes that cross the cut, and when batches arrive.
 
-Counted are the tensors of requests (up) and answers (down), each distinct tensor once, as they would travel
-uncompressed; names, numbers and the safetensors header are a few hundred bytes a request and left out.
+Counted are the tensors of requests (up) and answers (down), each distinct tensor once, as they
+would travel uncompressed. Names, numbers and the safetensors header, a few hundred bytes a request,
+are left out.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ Traffic = dict[str, tuple[int, int]]
 
 
 class Arrivals:
-    """When batches arrived that no commit has taken up yet.
+    """The times at which pending batches arrived.
 
     Args:
         clock: Seconds.
-        lineages: Whose batches; what is never asked for needn't be noted.
+        lineages: Whose batches; of others none is noted, as nobody would take it out again.
     """
 
     def __init__(
@@ -37,24 +38,25 @@ class Arrivals:
         self._times: dict[tuple[str, BatchId], float] = {}
 
     def note(self, lineage: str, batch: BatchId) -> None:
-        """A batch has been acknowledged now; only its first time counts."""
+        """Note that a batch has been acknowledged now; only its first time counts."""
         if lineage in self._lineages:
             self._times.setdefault((lineage, batch), self._clock())
 
     def take(self) -> dict[tuple[str, BatchId], float]:
-        """Hand over what was noted."""
-        taken, self._times = self._times, {}
+        """Hand over all times."""
+        taken = self._times
+        self._times = {}
         return taken
 
     def add(self, times: Mapping[tuple[str, BatchId], float]) -> None:
-        """Note what another has taken."""
+        """Add times that were taken from another."""
         for key, time in times.items():
             self._times.setdefault(key, time)
 
     def delay(self, lineage: str, commit: Commit, now: float) -> float | None:
-        """The mean seconds that a commit's batches waited until `now`, or `None` if that isn't known of any.
+        """The mean seconds that a commit's batches waited until `now`; `None` if no time is known.
 
-        All that the commit closed is forgotten.
+        All batches that the commit closed are forgotten.
         """
         for closed in (commit.stale, commit.rejected, commit.skipped):
             for batch in closed:
@@ -65,11 +67,11 @@ class Arrivals:
 
 
 class Meter(Middleware):
-    """Counts the tensor bytes of each client, in each direction.
+    """A transport that counts each client's tensor bytes, in each direction.
 
     Args:
-        transport: Whom it passes requests on to.
-        arrivals: Is told of each batch that is acknowledged.
+        transport: The transport that requests go on to.
+        arrivals: Notes each batch that is acknowledged.
     """
 
     def __init__(self, transport: Transport, arrivals: Arrivals | None = None) -> None:
@@ -87,11 +89,12 @@ class Meter(Middleware):
     def take(self) -> Traffic:
         """Bytes (up, down) by client since the last take; clients without traffic are left out."""
         with self._lock:
-            taken, self._taken = self._taken, {}
+            taken = self._taken
+            self._taken = {}
             return taken
 
     def add(self, traffic: Mapping[str, tuple[int, int]]) -> None:
-        """Count what another meter has taken."""
+        """Add the bytes that were taken from another meter."""
         with self._lock:
             for client_id, (up, down) in traffic.items():
                 for tally in (self._total, self._taken):
@@ -99,10 +102,12 @@ class Meter(Middleware):
                     tally[client_id] = (before[0] + up, before[1] + down)
 
     def send(self, verb: str, request: Any, /) -> Any:
-        """The transport's answer: what the request holds went up, what the answer holds came down."""
+        """The transport's answer: the request's tensors went up, the answer's came down."""
         answer = super().send(verb, request)
         client_id = request.client_id
         self.add({client_id: (num_bytes(request), num_bytes(answer))})
+        # Only what a commit will close is an arrival: not a part of a batch (no seal), nor a call
+        # in eval mode, nor the push of initial weights that begins the lineage ("published").
         if verb == "backward" and request.seal is not None and answer.status != "uncounted":
             self._note("body", client_id, request.incarnation, request.seq)
         elif verb == "loss" and answer.status != "uncounted":
@@ -122,6 +127,7 @@ def num_bytes(message: Any) -> int:
 
 
 def _tensors(value: Any) -> dict[int, Tensor]:
+    """The distinct tensors by identity."""
     if isinstance(value, Tensor):
         return {id(value): value}
     if is_dataclass(value):

@@ -1,15 +1,16 @@
-"""Virtual time: how long virtual clients take, so that stragglers and asynchronous updates cost no real waiting.
+"""Virtual time: what clients cost, and the event queue that gives each request its instant.
 
-A batch costs a client `compute` seconds, a third of it before its forward is asked for, a third between the answer and
-the backward, a third after; and each of its two requests costs the way there and the way back, one `latency` each. So
-a batch takes `compute` + 4 · `latency`, and its forward and backward reach the server at instants of their own: what
-is committed between them is the staleness of a real schedule. The server itself takes no time.
+A batch costs a client `compute` seconds: a third before its forward is requested, a third between
+the answer and the backward, a third after. Each of its two requests costs one `latency` there and
+one back. So a batch takes `compute` + 4 · `latency`, and its forward and backward reach the server
+at instants of their own: the commits between them are the staleness of a real schedule. The server
+itself takes no time.
 
-The clock is an event queue: many processes in one thread, each run at its own instants. A process is a generator. What
-it yields says how many seconds pass before it is resumed, or `None` to be parked until all that are parked are
-released; between two yields no time passes. Processes that are due at one instant are resumed in the order in which
-they came to wait, so a run is a function of what it was given. Nothing sleeps: ten years of waiting take as long as
-the work in them.
+The clock is that of a discrete-event simulation: many processes in one thread, each resumed at its
+own instants. A process is a generator. It yields the seconds until it is resumed, or `None` to be
+parked until all parked processes are released; between two yields no time passes. Processes that
+are due at one instant are resumed in the order in which they were scheduled, so a run is a function
+of its arguments. Nothing sleeps: ten years of waiting take as long as the work in them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Setting = float | Mapping[str, float] | Callable[[str], float]
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What one client costs: seconds per batch, seconds per way, and its chance to vanish in an activation."""
+    """The costs of one client, each as in `VirtualTime`."""
 
     compute: float = 0.0
     latency: float = 0.0
@@ -40,66 +41,77 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class VirtualTime:
-    """What clients cost in virtual seconds; each a number, a mapping by client id, or a function of the id."""
+    """The engine that runs clients in this process, by a virtual clock; and what they cost.
+
+    Each cost is a number, a mapping by client id, or a function of the id.
+    """
 
     compute: Setting = 1.0
     """Seconds that a batch takes at the client."""
     latency: Setting = 0.0
     """Seconds that a request or an answer travels."""
     dropout: Setting = 0.0
-    """The chance, from 0 to below 1, that a client vanishes in the middle of an activation, and comes back later."""
+    """The chance, from 0 to below 1, that a client vanishes in the middle of a local run.
+
+    It comes back in a later round.
+    """
 
     def pace(self, client_id: str) -> Pace:
-        """The figures of one client.
+        """The costs of one client.
 
         Raises:
-            InputError: a figure is missing or out of its range.
+            InputError: a cost is missing or out of its range.
         """
-        figures = {
-            name: _of(getattr(self, name), name, client_id)
-            for name in ("compute", "latency", "dropout")
-        }
-        if figures["dropout"] >= 1:
+        compute = _number(self.compute, "compute", client_id)
+        latency = _number(self.latency, "latency", client_id)
+        dropout = _number(self.dropout, "dropout", client_id)
+        if dropout >= 1:
             raise InputError(
-                f"dropout of {client_id!r} is {figures['dropout']}: expected a chance from 0 to below 1"
+                f"dropout of {client_id!r} is {dropout}: expected a chance from 0 to below 1"
             )
-        return Pace(**figures)
+        return Pace(compute, latency, dropout)
 
 
 def stragglers(
     share: float = 0.1, factor: float = 10.0, base: float = 1.0, seed: int = 0
 ) -> Callable[[str], float]:
-    """Some clients are slow: a function of the id for `VirtualTime`.
+    """A function of the id for `VirtualTime`: some clients are slow.
 
     Args:
         share: The chance of a client to be slow.
         factor: How many times longer a slow one takes.
-        base: What the others take, in seconds.
-        seed: Which clients they are follows from it and their ids.
+        base: Seconds that the others take.
+        seed: Which clients are slow follows from it and their ids.
     """
-    return lambda client_id: (
-        base * (factor if uniform("stragglers", seed, client_id) < share else 1.0)
-    )
+
+    def seconds(client_id: str) -> float:
+        is_slow = uniform("stragglers", seed, client_id) < share
+        return base * (factor if is_slow else 1.0)
+
+    return seconds
 
 
 def lognormal(median: float, sigma: float, seed: int = 0) -> Callable[[str], float]:
-    """Speeds as devices have them, a few of them very slow: a function of the id for `VirtualTime`.
+    """A function of the id for `VirtualTime`: speeds as devices have them, a few very slow.
 
     Args:
         median: Of the seconds.
-        sigma: Standard deviation of their logarithm; at 1, one in twenty takes more than five times the median.
-        seed: Each client's figure follows from it and its id.
+        sigma: Standard deviation of their logarithm; at 1, one client in twenty takes more than
+            five times the median.
+        seed: A client's seconds follow from it and the client's id.
     """
     normal = NormalDist(0.0, 1.0)
-    return lambda client_id: (
-        median
-        * math.exp(
-            sigma * normal.inv_cdf((uniform("lognormal", seed, client_id) + 2**-54) / (1 + 2**-53))
-        )
-    )
+
+    def seconds(client_id: str) -> float:
+        # A draw may be 0, which has no quantile: half a step of the draw moves it off.
+        draw = uniform("lognormal", seed, client_id)
+        quantile = normal.inv_cdf((draw + 2**-54) / (1 + 2**-53))
+        return median * math.exp(sigma * quantile)
+
+    return seconds
 
 
-def _of(setting: Setting, name: str, client_id: str) -> float:
+def _number(setting: Setting, name: str, client_id: str) -> float:
     if isinstance(setting, Mapping):
         if client_id not in setting:
             raise InputError(
@@ -119,12 +131,13 @@ Process = Generator[float | None, None, None]
 
 
 class Timeline:
-    """The queue and its clock."""
+    """The event queue and its clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
         """The virtual time, in seconds; it never goes back."""
         self._queue: list[tuple[float, int, Process]] = []
+        # Breaks ties of one instant by age; also, generators can't be compared.
         self._order = itertools.count()
         self._parked: list[Process] = []
 
@@ -133,13 +146,14 @@ class Timeline:
 
     def start(self, process: Process) -> None:
         """Let a process begin: it is first resumed now, after those that are due already."""
-        self._wait(process, 0.0)
+        self._schedule(process, 0.0)
 
     def advance(self, until: float | None = None) -> bool:
         """Resume the process that is due next, and set the clock to its instant.
 
         Args:
-            until: Don't go beyond this time; the clock then stands there, and no process is resumed.
+            until: Don't go beyond this time; the clock then stands there, and no process is
+                resumed.
 
         Returns:
             Whether a process was resumed.
@@ -155,14 +169,19 @@ class Timeline:
             if seconds is None:
                 self._parked.append(process)
             else:
-                self._wait(process, seconds)
+                self._schedule(process, seconds)
         return True
 
     def release(self) -> int:
-        """Let the parked processes go on now, in the order in which they were parked; returns how many there were."""
-        released, self._parked = self._parked, []
+        """Resume the parked processes now, in the order in which they were parked.
+
+        Returns:
+            How many there were.
+        """
+        released = self._parked
+        self._parked = []
         for process in released:
-            self._wait(process, 0.0)
+            self._schedule(process, 0.0)
         return len(released)
 
     def close(self) -> None:
@@ -172,5 +191,5 @@ class Timeline:
         self._queue.clear()
         self._parked.clear()
 
-    def _wait(self, process: Process, seconds: float) -> None:
+    def _schedule(self, process: Process, seconds: float) -> None:
         heapq.heappush(self._queue, (self.now + seconds, next(self._order), process))

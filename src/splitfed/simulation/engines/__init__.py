@@ -1,1 +1,1 @@
-"""The engines of a simulation: where its virtual clients run."""
+"""The engines of a simulation: where and in which order its virtual clients run."""

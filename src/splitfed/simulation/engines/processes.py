@@ -1,18 +1,17 @@
-"""Worker processes: virtual clients that train in parallel, on a store that all of them share.
+"""The engine of worker processes: virtual clients train in parallel, on a store that all share.
 
-A process with its own servers and accumulators is given one client at a time, from whoever waits next. It is started
-anew (spawn) and not forked: a fork copies torch's thread pools in whatever state they are. What it needs comes to it
-as one pickle at its start, made by this process for it alone; what is exchanged besides goes through the store.
-
-Round, SFLV1 and synchronous mode fix the schedule, so they end in the same bits as in one process. In modes that
-commit while clients train, timing decides what is folded together, and the commit records say what it was.
-
-A worker builds servers and accumulators of its own on the shared store, then carries out one order after another until
-its pipe is closed. What comes and goes by the pipe is pickled: between two processes of one run, of which the one
+A worker has servers and accumulators of its own on the shared store, and executes one task at a
+time until its pipe is closed. It is started afresh (spawn) and not forked: a fork copies torch's
+thread pools in whatever state they are. It gets its setup as one pickle at its start; all else goes
+by the pipe or through the store. Pickles travel between two processes of one run, of which one
 started the other, and never from or to a file.
 
-The trap: a script that starts worker processes is imported by each of them, so its own work must stand below
-`if __name__ == "__main__":`.
+Modes that commit nothing while clients train, or in global steps, fix the schedule, so they end in
+the same bits as in one process. In the others timing decides which batches are folded together, and
+the commit records say which.
+
+The trap: a script that starts worker processes is imported by each of them, so its own work must
+stand below `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
@@ -32,62 +31,65 @@ import torch
 
 from splitfed.errors import InputError, WorkerError
 from splitfed.simulation.assembly import Assembly, Plans
-from splitfed.simulation.client import Belongings, Next, Outcome, Recipe, Trainee
+from splitfed.simulation.client import ClientConfig, ClientState, LocalMetrics, LocalRun, Verb
 from splitfed.simulation.data import Data
 from splitfed.simulation.traffic import Traffic
 from splitfed.store.rounds import Plan
 from splitfed.store.rows import Row
 from splitfed.store.store import GradientStore
 
-PATIENCE = 10.0
-"""Seconds for a worker to end by itself."""
+SHUTDOWN_SECONDS = 10.0
+"""How long a worker process may take to end by itself."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Job:
-    """All that a worker process is told at its start."""
+class Setup:
+    """What a worker process gets at its start."""
 
     url: str
     sync: Any
     storage_options: Mapping[str, Any]
     plans: Plans
-    recipe: Recipe
+    config: ClientConfig
     clients: Mapping[str, Data]
     threads: int
+    """This and the rest: how torch computes in the process that asks."""
     dtype: torch.dtype
     matmul: str
     deterministic: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Order:
-    """A client to begin with, or, without belongings, to go on with."""
+class Task:
+    """A client's local run up to its next global step, or to its end."""
 
     client_id: str
-    occasion: tuple[int, ...]
-    belongings: Belongings | None = None
+    run_id: tuple[int, ...]
+    state: ClientState | None = None
+    """The client's state at the beginning of a run; `None` for a run that is suspended."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Answer:
-    """How far a client has come."""
+class TaskResult:
+    """How far a local run has come, and what is new at the worker."""
 
     client_id: str
-    outcome: Outcome | None = None
-    """Once its activation has ended; before, it waits for a global step."""
-    belongings: Belongings = field(default_factory=Belongings)
+    metrics: LocalMetrics | None = None
+    """Those of a run that has ended; `None` while it is suspended until the next global step."""
+    state: ClientState = field(default_factory=ClientState)
     traffic: Traffic = field(default_factory=dict)
     arrivals: dict[Any, float] = field(default_factory=dict)
     error: BaseException | None = None
     trace: str = ""
+    """The traceback of the error as text: a pickled error comes without it."""
 
 
 class WorkerPool:
-    """Drives clients in worker processes.
+    """The `Driver` of clients in worker processes.
 
     Args:
         assembly: The federation, as this process sees it.
-        recipe: What the clients have in common.
+        config: The settings that the clients share.
         clients: Their data, by id.
         plans: How the workers build their own view of the federation.
         workers: How many processes.
@@ -99,7 +101,7 @@ class WorkerPool:
     def __init__(
         self,
         assembly: Assembly,
-        recipe: Recipe,
+        config: ClientConfig,
         clients: Mapping[str, Data],
         plans: Plans,
         workers: int,
@@ -107,80 +109,88 @@ class WorkerPool:
         store = assembly.store
         if store.url.startswith("memory:"):
             raise InputError(
-                f"{store.url} is in this process's memory: expected a folder that worker processes share"
+                f"{store.url} is in this process's memory: "
+                "expected a folder that worker processes share"
             )
         self._assembly = assembly
-        self._recipe = recipe
-        self._job = job(store, plans, recipe, clients)
-        self._workers = [_Worker(number) for number in range(workers)]
-        self._belongings: dict[str, Belongings] = {}
-        self._outcomes: list[Outcome] = []
+        self._config = config
+        self._setup = pickled_setup(store, plans, config, clients)
+        self._workers = [_WorkerHandle(number) for number in range(workers)]
+        self._states: dict[str, ClientState] = {}
+        self._ended: list[LocalMetrics] = []
 
-    def run(self, plan: Plan) -> Row:
+    def run_round(self, plan: Plan) -> Row:
         """Let clients train until the round is over; returns the coordinator's report.
 
         Raises:
             WorkerError: a worker process died.
         """
         for worker in self._workers:
-            worker.start(self._job)
-        asked = self._assembly.asked(plan)
-        orders = [
-            Order(name, (plan.number, 0), self._belongings.get(name, Belongings()))
-            for name in asked
+            worker.start(self._setup)
+        run_id = (plan.number, 0)
+        tasks = [
+            Task(client_id, run_id, self._states.get(client_id, ClientState()))
+            for client_id in self._assembly.remaining_clients(plan)
         ]
-        while orders:
-            parked = [answer for answer in self._work(orders) if answer.outcome is None]
-            if self._recipe.gradients:
+        while tasks:
+            results = self._execute(tasks)
+            if self._config.gradients:
+                # No client trains now: each has pushed its gradient of this step, or has ended.
                 self._assembly.global_step()
-            orders = [Order(answer.client_id, (plan.number, 0)) for answer in parked]
+            tasks = [Task(result.client_id, run_id) for result in results if result.metrics is None]
         return self._assembly.federation.poll() or self._assembly.federation.close()
 
-    def outcomes(self) -> list[Outcome]:
-        """What the activations came to that have ended since the last call."""
-        ended, self._outcomes = self._outcomes, []
-        return ended
+    def take_metrics(self) -> list[LocalMetrics]:
+        """The metrics of the local runs that have ended since the last call."""
+        taken = self._ended
+        self._ended = []
+        return taken
 
     def close(self) -> None:
         """End the worker processes."""
         for worker in self._workers:
             worker.stop()
 
-    def _work(self, orders: Iterable[Order]) -> list[Answer]:
-        """Carry out orders, each by whoever has its client or is free; answers in the order of ids."""
-        homes = {name: worker for worker in self._workers for name in worker.clients}
-        queue, answers = deque[Order](), list[Answer]()
-        for order in orders:
-            (homes[order.client_id].orders if order.client_id in homes else queue).append(order)
+    def _execute(self, tasks: Iterable[Task]) -> list[TaskResult]:
+        """Execute tasks; returns their results in the order of client ids, not that of arrival."""
+        queue = deque[Task]()
+        # A suspended run exists in the memory of one worker, and can go on nowhere else.
+        pinned = {
+            client_id: worker.pinned for worker in self._workers for client_id in worker.suspended
+        }
+        for task in tasks:
+            pinned.get(task.client_id, queue).append(task)
+        results = list[TaskResult]()
         while True:
             for worker in self._workers:
-                worker.give(queue)
-            busy = {worker.pipe: worker for worker in self._workers if worker.at is not None}
+                worker.assign(queue)
+            busy = {worker.pipe: worker for worker in self._workers if worker.current is not None}
             if not busy:
-                return sorted(answers, key=lambda answer: answer.client_id)
+                return sorted(results, key=lambda result: result.client_id)
             for pipe in wait(list(busy)):
-                answer = busy[pipe].take()  # type: ignore[index]
-                self._note(answer)
-                answers.append(answer)
+                result = busy[pipe].collect()  # type: ignore[index]
+                self._take_over(result)
+                results.append(result)
 
-    def _note(self, answer: Answer) -> None:
-        self._assembly.meter.add(answer.traffic)
-        self._assembly.arrivals.add(answer.arrivals)
-        if answer.outcome is not None:
-            self._outcomes.append(answer.outcome)
-            self._belongings[answer.client_id] = answer.belongings
+    def _take_over(self, result: TaskResult) -> None:
+        self._assembly.meter.add(result.traffic)
+        self._assembly.arrivals.add(result.arrivals)
+        if result.metrics is not None:
+            self._ended.append(result.metrics)
+            self._states[result.client_id] = result.state
 
 
-class _Worker:
-    """One worker process, seen from outside."""
+class _WorkerHandle:
+    """One worker process, seen from the process that started it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.orders: deque[Order] = deque()
-        """For the clients that it has."""
-        self.clients: set[str] = set()
-        """Those in the middle of an activation."""
-        self.at: Order | None = None
+        self.pinned: deque[Task] = deque()
+        """Tasks that only this worker can execute."""
+        self.suspended: set[str] = set()
+        """The clients whose run it holds until the next global step."""
+        self.current: Task | None = None
+        """The task that it executes."""
         self._pipe: Connection | None = None
         self._process: BaseProcess | None = None
 
@@ -190,142 +200,174 @@ class _Worker:
             raise WorkerError(f"worker {self.number} isn't running: begin another run")
         return self._pipe
 
-    def start(self, job: bytes) -> None:
+    def start(self, setup: bytes) -> None:
         """Start the process, unless it runs."""
         if self._process is not None:
             return
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
+        self._pipe, far_end = context.Pipe()
         self._process = context.Process(
-            target=work, args=(theirs,), daemon=True, name=f"splitfed-worker-{self.number}"
+            target=worker_main,
+            args=(far_end,),
+            daemon=True,
+            name=f"splitfed-worker-{self.number}",
         )
         self._process.start()
-        theirs.close()
+        # Were it left open here, this process would never read the end of a worker that dies.
+        far_end.close()
         try:
-            self._pipe.send_bytes(job)
+            self._pipe.send_bytes(setup)
         except OSError:
-            raise self._died() from None
+            raise self._death() from None
 
     def stop(self) -> None:
-        """End the process: ask it first."""
+        """End the process: first by closing its pipe, then by a signal."""
         if self._pipe is not None:
             self._pipe.close()
         if self._process is not None:
-            self._process.join(PATIENCE)
+            self._process.join(SHUTDOWN_SECONDS)
             self._process.terminate()
             self._process.join()
-        self._pipe = self._process = self.at = None
+        self._pipe = None
+        self._process = None
+        self.current = None
 
-    def give(self, queue: deque[Order]) -> None:
-        """Hand out the next order, if there is nothing under way."""
-        if self.at is None and (self.orders or queue):
-            self.at = (self.orders or queue).popleft()
-            try:
-                send(self.pipe, self.at)
-            except OSError:
-                raise self._died() from None
+    def assign(self, queue: deque[Task]) -> None:
+        """Send the next task, unless one is being executed: one of its own first."""
+        if self.current is not None:
+            return
+        tasks = self.pinned or queue
+        if not tasks:
+            return
+        self.current = tasks.popleft()
+        try:
+            send(self.pipe, self.current)
+        except OSError:
+            raise self._death() from None
 
-    def take(self) -> Answer:
-        """The answer to the order under way.
+    def collect(self) -> TaskResult:
+        """The result of the current task.
 
         Raises:
             WorkerError: the process died.
+            Exception: the error that the task raised, with the worker's traceback as its cause.
         """
         try:
-            answer: Answer = receive(self.pipe)
+            result: TaskResult = receive(self.pipe)
         except (EOFError, OSError):
-            raise self._died() from None
-        self.at = None
-        if answer.error is not None:
-            raise answer.error from WorkerError(f"in worker {self.number}:\n{answer.trace}")
-        (self.clients.add if answer.outcome is None else self.clients.discard)(answer.client_id)
-        return answer
+            raise self._death() from None
+        self.current = None
+        if result.error is not None:
+            raise result.error from WorkerError(f"in worker {self.number}:\n{result.trace}")
+        if result.metrics is None:
+            self.suspended.add(result.client_id)
+        else:
+            self.suspended.discard(result.client_id)
+        return result
 
-    def _died(self) -> WorkerError:
-        process, what = (
-            self._process,
-            "at its start" if self.at is None else f"with client {self.at.client_id!r}",
-        )
-        if process is not None:
-            process.join(PATIENCE)
+    def _death(self) -> WorkerError:
+        """The error that says where the process died, and how."""
+        exit_code = None
+        if self._process is not None:
+            # Its pipe closes a moment before there is an exit code.
+            self._process.join(SHUTDOWN_SECONDS)
+            exit_code = self._process.exitcode
+        if self.current is None:
+            moment = "at its start"
+        else:
+            moment = f"with client {self.current.client_id!r}"
         return WorkerError(
-            f"worker {self.number} died {what} (exit code {process.exitcode if process else None}): if that was at its "
-            'start, the script\'s own work must stand below `if __name__ == "__main__":`. What is in the store stays: '
-            "simulate on it again to go on"
+            f"worker {self.number} died {moment} (exit code {exit_code}): "
+            "if that was at its start, the script's own work must stand below "
+            '`if __name__ == "__main__":`. '
+            "What is in the store stays: simulate on it again to go on"
         )
 
 
-# --------------------------------------------------------------------------------- inside of a worker
+# ------------------------------------------------------------------------------- inside of a worker
 
 
-def work(pipe: Connection) -> None:
-    """What a worker process does: learn its job, then carry out orders until the pipe is closed."""
-    site: _Site | None = None
+def worker_main(pipe: Connection) -> None:
+    """The loop of a worker process: receive the setup, then execute tasks until the pipe closes."""
+    host: _ClientHost | None = None
     with contextlib.suppress(EOFError, OSError):
-        told: Job = receive(pipe)
+        setup: Setup = receive(pipe)
         while True:
-            order: Order = receive(pipe)
+            task: Task = receive(pipe)
             try:
-                site = site or _Site(told)
-                answer = site.carry_out(order)
+                # Built with the first task, so that an error of the store is the result of a task
+                # and not the death of the process.
+                host = host or _ClientHost(setup)
+                result = host.execute(task)
             except Exception as error:  # noqa: BLE001 -- raised again in the process that asked
-                answer = _failure(order.client_id, error)
-            send(pipe, answer)
+                result = _error_result(task.client_id, error)
+            send(pipe, result)
 
 
-class _Site:
-    """A worker process's own view of the federation, and the clients in it that are in the middle of something."""
+class _ClientHost:
+    """A worker's own view of the federation, and the local runs that are suspended in it."""
 
-    def __init__(self, job: Job) -> None:
-        torch.set_num_threads(job.threads)
-        torch.set_default_dtype(job.dtype)
-        torch.set_float32_matmul_precision(job.matmul)
-        torch.use_deterministic_algorithms(job.deterministic)
-        self._job = job
-        store = GradientStore(job.url, sync=job.sync, **job.storage_options)
-        self._assembly = Assembly(job.plans, store, sorted(job.clients), None)
-        self._under_way: dict[str, Generator[None, None, Answer]] = {}
+    def __init__(self, setup: Setup) -> None:
+        # Bits depend on all four, and a spawned process begins with torch's defaults.
+        torch.set_num_threads(setup.threads)
+        torch.set_default_dtype(setup.dtype)
+        torch.set_float32_matmul_precision(setup.matmul)
+        torch.use_deterministic_algorithms(setup.deterministic)
+        self._setup = setup
+        store = GradientStore(setup.url, sync=setup.sync, **setup.storage_options)
+        self._assembly = Assembly(setup.plans, store, sorted(setup.clients), None)
+        self._suspended: dict[str, Generator[None, None, TaskResult]] = {}
 
-    def carry_out(self, order: Order) -> Answer:
+    def execute(self, task: Task) -> TaskResult:
         """Let a client train to its next global step, or to its end."""
-        steps = self._under_way.pop(order.client_id, None) or self._activation(order)
+        steps = self._suspended.pop(task.client_id, None) or self._global_steps(task)
         try:
             next(steps)
-            answer = Answer(order.client_id)
-            self._under_way[order.client_id] = steps
+            self._suspended[task.client_id] = steps
+            result = TaskResult(task.client_id)
         except StopIteration as ended:
-            answer = ended.value
+            result = ended.value
         return replace(
-            answer, traffic=self._assembly.meter.take(), arrivals=self._assembly.arrivals.take()
+            result, traffic=self._assembly.meter.take(), arrivals=self._assembly.arrivals.take()
         )
 
-    def _activation(self, order: Order) -> Generator[None, None, Answer]:
-        own, data = order.belongings or Belongings(), self._job.clients[order.client_id]
-        trainee = Trainee(
-            self._job.recipe, self._assembly.meter, order.client_id, data, own, order.occasion
+    def _global_steps(self, task: Task) -> Generator[None, None, TaskResult]:
+        """One local run; the generator stops where the client waits for a global step."""
+        state = task.state or ClientState()
+        run = LocalRun(
+            self._setup.config,
+            self._assembly.meter,
+            task.client_id,
+            self._setup.clients[task.client_id],
+            state,
+            task.run_id,
         )
-        made: Next | None = None
-        for ahead in trainee.run():
-            if made is Next.BACKWARD:
-                self._assembly.commit(order.client_id)
-            elif made is Next.PUSH:
+        answered: Verb | None = None
+        for upcoming in run.requests():
+            if answered is Verb.BACKWARD:
+                self._assembly.commit(task.client_id)
+            elif answered is Verb.PUSH:
+                # With a request to come it was the push of a gradient: the run waits here for the
+                # global step. Its last push, of a gradient or an update, ends it instead.
                 yield
-            made = ahead
-        return Answer(order.client_id, trainee.outcome, own)
+            answered = upcoming
+        return TaskResult(task.client_id, run.metrics, state)
 
 
-def job(store: GradientStore, plans: Plans, recipe: Recipe, clients: Mapping[str, Data]) -> bytes:
-    """What a worker is told at its start: how to build its parts, and how this process computes.
+def pickled_setup(
+    store: GradientStore, plans: Plans, config: ClientConfig, clients: Mapping[str, Data]
+) -> bytes:
+    """The setup of a worker, pickled: how to build its parts, and how this process computes.
 
     Raises:
         InputError: something can't be pickled.
     """
-    told = Job(
+    setup = Setup(
         url=store.url,
         sync=store.sync,
         storage_options=dict(store.storage_options),
         plans=plans,
-        recipe=recipe,
+        config=config,
         clients=dict(clients),
         threads=torch.get_num_threads(),
         dtype=torch.get_default_dtype(),
@@ -333,25 +375,33 @@ def job(store: GradientStore, plans: Plans, recipe: Recipe, clients: Mapping[str
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     try:
-        return pickle.dumps(told)
+        return pickle.dumps(setup)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise InputError(
-            f"worker processes can't be told what to do ({error}): give functions that can be pickled, such as "
-            "functools.partial(torch.optim.SGD, lr=0.1) in a lambda's place, or workers=0"
+            f"worker processes can't get their setup ({error}): "
+            "give functions that can be pickled, "
+            "such as functools.partial(torch.optim.SGD, lr=0.1) and not lambdas, "
+            "or leave engine=Processes(...) out"
         ) from error
 
 
-def _failure(client_id: str, error: Exception) -> Answer:
+def _error_result(client_id: str, error: Exception) -> TaskResult:
     trace = traceback.format_exc()
     try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 -- one's own bytes
-    except Exception:  # noqa: BLE001 -- whatever a user's own error does when it is pickled
+        # An error may be pickled and still not be loaded, if its class takes other arguments: the
+        # asking process would die of it.
+        pickle.loads(pickle.dumps(error))  # noqa: S301 -- bytes of this very line
+    except Exception:  # noqa: BLE001 -- whatever a user's own error raises when it is pickled
         error = WorkerError(f"client {client_id!r}: {type(error).__name__}: {error}")
-    return Answer(client_id, error=error, trace=trace)
+    return TaskResult(client_id, error=error, trace=trace)
 
 
 def send(pipe: Connection, value: object) -> None:
-    """Send a value; tensors as bytes, not by shared memory, of which a container may have little."""
+    """Send a value.
+
+    Not by `Connection.send`: once torch is imported, that passes tensors in shared memory, of which
+    a container may have little.
+    """
     pipe.send_bytes(pickle.dumps(value))
 
 

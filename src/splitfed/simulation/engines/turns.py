@@ -1,10 +1,12 @@
-"""Who makes which request when: the virtual clients of one process, driven along a timeline.
+"""The engine of one process: its virtual clients make one request at a time, along a timeline.
 
-With virtual time each request happens at the instant that the client's pace gives it. Without, no time passes, and
-clients come to their turns one after the other (if nothing that one does is seen by another before the round ends) or
-batch by batch. Either way one request is made at a time and the order is a function of the settings.
+With virtual time each request happens at the instant that the client's pace gives it. Without, no
+time passes: clients train one after the other where none sees what another does before the round
+ends, and in turns, batch by batch, where one does. Either way the order is a function of the
+settings.
 
-A client that is asked while it is still busy with an earlier round begins when that is done, as a real one would.
+A client that is sampled while it is still busy with an earlier round begins when that is done, as a
+real one would.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from splitfed.simulation.assembly import Assembly
-from splitfed.simulation.client import Belongings, Next, Outcome, Recipe, Trainee
+from splitfed.simulation.client import ClientConfig, ClientState, LocalMetrics, LocalRun, Verb
 from splitfed.simulation.data import Data
 from splitfed.simulation.rng import uniform
 from splitfed.simulation.virtual_time import Pace, Process, Timeline, VirtualTime
@@ -21,26 +23,26 @@ from splitfed.store.rows import Row
 
 
 class Turns:
-    """Drives virtual clients through rounds.
+    """The `Driver` of virtual clients in this process.
 
     Args:
         assembly: The federation that they are clients of.
-        recipe: What they have in common.
+        config: The settings that they share.
         clients: Their data, by id.
         timeline: The clock of the run.
-        virtual: What they cost in virtual time; `None` for turns.
+        virtual: What they cost in virtual time; `None` if no time passes.
     """
 
     def __init__(
         self,
         assembly: Assembly,
-        recipe: Recipe,
+        config: ClientConfig,
         clients: Mapping[str, Data],
         timeline: Timeline,
         virtual: VirtualTime | None,
     ) -> None:
         self._assembly = assembly
-        self._recipe = recipe
+        self._config = config
         self._clients = clients
         self._timeline = timeline
         self._virtual = virtual
@@ -50,138 +52,168 @@ class Turns:
             or mode.gradients
             or (mode.min_batches is not None and not mode.per_client)
         )
-        self._belongings: dict[str, Belongings] = {}
+        """Whether another client may come between two batches of one."""
+        self._states: dict[str, ClientState] = {}
         self._busy: set[str] = set()
+        """The clients that have a process on the timeline."""
         self._plan: Plan | None = None
-        self._asked_for: frozenset[str] = frozenset()
-        """Who is to train in this round, as far as is known: not those whose update is in already."""
-        self._begun: dict[str, tuple[int, int]] = {}
-        """The round of a client's last activation, and which of that round's it was."""
-        self._outcomes: list[Outcome] = []
-        self._pushed = self._waiting = False
-        """Whether an update has come since the coordinator last looked; whether gradients wait for a global step."""
+        self._remaining: frozenset[str] = frozenset()
+        """The clients that have yet to train in this round, as last looked up."""
+        self._last_run: dict[str, tuple[int, int]] = {}
+        """(round, repetition) of each client's newest local run."""
+        self._ended: list[LocalMetrics] = []
+        self._has_update = False
+        """Whether an update was pushed since the coordinator last looked."""
+        self._awaits_step = False
+        """Whether pushed gradients wait for a global step."""
 
-    def run(self, plan: Plan) -> Row:
+    def run_round(self, plan: Plan) -> Row:
         """Let clients train until the round is over; returns the coordinator's report."""
-        asked = self._assembly.asked(plan)
-        self._plan, self._asked_for = plan, frozenset(asked)
-        self._in_turns |= not plan.barrier  # who goes on and on would never let another have a turn
-        for client_id in asked:
-            if client_id not in self._busy:
-                self._busy.add(client_id)
-                self._timeline.start(self._life(client_id))
+        self._begin(plan)
         while True:
-            if self._waiting and not len(self._timeline):
+            if self._awaits_step and not len(self._timeline):
+                # All that train have pushed and are parked; nothing else would ever release them.
                 self._global_step()
                 continue
-            if (
-                not (len(self._timeline) and self._asked_for)
-                and (report := self._look()) is not None
-            ):
-                return report
-            self._pushed = False
+            if not len(self._timeline) or not self._remaining:
+                # Perhaps no push follows that would make the coordinator look.
+                report = self._poll()
+                if report is not None:
+                    return report
+            self._has_update = False
             if not self._timeline.advance(plan.deadline):
-                if (
-                    self._waiting
-                ):  # a deadline doesn't wait for stragglers, nor does the step of the others
-                    self._global_step()
-                return self._look() or self._assembly.federation.close()
-            if self._pushed and (report := self._look()) is not None:
-                return report
+                return self._end()
+            if self._has_update:
+                report = self._poll()
+                if report is not None:
+                    return report
 
-    def outcomes(self) -> list[Outcome]:
-        """What the activations came to that have ended since the last call."""
-        ended, self._outcomes = self._outcomes, []
-        return ended
+    def take_metrics(self) -> list[LocalMetrics]:
+        """The metrics of the local runs that have ended since the last call."""
+        taken = self._ended
+        self._ended = []
+        return taken
 
-    def belongings(self, client_id: str) -> Belongings:
-        """What a client has kept from its last activation."""
-        return self._belongings.get(client_id, Belongings())
+    def state(self, client_id: str) -> ClientState:
+        """What a client has kept from its last local run."""
+        return self._states.get(client_id, ClientState())
 
     def close(self) -> None:
-        """Leave every client where it is."""
+        """Stop every client where it is."""
         self._timeline.close()
 
-    def _look(self) -> Row | None:
+    def _begin(self, plan: Plan) -> None:
+        """Start a process for each client that has to train and isn't busy."""
+        remaining = self._assembly.remaining_clients(plan)
+        self._plan = plan
+        self._remaining = frozenset(remaining)
+        # Without a barrier a client trains again and again: it would never let another have a turn.
+        self._in_turns |= not plan.barrier
+        for client_id in remaining:
+            if client_id not in self._busy:
+                self._busy.add(client_id)
+                self._timeline.start(self._process(client_id))
+
+    def _end(self) -> Row:
+        """End the round at its deadline, or when nobody is left that trains."""
+        if self._awaits_step:
+            # The deadline doesn't wait for stragglers, so neither does the step of the others.
+            self._global_step()
+        return self._poll() or self._assembly.federation.close()
+
+    def _poll(self) -> Row | None:
         """Let the coordinator do what is due; returns its report if the round has ended."""
         report = self._assembly.federation.poll()
         self._assembly.note()
         return report
 
     def _global_step(self) -> None:
-        """All clients (at a deadline: all but stragglers) have sent a gradient and wait: commit, and let them go on."""
-        self._waiting = False
+        """Commit the gradients of all clients that wait for it, and let them go on."""
+        self._awaits_step = False
         self._assembly.global_step()
         self._timeline.release()
 
-    def _life(self, client_id: str) -> Process:
-        """A client, from when it is asked to train until it isn't any more."""
+    def _process(self, client_id: str) -> Process:
+        """A client on the timeline, for as long as there is a round for it to train in."""
         pace = Pace() if self._virtual is None else self._virtual.pace(client_id)
-        while (occasion := self._asked(client_id)) is not None:
-            own = self._belongings.setdefault(client_id, Belongings())
+        run_id = self._next_run(client_id)
+        while run_id is not None:
+            state = self._states.setdefault(client_id, ClientState())
             data = self._clients[client_id]
-            trainee = Trainee(self._recipe, self._assembly.meter, client_id, data, own, occasion)
-            yield from self._activation(trainee, pace, self._vanishing(trainee, pace))
-            self._outcomes.append(trainee.outcome)
+            run = LocalRun(self._config, self._assembly.meter, client_id, data, state, run_id)
+            yield from self._drive(run, pace)
+            self._ended.append(run.metrics)
+            run_id = self._next_run(client_id)
         self._busy.discard(client_id)
 
-    def _asked(self, client_id: str) -> tuple[int, int] | None:
-        """The round in which the client is to train now, and which of its activations in that round it is."""
+    def _next_run(self, client_id: str) -> tuple[int, int] | None:
+        """(round, repetition) of the local run that a client begins now; `None` if it is done."""
         plan = self._plan
-        if plan is None or client_id not in self._asked_for:
+        if plan is None or client_id not in self._remaining:
             return None
-        number, count = self._begun.get(client_id, (0, 0))
-        if number == plan.number and plan.barrier:
+        round_number, repetition = self._last_run.get(client_id, (0, 0))
+        if round_number != plan.number:
+            run_id = (plan.number, 0)
+        elif plan.barrier:
             return None
-        occasion = (plan.number, count + 1 if number == plan.number else 0)
-        self._begun[client_id] = occasion
-        return occasion
+        else:
+            run_id = (plan.number, repetition + 1)
+        self._last_run[client_id] = run_id
+        return run_id
 
-    def _activation(self, trainee: Trainee, pace: Pace, vanishing: int | None) -> Process:
-        """One activation, each request at its instant; or its beginning, if the client vanishes at that batch."""
-        made: Next | None = None
+    def _drive(self, run: LocalRun, pace: Pace) -> Process:
+        """One local run, each request at its instant; or its beginning, if the client vanishes."""
+        vanishing = self._vanishing_batch(run, pace)
         begun = 0
-        for ahead in trainee.run():
-            self._after(made, trainee)
-            if made is Next.PUSH:
-                yield None
-            if ahead is Next.FORWARD:
+        answered: Verb | None = None
+        for upcoming in run.requests():
+            self._follow_up(answered, run)
+            if answered is Verb.PUSH:
+                yield None  # parked until the global step
+            if upcoming is Verb.FORWARD:
                 if begun == vanishing:
-                    if not self._recipe.gradients:  # a global step doesn't wait for who isn't there
-                        yield trainee.num_batches * (pace.compute + 4 * pace.latency)
+                    # It is back after the time that the run would have taken. Global steps can't
+                    # wait for that: to them it is gone at once.
+                    if not self._config.gradients:
+                        yield run.num_batches * (pace.compute + 4 * pace.latency)
                     return
                 begun += 1
             if self._virtual is not None:
-                yield _delay(made, ahead, pace)
-            elif self._in_turns and ahead is Next.FORWARD:
+                yield _delay(answered, upcoming, pace)
+            elif self._in_turns and upcoming is Verb.FORWARD:
                 yield 0.0
-            made = ahead
-        self._after(made, trainee)
+            answered = upcoming
+        self._follow_up(answered, run)
 
-    def _after(self, made: Next | None, trainee: Trainee) -> None:
-        """What follows from a request that has been answered."""
-        if made is Next.BACKWARD:
-            self._assembly.commit(trainee.outcome.client_id)
-        elif made is Next.PUSH and self._recipe.gradients:
-            self._waiting = True
-        elif made is Next.PUSH:
-            self._pushed = True
-            if self._plan is not None and self._plan.number != trainee.occasion[0]:
-                self._asked_for = frozenset(
-                    self._assembly.asked(self._plan)
-                )  # below quorum, late may be in time
+    def _follow_up(self, answered: Verb | None, run: LocalRun) -> None:
+        """Do what follows from a request that has been answered."""
+        if answered is Verb.BACKWARD:
+            self._assembly.commit(run.metrics.client_id)
+        elif answered is Verb.PUSH and self._config.gradients:
+            self._awaits_step = True
+        elif answered is Verb.PUSH:
+            self._has_update = True
+            if self._plan is not None and self._plan.number != run.run_id[0]:
+                # After a round below quorum an update of that round counts in this one too, and its
+                # client needn't train again.
+                self._remaining = frozenset(self._assembly.remaining_clients(self._plan))
 
-    def _vanishing(self, trainee: Trainee, pace: Pace) -> int | None:
-        """The batch at which the client vanishes in this activation; `None` if it stays."""
-        words: list[str | int] = [self._recipe.seed, trainee.outcome.client_id, *trainee.occasion]
+    def _vanishing_batch(self, run: LocalRun, pace: Pace) -> int | None:
+        """The batch at which the client vanishes in this run; `None` if it stays."""
+        words: list[str | int] = [self._config.seed, run.metrics.client_id, *run.run_id]
         if uniform("vanishes", *words) >= pace.dropout:
             return None
-        return int(uniform("when", *words) * trainee.num_batches)
+        return int(uniform("when", *words) * run.num_batches)
 
 
-def _delay(made: Next | None, ahead: Next, pace: Pace) -> float:
-    """Seconds from one request of a client, at the server, to its next."""
-    if ahead is Next.PULL:
-        return pace.latency if made is None else 2 * pace.latency
-    thirds = 2 if ahead is Next.FORWARD and made is Next.BACKWARD else 1
+def _delay(answered: Verb | None, upcoming: Verb, pace: Pace) -> float:
+    """Seconds from one request of a client, at the server, to its next.
+
+    The way back of the one, the way there of the other, and the client's work in between: a third
+    of a batch before its forward, a third before its backward, a third after.
+    """
+    if upcoming is Verb.PULL:
+        return pace.latency if answered is None else 2 * pace.latency
+    # From a backward to the next forward: the last third of one batch, the first of the next.
+    thirds = 2 if upcoming is Verb.FORWARD and answered is Verb.BACKWARD else 1
     return 2 * pace.latency + thirds * pace.compute / 3

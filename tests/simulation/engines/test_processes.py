@@ -47,7 +47,7 @@ def test_two_workers_end_in_the_bits_of_one_process(tmp_path: Path) -> None:
 
 
 def test_a_round_is_the_same_in_workers_and_its_store_goes_with_it() -> None:
-    """Belongings travel between workers; a temporary folder holds the store as long as the run is held."""
+    """Client states travel between workers; a temporary folder holds the store as long as the run is held."""
     settings: dict[str, Any] = {"model": toy.model(0.5), "rounds": 2, "personal": ("3.*",), "keep_optimizers": True}
     alone, crew = toy.run(**settings, optimizer=toy.adam), toy.run(**settings, optimizer=toy.adam, workers=1)
     losses = [[row["train_loss"] for row in simulation] for simulation in (alone, crew)]

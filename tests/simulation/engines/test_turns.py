@@ -161,13 +161,13 @@ def test_global_steps_go_on_without_the_vanished() -> None:
 
 
 def test_what_a_client_keeps_can_be_looked_at() -> None:
-    """Its personal parts after its last activation; nothing of one that was never active."""
+    """Its personal parts after its last run; nothing of one that was never active."""
     simulation = toy.run(personal=("3.*",), rounds=1)
     list(simulation)
-    schedule = simulation._driver
-    assert isinstance(schedule, Turns)
-    assert sorted(schedule.belongings("client-0").personal) == ["3.bias", "3.weight"]
-    assert schedule.belongings("nobody").personal == {}
+    driver = simulation._driver
+    assert isinstance(driver, Turns)
+    assert sorted(driver.state("client-0").personal) == ["3.bias", "3.weight"]
+    assert driver.state("nobody").personal == {}
 
 
 def test_a_round_of_global_steps_is_over_when_its_last_client_is() -> None:
