@@ -28,7 +28,7 @@ from splitfed.blobs import files, open_blobs
 from splitfed.blobs.contract import Blobs, check_key
 from splitfed.blobs.local import LocalBlobs
 from splitfed.blobs.memory import MemoryBlobs
-from splitfed.blobs.publishing import Publisher, Way
+from splitfed.blobs.files import Publisher, Way
 from splitfed.blobs.remote import RemoteBlobs
 from splitfed.blobs.testing import BlobsSuite
 from splitfed.errors import BusyError, IdError, InputError, StoreCapabilityError, StoreError
