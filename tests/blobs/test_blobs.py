@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 import splitfed
 from splitfed.blobs import files, open_blobs
 from splitfed.blobs.contract import Blobs, check_key
+from splitfed.blobs.files import Publisher, Way
 from splitfed.blobs.local import LocalBlobs
 from splitfed.blobs.memory import MemoryBlobs
-from splitfed.blobs.files import Publisher, Way
 from splitfed.blobs.remote import RemoteBlobs
 from splitfed.blobs.testing import BlobsSuite
 from splitfed.errors import BusyError, IdError, InputError, StoreCapabilityError, StoreError

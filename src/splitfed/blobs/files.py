@@ -1,4 +1,4 @@
-"""Single files of a local store: read whole, published whole, made durable, and swept when their writer has died.
+"""Single files of a local store: read, published whole, made durable, swept when the writer died.
 
 The race of two writers for one name is guarded here. `open(path, "x")` creates atomically, but it
 shows readers a file that is still being written, and a writer killed half-way leaves half a file
@@ -58,7 +58,7 @@ _SMALL = 64 * 1024
 _MAX_BUFFERS = 1024  # IOV_MAX: more buffers in one writev are EINVAL
 _MAX_WRITE = 1 << 30  # macOS refuses 2 GB, Linux cuts short there
 
-# What a file system without hard links answers to link(2). Any other error is the disk's: it raises.
+# What a file system without hard links answers to link(2). Any other error is the disk's own.
 _NO_LINKS = (
     errno.EPERM,
     errno.EACCES,
@@ -97,7 +97,7 @@ def read(path: str) -> memoryview | None:
 
 
 def write(fd: int, parts: Sequence[memoryview], sync: bool) -> None:
-    """Write all of the flat `parts`, gathered without joining them first; with `sync`, to the disk."""
+    """Write all of the flat `parts`, without joining them first; with `sync`, to the disk."""
     rest = list(parts)
     start = 0
     while start < len(rest):
@@ -141,7 +141,7 @@ class Publisher:
         caller syncs the directory.
 
         Returns:
-            Whether the file has that name now. False: there was one already, and `replace` is False.
+            Whether the file has that name now; always, with `replace`.
         """
         if self._way is None and not replace:
             self._way = self._experiment()
@@ -165,7 +165,7 @@ class Publisher:
             return True
 
     def sweep(self, directory: str) -> None:
-        """Remove the temporary files that processes of this host left in `directory` when they died."""
+        """Remove the temporary files that dead processes of this host left in `directory`."""
         for name in os.listdir(directory):
             match = _TEMPORARY.fullmatch(name)
             if match and match[1] == self._host and not is_alive(int(match[2])):

@@ -1,4 +1,4 @@
-"""Storage backend of a local directory: each object is a file, published atomically, durable when asked.
+"""The storage backend of a local directory: an object is a file, published atomically.
 
 `files` guards the race of two writers for one key. Two more races live here. A directory may be
 removed (by a `delete_tree` elsewhere) between its creation and the file's: then the write begins
@@ -68,8 +68,8 @@ class LocalBlobs:
         except OSError as exc:
             raise self._failed("read", key, exc) from exc
 
-    # `create` and `put` each have the loop over vanished directories: one more function around a
-    # publication would be one more call in every request.
+    # `create` and `put` have the same loop: as one function for both, it would be one more call in
+    # the deepest stack of every request.
 
     def create(self, key: str, parts: Sequence[Buffer], *, durable: bool = True) -> bool:
         """Publish the object unless the key exists; return whether this call did."""
@@ -253,7 +253,7 @@ class LocalBlobs:
 
 
 def _check_existing(path: str, sync: bool) -> None:
-    """Refuse a name that a create found taken by a directory; with `sync`, make the file durable."""
+    """Refuse a directory where a create found its name taken; with `sync`, make a file durable."""
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "it is the directory of other keys")
     if sync:
