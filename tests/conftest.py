@@ -43,7 +43,7 @@ LONGEST = (
     "federation/test_per_client",
     "faults/test_service_processes",
     "cli/test_demo",
-    "blobs/test_blobs",
+    "blobs/test_local",
     "promises/test_stragglers",
     "promises/test_invariant_06",
     "protocol/test_header",

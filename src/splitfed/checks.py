@@ -1,4 +1,7 @@
-"""Checks of arguments: each returns the value, or raises `InputError` with its name."""
+"""Checks of arguments that many classes take.
+
+Each returns the value, or raises `InputError` with the argument's name.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ def positive(name: str, value: float) -> float:
     Raises:
         InputError: it isn't.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= sys.float_info.max:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # The upper limit refuses infinity, and the comparison NaN; an int may be beyond any float.
+    if not number or not 0 < value <= sys.float_info.max:
         raise InputError(f"{name} is {value!r}: expected a finite number above 0")
     return value
 

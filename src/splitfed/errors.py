@@ -1,37 +1,37 @@
 """Every exception of splitfed, in one tree.
 
-Each error is also the builtin that a caller would catch without us, carries the HTTP status that a service answers
-with, and keeps its class on the wire: a client catches what the server raised.
+Each error is also the builtin that a caller would catch without us. It carries the HTTP status that
+a service answers with, and keeps its class on the wire: a client catches what the server raised.
 
     SplitFedError
-    ├── CutError(ValueError)                 a model can't be cut so
-    │   ├── UnknownCutError(LookupError)     no submodule or slice of that name
-    │   ├── SharedParameterError             one parameter on both sides of the cut
-    │   └── AbsentError(AttributeError)      the half uses what went to the other side
-    ├── InputError(ValueError)               what was given doesn't fit
-    │   ├── IdError                          an id that may not become a key
-    │   ├── FormatError                      foreign bytes that aren't what they should be
-    │   ├── TooLargeError                    over a limit of the service
+    ├── CutError(ValueError)                 the model can't be cut as asked
+    │   ├── UnknownCutError(LookupError)     no submodule or slice has that name
+    │   ├── SharedParameterError             a parameter is on both sides of the cut
+    │   └── AbsentError(AttributeError)      the half uses something of the part that was cut out
+    ├── InputError(ValueError)               an argument or setting doesn't fit
+    │   ├── IdError                          an id that can't become a key
+    │   ├── FormatError                      bytes that aren't a file of ours
+    │   ├── TooLargeError                    a request beyond a limit of the service
     │   └── ContainerError(TypeError)        a value that can't cross the cut
     ├── ArchitectureError(ValueError)        a body or half that isn't the store's
     ├── UnsupportedError(TypeError)          a feature of torch that can't work here
-    ├── NotConnectedError(RuntimeError)      a cut point outside a SplitClient
+    ├── NotConnectedError(RuntimeError)      a cut point was called outside of a SplitClient
     ├── InPlaceError(RuntimeError)           the body changed an input that the client still uses
     ├── BodyError(RuntimeError)              the body, or the loss on the server, raised
-    ├── ReplayError(RuntimeError)            a recompute that differs from its forward
-    ├── ProtocolError(RuntimeError)          a request that contradicts what is on record
-    │   ├── AlreadyAppliedError              that batch is counted already
-    │   ├── DigestError                      the same batch id with other content
+    ├── ReplayError(RuntimeError)            a recompute has other bits than its forward
+    ├── ProtocolError(RuntimeError)          a request contradicts the records of the store
+    │   ├── AlreadyAppliedError              the batch is counted already
+    │   ├── DigestError                      the batch id was used with other content
     │   └── SupersededError                  a newer process of the same client has begun
     ├── WorkerError(RuntimeError)            a worker process of a simulation failed
-    ├── AccessError(PermissionError)         a client that touches what isn't its own
-    │   └── TokenError                       no token, or one that nobody has
-    ├── UnreachableError(ConnectionError)    no server at that URL, or something else answers there
-    ├── MissingError(LookupError)            a version, lineage or record that isn't there
+    ├── AccessError(PermissionError)         the token belongs to another client
+    │   └── TokenError                       no token, or an unknown one
+    ├── UnreachableError(ConnectionError)    no splitfed server answers at that URL
+    ├── MissingError(LookupError)            no such version, lineage or record
     │   └── ExpiredError                     it was there, and left the retention window
-    └── StoreError(OSError)                  the storage itself
+    └── StoreError(OSError)                  the storage failed
         ├── StoreCapabilityError             a backend without an atomic create
-        ├── CorruptedError                   stored bytes that aren't what was committed
+        ├── CorruptedError                   stored bytes differ from what was committed
         └── BusyError(TimeoutError)          try again later
 """
 
@@ -39,7 +39,11 @@ from __future__ import annotations
 
 
 class SplitFedError(Exception):
-    """Base of all errors of this package; `status` is the HTTP status a service answers with."""
+    """The base of all errors of this package.
+
+    Attributes:
+        status: The HTTP status that a service answers with.
+    """
 
     status = 500
 
@@ -51,47 +55,47 @@ class CutError(SplitFedError, ValueError):
 
 
 class UnknownCutError(CutError, LookupError):
-    """The cut names no submodule or slice of the model."""
+    """The cut names no submodule or slice of the model; the message lists the nearest names."""
 
 
 class SharedParameterError(CutError):
-    """A parameter or buffer would live on both sides of the cut."""
+    """A parameter, buffer or module would be on both sides of the cut."""
 
 
 class AbsentError(CutError, AttributeError):
-    """The client half uses something of the part that was cut out of it."""
+    """The client half uses a value or method of the part that was cut out of it."""
 
 
 class InputError(SplitFedError, ValueError):
-    """A value, shape or setting doesn't fit."""
+    """An argument or setting doesn't fit: a value, a shape, a type."""
 
     status = 422
 
 
 class IdError(InputError):
-    """An id doesn't match the strict pattern, so it may not become part of a key."""
+    """An id doesn't match the strict pattern, so it can't become part of a key."""
 
     status = 400
 
 
 class FormatError(InputError):
-    """Bytes that aren't well-formed safetensors or JSON of ours."""
+    """Bytes that aren't well-formed safetensors or JSON of ours, or of another format version."""
 
     status = 400
 
 
 class TooLargeError(InputError):
-    """More bytes, tensors or samples than the service takes in one request."""
+    """A request with more bytes, tensors or samples than the service takes at once."""
 
     status = 413
 
 
 class ContainerError(InputError, TypeError):
-    """A value of a kind that can't cross the cut."""
+    """A value of a type that can't cross the cut; the message says where it is."""
 
 
 class ArchitectureError(SplitFedError, ValueError):
-    """The module's names, shapes, dtypes, ties or frozen parameters aren't those of the store."""
+    """The module's names, shapes, dtypes, ties or frozen parameters differ from the store's."""
 
     status = 409
 
@@ -103,7 +107,7 @@ class UnsupportedError(SplitFedError, TypeError):
 
 
 class NotConnectedError(SplitFedError, RuntimeError):
-    """A cut point was called outside of a `SplitClient`."""
+    """A cut point was called outside of a `SplitClient`: wrap the client half in one."""
 
 
 class InPlaceError(SplitFedError, RuntimeError):
@@ -111,7 +115,7 @@ class InPlaceError(SplitFedError, RuntimeError):
 
 
 class BodyError(SplitFedError, RuntimeError):
-    """The body's own code, or the loss function on the server, raised; the message has what it said."""
+    """The body's own code, or the loss function on the server, raised; the message repeats it."""
 
     status = 422
 
@@ -123,13 +127,13 @@ class ReplayError(SplitFedError, RuntimeError):
 
 
 class ProtocolError(SplitFedError, RuntimeError):
-    """A request contradicts what is on record."""
+    """A request contradicts the records of the store."""
 
     status = 409
 
 
 class AlreadyAppliedError(ProtocolError):
-    """The batch was counted and its answer is gone; nothing counts twice."""
+    """The batch is counted already and its answer is gone; nothing counts twice."""
 
 
 class DigestError(ProtocolError):
@@ -139,11 +143,11 @@ class DigestError(ProtocolError):
 
 
 class SupersededError(ProtocolError):
-    """A newer process of the same client has begun; this one is too old to count."""
+    """A newer process of the same client has begun; requests of this older one are refused."""
 
 
 class WorkerError(SplitFedError, RuntimeError):
-    """A worker process of a simulation died, or raised what can't be brought over."""
+    """A worker process of a simulation died, or raised an error that can't be sent over."""
 
 
 class AccessError(SplitFedError, PermissionError):
@@ -171,19 +175,19 @@ class MissingError(SplitFedError, LookupError):
 
 
 class ExpiredError(MissingError):
-    """A record or version that has left the retention window."""
+    """A record or version that was in the store and has left the retention window."""
 
     status = 410
 
 
 class StoreError(SplitFedError, OSError):
-    """The storage failed, or isn't fit for the job."""
+    """The storage failed, or can't do what a store needs."""
 
     status = 503
 
 
 class StoreCapabilityError(StoreError):
-    """The backend doesn't honour create-if-absent, on which exactly-once rests."""
+    """The storage backend has no atomic create-if-absent, on which exactly-once rests."""
 
 
 class CorruptedError(StoreError):
@@ -193,6 +197,6 @@ class CorruptedError(StoreError):
 
 
 class BusyError(StoreError, TimeoutError):
-    """Too much is under way; try again later."""
+    """The request can't be served right now: try again later."""
 
     status = 429

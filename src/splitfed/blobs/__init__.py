@@ -1,7 +1,8 @@
-"""Storage backends: a few atomic operations on bytes under keys, for any place that can hold a file.
+"""Storage backends: a few atomic operations on bytes under keys, for any place that holds files.
 
-`contract` is what a backend promises, `testing` the suite that a backend of your own has to pass, and `open_blobs`
-chooses the backend of a URL: `local`, `memory`, or `remote` for any other filesystem of fsspec.
+`contract` is what a backend promises, and `testing` the suite that a backend of your own must pass.
+`open_blobs` (in `url`) chooses the backend of a URL: `local` (built on `files`), `memory`, or
+`remote` for any other filesystem of fsspec.
 """
 
 from __future__ import annotations

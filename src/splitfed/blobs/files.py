@@ -1,7 +1,25 @@
-"""What local blobs need of single files: read one, write one whole, make one durable, and tell whose a leftover is.
+"""Single files of a local store: read, published whole, made durable, swept when the writer died.
 
-The traps here are the system's: a write may be partial and may not exceed 2 GB, fsync on macOS stops short of the disk,
-a directory is fsynced too where that exists, and `os.kill(pid, 0)`, which asks whether a process lives, is Ctrl-C on
+The race of two writers for one name is guarded here. `open(path, "x")` creates atomically, but it
+shows readers a file that is still being written, and a writer killed half-way leaves half a file
+for good. "Does it exist? no; then write and rename" lets two writers win. So the bytes go to a file
+that no reader can name, which is then *linked* to its name: a link fails when the name exists, and
+what it names is whole. There are three ways to do so, and an experiment at the first create finds
+out which one the file system offers:
+
+- `unnamed` (Linux): a file without a name, linked through /proc. A killed writer leaves nothing.
+- `named`: a temporary file in the same directory, linked, then unlinked. A killed writer may leave
+  a `.tmp-*`, which no listing shows and which `sweep` removes once its process is gone.
+- `locked`, where there are no hard links (FAT, some network and FUSE mounts): a question and a
+  rename under a file lock. **Writers on one host only**: another host may not see the lock, and
+  two could win one name.
+
+All writers of a directory must come to the same answer, because a lock doesn't stop a writer that
+links. Therefore the way is the outcome of an experiment in the root of the store, and never of an
+error that one writer meets later.
+
+The other traps are the system's: a write may be partial and may not exceed 2 GB, fsync on macOS
+stops short of the disk, and `os.kill(pid, 0)`, which asks whether a process lives, is Ctrl-C on
 Windows.
 """
 
@@ -11,29 +29,55 @@ import errno
 import hashlib
 import mmap
 import os
+import re
 import socket
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Literal, TypeAlias
+
+from filelock import FileLock
 
 if sys.platform == "darwin":
     import fcntl
+
+Way: TypeAlias = Literal["unnamed", "named", "locked"]
+
+LOCKS = ".locks"
+_TEMPORARY = re.compile(r"\.tmp-([0-9a-f]{8})-([0-9]+)-[0-9a-f]+")
 
 _BINARY: int = getattr(os, "O_BINARY", 0)  # Windows
 _READ_FLAGS = os.O_RDONLY | _BINARY
 _NEW_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY
 _UNNAMED: int = getattr(os, "O_TMPFILE", 0)  # Linux
 _FILE_MODE = 0o600
+
+# From this size on a file is mapped: below, setting up the mapping costs more than the copy.
 _SMALL = 64 * 1024
-_MAX_BUFFERS = 1024  # IOV_MAX
-_MAX_WRITE = 1 << 30
+_MAX_BUFFERS = 1024  # IOV_MAX: more buffers in one writev are EINVAL
+_MAX_WRITE = 1 << 30  # macOS refuses 2 GB, Linux cuts short there
+
+# What a file system without hard links answers to link(2). Any other error is the disk's own.
+_NO_LINKS = (
+    errno.EPERM,
+    errno.EACCES,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EMLINK,
+    errno.EINVAL,
+)
+_LOCK_SECONDS = 60.0
+_POLL_SECONDS = 0.005
+_LOCK_FILES = 64
 
 
 def read(path: str) -> memoryview | None:
     """Return the whole file, private and writable; None when there is none.
 
-    Small files are copied, since a mapping costs more than it saves; larger ones are mapped copy-on-write, which takes
-    the same time at any size. A mapped file must be replaced or unlinked, never truncated: that kills the reader.
+    Small files are copied; larger ones are mapped copy-on-write, which takes the same time at any
+    size. A mapped file must be replaced or unlinked, never truncated: that kills the reader.
     """
     try:
         fd = os.open(path, _READ_FLAGS)
@@ -52,7 +96,152 @@ def read(path: str) -> memoryview | None:
         os.close(fd)
 
 
-def create_unnamed(directory: str) -> int:
+def write(fd: int, parts: Sequence[memoryview], sync: bool) -> None:
+    """Write all of the flat `parts`, without joining them first; with `sync`, to the disk."""
+    rest = list(parts)
+    start = 0
+    while start < len(rest):
+        batch = rest[start : start + _MAX_BUFFERS]
+        if sum(map(len, batch)) > _MAX_WRITE:
+            batch = [batch[0][:_MAX_WRITE]]
+        if hasattr(os, "writev"):
+            written = os.writev(fd, batch)
+        else:
+            written = os.write(fd, batch[0])
+        # The system may have taken any number of bytes: skip the parts that are done, then cut the
+        # one that is half done.
+        while start < len(rest) and written >= len(rest[start]):
+            written -= len(rest[start])
+            start += 1
+        if written:
+            rest[start] = rest[start][written:]
+    if sync:
+        sync_file(fd)
+
+
+class Publisher:
+    """Publishes files in existing directories beneath `root`.
+
+    Args:
+        root: The directory of the store, where locks and the experiment go.
+        way: How a file gets its name; None finds that out by an experiment at the first create.
+    """
+
+    def __init__(self, root: str, way: Way | None = None) -> None:
+        self._root = root
+        self._way = way
+        self._host = host_tag()
+
+    def publish(
+        self, directory: str, path: str, parts: Sequence[memoryview], sync: bool, *, replace: bool
+    ) -> bool:
+        """Write `parts` to a new file of `directory`, then name it `path`, atomically.
+
+        With `sync` the content is on the disk before it has its name. The name is not: for that the
+        caller syncs the directory.
+
+        Returns:
+            Whether the file has that name now; always, with `replace`.
+        """
+        if self._way is None and not replace:
+            self._way = self._experiment()
+        if self._way == "unnamed":
+            fd = _open_unnamed(directory)
+            try:
+                write(fd, parts, sync)
+                _link_unnamed(fd, path)
+                return True
+            except FileExistsError:
+                # A link never replaces. A put tries it all the same: its key is usually new, and
+                # then this is one system call less than a temporary name and a rename.
+                if not replace:
+                    return False
+            finally:
+                os.close(fd)
+        with self._temporary(directory, parts, sync) as temporary:
+            if not replace:
+                return self._claim(temporary, path)
+            os.replace(temporary, path)
+            return True
+
+    def sweep(self, directory: str) -> None:
+        """Remove the temporary files that dead processes of this host left in `directory`."""
+        for name in os.listdir(directory):
+            match = _TEMPORARY.fullmatch(name)
+            if match and match[1] == self._host and not is_alive(int(match[2])):
+                with suppress(FileNotFoundError):
+                    os.unlink(os.path.join(directory, name))
+
+    def _claim(self, temporary: str, path: str) -> bool:
+        """Give the temporary file the name `path`; return False if that is taken."""
+        if self._way == "locked":
+            return self._rename_locked(temporary, path)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # Or it was ours, after all: NFS repeats a link whose reply was lost.
+            return os.stat(temporary).st_nlink > 1
+        return True
+
+    def _rename_locked(self, temporary: str, path: str) -> bool:
+        # One of a few lock files, by hash: a lock file can't be removed safely, so one per key
+        # would pile up.
+        locks = os.path.join(self._root, LOCKS)
+        with suppress(FileExistsError):
+            os.mkdir(locks, 0o700)
+        number = zlib.crc32(path.encode()) % _LOCK_FILES
+        lock = FileLock(os.path.join(locks, f".create-{number}"), mode=_FILE_MODE)
+        with lock.acquire(timeout=_LOCK_SECONDS, poll_interval=_POLL_SECONDS):
+            if os.path.lexists(path):
+                return False
+            os.replace(temporary, path)
+            return True
+
+    def _temporary_name(self, directory: str) -> str:
+        return f"{directory}/.tmp-{self._host}-{os.getpid()}-{os.urandom(8).hex()}"
+
+    @contextmanager
+    def _temporary(self, directory: str, parts: Sequence[memoryview], sync: bool) -> Iterator[str]:
+        """Write a temporary file for the block; after it, unlink that name if it is still there."""
+        path = self._temporary_name(directory)
+        fd = os.open(path, _NEW_FLAGS, _FILE_MODE)
+        try:
+            try:
+                write(fd, parts, sync)
+            finally:
+                os.close(fd)
+            yield path
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def _experiment(self) -> Way:
+        """Publish a file in the root by each way, the best one first, and unlink it again."""
+        target = self._temporary_name(self._root)
+        parts = [memoryview(b"experiment")]
+        # Whatever fails here, be it a full disk: the next way meets it too, unless it was a trouble
+        # of this way only.
+        with suppress(OSError):
+            fd = _open_unnamed(self._root)
+            try:
+                write(fd, parts, sync=False)
+                _link_unnamed(fd, target)
+            finally:
+                os.close(fd)
+            os.unlink(target)
+            return "unnamed"
+        with self._temporary(self._root, parts, sync=False) as temporary:
+            try:
+                os.link(temporary, target)
+            except OSError as exc:
+                if exc.errno not in _NO_LINKS:
+                    raise
+                return "locked"
+            os.unlink(target)
+            return "named"
+
+
+def _open_unnamed(directory: str) -> int:
     """Open a new file in `directory` that has no name yet.
 
     Raises:
@@ -63,42 +252,11 @@ def create_unnamed(directory: str) -> int:
     return os.open(directory, os.O_WRONLY | _UNNAMED, _FILE_MODE)
 
 
-def link_unnamed(fd: int, path: str) -> None:
+def _link_unnamed(fd: int, path: str) -> None:
     """Give the unnamed file the name `path`, which mustn't exist."""
-    # A src_dir_fd makes Python call linkat with AT_SYMLINK_FOLLOW; which one doesn't matter, the path is absolute.
+    # A src_dir_fd makes Python call linkat with AT_SYMLINK_FOLLOW. Which descriptor it is doesn't
+    # matter, as the path is absolute.
     os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
-
-
-def create_named(path: str, parts: Sequence[memoryview], sync: bool) -> None:
-    """Write a new file, whole; nothing remains of it when that fails."""
-    fd = os.open(path, _NEW_FLAGS, _FILE_MODE)
-    try:
-        try:
-            write(fd, parts, sync)
-        finally:
-            os.close(fd)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(path)
-        raise
-
-
-def write(fd: int, parts: Sequence[memoryview], sync: bool) -> None:
-    """Write all of the flat `parts`, gathered without joining them first; with `sync`, to the disk."""
-    rest = list(parts)
-    start = 0
-    while start < len(rest):
-        batch = rest[start : start + _MAX_BUFFERS]
-        if sum(map(len, batch)) > _MAX_WRITE:
-            batch = [batch[0][:_MAX_WRITE]]
-        written = os.writev(fd, batch) if hasattr(os, "writev") else os.write(fd, batch[0])
-        while start < len(rest) and written >= len(rest[start]):
-            written -= len(rest[start])
-            start += 1
-        if written:
-            rest[start] = rest[start][written:]
-    if sync:
-        sync_file(fd)
 
 
 def sync_file(fd: int) -> None:
@@ -135,15 +293,19 @@ def sync_directory(path: str) -> None:
 
 
 def host_tag() -> str:
-    """Return 8 hex digits for the place where a process id means something: host and, in containers, PID namespace."""
+    """Return 8 hex digits for where a process id means something: host and PID namespace."""
     namespace = ""
-    with suppress(OSError):
+    with suppress(OSError):  # Linux only; containers of one host differ in it
         namespace = os.readlink("/proc/self/ns/pid")
-    return hashlib.blake2s(f"{socket.gethostname()} {namespace}".encode(), digest_size=4).hexdigest()
+    place = f"{socket.gethostname()} {namespace}"
+    return hashlib.blake2s(place.encode(), digest_size=4).hexdigest()
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a process of this number may be running here; True where that can't be asked harmlessly."""
+    """Tell whether a process of this number may be running here.
+
+    True where that can't be asked harmlessly, so that nobody's file is removed in error.
+    """
     if os.name == "nt":
         return True
     try:

@@ -1,11 +1,13 @@
-"""Blobs as files beneath a local directory: published atomically, durable when asked, read without a copy.
+"""The storage backend of a local directory: an object is a file, published atomically.
 
-`publishing` guards the race of two writers for one key. Two more live here. A directory may be removed (by a
-`delete_tree` elsewhere) between its creation and the file's: then the write is begun anew. And "exists" is an answer
-that the caller acknowledges on the strength of, while whoever created the object may have been killed before its own
-fsync: so a durable create that finds its key syncs what it found before it says so.
+`files` guards the race of two writers for one key. Two more races live here. A directory may be
+removed (by a `delete_tree` elsewhere) between its creation and the file's: then the write begins
+again. And a caller acknowledges a batch on the answer "exists", while the process that created the
+object may have been killed before its own fsync: so a durable create that finds its key taken syncs
+what it found before it returns False.
 
-Durability (power loss) takes an fsync of the file, of the directory that names it, and once of each directory above.
+Durability (against power loss) takes an fsync of the file, of the directory that names it, and once
+of each directory above.
 """
 
 from __future__ import annotations
@@ -13,14 +15,21 @@ from __future__ import annotations
 import builtins
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from filelock import FileLock
 
 from splitfed.blobs import files
-from splitfed.blobs.contract import MAX_KEY, Buffer, check_create, check_key, check_prefix, is_name, views
-from splitfed.blobs.publishing import LOCKS, Publisher, Way
+from splitfed.blobs.contract import (
+    MAX_KEY,
+    Buffer,
+    check_create,
+    check_key,
+    check_prefix,
+    is_name,
+    views,
+)
 from splitfed.errors import BusyError, IdError, StoreError
 
 _TRIES = 16  # each is lost only to another process that removes the directory in between
@@ -29,18 +38,25 @@ _MAX_MADE = 10_000
 
 
 class LocalBlobs:
-    """Files of mode 0600 in directories of mode 0700 beneath `root`, which a later chdir doesn't move.
+    """Files of mode 0600 in directories of mode 0700 beneath one root directory.
 
-    With `fsync=False` objects survive the death of every process but not a power loss. `way` overrides the experiment
-    by which `publishing` finds out how to publish a file; all writers of one directory must then use the same.
+    Args:
+        root: The directory; a later chdir doesn't move it.
+        fsync: Whether `durable` means anything. If False, objects survive the death of every
+            process but not a power loss.
+        way: How files are published, instead of the experiment of `files`. All writers of one
+            directory must use the same.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, fsync: bool = True, way: Way | None = None) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], *, fsync: bool = True, way: files.Way | None = None
+    ) -> None:
         self.root = os.path.abspath(os.path.expanduser(os.fspath(root)))
         self._prefix = os.path.join(self.root, "")
         self._fsync = fsync
-        self._publisher = Publisher(self.root, way)
-        self._made: dict[str, bool] = {}  # directories known to exist -> whether their names are durable
+        self._publisher = files.Publisher(self.root, way)
+        # Directories known to exist -> whether their names are durable.
+        self._made: dict[str, bool] = {}
 
     def __repr__(self) -> str:
         return f"LocalBlobs({self.root!r})"
@@ -52,44 +68,68 @@ class LocalBlobs:
         except OSError as exc:
             raise self._failed("read", key, exc) from exc
 
+    # `create` and `put` have the same loop: as one function for both, it would be one more call in
+    # the deepest stack of every request.
+
     def create(self, key: str, parts: Sequence[Buffer], *, durable: bool = True) -> bool:
         """Publish the object unless the key exists; return whether this call did."""
         flat = views(check_key(key), parts)
         sync = durable and self._fsync
-
-        def act(directory: str, path: str) -> bool:
-            created = self._publisher.create(directory, path, flat, sync)
-            if not created and os.path.isdir(path):
-                raise IsADirectoryError(errno.EISDIR, "it is the directory of other keys")
-            if sync and not created:
-                files.sync_path(path)
-            return created
-
-        return self._write("create", key, sync, act)
+        path = self._prefix + key
+        directory = os.path.dirname(path)
+        for _ in range(_TRIES):
+            try:
+                self._make(directory, sync)
+                created = self._publisher.publish(directory, path, flat, sync, replace=False)
+                if not created:
+                    _check_existing(path, sync)
+                if sync:
+                    files.sync_directory(directory)
+                return created
+            except FileNotFoundError:
+                self._made.clear()
+            except OSError as exc:
+                raise self._failed("create", key, exc) from exc
+        raise self._vanished("create", key)
 
     def put(self, key: str, parts: Sequence[Buffer], *, durable: bool = False) -> None:
-        """Create the object or replace it by a rename; who reads the old one keeps it."""
+        """Create the object or replace it; a reader of the old one keeps what it has."""
         flat = views(check_key(key), parts)
         sync = durable and self._fsync
-
-        def act(directory: str, path: str) -> bool:
-            self._publisher.replace(directory, path, flat, sync)
-            return True
-
-        self._write("put", key, sync, act)
+        path = self._prefix + key
+        directory = os.path.dirname(path)
+        for _ in range(_TRIES):
+            try:
+                self._make(directory, sync)
+                self._publisher.publish(directory, path, flat, sync, replace=True)
+                if sync:
+                    files.sync_directory(directory)
+                return
+            except FileNotFoundError:
+                self._made.clear()
+            except OSError as exc:
+                raise self._failed("put", key, exc) from exc
+        raise self._vanished("put", key)
 
     def delete(self, key: str) -> None:
         """Unlink the object, if it is there; its directory stays."""
         self._unlink(key)
 
     def delete_tree(self, prefix: str) -> int:
-        """Delete all keys beneath `prefix` and the directories that this empties; return how many keys."""
+        """Delete all keys beneath `prefix` and the directories that this empties.
+
+        Returns:
+            The number of keys that this call deleted.
+        """
         if not prefix:
-            raise IdError("delete_tree of the whole store isn't allowed: expected a directory within it")
+            raise IdError(
+                "delete_tree of the whole store isn't allowed: expected a directory within it"
+            )
         keys, directories = self._scan(check_prefix(prefix))
         deleted = sum(self._unlink(key) for key in keys)
         for directory in reversed(directories):
-            with suppress(OSError):  # not empty: somebody writes there, or a foreign file lies there
+            # It may not be empty: somebody writes there, or a foreign file is in it.
+            with suppress(OSError):
                 os.rmdir(self._prefix + directory)
         self._made.clear()
         return deleted
@@ -104,14 +144,14 @@ class LocalBlobs:
         for key in self.list(prefix):
             try:
                 found[key] = os.stat(self._prefix + key).st_size
-            except FileNotFoundError:  # deleted meanwhile
+            except FileNotFoundError:  # deleted since the listing
                 continue
             except OSError as exc:
                 raise self._failed("list", key, exc) from exc
         return found
 
     def probe(self) -> None:
-        """Race for a few keys, then remove the temporary files of processes of this host that are gone."""
+        """Race for a few keys, then remove the temporary files of dead processes of this host."""
         check_create(self)
         for directory in self._scan("")[1]:
             with suppress(OSError):
@@ -120,10 +160,12 @@ class LocalBlobs:
     @contextmanager
     def lock(self, key: str, timeout: float) -> Iterator[bool]:
         """Hold the file lock `.locks/<key>.lock`; yield whether it was got in time."""
-        path = f"{self._prefix}{LOCKS}/{check_key(key)}.lock"
+        path = f"{self._prefix}{files.LOCKS}/{check_key(key)}.lock"
         lock = FileLock(path, mode=0o600)
         held = False
-        with suppress(OSError, RuntimeError, Warning):  # Timeout; no such lock here (NotImplementedError, its warning)
+        # filelock raises Timeout (an OSError). Where the system has no such lock it raises
+        # NotImplementedError (a RuntimeError), or warns, which a user may have made an error.
+        with suppress(OSError, RuntimeError, Warning):
             self._make(os.path.dirname(path), sync=False)
             lock.acquire(timeout=max(timeout, 0.0), poll_interval=_POLL_SECONDS)
             held = True
@@ -133,34 +175,13 @@ class LocalBlobs:
             if held:
                 lock.release()
 
-    def _write(self, verb: str, key: str, sync: bool, act: Callable[[str, str], bool]) -> bool:
-        """Run `act(directory, path)` in a directory that exists, again when it was removed meanwhile; then sync it."""
-        parent, slash, _ = key.rpartition("/")
-        directory = self._prefix + parent if slash else self.root
-        try:
-            for _ in range(_TRIES):
-                try:
-                    self._make(directory, sync)
-                    done = act(directory, self._prefix + key)
-                    if sync:
-                        files.sync_directory(directory)
-                    return done
-                except FileNotFoundError:
-                    self._made.clear()
-        except StoreError:
-            raise
-        except OSError as exc:
-            raise self._failed(verb, key, exc) from exc
-        if os.path.islink(self.root) and not os.path.exists(self.root):
-            raise StoreError(
-                f"can't {verb} {key!r} in {self!r}: that is a link to {os.readlink(self.root)!r}, which isn't there; "
-                "is its disk mounted?"
-            )
-        raise BusyError(f"can't {verb} {key!r} in {self!r}: its directory vanished {_TRIES} times; try again")
-
     def _make(self, directory: str, sync: bool) -> None:
-        """Create `directory` and what is missing above it; with `sync`, make their names durable, whoever made them."""
-        if self._made.get(directory, False) or (not sync and directory in self._made):
+        """Create `directory` and all that is missing above it.
+
+        With `sync` their names are durable afterwards, whoever created them.
+        """
+        durable = self._made.get(directory)
+        if durable or (durable is not None and not sync):
             return
         parent = os.path.dirname(directory)
         inside = len(directory) > len(self.root)
@@ -172,7 +193,8 @@ class LocalBlobs:
             try:
                 files.sync_directory(parent)
             except PermissionError:
-                if inside:  # above the root we may be guests
+                # A directory above the root may be another user's, which we can't open.
+                if inside:
                     raise
         if len(self._made) >= _MAX_MADE:
             self._made.clear()
@@ -188,7 +210,10 @@ class LocalBlobs:
         return True
 
     def _scan(self, prefix: str) -> tuple[builtins.list[str], builtins.list[str]]:
-        """Return the keys and the directories beneath `prefix`, itself included; parents before children."""
+        """Return the keys and the directories beneath `prefix`, itself included.
+
+        Parents come before their children. Directories that vanish meanwhile are left out.
+        """
         keys: list[str] = []
         directories: list[str] = []
         waiting = [prefix]
@@ -213,3 +238,23 @@ class LocalBlobs:
 
     def _failed(self, verb: str, key: str, exc: OSError) -> StoreError:
         return StoreError(f"can't {verb} {key!r} in {self!r}: {exc.strerror or exc}")
+
+    def _vanished(self, verb: str, key: str) -> StoreError:
+        """Return the error of a write whose directory was gone at each try."""
+        if os.path.islink(self.root) and not os.path.exists(self.root):
+            # As a disk that isn't mounted leaves it: another try wouldn't help.
+            return StoreError(
+                f"can't {verb} {key!r} in {self!r}: that is a link to {os.readlink(self.root)!r}, "
+                "which isn't there; is its disk mounted?"
+            )
+        return BusyError(
+            f"can't {verb} {key!r} in {self!r}: its directory vanished {_TRIES} times; try again"
+        )
+
+
+def _check_existing(path: str, sync: bool) -> None:
+    """Refuse a directory where a create found its name taken; with `sync`, make a file durable."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, "it is the directory of other keys")
+    if sync:
+        files.sync_path(path)

@@ -1,11 +1,13 @@
-"""Blobs in the memory of this process, for tests, simulation and notebooks.
+"""The storage backend in the memory of this process, for tests, simulation and notebooks.
 
-fsspec's own memory filesystem doesn't do: its create asks first and writes then (50 of 400 racing keys had two
-winners), and readers of one object share a seek position. Here a create is one dictionary lookup and insertion under a
-lock, the stored bytes are immutable, and a reader gets a copy of its own.
+fsspec's own memory filesystem doesn't do: its create asks first and then writes (50 of 400 racing
+keys had two winners), and readers of one object share a seek position. Here a create is one
+dictionary lookup and insertion under a lock, the stored bytes are immutable, and a reader gets a
+copy of its own.
 
-Two opens of one name share their content, as with fsspec: hence the one registry of this package, guarded by a lock. It
-is the storage itself, not a setting or a cache. A forked child has a copy, and shares nothing with its parent.
+Two opens of one name share their content, as with fsspec: hence the one registry of this package,
+guarded by a lock. It is the storage itself, not a setting or a cache. A forked child has a copy,
+and shares nothing with its parent.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from splitfed.errors import IdError
 
 
 class _Content:
+    """The objects of one name, and the locks that were asked for."""
+
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.objects: dict[str, bytes] = {}
@@ -69,7 +73,9 @@ class MemoryBlobs:
     def delete_tree(self, prefix: str) -> int:
         """Delete all keys beneath `prefix`; return how many."""
         if not prefix:
-            raise IdError("delete_tree of the whole store isn't allowed: expected a directory within it")
+            raise IdError(
+                "delete_tree of the whole store isn't allowed: expected a directory within it"
+            )
         keys = self.list(prefix)
         with self._content.lock:
             return sum(self._content.objects.pop(key, None) is not None for key in keys)
@@ -93,7 +99,7 @@ class MemoryBlobs:
 
     @contextmanager
     def lock(self, key: str, timeout: float) -> Iterator[bool]:
-        """Hold a lock of this name among the threads of this process; yield whether it was got in time."""
+        """Hold a lock among the threads of this process; yield whether it was got in time."""
         with self._content.lock:
             lock = self._content.held.setdefault(check_key(key), threading.Lock())
         held = lock.acquire(timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX))

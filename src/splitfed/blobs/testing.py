@@ -4,9 +4,10 @@
         def open(self, place):
             return splitfed.blobs.open_blobs(f"mine://bucket/{place}")
 
-Exactly-once and atomic versions rest on what is tested here, so a backend that passes can carry a run. The trap is the
-race: most storage creates twice under load what it creates once in a calm test, so writers meet here in threads, and
-one pass isn't proof: run it a few times more. Pytest itself isn't needed: a broken promise is an `AssertionError`.
+Exactly-once and atomic versions rest on what is tested here, so a backend that passes can carry a
+run. The trap is the race: most storage creates twice under load what it creates once in a calm
+test. So writers meet here in threads, and one pass is no proof: run it a few times more. Pytest
+itself isn't needed: a broken promise is an `AssertionError`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,15 @@ from splitfed.blobs.contract import Blobs, Buffer
 from splitfed.errors import IdError, InputError, SplitFedError, UnsupportedError
 
 MALFORMED: tuple[Any, ...] = (
-    *("..", ".", "/", "/etc/passwd", "../a", "a/../b", "a/..", "a//b", "a/", "/a", ".a", "a/.b", "a\\b", "a*b"),
-    *("a?versionId=1", "a::b", "a%00b", "a%2fb", "a:b", "~", "~/a", "-a", "_a", "=a", "", "a\n", "a\0b", "ключ", "a b"),
+    # They leave the root, or have an empty name.
+    *("..", ".", "/", "/etc/passwd", "../a", "a/../b", "a/..", "a//b", "a/", "/a", ""),
+    # They hide, or look like an option or a home directory.
+    *(".a", "a/.b", "~", "~/a", "-a", "_a", "=a"),
+    # They mean something to a shell or in a URL.
+    *("a*b", "a?versionId=1", "a::b", "a%00b", "a%2fb", "a b", "a\n"),
+    # They mean something else, or nothing, to another system.
+    *("a\\b", "a:b", "a\0b", "ключ"),
+    # They are too long, or no strings.
     *("a/" * 256 + "a", "a" * 251, 7, None, b"a"),
 )
 
@@ -36,12 +44,14 @@ class BlobsSuite:
     """How many keys writers race for."""
 
     def open(self, place: str) -> Blobs:
-        """Open the blobs at a place of this name: empty at the first time, the same ones afterwards.
+        """Open the blobs at a place of this name: empty the first time, the same ones afterwards.
 
         Raises:
             UnsupportedError: the subclass doesn't say how.
         """
-        raise UnsupportedError(f"{type(self).__name__} doesn't say how to open its backend: define open(self, place)")
+        raise UnsupportedError(
+            f"{type(self).__name__} doesn't say how to open its backend: define open(self, place)"
+        )
 
     def setup_method(self) -> None:
         """Give the test a place of its own."""
@@ -51,16 +61,20 @@ class BlobsSuite:
         """Absent keys and directories are no errors."""
         blobs = self.open(self.place)
         _same("get of an absent key", blobs.get("a/b"), None)
-        _same("lists of absent directories", [blobs.list(prefix) for prefix in ("", "a", "a/b")], [[], [], []])
+        lists = [blobs.list(prefix) for prefix in ("", "a", "a/b")]
+        _same("lists of absent directories", lists, [[], [], []])
         _same("sizes of an absent directory", blobs.sizes("a"), {})
         blobs.delete("a/b")
         _same("delete_tree of an absent directory", blobs.delete_tree("a"), 0)
 
     def test_create_stores_once(self) -> None:
-        """The first create of a key answers True and stays; later ones answer False and change nothing."""
+        """The first create of a key returns True; later ones return False and change nothing."""
         bodies: list[list[Buffer]] = [[b"first ", b"body"], [b"second"], [b"third"]]
         one, other = self.open(self.place), self.open(self.place)
-        answers = [blobs.create("grad/a/1", parts) for blobs, parts in zip((one, other, one), bodies, strict=True)]
+        answers = [
+            blobs.create("grad/a/1", parts)
+            for blobs, parts in zip((one, other, one), bodies, strict=True)
+        ]
         answers.append(other.create("grad/a/1", [b"fourth"], durable=False))
         _same("creates of one key", answers, [True, False, False, False])
         _same("the object after them", _content(other, "grad/a/1"), b"first body")
@@ -72,7 +86,8 @@ class BlobsSuite:
         blobs.put("dir/head", [b"1"])
         blobs.put("dir/head", [b"two", b"2"], durable=True)
         blobs.put("dir/new", [b"3"])
-        _same("the objects", [_content(blobs, key) for key in ("dir/head", "dir/new")], [b"two2", b"3"])
+        objects = [_content(blobs, key) for key in ("dir/head", "dir/new")]
+        _same("the objects", objects, [b"two2", b"3"])
         _same("create of a key that was put", blobs.create("dir/new", [b"4"]), False)
 
     def test_empty_objects_are_refused(self) -> None:
@@ -81,36 +96,47 @@ class BlobsSuite:
         nothing: list[list[Buffer]] = [[], [b""], [b"", bytearray(), memoryview(b"")]]
         for parts in nothing:
             for write in (blobs.create, blobs.put):
-                _raises(InputError, f"{write.__name__} of an empty object", partial(write, "a/b", parts))
+                what = f"{write.__name__} of an empty object"
+                _raises(InputError, what, partial(write, "a/b", parts))
         _same("what lies there then", blobs.list(""), [])
 
     def test_parts_are_joined_in_order(self) -> None:
-        """Bytes, bytearrays, views of other items and empty parts make one object; thousands of them too."""
+        """Bytes, bytearrays, views of other items and empty parts make one object; 5,000 do too."""
         blobs = self.open(self.place)
         words = memoryview(bytes(range(24))).cast("i", [2, 3])
         blobs.create("mixed", [b"ab", b"", bytearray(b"cd"), words, memoryview(b"xyz")[1:]])
-        _same("an object of mixed parts", _content(blobs, "mixed"), b"abcd" + bytes(range(24)) + b"yz")
+        joined = b"abcd" + bytes(range(24)) + b"yz"
+        _same("an object of mixed parts", _content(blobs, "mixed"), joined)
         many = [bytes([number % 251]) * (number % 7) for number in range(5000)]
         blobs.put("many", many)
         _same("an object of 5,000 parts", _content(blobs, "many"), b"".join(many))
 
     def test_what_get_returns_is_private_and_writable(self) -> None:
-        """Returned memory can be changed in place, and neither the store nor another reader sees it."""
+        """What get returns can be changed in place; neither store nor other readers see it."""
         blobs = self.open(self.place)
         for size in (1, 65_535, 65_536, 200_001):
             body = random.Random(size).randbytes(size)
             blobs.create(f"x/{size}", [body])
             data = blobs.get(f"x/{size}") or memoryview(b"")
-            _same(f"length and read-only flag of {size} bytes", (data.nbytes, data.readonly), (size, False))
+            found = (data.nbytes, data.readonly)
+            _same(f"length and read-only flag of {size} bytes", found, (size, False))
             data[:1] = bytes([body[0] ^ 1])
-            _same(f"the {size} bytes after a reader wrote to its own", _content(blobs, f"x/{size}") == body, True)
+            unchanged = _content(blobs, f"x/{size}") == body
+            _same(f"the {size} bytes after a reader wrote to its own", unchanged, True)
             blobs.delete(f"x/{size}")
             _same(f"the reader's {size} bytes after the delete", bytes(data[1:]) == body[1:], True)
 
     def test_list_is_recursive_sorted_and_by_whole_names(self) -> None:
-        """A directory holds what is beneath it, not siblings with a longer name nor the key of its own name."""
+        """A directory holds what is beneath it, not siblings with a longer name nor its own key."""
         blobs = self.open(self.place)
-        keys = ["body/commit/2.json", "body/commit/10.json", "body/head", "body@a/head", "body2/x", "format.json"]
+        keys = [
+            "body/commit/2.json",
+            "body/commit/10.json",
+            "body/head",
+            "body@a/head",
+            "body2/x",
+            "format.json",
+        ]
         for key in keys:
             blobs.create(key, [key.encode()])
         inner = ["body/commit/10.json", "body/commit/2.json"]
@@ -130,7 +156,7 @@ class BlobsSuite:
         _raises(IdError, "delete_tree of the whole store", lambda: blobs.delete_tree(""))
 
     def test_malformed_keys_are_refused(self) -> None:
-        """No method takes a key that could leave the root, glob, hide, or mean something to a URL."""
+        """No method takes a key that could leave the root, glob, hide, or do something in a URL."""
         blobs = self.open(self.place)
         calls: Mapping[str, Callable[[Any], object]] = {
             "get": blobs.get,
@@ -149,10 +175,13 @@ class BlobsSuite:
 
     def test_operations_leave_what_a_dictionary_would_hold(self) -> None:
         """Any sequence of operations by one caller has the effect that it has on a dict."""
-        chance, blobs, model = random.Random(0), self.open(self.place), dict[str, bytes]()
+        chance = random.Random(0)
+        blobs = self.open(self.place)
+        model: dict[str, bytes] = {}
         for number in range(120):
             verb = chance.choice(["create", "create", "put", "delete"])
-            key, body = chance.choice(["a", "b/1", "b/2", "b/c/3", "d.json"]), b"%d" % number
+            key = chance.choice(["a", "b/1", "b/2", "b/c/3", "d.json"])
+            body = b"%d" % number
             if verb == "create":
                 _same(f"create {number}", blobs.create(key, [body]), key not in model)
                 model.setdefault(key, body)
@@ -163,27 +192,29 @@ class BlobsSuite:
                 blobs.delete(key)
                 model.pop(key, None)
             _same(f"{key} after {verb} {number}", _content(blobs, key), model.get(key))
-        _same("all objects in the end", {key: _content(blobs, key) for key in blobs.list("")}, model)
+        stored = {key: _content(blobs, key) for key in blobs.list("")}
+        _same("all objects in the end", stored, model)
 
     def test_racing_writers_have_one_winner_a_key(self) -> None:
-        """Of writers that create the same keys at once, exactly one wins each, and its object is there, whole."""
+        """Of writers that create a key at once one wins, and its object is there, whole."""
         stores = [self.open(self.place), self.open(self.place)]
         bodies = [bytes([writer]) * 9000 for writer in range(4)]
         for number in range(self.num_keys):
             key = f"race/{number}"
 
             def write(writer: int, key: str = key) -> bool:
-                return stores[writer % 2].create(key, [bodies[writer][:5000], bodies[writer][5000:]])
+                body = bodies[writer]
+                return stores[writer % 2].create(key, [body[:5000], body[5000:]])
 
             won = _at_once(write, 4)
             _same(f"winners of {key}", sum(won), 1)
-            _same(
-                f"whether the winner's object lies at {key}", _content(stores[0], key) == bodies[won.index(True)], True
-            )
+            whole = _content(stores[0], key) == bodies[won.index(True)]
+            _same(f"whether the winner's object lies at {key}", whole, True)
 
     def test_readers_see_nothing_or_all(self) -> None:
-        """While objects are created and replaced, a reader gets None or one writer's whole object."""
-        blobs, done = self.open(self.place), threading.Event()
+        """While objects are created and replaced, a reader gets None or one whole object."""
+        blobs = self.open(self.place)
+        done = threading.Event()
         bodies = [bytes([number]) * 300_000 for number in range(self.num_keys)]
         keys = ["d/same", *(f"d/{number}" for number in range(self.num_keys))]
 
@@ -211,7 +242,7 @@ class BlobsSuite:
         _same("what the probe leaves", blobs.list(""), [])
 
     def test_lock_excludes_or_says_that_it_does_not(self) -> None:
-        """Of two that want a lock one holds it; a backend without locks yields False. Errors pass through."""
+        """Of two that want a lock one holds it; a backend without locks yields False."""
         one, other = self.open(self.place), self.open(self.place)
         with one.lock("body/commit", 5) as held, other.lock("body/commit", 0.02) as second:
             _same("a lock that another holds", second, False)

@@ -1,8 +1,7 @@
-"""A few atomic operations on bytes under keys: what the store is built on, for any place that can hold a file.
+"""The URL of a store, and the storage backend that it names.
 
-Leaf first: `contract` (the `Blobs` protocol, the shape of a key, the race that tests a backend), `memory`; `files`
-(single files: read, write, make durable), `publishing` (how a written file gets its name, atomically), `local`;
-`redaction`, `remote` (any other filesystem of fsspec, imported when a URL asks for it).
+A backend is imported when a URL asks for it: a local store needs no fsspec, and one in memory no
+filelock. `open_blobs` has a module of its own because every backend imports `contract`.
 """
 
 from __future__ import annotations
@@ -12,47 +11,78 @@ import re
 from typing import Any
 from urllib.parse import unquote
 
-from splitfed.blobs.contract import Blobs, Buffer, check_key
+from splitfed.blobs.contract import Blobs
 from splitfed.errors import InputError
-
-__all__ = ["Blobs", "Buffer", "check_key", "open_blobs"]
 
 _PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
 def open_blobs(url: str | os.PathLike[str], *, fsync: bool = True, **storage_options: Any) -> Blobs:
-    """Open the blobs at `url`; nothing is created or contacted until the first use.
+    """Open the storage backend at `url`; nothing is created or contacted until the first use.
 
-    A path or `file:///abs/path` (percent-encoded, as `Path.as_uri` writes it) is a local directory, `memory://name` is
-    shared within the process, and any other protocol is fsspec's, which gets the `storage_options`. With `fsync=False`
-    what a local directory holds survives the death of every process, but not a power loss.
+    Args:
+        url: A path or `file:///abs/path` (percent-encoded, as `Path.as_uri` writes it) is a local
+            directory, `memory://name` is shared within the process, and any other protocol is
+            fsspec's.
+        fsync: If False, what a local directory holds survives the death of every process, but not a
+            power loss.
+        storage_options: Go to fsspec's filesystem.
 
     Raises:
         InputError: the URL can't be one, or has options where none apply.
         StoreError: the protocol's package isn't installed.
     """
     text = os.fspath(url)
-    match = _PROTOCOL.fullmatch(text) if isinstance(url, str) else None
-    protocol, rest = (match[1].lower(), match[2]) if match else ("", text)
-    odd = isinstance(url, str) and "://" in text and match is None
-    if "::" in text and (match or odd):
-        raise InputError("a chained URL (with '::') caches or wraps what the store must see: expected a plain one")
+    # A `Path` is a path, whatever characters it has.
+    protocol, place = _split(text) if isinstance(url, str) else ("", text)
     if protocol in ("file", "local"):
-        rest = unquote(rest) if os.name != "nt" else re.sub(r"^/(?=[A-Za-z]:)", "", unquote(rest))
-        if not os.path.isabs(rest):
-            raise InputError(f"{text!r} isn't absolute: expected {protocol}:///absolute/path, or a plain path")
-    if odd or not text or "\0" in rest:
-        raise InputError(f"store URL {text[:80]!r} isn't one: expected a directory or a URL such as s3://bucket/run")
+        place = _local_path(place)
+        if not os.path.isabs(place):
+            raise InputError(
+                f"{text!r} isn't absolute: expected {protocol}:///absolute/path, or a plain path"
+            )
+    if not text or "\0" in place:
+        raise _not_a_store(text)
     if protocol not in ("", "file", "local", "memory"):
         from splitfed.blobs.remote import RemoteBlobs
 
         return RemoteBlobs(text, **storage_options)
     if storage_options:
-        raise InputError(f"storage options {sorted(storage_options)} don't apply to {text!r}: leave them out")
+        raise InputError(
+            f"storage options {sorted(storage_options)} don't apply to {text!r}: leave them out"
+        )
     if protocol == "memory":
         from splitfed.blobs.memory import MemoryBlobs
 
-        return MemoryBlobs(rest.strip("/"))
+        return MemoryBlobs(place.strip("/"))
     from splitfed.blobs.local import LocalBlobs
 
-    return LocalBlobs(rest, fsync=fsync)
+    return LocalBlobs(place, fsync=fsync)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Return the protocol in lower case, "" for a plain path, and what follows it."""
+    if "://" not in text:
+        return "", text
+    if "::" in text:
+        raise InputError(
+            "a chained URL (with '::') caches or wraps what the store must see: "
+            "expected a plain one"
+        )
+    match = _PROTOCOL.fullmatch(text)
+    if match is None:
+        raise _not_a_store(text)
+    return match[1].lower(), match[2]
+
+
+def _local_path(place: str) -> str:
+    path = unquote(place)
+    if os.name == "nt":  # file:///C:/runs
+        path = re.sub(r"^/(?=[A-Za-z]:)", "", path)
+    return path
+
+
+def _not_a_store(text: str) -> InputError:
+    return InputError(
+        f"store URL {text[:80]!r} isn't one: expected a directory or a URL such as s3://bucket/run"
+    )
