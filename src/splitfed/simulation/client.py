@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from splitfed.accumulator.optimizer import SchedulerFactory, steps_alone
+from splitfed.accumulator.optimizer import steps_alone
+from splitfed.accumulator.settings import SchedulerFactory
 from splitfed.client.client import SplitClient
 from splitfed.errors import ExpiredError, InputError, UnsupportedError
 from splitfed.model.copying import deep_copy

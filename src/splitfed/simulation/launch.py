@@ -21,13 +21,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from splitfed.accumulator.optimizer import OptimizerFactory, SchedulerFactory
 from splitfed.accumulator.policies import Mode
 from splitfed.accumulator.policies import mode as mode_of
+from splitfed.accumulator.settings import OptimizerFactory, SchedulerFactory
 from splitfed.blobs.contract import Blobs
 from splitfed.checks import at_least
 from splitfed.errors import InputError
-from splitfed.federation.sampling import check_sample_size, sample_size
+from splitfed.federation.admission import check_sample_size, sample_size
 from splitfed.model.cut import split
 from splitfed.simulation import data as localdata
 from splitfed.simulation.assembly import Assembly, Plans
@@ -108,8 +108,9 @@ def simulate(
         personal: Patterns of names in the half that stay with each client.
         keep_optimizers: Whether the state of a client's optimizer outlives its activation.
         virtual: What clients cost in virtual time; without it they come to their turns, and no time passes.
-        workers: So many processes train clients in parallel, on a store in a folder; 0 for none beside this one. Round,
-            SFLV1 and synchronous mode end in the same bits; otherwise timing decides what is folded together.
+        workers: So many processes train clients in parallel, on a store in a folder; 0 for none beside this one. Modes
+            `round` and `synchronous`, and a body for each client, end in the same bits; otherwise timing decides what
+            is folded together.
         replicas: How many servers share the requests, in turn.
         barrier: Whether clients wait for each other at the end of a round. By default they do, except in virtual time
             and a mode with `max_staleness`, such as `buffered`: there each goes on as soon as it has pushed, and a

@@ -45,8 +45,7 @@ class Schedule:
         self._clients = clients
         self._timeline = timeline
         self._virtual = virtual
-        mode = assembly.mode
-        self._in_turns = virtual is not None or mode.gradients or (mode.min_batches is not None and not mode.per_client)
+        self._in_turns = virtual is not None or assembly.mode.shares_steps
         self._belongings: dict[str, Belongings] = {}
         self._busy: set[str] = set()
         self._plan: Plan | None = None

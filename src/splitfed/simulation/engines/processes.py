@@ -4,8 +4,9 @@ A process with its own servers and accumulators is given one client at a time, f
 anew (spawn) and not forked: a fork copies torch's thread pools in whatever state they are. What it needs comes to it
 as one pickle at its start, made by this process for it alone; what is exchanged besides goes through the store.
 
-Round, SFLV1 and synchronous mode fix the schedule, so they end in the same bits as in one process. In modes that
-commit while clients train, timing decides what is folded together, and the commit records say what it was.
+Modes in which clients see nothing of each other before a step of all (`round`, `synchronous`, a body for each client)
+fix the schedule, so they end in the same bits as in one process. In others timing decides what is folded together, and
+the commit records say what it was.
 
 The trap: a script that starts worker processes is imported by each of them, so its own work must stand below
 `if __name__ == "__main__":`.
