@@ -12,10 +12,12 @@ import pytest
 from harness_store import Point, again, batch, check_counted_once, commits, drain, plant, record, sgd
 
 from splitfed.accumulator.accumulator import Accumulator
-from splitfed.accumulator.fold import Sorted, fold, sort_batches
-from splitfed.accumulator.policies import constant, inverse_sqrt
+from splitfed.accumulator.fold import fold, sort_batches
+from splitfed.accumulator.policies import inverse_sqrt
+from splitfed.accumulator.settings import CommitSettings
 from splitfed.errors import FormatError, InputError, MissingError
 from splitfed.protocol.packing import pack
+from splitfed.store.batchset import BatchSet, Verdict
 from splitfed.store.store import GradientStore
 
 
@@ -40,15 +42,16 @@ def test_batches_are_told_apart_by_their_headers() -> None:
         batch(4): header("skip", 0),
         batch(5): header(base=4),
     }
-    found = sort_batches(sorted(headers), headers.__getitem__, head=5, max_staleness=2)
-    assert found.ready == [batch(0), batch(1), batch(5)]
-    assert (found.stale, found.rejected, found.skipped) == ([batch(2)], [batch(3)], [batch(4)])
-    assert sorted(found.closed) == sorted(headers)
+    found, _ = sort_batches(sorted(headers), headers.__getitem__, 5, CommitSettings(max_staleness=2))
+    assert list(found.folded) == [batch(0), batch(1), batch(5)]
+    assert [*map(list, (found.stale, found.rejected, found.skipped))] == [[batch(2)], [batch(3)], [batch(4)]]
+    assert sorted(found) == sorted(headers)
 
 
 def test_without_a_limit_nothing_is_stale() -> None:
     """A base of 5,000 commits ago counts."""
-    assert sort_batches([batch(0)], lambda _: header(base=0), head=5_000, max_staleness=None).ready == [batch(0)]
+    found, _ = sort_batches([batch(0)], lambda _: header(base=0), 5_000, CommitSettings(max_staleness=None))
+    assert list(found.folded) == [batch(0)]
 
 
 @pytest.mark.parametrize(
@@ -67,8 +70,10 @@ def test_without_a_limit_nothing_is_stale() -> None:
 def test_a_header_that_makes_no_sense_is_rejected_with_a_warning(found: dict[str, Any], why: str) -> None:
     """The warning names the batch and why."""
     with pytest.warns(UserWarning, match=f"batch a/1/0 is rejected.*{why}"):
-        sorted_ = sort_batches([batch(0), batch(1)], lambda id_: found if id_ == batch(0) else header(), 5, None)
-    assert (sorted_.rejected, sorted_.ready) == ([batch(0)], [batch(1)])
+        sorted_, _ = sort_batches(
+            [batch(0), batch(1)], lambda id_: found if id_ == batch(0) else header(), 5, CommitSettings()
+        )
+    assert (list(sorted_.rejected), list(sorted_.folded)) == ([batch(0)], [batch(1)])
 
 
 def test_bytes_that_arent_a_batch_are_rejected_with_a_warning() -> None:
@@ -78,7 +83,8 @@ def test_bytes_that_arent_a_batch_are_rejected_with_a_warning() -> None:
         raise FormatError("the header is beyond the body")
 
     with pytest.warns(UserWarning, match="unreadable.*beyond the body"):
-        assert sort_batches([batch(0)], unreadable, 5, None).rejected == [batch(0)]
+        found, _ = sort_batches([batch(0)], unreadable, 5, CommitSettings())
+    assert list(found.rejected) == [batch(0)]
 
 
 def test_staleness_weights_damp_by_hand_worked_numbers() -> None:
@@ -86,8 +92,9 @@ def test_staleness_weights_damp_by_hand_worked_numbers() -> None:
     store, _ = opened()
     store.pile().create(batch(0), record([4.0, 4.0], num_samples=2, base_version=3))
     store.pile().create(batch(1), record([4.0, 4.0], num_samples=2, base_version=0))
-    found = Sorted(ready=[batch(0), batch(1)])
-    folded = fold(found, store.pile(), store.lineage().fingerprint(), 3, inverse_sqrt, "by hand")
+    found = Verdict(folded=BatchSet([batch(0), batch(1)]))
+    settings = CommitSettings(staleness_weight=inverse_sqrt)
+    folded = fold(found, store.pile(), store.lineage().fingerprint(), 3, settings, "by hand")
     assert folded.mean.mean()["w"].tolist() == [3.0, 3.0]
     assert folded.mean.num_samples == 4
     assert dict(folded.staleness) == {0: 1, 3: 1}
@@ -99,10 +106,11 @@ def test_a_weight_that_is_none_rejects_no_batch(value: Any) -> None:
     """The function is wrong and not the batch: an error says so, and the batch waits for one that is right."""
     store, _ = opened()
     store.pile().create(batch(0), record([4.0, 4.0]))
-    found = Sorted(ready=[batch(0)])
+    found = Verdict(folded=BatchSet([batch(0)]))
+    settings = CommitSettings(staleness_weight=lambda _: value)
     with pytest.raises(InputError, match=r"staleness_weight\(0\) is .*: expected a finite number of 0 or more"):
-        fold(found, store.pile(), store.lineage().fingerprint(), 0, lambda _: value, "by hand")
-    assert (found.ready, found.rejected) == ([batch(0)], [])
+        fold(found, store.pile(), store.lineage().fingerprint(), 0, settings, "by hand")
+    assert (list(found.folded), list(found.rejected)) == ([batch(0)], [])
 
 
 def test_batches_of_another_numerics_class_are_counted() -> None:
@@ -110,18 +118,18 @@ def test_batches_of_another_numerics_class_are_counted() -> None:
     store, _ = opened()
     for seq, numerics in enumerate(["ours", "theirs", "theirs"]):
         store.pile().create(batch(seq), record(numerics=numerics))
-    found = Sorted(ready=[batch(0), batch(1), batch(2)])
-    folded = fold(found, store.pile(), store.lineage().fingerprint(), 0, constant, "ours")
+    found = Verdict(folded=BatchSet([batch(0), batch(1), batch(2)]))
+    folded = fold(found, store.pile(), store.lineage().fingerprint(), 0, CommitSettings(), "ours")
     assert (folded.num_foreign, folded.mean.num_batches) == (2, 3)
 
 
 def test_a_batch_that_vanished_is_missing_not_rejected() -> None:
     """Another accumulator has counted it: this attempt is over, and nothing may be closed as rejected."""
     store, _ = opened()
-    found = Sorted(ready=[batch(0)])
+    found = Verdict(folded=BatchSet([batch(0)]))
     with pytest.raises(MissingError, match="a/1/0 is gone"):
-        fold(found, store.pile(), store.lineage().fingerprint(), 0, constant, "")
-    assert found.rejected == []
+        fold(found, store.pile(), store.lineage().fingerprint(), 0, CommitSettings(), "")
+    assert list(found.rejected) == []
 
 
 def test_rejected_batches_alone_make_no_commit_and_are_counted_in_the_next() -> None:

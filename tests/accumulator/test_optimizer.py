@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
 
 from splitfed.accumulator import optimizer as optimizers
-from splitfed.accumulator.optimizer import OptimizerFactory, SchedulerFactory
+from splitfed.accumulator.settings import Groups, OptimizerFactory, SchedulerFactory
 from splitfed.errors import InputError, UnsupportedError
 from splitfed.protocol import pytree
 
@@ -58,7 +58,7 @@ def check_round_trip(
     make: Callable[[], nn.Module],
     optimizer: OptimizerFactory,
     scheduler: SchedulerFactory | None = None,
-    groups: optimizers.Groups | None = None,
+    groups: Groups | None = None,
 ) -> None:
     """Train without a stop, and with one that goes through JSON into a fresh build; compare bits and rates."""
     straight = make()

@@ -17,7 +17,7 @@ from splitfed.errors import ExpiredError
 from splitfed.model.cutpoint import CutPoint
 from splitfed.model.skeleton import Template
 from splitfed.server.server import SplitServer
-from splitfed.store.sealing import Sealer
+from splitfed.store.batches import Sealer
 from splitfed.store.store import GradientStore
 
 BIG = 20_000

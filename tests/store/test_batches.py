@@ -15,10 +15,9 @@ from splitfed.blobs.url import open_blobs
 from splitfed.errors import BusyError, DigestError, FormatError, StoreError
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import ForwardRecord
-from splitfed.store.batches import Pile
-from splitfed.store.batchset import MAX_GAPS, BatchSet
+from splitfed.store.batches import Pile, Sealer
+from splitfed.store.batchset import MAX_GAPS, BatchSet, Verdict
 from splitfed.store.layout import Keys
-from splitfed.store.sealing import Sealer
 from splitfed.store.store import GradientStore
 
 FORWARD = ForwardRecord("", ((torch.ones(2),), {}), (True,), True, 7, None, None, (((2,), "float32", True),), (5,), "n")
@@ -214,7 +213,7 @@ def holes(store: GradientStore, count: int) -> Sealer:
     lineage = store.lineage()
     head, commit = lineage.head(), lineage.commit(lineage.head())
     kept = BatchSet(batch(seq) for seq in range(0, 2 * count + 1, 2))
-    made = type(commit)(head + 1, "fold", "", {}, folded=kept)
+    made = type(commit)(head + 1, "fold", "", {}, verdict=Verdict(kept))
     assert lineage.publish(made, lineage.state(head), None, kept) is not None
     return Sealer(again(store).lineage(), store.pile(), "n")
 

@@ -9,7 +9,7 @@ import pytest
 from harness_store import batch
 
 from splitfed.errors import FormatError
-from splitfed.store.batchset import BatchSet
+from splitfed.store.batchset import BatchSet, Verdict
 from splitfed.store.commit import Commit
 
 LISTS = ("folded", "stale", "rejected", "skipped")
@@ -21,11 +21,13 @@ FULL = Commit(
     frozen="12",
     num_samples=96.5,
     staleness={0: 3, 2: 1},
-    folded=BatchSet([batch(0), batch(1), batch(5), batch(0, "b", 2)]),
+    verdict=Verdict(
+        folded=BatchSet([batch(0), batch(1), batch(5), batch(0, "b", 2)]),
+        stale=BatchSet([batch(2)]),
+        rejected=BatchSet([batch(3), batch(4)]),
+        skipped=BatchSet([batch(6), batch(7), batch(9)]),
+    ),
     older={4: BatchSet([batch(5)])},
-    stale=BatchSet([batch(2)]),
-    rejected=BatchSet([batch(3), batch(4)]),
-    skipped=BatchSet([batch(6), batch(7), batch(9)]),
     num_duplicates=2,
     num_expired=4,
     num_foreign=1,
@@ -35,7 +37,7 @@ FULL = Commit(
 
 def plain(commit: Commit) -> dict[str, Any]:
     """All fields, comparable."""
-    fields = {name: getattr(commit, name) for name in Commit.__dataclass_fields__}
+    fields = {name: getattr(commit, name) for name in (*LISTS, *Commit.__dataclass_fields__) if name != "verdict"}
     fields["older"] = {version: list(batches) for version, batches in commit.older.items()}
     return {name: list(value) if isinstance(value, BatchSet) else value for name, value in fields.items()}
 
@@ -56,7 +58,7 @@ def test_the_numbers_are_those_of_the_lists() -> None:
 
 def test_a_thousand_batches_in_a_row_take_a_few_bytes() -> None:
     """Ids are run-length coded: records are never deleted, so they must stay small."""
-    many = Commit(1, "fold", "c0ffee", {}, folded=BatchSet(batch(seq) for seq in range(1_000)))
+    many = Commit(1, "fold", "c0ffee", {}, verdict=Verdict(BatchSet(batch(seq) for seq in range(1_000))))
     assert len(many.to_json()) < 500
 
 

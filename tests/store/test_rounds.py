@@ -9,11 +9,11 @@ import pytest
 from harness_store import Nth, hooked, meanwhile
 
 from splitfed import FormatError, GradientStore, MissingError
+from splitfed.store.batchset import Verdict
 from splitfed.store.rounds import Ending, Plan, Rounds
-from splitfed.store.selection import Selection
 
 PLAN = Plan(1, ("a", "b"), 0, 0, 1, 10.0, 70.0, "count", "keep", True, 1e9)
-ENDING = Ending(1, "complete", 70.0, 1e9, Selection(), Selection(), ("a",), (), {"b": "why"}, {"a": 2.0})
+ENDING = Ending(1, "complete", 70.0, 1e9, Verdict(), Verdict(), ("a",), (), {"b": "why"}, {"a": 2.0})
 
 
 def rounds(url: str) -> Rounds:

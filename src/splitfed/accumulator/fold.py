@@ -1,8 +1,12 @@
-"""Folding what waits: which batches count in the next commit, and what they add up to.
+"""Folding: which pending batches count in the next commit, and what they add up to.
 
-Sorting comes first: by their headers alone, batches are told apart into those that will be folded, those too old,
-rejected or given up. Only then are the tensors read, one batch at a time, in canonical order. Nothing is left out
-silently: every id that waits ends in one of the commit's lists.
+Sorting comes first: by their headers alone, batches are told apart into those that will be folded,
+those too old, rejected or given up. Only then are the tensors read, one batch at a time, in
+canonical order. Nothing is left out silently: every batch ends in one set of the commit's verdict.
+
+The trap: a gradient file may come from anywhere, and it must never block the others. Whatever is
+wrong with a file rejects that batch; an error of the settings, or a file that is gone because
+another accumulator folded it, is no batch's fault and ends the attempt.
 """
 
 from __future__ import annotations
@@ -11,10 +15,11 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from splitfed.accumulator.mean import StreamingMean
+from splitfed.accumulator.settings import CommitSettings
 from splitfed.checks import positive
 from splitfed.errors import ArchitectureError, FormatError, IdError, InputError, MissingError
 from splitfed.model.fingerprint import check_tensors
@@ -22,75 +27,79 @@ from splitfed.model.numerics import all_finite
 from splitfed.model.skeleton import Fingerprint
 from splitfed.protocol.ids import BatchId, check_number
 from splitfed.protocol.messages import BufferUpdate, GradientRecord
-from splitfed.store.batches import Pile
-from splitfed.store.selection import Selection
+from splitfed.store.batches import OUTCOMES, Pile
+from splitfed.store.batchset import BatchSet, Outcome, Verdict
 
+# What reading, checking or adding a foreign file can raise; MissingError isn't among them.
 _UNFIT = (FormatError, ArchitectureError, InputError, KeyError, TypeError, AttributeError)
 
-
-@dataclass(slots=True)
-class Sorted:
-    """Waiting batches by what becomes of them, each in canonical order."""
-
-    ready: list[BatchId] = field(default_factory=list)
-    stale: list[BatchId] = field(default_factory=list)
-    rejected: list[BatchId] = field(default_factory=list)
-    skipped: list[BatchId] = field(default_factory=list)
-    older: dict[int, list[BatchId]] = field(default_factory=dict)
-    """Those computed at another version than the head, by version."""
-
-    @property
-    def closed(self) -> list[BatchId]:
-        """All of them: the ids that a commit closes."""
-        return [*self.ready, *self.stale, *self.rejected, *self.skipped]
+Older = Mapping[int, BatchSet]
+"""Batches that were computed at another version than the head, by that version."""
 
 
 def sort_batches(
     batches: Iterable[BatchId],
     headers: Callable[[BatchId], Mapping[str, Any]],
     head: int,
-    max_staleness: int | None,
-    judged: Selection | None = None,
-) -> Sorted:
-    """Tell waiting batches apart by their headers.
+    settings: CommitSettings,
+    judged: Verdict | None = None,
+) -> tuple[Verdict, Older]:
+    """Tell pending batches apart by their headers.
 
     Args:
         batches: In canonical order.
-        headers: What a batch says of itself, without its tensors.
+        headers: The plain fields of a batch, without its tensors.
         head: The version that the commit builds upon.
-        max_staleness: The oldest base that still counts, in commits behind `head`; `None` for any.
+        settings: How old a base may be.
         judged: What was decided before; it can close a batch that would count.
+
+    Returns:
+        What becomes of each batch, and those of another version than the head.
     """
-    found = Sorted()
-    judged = judged or Selection()
+    outcomes: dict[BatchId, Outcome] = {}
+    older: dict[int, list[BatchId]] = {}
     for batch in batches:
         try:
             header = headers(batch)
-            kind, age = header["kind"], head - check_number("base version", header["base_version"])
+            kind = header["kind"]
+            age = head - check_number("base version", header["base_version"])
         except (FormatError, IdError, KeyError) as error:
-            _reject(found, batch, f"its file is unreadable ({error})")
+            outcomes[batch] = Outcome.REJECTED
+            _warn_rejected(batch, f"its file is unreadable ({error})")
             continue
         if age > 0 and kind != "skip":
-            found.older.setdefault(head - age, []).append(batch)
-        if kind == "skip":
-            found.skipped.append(batch)
-        elif kind == "rejected":
-            found.rejected.append(batch)
-        elif kind != "gradient" or age < 0:
-            _reject(found, batch, f"its kind is {str(kind)[:40]!r} and its base version {head - age} of {head}")
-        elif batch in judged.rejected:
-            found.rejected.append(batch)
-        elif batch in judged.stale or (max_staleness is not None and age > max_staleness):
-            found.stale.append(batch)
+            older.setdefault(head - age, []).append(batch)
+        outcome = OUTCOMES.get(kind) if isinstance(kind, str) else None
+        if outcome is None or (outcome is Outcome.FOLDED and age < 0):
+            outcomes[batch] = Outcome.REJECTED
+            _warn_rejected(
+                batch, f"its kind is {str(kind)[:40]!r} and its base version {head - age} of {head}"
+            )
+        elif outcome is Outcome.FOLDED:
+            outcomes[batch] = _admitted(batch, age, settings.max_staleness, judged)
         else:
-            found.ready.append(batch)
-    return found
+            outcomes[batch] = outcome
+    return Verdict.of(outcomes), {version: BatchSet(ids) for version, ids in sorted(older.items())}
+
+
+def _admitted(
+    batch: BatchId, age: int, max_staleness: int | None, judged: Verdict | None
+) -> Outcome:
+    """What becomes of a batch that could be folded."""
+    before = None if judged is None else judged.outcome(batch)
+    if before is Outcome.REJECTED:
+        return before
+    if before is Outcome.STALE or (max_staleness is not None and age > max_staleness):
+        return Outcome.STALE
+    return Outcome.FOLDED
 
 
 @dataclass(slots=True, eq=False)
 class Folded:
     """The sum of a commit's batches."""
 
+    verdict: Verdict
+    """What became of each batch, those included that proved unfit when they were read."""
     mean: StreamingMean
     updates: list[BufferUpdate]
     staleness: Counter[int]
@@ -98,29 +107,31 @@ class Folded:
 
 
 def fold(
-    found: Sorted,
+    verdict: Verdict,
     pile: Pile,
     fingerprint: Fingerprint,
     head: int,
-    weight: Callable[[int], float],
+    settings: CommitSettings,
     numerics: str,
 ) -> Folded:
-    """Read the ready batches and fold them; one that proves unreadable moves to `found.rejected`.
+    """Read the batches to fold and add them up; one that proves unfit is rejected.
 
     Args:
-        found: The sorted batches.
-        pile: Where they lie.
-        fingerprint: What their gradients must fit.
+        verdict: What becomes of each batch, by its header.
+        pile: Their files.
+        fingerprint: The tensors that their gradients must fit.
         head: The version that the commit builds upon.
-        weight: s(τ).
+        settings: The weight s(τ).
         numerics: The class of version 0; batches of another are counted.
 
     Raises:
-        MissingError: a batch has gone meanwhile; ordinarily another accumulator has won this version.
-        InputError: `weight` answers what is no weight.
+        MissingError: a batch has gone meanwhile; ordinarily another accumulator has won this
+            version.
+        InputError: the weight isn't one.
     """
-    folded = Folded(StreamingMean(), [], Counter(), 0)
-    for batch in list(found.ready):
+    folded = Folded(verdict, StreamingMean(), [], Counter(), 0)
+    unfit: list[BatchId] = []
+    for batch in verdict.folded:
         try:
             record = pile.read(batch)
             if record is None:
@@ -128,36 +139,43 @@ def fold(
             age = head - record.base_version
             updates = _checked(record, fingerprint)
         except _UNFIT as error:
-            _leave_out(found, batch, error)
+            unfit.append(batch)
+            _warn_rejected(batch, f"it doesn't fit ({error})")
             continue
-        share = _share(weight, age)  # a function that is wrong is no batch's fault
+        # Outside of both try blocks: a function that is wrong is no batch's fault.
+        weight = _weight(settings.staleness_weight, age)
         try:
-            numbers = {"num_samples": record.num_samples, "weight": share, "loss_scale": record.loss_scale}
-            folded.mean.add(batch, record.gradients, **numbers)
+            folded.mean.add(
+                batch,
+                record.gradients,
+                num_samples=record.num_samples,
+                weight=weight,
+                loss_scale=record.loss_scale,
+            )
         except _UNFIT as error:
-            _leave_out(found, batch, error)
+            unfit.append(batch)
+            _warn_rejected(batch, f"it doesn't fit ({error})")
             continue
         folded.updates.extend(updates)
         folded.staleness[age] += 1
         folded.num_foreign += record.numerics != numerics
+    if unfit:
+        rejected = dict.fromkeys(unfit, Outcome.REJECTED)
+        folded.verdict = Verdict.of({**dict(verdict.items()), **rejected})
     return folded
 
 
-def _share(weight: Callable[[int], float], age: int) -> float:
-    value = weight(age)
+def _weight(staleness_weight: Callable[[int], float], age: int) -> float:
+    value = staleness_weight(age)
     try:
-        share = float(value)
+        weight = float(value)
     except (TypeError, ValueError):
-        share = math.nan
-    if not 0 <= share < math.inf:
-        raise InputError(f"staleness_weight({age}) is {value!r}: expected a finite number of 0 or more")
-    return share
-
-
-def _leave_out(found: Sorted, batch: BatchId, error: Exception) -> None:
-    found.ready.remove(batch)
-    _reject(found, batch, f"it doesn't fit ({error})")
-    found.rejected.sort()
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise InputError(
+            f"staleness_weight({age}) is {value!r}: expected a finite number of 0 or more"
+        )
+    return weight
 
 
 def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpdate]:
@@ -169,19 +187,22 @@ def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpd
     """
     positive("num_samples", record.num_samples)
     check_tensors(fingerprint, record.gradients, "trainable")
-    if not all(all_finite(gradient) for gradient in record.gradients.values()):
+    gradients = record.gradients.values()
+    if not all(all_finite(gradient) for gradient in gradients):
         raise InputError("a gradient isn't finite")
-    if abs(record.loss_scale) < 1 and not all(all_finite(g / record.loss_scale) for g in record.gradients.values()):
-        raise InputError(f"a gradient isn't finite any more once divided by its loss scale {record.loss_scale}")
+    # Dividing by a loss scale below 1 makes gradients larger, and may take them out of range.
+    scale = record.loss_scale
+    if abs(scale) < 1 and not all(all_finite(gradient / scale) for gradient in gradients):
+        raise InputError(f"a gradient isn't finite any more once divided by its loss scale {scale}")
     for update in record.buffers:
         check_tensors(fingerprint, update.values, "buffer")
         check_tensors(fingerprint, update.bases, "buffer")
-        if set(update.values) != set(update.bases):
-            raise InputError(f"buffers {sorted(set(update.values) ^ set(update.bases))} have no value or no base")
+        lonely = set(update.values) ^ set(update.bases)
+        if lonely:
+            raise InputError(f"buffers {sorted(lonely)} have no value or no base")
         positive("num_samples", update.num_samples)
     return list(record.buffers)
 
 
-def _reject(found: Sorted, batch: BatchId, why: str) -> None:
-    found.rejected.append(batch)
-    warnings.warn(f"batch {batch} is rejected: {why}. It counts nowhere", stacklevel=2)
+def _warn_rejected(batch: BatchId, reason: str) -> None:
+    warnings.warn(f"batch {batch} is rejected: {reason}. It counts nowhere", stacklevel=2)

@@ -2,16 +2,17 @@
 
     ḡ = Σ nᵢ·s(τᵢ)·gᵢ/λᵢ / Σ nᵢ
 
-with nᵢ samples in batch i, s(τᵢ) the weight of its staleness τᵢ, and λᵢ what its loss was scaled by. With s = 1 this is
-the sample-weighted mean of FedAvg (McMahan et al. 2017, arXiv 1602.05629): k small batches equal the one large batch.
-s stands in the numerator only, as in FedBuff (Nguyen et al. 2022, arXiv 2106.06639, algorithm 1), where
-s(τ) = 1/√(1+τ).
+with nᵢ samples in batch i, s(τᵢ) the weight of its staleness τᵢ, and λᵢ what its loss was scaled
+by. With s = 1 this is the sample-weighted mean of FedAvg (McMahan et al. 2017, arXiv 1602.05629): k
+small batches equal the one large batch. s stands in the numerator only, as in FedBuff (Nguyen et
+al. 2022, arXiv 2106.06639, algorithm 1), where s(τ) = 1/√(1+τ).
 
-Floating addition isn't associative, so the same batches folded in another order would end in other bits. The order is
-therefore a function of the ids: batches of one group (client, incarnation, ⌊seq/32⌋) are added up in the order of seq,
-and the partial sums of the groups in sorted order, all in float64. Each product is rounded before it is added: torch's
-`add_(alpha=)` may fuse the two, in some places of a tensor and not in others. Sums are made chunk by chunk: to add a
-float32 gradient to a float64 sum in one call, torch would first make a float64 copy of it.
+Floating addition isn't associative, so the same batches folded in another order would end in other
+bits. The order is therefore a function of the ids: batches of one group (client, incarnation,
+⌊seq/32⌋) are added up in the order of seq, and the partial sums of the groups in sorted order, all
+in float64. Each product is rounded before it is added: torch's `add_(alpha=)` may fuse the two, in
+some places of a tensor and not in others. Sums are made chunk by chunk: to add a float32 gradient
+to a float64 sum in one call, torch would first make a float64 copy of it.
 """
 
 from __future__ import annotations
@@ -25,15 +26,19 @@ from torch import Tensor
 from splitfed.errors import InputError, UnsupportedError
 from splitfed.protocol.ids import BatchId
 
-_GROUP = 32  # batches of one client whose gradients are added up before they meet those of others
-_CHUNK = 1 << 14  # elements: stays in cache, and below where torch starts threads, whose barriers crawl on busy cores
+# Batches of one client whose gradients are added up before they meet those of others. Part of the
+# order, so of the bits: another number makes another mean.
+_GROUP = 32
+# Elements: fits into the cache, and torch starts no threads, whose barriers crawl on busy cores.
+_CHUNK = 1 << 14
 
 
 class StreamingMean:
-    """The mean of gradients that are given one batch after the other; holds one total and one partial sum, no batch.
+    """The mean of gradients that are given one batch after the other.
 
-    The sums live on the device of the first gradient of each name. The gradients themselves are never changed or kept.
-    Non-finite values aren't looked for: they end in the mean.
+    It holds one total and one partial sum, and no batch. The sums live on the device of the first
+    gradient of each name. The gradients themselves are never changed or kept. Non-finite values
+    aren't looked for: they end in the mean.
     """
 
     def __init__(self) -> None:
@@ -44,7 +49,7 @@ class StreamingMean:
         self._samples_partial = 0.0
         self._num_batches = 0
         self._last: BatchId | None = None
-        # The first batch is kept unscaled until a second one comes: n·g/n isn't always g in float64.
+        # The first batch is kept unscaled until a second comes: n·g/n isn't always g in float64.
         self._first = (1.0, 1.0, 1.0)
         self._scratch = torch.empty(0, dtype=torch.float64, device="cpu")
 
@@ -72,14 +77,15 @@ class StreamingMean:
 
         Args:
             batch_id: Its id; must come after the ids of all batches before.
-            gradients: A gradient per parameter name, floating or complex; a parameter that isn't there counts zero.
+            gradients: A gradient per parameter name, floating or complex; a parameter that isn't
+                there counts zero.
             num_samples: nᵢ, in examples.
             weight: s(τᵢ).
             loss_scale: λᵢ, what the loss was multiplied by before `backward()`.
 
         Raises:
-            InputError: an id out of order or given twice, a number out of its range, or a gradient whose shape or dtype
-                isn't that of the batches before.
+            InputError: an id out of order or given twice, a number out of its range, or a gradient
+                whose shape or dtype isn't that of the batches before.
             UnsupportedError: a sparse gradient.
         """
         self._check_order(batch_id)
@@ -91,7 +97,8 @@ class StreamingMean:
         if self._last is not None and _group(batch_id) != _group(self._last):
             self._close_group()
         if self._num_batches == 0:
-            self._first, scaled = (num_samples, weight, loss_scale), 1.0
+            self._first = (num_samples, weight, loss_scale)
+            scaled = 1.0
         for name, gradient in gradients.items():
             self._kinds.setdefault(name, (gradient.dtype, gradient.shape))
             self._fold(name, _real(gradient.detach()), scaled)
@@ -101,11 +108,15 @@ class StreamingMean:
 
     @torch.no_grad()
     def mean(self) -> dict[str, Tensor]:
-        """Return ḡ for every parameter that a batch reached, in the dtype of its gradients; more batches may follow.
+        """ḡ for every parameter that a batch reached, in the dtype of its gradients.
 
-        What is too large for that dtype becomes infinite, as any cast of torch's does.
+        What is too large for that dtype becomes infinite, as in any cast of torch. More batches may
+        follow.
         """
-        return {name: self._mean(name).to(dtype).reshape(shape) for name, (dtype, shape) in self._kinds.items()}
+        return {
+            name: self._mean(name).to(dtype).reshape(shape)
+            for name, (dtype, shape) in self._kinds.items()
+        }
 
     def _mean(self, name: str) -> Tensor:
         if self._num_batches == 1:
@@ -113,7 +124,10 @@ class StreamingMean:
             mean = (self._partial[name] * weight).div_(loss_scale)
         else:
             sums = [held[name] for held in (self._total, self._partial) if name in held]
-            mean = (sums[0] + sums[1]).div_(self.num_samples) if len(sums) == 2 else sums[0] / self.num_samples
+            if len(sums) == 2:
+                mean = (sums[0] + sums[1]).div_(self.num_samples)
+            else:
+                mean = sums[0] / self.num_samples
         return torch.view_as_complex(mean) if self._kinds[name][0].is_complex else mean
 
     def _close_group(self) -> None:
@@ -123,18 +137,21 @@ class StreamingMean:
             else:
                 self._total[name] = value
         self._samples_total += self._samples_partial
-        self._partial, self._samples_partial = {}, 0.0
+        self._partial = {}
+        self._samples_partial = 0.0
 
     def _fold(self, name: str, gradient: Tensor, scaled: float) -> None:
-        """Add `scaled * gradient` to the partial sum; `scaled` is exactly 1 for a batch that is to be kept as it is."""
+        """Add `scaled * gradient` to the partial sum; a factor of exactly 1 changes no bit."""
         held = self._partial.get(name)
         if held is None or gradient.numel() <= _CHUNK:
             device = self._total.get(name, gradient).device if held is None else held.device
+            # A copy even where nothing is to be cast: the product is scaled in place.
             product = gradient.to(device, torch.float64, copy=True).mul_(scaled)
             self._partial[name] = product if held is None else held.add_(product)
             return
         if gradient.is_contiguous() and held.is_contiguous():
-            gradient, held = gradient.view(-1), held.view(-1)
+            gradient = gradient.view(-1)
+            held = held.view(-1)
         rows = max(1, _CHUNK * len(gradient) // max(1, gradient.numel()))
         for part, target in zip(torch.split(gradient, rows), torch.split(held, rows), strict=True):
             product = self._scratch_for(part, target.device).copy_(part).mul_(scaled)
@@ -142,27 +159,37 @@ class StreamingMean:
 
     def _scratch_for(self, part: Tensor, device: torch.device) -> Tensor:
         if self._scratch.device != device or self._scratch.numel() < part.numel():
-            self._scratch = torch.empty(max(_CHUNK, part.numel()), dtype=torch.float64, device=device)
+            self._scratch = torch.empty(
+                max(_CHUNK, part.numel()), dtype=torch.float64, device=device
+            )
         return self._scratch[: part.numel()].view(part.shape)
 
     def _check_order(self, batch_id: BatchId) -> None:
         if self._last is not None and batch_id <= self._last:
             wrong = "was folded already" if batch_id == self._last else "is out of order"
-            raise InputError(f"batch {batch_id} {wrong}: expected an id after {self._last}; sort the ids, each once")
+            raise InputError(
+                f"batch {batch_id} {wrong}: expected an id after {self._last}; "
+                "sort the ids, each once"
+            )
 
     def _check_gradients(self, batch_id: BatchId, gradients: Mapping[str, Tensor]) -> None:
         for name, gradient in gradients.items():
             if gradient.layout != torch.strided:
                 raise UnsupportedError(
-                    f"the gradient of {name!r} in batch {batch_id} is {gradient.layout}: expected a dense one; "
+                    f"the gradient of {name!r} in batch {batch_id} is {gradient.layout}: "
+                    "expected a dense one; "
                     "use sparse=False for the embedding, or gradient.to_dense()"
                 )
             dtype, shape = self._kinds.get(name, (gradient.dtype, gradient.shape))
             if not (dtype.is_floating_point or dtype.is_complex):
-                raise InputError(f"the gradient of {name!r} in batch {batch_id} is {dtype}: expected float or complex")
+                raise InputError(
+                    f"the gradient of {name!r} in batch {batch_id} is {dtype}: "
+                    "expected float or complex"
+                )
             if (gradient.dtype, gradient.shape) != (dtype, shape):
                 raise InputError(
-                    f"the gradient of {name!r} in batch {batch_id} is {gradient.dtype} {tuple(gradient.shape)}: "
+                    f"the gradient of {name!r} in batch {batch_id} "
+                    f"is {gradient.dtype} {tuple(gradient.shape)}: "
                     f"expected {dtype} {tuple(shape)} as in the batches before it"
                 )
 
@@ -176,21 +203,29 @@ def _scale(num_samples: float, weight: float, loss_scale: float) -> float:
 
 
 def _real(gradient: Tensor) -> Tensor:
-    """A complex gradient `(*S)` as a real one `(*S, 2)`, whose parts round like any other value; a scalar as `(1,)`."""
+    """A complex gradient `(*S)` as a real one `(*S, 2)`; a scalar as `(1,)`."""
     if gradient.is_complex():
         return torch.view_as_real(gradient.resolve_conj())
     return gradient.reshape(1) if gradient.ndim == 0 else gradient
 
 
-def _check_numbers(batch_id: BatchId, num_samples: float, weight: float, loss_scale: float) -> float:
-    for name, value, fits, expected in (
+def _check_numbers(
+    batch_id: BatchId, num_samples: float, weight: float, loss_scale: float
+) -> float:
+    """The factor of a batch's gradients, after a check of the numbers that it is made of."""
+    for name, value, is_in_range, expected in (
         ("num_samples", num_samples, num_samples > 0, "more than 0"),
         ("weight", weight, weight >= 0, "0 or more"),
         ("loss_scale", loss_scale, loss_scale != 0, "other than 0"),
     ):
-        if not (fits and math.isfinite(value)):
-            raise InputError(f"{name} of batch {batch_id} is {value!r}: expected a finite number {expected}")
+        if not (is_in_range and math.isfinite(value)):
+            raise InputError(
+                f"{name} of batch {batch_id} is {value!r}: expected a finite number {expected}"
+            )
     scaled = _scale(num_samples, weight, loss_scale)
-    if not math.isfinite(scaled):
-        raise InputError(f"num_samples * weight / loss_scale of batch {batch_id} is {scaled}: expected a finite number")
+    if not math.isfinite(scaled):  # each is finite, and still their quotient may not be
+        raise InputError(
+            f"num_samples * weight / loss_scale of batch {batch_id} is {scaled}: "
+            "expected a finite number"
+        )
     return scaled

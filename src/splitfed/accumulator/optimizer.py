@@ -1,16 +1,22 @@
-"""Building an optimizer and its schedule, and carrying their state from one commit to the next without losing a bit.
+"""The optimizer: how it is built, steps, and keeps its state from one commit to the next.
 
-Whoever commits next builds the optimizer anew from the same factory and restores what the last commit captured. What
-comes of it must equal an optimizer that never stopped, so state isn't trusted to torch's own loading alone:
+Module, optimizer and scheduler live in the store between commits. Whoever commits next builds the
+optimizer again from the same factory and restores what the last commit captured. What comes of it
+must equal an optimizer that never stopped, bit for bit, so state isn't trusted to torch's own
+loading alone:
 
-- `Optimizer.load_state_dict` casts floating state to the parameter's dtype: a bfloat16 parameter would lose the float32
-  part of its moments. Every tensor is put back in its own dtype, and with its own strides.
-- Plain JSON turns the milestones `{2: 1}` of MultiStepLR into `{'2': 1}`, and the rate never drops. `capture` returns a
-  tree of exact kinds for `trees.flatten`, and refuses any other.
-- A scheduler sets the rates of its optimizer when it is built: it is restored first, the optimizer after it.
+- `Optimizer.load_state_dict` casts floating state to the parameter's dtype: a bfloat16 parameter
+  would lose the float32 part of its moments. Every tensor is put back in its own dtype, and with
+  its own strides.
+- Plain JSON turns the milestones `{2: 1}` of MultiStepLR into `{'2': 1}`, and the rate never drops.
+  `capture` returns a tree of exact kinds for `pytree.flatten`, and refuses any other.
+- A scheduler sets the rates of its optimizer when it is built: it is restored first, the optimizer
+  after it.
 
-Functions (the lambdas of LambdaLR) never become data; they come from the factory again. What an optimizer was built
-with (its rate, its betas) is part of its state: the captured values win over the factory's.
+Functions (the lambdas of LambdaLR) never become data; they come from the factory again. An
+optimizer's settings (its rate, its betas) are part of its state, so the captured values win over
+those of a factory that was changed meanwhile. Who restarts with another rate would wait for it in
+vain, and is warned.
 """
 
 from __future__ import annotations
@@ -20,8 +26,10 @@ import inspect
 import math
 import numbers
 import types
+import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,13 +37,112 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from splitfed.accumulator.settings import (
+    CommitSettings,
+    Groups,
+    OptimizerFactory,
+    SchedulerFactory,
+)
 from splitfed.errors import InputError, UnsupportedError
-
-OptimizerFactory = Callable[[Any], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
-Groups = Callable[[nn.Module], list[dict[str, Any]]]
+from splitfed.model.skeleton import Template
+from splitfed.store.lineage import Lineage
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+_HYPERPARAMETERS = ("lr", "momentum", "betas", "weight_decay")
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """Module, optimizer and scheduler as one commit left them."""
+
+    nonce: str
+    module: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+
+
+class Stepper:
+    """Takes optimizer steps on the state of a lineage.
+
+    What it keeps in memory is a cache: it is used only if the head is the very commit (by nonce)
+    that it came from, and it equals what the store would give, bit for bit.
+
+    Args:
+        template: The module's structure.
+        optimizer: Makes the optimizer.
+        settings: Scheduler, parameter groups and clipping.
+        device: Where to step; where the weights are if it isn't given.
+
+    Raises:
+        UnsupportedError: optimizer or scheduler can't work from a stored mean.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        optimizer: OptimizerFactory,
+        settings: CommitSettings,
+        device: torch.device | None,
+    ) -> None:
+        self._template = template
+        self._factories = (optimizer, settings.lr_scheduler, settings.param_groups)
+        self._clip_norm = settings.clip_norm
+        self._device = device
+        self._kept: Live | None = None
+        build(template.blueprint, *self._factories)
+
+    def take(self, lineage: Lineage, head: int) -> Live:
+        """The state at the head, for the caller to change: from memory or else from the store."""
+        nonce = lineage.commit(head).nonce
+        # Taken out of the cache, not looked up: the caller changes it, and if the commit fails
+        # halfway, what is left of it equals no version.
+        kept, self._kept = self._kept, None
+        if kept is not None and kept.nonce == nonce:
+            return kept
+        state = {name: tensor.clone() for name, tensor in lineage.checked_state(head).items()}
+        module = self._template.build(state, self._device)
+        optimizer, scheduler = build(module, *self._factories)
+        saved = lineage.optimizer(head)
+        if saved is not None:
+            given = _hyperparameters(optimizer)
+            restore(optimizer, scheduler, saved)
+            # A scheduler changes rates by itself, so with one a difference says nothing.
+            if scheduler is None and _hyperparameters(optimizer) != given:
+                warnings.warn(
+                    f"the optimizer goes on with the store's {_hyperparameters(optimizer)}, "
+                    f"not with {given} as it was made now: settings are part of its state. "
+                    "Make it as before; for rates that change give a lr_scheduler from the "
+                    "beginning, or begin a new run from load_weights()",
+                    stacklevel=2,
+                )
+        return Live(nonce, module, optimizer, scheduler)
+
+    def keep(self, live: Live, nonce: str) -> None:
+        """Hold on to a state that has been committed."""
+        live.nonce = nonce
+        self._kept = live
+
+    def step(self, live: Live, mean: Mapping[str, Tensor]) -> None:
+        """One step of optimizer and scheduler; a parameter not in `mean` has no gradient."""
+        for name, parameter in live.module.named_parameters():
+            # A compiled submodule calls its parameters otherwise than the checkpoint does.
+            gradient = mean.get(name.replace("_orig_mod.", ""))
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(live.module.parameters(), self._clip_norm)
+        live.optimizer.step()
+        if live.scheduler is not None:
+            live.scheduler.step()
+        live.optimizer.zero_grad(set_to_none=True)
+
+
+def _hyperparameters(optimizer: Optimizer) -> list[dict[str, object]]:
+    """The settings that people change, by parameter group."""
+    found: list[dict[str, object]] = []
+    for group in optimizer.param_groups:
+        values = {name: group.get(name) for name in _HYPERPARAMETERS}
+        found.append({k: v for k, v in values.items() if isinstance(v, float | int | tuple)})
+    return found
 
 
 def build(
@@ -48,17 +155,23 @@ def build(
 
     Args:
         module: Whose trainable parameters are optimized.
-        optimizer: Makes the optimizer from the list of trainable parameters, in `named_parameters()` order and each
-            tied one once, or from what `param_groups` returns.
+        optimizer: Makes the optimizer from the list of trainable parameters, in
+            `named_parameters()` order and each tied one once, or from what `param_groups` returns.
         lr_scheduler: Makes the scheduler from the optimizer.
         param_groups: Makes parameter groups from the module.
 
     Raises:
         InputError: nothing to train, or a factory that returns something else.
-        UnsupportedError: an optimizer or scheduler that needs what a stored gradient can't give (a closure, sparse
-            gradients, a metric), or that holds parameters which aren't trainable ones of `module`.
+        UnsupportedError: an optimizer or scheduler that needs what a stored gradient can't give (a
+            closure, sparse gradients, a metric), or that holds parameters which aren't trainable
+            ones of `module`.
     """
-    for name, factory in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler), ("param_groups", param_groups)):
+    factories = {
+        "optimizer": optimizer,
+        "lr_scheduler": lr_scheduler,
+        "param_groups": param_groups,
+    }
+    for name, factory in factories.items():
         if factory is not None and not callable(factory):
             raise InputError(
                 f"{name} is {type(factory).__name__}: expected a function that makes it, such as "
@@ -66,7 +179,10 @@ def build(
             )
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
-        raise InputError("the module has no trainable parameter: expected one with requires_grad=True to optimize")
+        raise InputError(
+            "the module has no trainable parameter: "
+            "expected one with requires_grad=True to optimize"
+        )
     built = optimizer(trainable if param_groups is None else param_groups(module))
     _check_optimizer(built, trainable)
     if lr_scheduler is None:
@@ -77,90 +193,122 @@ def build(
 
 
 def capture(optimizer: Optimizer, scheduler: LRScheduler | None) -> object:
-    """Return the exact state of both as a tree of dict, list, tuple, tensors and scalars; no memory is shared.
+    """The exact state of both, as a tree of dict, list, tuple, tensors and scalars.
+
+    It shares no memory with them.
 
     Raises:
         UnsupportedError: an entry of another kind; the message names it.
     """
     copier = _Copier()
-    return {
-        "optimizer": {
-            "kind": _kind(optimizer),
-            "shapes": _shapes(optimizer),
-            "state": copier.copy(optimizer.state_dict(), "optimizer", functions=False),
-        },
-        "scheduler": None
-        if scheduler is None
-        else {"kind": _kind(scheduler), "state": copier.copy(scheduler.state_dict(), "scheduler", functions=True)},
-        "strides": copier.strides,
+    saved: dict[str, object] = {
+        "kind": _kind(optimizer),
+        "shapes": _shapes(optimizer),
+        "state": copier.copy(optimizer.state_dict(), "optimizer", functions=False),
     }
+    schedule = None
+    if scheduler is not None:
+        state = copier.copy(scheduler.state_dict(), "scheduler", functions=True)
+        schedule = {"kind": _kind(scheduler), "state": state}
+    return {"optimizer": saved, "scheduler": schedule, "strides": copier.strides}
 
 
 def restore(optimizer: Optimizer, scheduler: LRScheduler | None, state: object) -> None:
-    """Bring a freshly built optimizer and scheduler to a captured state, which is neither changed nor kept.
+    """Bring a freshly built optimizer and scheduler to a captured state.
+
+    The state is neither changed nor kept.
 
     Raises:
-        InputError: the state is that of another optimizer, scheduler or set of parameters, or no such state at all.
+        InputError: the state is that of another optimizer, scheduler or set of parameters, or no
+            such state at all.
     """
+    fields: Any = state
     try:
-        saved, schedule, strides = (state[key] for key in ("optimizer", "scheduler", "strides"))  # type: ignore[index]
+        saved = fields["optimizer"]
+        schedule = fields["scheduler"]
+        strides = fields["strides"]
         found = saved["kind"], saved["shapes"], schedule and schedule["kind"]
     except (TypeError, KeyError, IndexError, ValueError) as error:
-        raise InputError("this isn't the state of an optimizer: expected what capture() returned") from error
+        raise InputError(
+            "this isn't the state of an optimizer: expected what capture() returned"
+        ) from error
     expected = _kind(optimizer), _shapes(optimizer), scheduler and _kind(scheduler)
-    for what, want, got in zip(("optimizer", "parameter shapes", "scheduler"), expected, found, strict=True):
-        if want != got:
-            raise InputError(f"the captured state has {what} {got}: expected {want}; use the factory of before")
+    names = ("optimizer", "parameter shapes", "scheduler")
+    for name, wanted, got in zip(names, expected, found, strict=True):
+        if wanted != got:
+            raise InputError(
+                f"the captured state has {name} {got}: expected {wanted}; use the factory of before"
+            )
     copier = _Copier(strides)
     if scheduler is not None:
         scheduler.load_state_dict(copier.copy(schedule["state"], "scheduler", functions=False))
     exact = copier.copy(saved["state"], "optimizer", functions=False)
-    for group, new in zip(optimizer.param_groups, exact["param_groups"], strict=True):
-        new.update({key: _exact(group[key], value) for key, value in new.items() if isinstance(group.get(key), Tensor)})
+    # A rate may be a tensor on a device of its own: torch keeps a group's entries as they are
+    # loaded.
+    for group, loaded in zip(optimizer.param_groups, exact["param_groups"], strict=True):
+        for key, value in loaded.items():
+            if isinstance(group.get(key), Tensor):
+                loaded[key] = _exact(group[key], value)
     optimizer.load_state_dict({**exact})
     # state_dict() names parameters by their index, and hands out the optimizer's own dict for each.
-    for key, loaded in optimizer.state_dict()["state"].items():
-        if isinstance(loaded, dict):
-            loaded.update(_exact(loaded, exact["state"][key]))
+    for key, entries in optimizer.state_dict()["state"].items():
+        if isinstance(entries, dict):
+            entries.update(_exact(entries, exact["state"][key]))
 
 
 def _check_optimizer(optimizer: object, trainable: list[nn.Parameter]) -> None:
     if not isinstance(optimizer, Optimizer):
-        raise InputError(f"the optimizer factory returned {type(optimizer).__name__}: expected a torch.optim.Optimizer")
+        raise InputError(
+            f"the optimizer factory returned {type(optimizer).__name__}: "
+            "expected a torch.optim.Optimizer"
+        )
     name = type(optimizer).__name__
     if isinstance(optimizer, SparseAdam):
-        raise UnsupportedError("SparseAdam needs sparse gradients, and averaged ones are dense: use torch.optim.Adam")
+        raise UnsupportedError(
+            "SparseAdam needs sparse gradients, and averaged ones are dense: use torch.optim.Adam"
+        )
     if not steps_alone(optimizer):
         raise UnsupportedError(
-            f"{name}.step() needs arguments, such as a closure that computes the loss again, and a commit has only "
-            "gradients: use torch.optim.AdamW or SGD"
+            f"{name}.step() needs arguments, such as a closure that computes the loss again, "
+            "and a commit has only gradients: use torch.optim.AdamW or SGD"
         )
     known = {id(parameter) for parameter in trainable}
     for i, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             if id(parameter) not in known:
                 raise UnsupportedError(
-                    f"group {i} of {name} holds a parameter of shape {tuple(parameter.shape)} that isn't a trainable "
-                    "one of the module: use only the parameters that the factory is given"
+                    f"group {i} of {name} holds a parameter of shape {tuple(parameter.shape)} "
+                    "that isn't a trainable one of the module: "
+                    "use only the parameters that the factory is given"
                 )
 
 
 def _check_scheduler(scheduler: object, optimizer: Optimizer) -> None:
     name = type(scheduler).__name__
     if isinstance(scheduler, ReduceLROnPlateau):
-        raise UnsupportedError("ReduceLROnPlateau needs a metric, and a commit has none: use StepLR, say")
+        raise UnsupportedError(
+            "ReduceLROnPlateau needs a metric, and a commit has none: use StepLR, say"
+        )
     if not isinstance(scheduler, LRScheduler):
-        raise InputError(f"the lr_scheduler factory returned {name}: expected a torch.optim.lr_scheduler.LRScheduler")
+        raise InputError(
+            f"the lr_scheduler factory returned {name}: "
+            "expected a torch.optim.lr_scheduler.LRScheduler"
+        )
     if not steps_alone(scheduler):
-        raise UnsupportedError(f"{name}.step() needs arguments, and a commit has none: use a schedule over steps alone")
+        raise UnsupportedError(
+            f"{name}.step() needs arguments, and a commit has none: use a schedule over steps alone"
+        )
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise InputError(f"{name} belongs to another optimizer: expected the one that the factory was given")
+        raise InputError(
+            f"{name} belongs to another optimizer: expected the one that the factory was given"
+        )
     for child in getattr(scheduler, "_schedulers", ()):
         _check_scheduler(child, optimizer)
 
 
 def steps_alone(steps: object) -> bool:
-    """Whether `step()` does without arguments; asked of the class, since a scheduler wraps its optimizer's own."""
+    """Whether `step()` does without arguments."""
+    # The class is asked: a scheduler wraps the method of its optimizer.
     try:
         inspect.signature(type(steps).step).bind(steps)  # type: ignore[attr-defined]
     except TypeError:
@@ -174,58 +322,90 @@ def _kind(thing: object) -> str:
 
 
 def _shapes(optimizer: Optimizer) -> list[list[list[int]]]:
-    return [[list(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
+    return [
+        [list(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups
+    ]
 
 
 class _Copier:
-    """Deep copies of plain trees that keep strides and identity, whether or not a codec in between does.
+    """Deep copies of plain trees that keep strides and identity, whatever a codec in between does.
 
-    `strides` holds those of each tensor that isn't contiguous, by its place: such state would otherwise come back
-    contiguous and be computed along another path than its channels_last parameter, with other bits.
+    `strides` holds those of each tensor that isn't contiguous, by its place: such state would
+    otherwise come back contiguous and be computed along another path than its channels_last
+    parameter, with other bits.
     """
 
     def __init__(self, strides: dict[str, tuple[int, ...]] | None = None) -> None:
         self.strides: dict[str, tuple[int, ...]] = {} if strides is None else dict(strides)
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def copy(self, value: Any, where: str, *, functions: bool) -> Any:
-        """Copy `value`, found at `where`; entries that are functions are left out if `functions`, refused if not."""
+    def copy(self, value: Any, place: str, *, functions: bool) -> Any:
+        """A copy of a tree.
 
-        def inner(child: Any, step: object) -> Any:
-            return self.copy(child, f"{where}[{step!r}]", functions=functions)
+        Args:
+            value: The tree.
+            place: Its name in messages and in `strides`.
+            functions: Whether entries of dicts that are functions are left out; else they are
+                refused.
 
+        Raises:
+            UnsupportedError: it holds something that can't be stored exactly.
+        """
         kind = type(value)
         if value is None or kind in (bool, int, float, str):
             return value
         if isinstance(value, Tensor):
-            if id(value) not in self._seen:
-                self._seen[id(value)] = value, self._tensor(value, where)
-            return self._seen[id(value)][1]
+            return self._tensor(value, place)
         if kind in (list, tuple, torch.Size):
-            return kind([inner(child, i) for i, child in enumerate(value)])
+            children = enumerate(value)
+            return kind(
+                [self.copy(child, f"{place}[{i!r}]", functions=functions) for i, child in children]
+            )
         if kind in (dict, OrderedDict, Counter):
-            kept = {k: v for k, v in value.items() if not (functions and isinstance(v, _FUNCTIONS))}
-            return kind({_key(k, where): inner(v, k) for k, v in kept.items()})
-        if isinstance(value, numbers.Integral):
-            return int(value)
-        if isinstance(value, float):
-            return float(value)
-        raise UnsupportedError(
-            f"{where} is {kind.__module__}.{kind.__qualname__}, which can't be stored exactly: expected tensors, None, "
-            "bool, int, float or str in dict, list or tuple"
-        )
+            return kind(self._entries(value, place, functions=functions))
+        return _number(value, place)
 
-    def _tensor(self, value: Tensor, where: str) -> Tensor:
+    def _entries(self, value: Mapping[Any, Any], place: str, *, functions: bool) -> dict[Any, Any]:
+        entries = {}
+        for key, child in value.items():
+            if not (functions and isinstance(child, _FUNCTIONS)):
+                entries[_key(key, place)] = self.copy(
+                    child, f"{place}[{key!r}]", functions=functions
+                )
+        return entries
+
+    def _tensor(self, value: Tensor, place: str) -> Tensor:
+        # The original is held beside its copy: else its id could be that of another tensor by now.
+        if id(value) not in self._seen:
+            self._seen[id(value)] = (value, self._copy_of(value, place))
+        return self._seen[id(value)][1]
+
+    def _copy_of(self, value: Tensor, place: str) -> Tensor:
         copy = value.detach().clone()
-        if where in self.strides:
-            strided = torch.empty_strided(copy.shape, self.strides[where], dtype=copy.dtype, device=copy.device)
+        if place in self.strides:
+            strided = torch.empty_strided(
+                copy.shape, self.strides[place], dtype=copy.dtype, device=copy.device
+            )
             return strided.copy_(copy)
         if not copy.is_contiguous():
-            self.strides[where] = tuple(copy.stride())
+            self.strides[place] = tuple(copy.stride())
         return copy
 
 
-def _key(key: Any, where: str) -> Any:
+def _number(value: Any, place: str) -> int | float:
+    """Numbers of other types than Python's own, such as NumPy's."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    kind = type(value)
+    raise UnsupportedError(
+        f"{place} is {kind.__module__}.{kind.__qualname__}, which can't be stored exactly: "
+        "expected tensors, None, bool, int, float or str in dict, list or tuple"
+    )
+
+
+def _key(key: Any, place: str) -> Any:
     if key is None or type(key) in (bool, int, str):
         return key
     if isinstance(key, float) and math.isfinite(key):
@@ -233,16 +413,21 @@ def _key(key: Any, where: str) -> Any:
     if isinstance(key, numbers.Integral):
         return int(key)
     raise UnsupportedError(
-        f"a key of {where} is {key!r}, which can't be stored exactly: expected str, int, bool or None"
+        f"a key of {place} is {key!r}, which can't be stored exactly: "
+        "expected str, int, bool or None"
     )
 
 
 def _exact(loaded: Any, saved: Any) -> Any:
-    """`saved`, on the devices where torch put `loaded`, wherever the two have the same structure."""
+    """`saved`, on the devices where torch put `loaded`, as far as both have the same structure."""
     if isinstance(saved, Tensor) and isinstance(loaded, Tensor):
         return saved.to(loaded.device)
     if isinstance(saved, dict) and isinstance(loaded, dict):
         return type(saved)({key: _exact(loaded.get(key), value) for key, value in saved.items()})
-    if isinstance(saved, list | tuple) and isinstance(loaded, list | tuple) and len(saved) == len(loaded):
+    if (
+        isinstance(saved, list | tuple)
+        and isinstance(loaded, list | tuple)
+        and len(saved) == len(loaded)
+    ):
         return type(saved)([_exact(*pair) for pair in zip(loaded, saved, strict=True)])
     return loaded if isinstance(loaded, Tensor) else saved

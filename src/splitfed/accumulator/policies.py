@@ -1,12 +1,13 @@
-"""When to commit and what staleness costs: the modes of split federated learning, each one policy of one accumulator.
+"""The modes of split federated learning: when to commit, and what staleness costs.
 
-All modes fold what waits into one mean and take one optimizer step. They differ in how many batches make a commit, in
-how stale a batch may be and what that costs it, in what the clients publish of their halves, and in whose body a
-client trains. A mode is these answers and no mechanism.
+Each is one policy of one accumulator. All modes fold pending gradients into one mean and take one
+optimizer step. They differ in how many batches make a commit, in how stale a batch may be and what
+that costs it, in what the clients publish of their halves, and in whose body a client trains. A
+mode is these answers and no mechanism.
 
-The weight s(τ) of a gradient that was computed τ commits ago damps the gradient and leaves the denominator of the mean
-alone (see `averaging`), so that one stale batch among fresh ones moves the model less instead of being blown up to full
-size again.
+The weight s(τ) of a gradient that was computed τ commits ago damps the gradient and leaves the
+denominator of the mean alone (see `mean`), so that one stale batch among fresh ones moves the model
+less instead of being blown up to full size again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def constant(staleness: int) -> float:
     Raises:
         InputError: the staleness is negative.
     """
-    _check(staleness)
+    _check_staleness(staleness)
     return 1.0
 
 
@@ -38,7 +39,7 @@ def inverse_sqrt(staleness: int) -> float:
     Raises:
         InputError: the staleness is negative.
     """
-    _check(staleness)
+    _check_staleness(staleness)
     return 1.0 / math.sqrt(1 + staleness)
 
 
@@ -53,46 +54,70 @@ class Mode:
     name: str
     """`round`, `buffered`, `synchronous`, `sflv2`, `sflv1`, or one of your own."""
     min_batches: int | None = None
-    """A commit comes about when so many batches wait; `None`: when the round ends, or each global step."""
+    """The number of pending batches that makes a commit; `None`: the end of the round does, or each
+    global step.
+    """
     max_staleness: int | None = None
-    """Batches whose base is more commits behind are reported as stale and not folded; `None` for any."""
+    """Batches whose base is more commits behind are reported as stale and not folded; `None` for
+    any.
+    """
     staleness_weight: StalenessWeight = constant
     """s(τ)."""
     gradients: bool = False
-    """Whether clients publish the gradient of their half and take no local step (`push(gradient=True)`)."""
+    """Whether clients publish the gradient of their half and take no local step
+    (`push(gradient=True)`).
+    """
     per_client: bool = False
     """Whether each client has a body of its own, averaged when the round ends (`PerClient`)."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise InputError(f"a mode needs a name, got {self.name!r}: expected one of {', '.join(MODES)}, or your own")
+            raise InputError(
+                f"a mode needs a name, got {self.name!r}: "
+                f"expected one of {', '.join(MODES)}, or your own"
+            )
         if self.min_batches is not None:
             at_least("min_batches", self.min_batches, 1)
         if self.max_staleness is not None:
             at_least("max_staleness", self.max_staleness, 0)
         if not callable(self.staleness_weight):
-            raise InputError(f"staleness_weight is {self.staleness_weight!r}: expected a function, as inverse_sqrt")
+            raise InputError(
+                f"staleness_weight is {self.staleness_weight!r}: "
+                "expected a function, as inverse_sqrt"
+            )
+
+    @property
+    def streams(self) -> bool:
+        """Whether the body's batches are committed while a round goes on, not at its end."""
+        return self.min_batches is not None
+
+    @property
+    def shares_steps(self) -> bool:
+        """Whether clients train on what others have done in the same round."""
+        return self.gradients or (self.streams and not self.per_client)
+
+    @property
+    def shared_lineages(self) -> tuple[str, ...]:
+        """The lineages whose commits fold the batches of all clients."""
+        return ("client",) if self.per_client else ("body", "client")
+
+    @property
+    def accumulator(self) -> str:
+        """The class that commits the body's batches, with its article."""
+        return "a PerClient" if self.per_client else "an Accumulator"
 
     def settings(self) -> dict[str, Any]:
-        """The arguments of the `Accumulator` (or, if `per_client`, `PerClient`) that follows this mode."""
+        """The keywords of the accumulator of the body that follows this mode."""
         least = {} if self.per_client else {"min_batches": self.min_batches or 1}
-        return {**least, "max_staleness": self.max_staleness, "staleness_weight": self.staleness_weight}
+        return {
+            **least,
+            "max_staleness": self.max_staleness,
+            "staleness_weight": self.staleness_weight,
+        }
 
-    def check(self, min_batches: int, max_staleness: int | None, staleness_weight: StalenessWeight) -> None:
-        """Check that an accumulator follows this mode; if no number of batches makes a commit, in what the mode sets.
-
-        Raises:
-            InputError: it commits at another time, or staleness costs something else there.
-        """
-        expected, usual = self.settings(), {"min_batches": 1, "max_staleness": None, "staleness_weight": constant}
-        found = {"min_batches": min_batches, "max_staleness": max_staleness, "staleness_weight": staleness_weight}
-        for name, value in expected.items():
-            is_free = self.min_batches is None and value == usual[name]
-            if found[name] != value and not is_free:
-                raise InputError(
-                    f"the accumulator's {name} is {found[name]!r}, but mode {self.name!r} says {value!r}: give "
-                    "accumulator and federation the same mode, as in Accumulator(..., **policies.mode(...).settings())"
-                )
+    def server_settings(self) -> dict[str, Any]:
+        """The keywords of the `SplitServer` that follows this mode."""
+        return {"per_client": self.per_client}
 
     def describe(self) -> dict[str, Any]:
         """The mode as plain JSON, for records."""
@@ -114,13 +139,17 @@ def mode(name: str | Mode, /, **settings: Any) -> Mode:
     """A mode by its name, with settings of your own in place of its usual ones.
 
     - `round`: one commit over all batches of a round, as in the study that this library builds on;
-    - `buffered`: a commit whenever 8 batches wait (FedBuff, Nguyen et al. 2022, arXiv 2106.06639);
-    - `synchronous`: a commit per global step, over one batch of every sampled client: large-batch training;
+    - `buffered`: a commit whenever 8 batches are pending (FedBuff, Nguyen et al. 2022, arXiv
+      2106.06639);
+    - `synchronous`: a commit per global step, over one batch of every sampled client: large-batch
+      training;
     - `sflv2`: a commit per batch on one body (Thapa et al. 2020, arXiv 2004.12088, section 3.2);
-    - `sflv1`: a commit per batch on a body per client, and their average when the round ends (the same).
+    - `sflv1`: a commit per batch on a body per client, and their average when the round ends (the
+      same).
 
-    A commit per batch needs somebody who looks after each batch, as `simulate` does. A `Federation` looks at each poll
-    and folds what came since into one commit; `Accumulator.run(poll=0.005)` beside it makes commits in between.
+    A commit per batch needs somebody who looks after each batch, as `simulate` does. A `Federation`
+    looks at each poll and folds what came since into one commit; `Accumulator.run(poll=0.005)`
+    beside it makes commits in between.
 
     Args:
         name: One of these, or a `Mode`.
@@ -129,15 +158,24 @@ def mode(name: str | Mode, /, **settings: Any) -> Mode:
     Raises:
         InputError: an unknown name or field, or a setting out of its range.
     """
-    found = name if isinstance(name, Mode) else next((one for one in _MODES if one.name == name), None)
-    if found is None:
-        raise InputError(f"mode {name!r} isn't known: expected one of {', '.join(MODES)}, or a policies.Mode")
+    found = name if isinstance(name, Mode) else _by_name(name)
     unknown = sorted(settings.keys() - set(Mode.__dataclass_fields__))
     if unknown:
-        raise InputError(f"a mode has no setting {unknown[0]!r}: expected {', '.join(Mode.__dataclass_fields__)}")
+        raise InputError(
+            f"a mode has no setting {unknown[0]!r}: expected {', '.join(Mode.__dataclass_fields__)}"
+        )
     return replace(found, **settings)
 
 
-def _check(staleness: int) -> None:
+def _by_name(name: str) -> Mode:
+    for one in _MODES:
+        if one.name == name:
+            return one
+    raise InputError(
+        f"mode {name!r} isn't known: expected one of {', '.join(MODES)}, or a policies.Mode"
+    )
+
+
+def _check_staleness(staleness: int) -> None:
     if staleness < 0:
         raise InputError(f"staleness {staleness} isn't allowed: expected 0 or more commits")

@@ -1,61 +1,111 @@
-"""What becomes of each update when a round ends: the rules, in one place.
+"""The rules of a round, in one place: who is asked to train, and which updates count.
 
-Whose round an update belongs to is told by the version that it began from, not by what it says of itself: a client
-that was asleep for three rounds still carries the version of its own. An update counts if its client was sampled in a
-round that began there. It is late if that version isn't the current one any more; after a round below quorum it
-still is, so what was kept is as good as new.
+Who is sampled is a function of the seed, the round's number and the ids, and of nothing else. Each
+client's ticket is a hash of the three, and the lowest tickets win. So any coordinator draws the
+same clients, in any version of Python; and a client that joins displaces at most one other from a
+round's sample.
+
+Which round an update belongs to is told by the version that it began from, not by what it says of
+itself: a client that was asleep for three rounds still carries the version of its own. An update
+counts if its client was sampled in a round that began there. It is late if that version isn't the
+current one any more; after a round below quorum it still is, so an update that was kept is as good
+as a new one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from splitfed.errors import FormatError
+from splitfed.errors import FormatError, InputError
 from splitfed.protocol.ids import BatchId
-from splitfed.store.batchset import BatchSet
+from splitfed.store.batchset import BatchSet, Outcome, Verdict
 from splitfed.store.rounds import Ending, Plan
-from splitfed.store.selection import Selection
 from splitfed.store.store import GradientStore
 
 
+def sample(ids: Iterable[str], count: int, seed: int, number: int) -> tuple[str, ...]:
+    """Draw clients without replacement, each equally likely.
+
+    Args:
+        ids: The clients to draw from.
+        count: How many; all if there are fewer.
+        seed: The run's seed.
+        number: The round's number.
+
+    Returns:
+        The drawn ids, sorted.
+    """
+
+    def ticket(client_id: str) -> bytes:
+        return hashlib.sha256(f"{seed}/{number}/{client_id}".encode()).digest()
+
+    return tuple(sorted(sorted(set(ids), key=ticket)[:count]))
+
+
+def sample_size(clients_per_round: int | float | None, known: int, least: int) -> int:
+    """How many clients to draw.
+
+    Args:
+        clients_per_round: A number, a share of those known (above 0, at most 1), or `None` for all.
+        known: How many there are.
+        least: How many there must be at least.
+    """
+    if clients_per_round is None:
+        return known
+    if isinstance(clients_per_round, int):
+        return min(clients_per_round, known)
+    # Less a little, as a share is rounded: 0.07 · 100 is 7.000000000000001, and that isn't eight.
+    return min(known, max(least, math.ceil(clients_per_round * known - 1e-9)))
+
+
+def check_sample_size(clients_per_round: int | float | None, least: int) -> None:
+    """Refuse a setting that can't be meant.
+
+    Raises:
+        InputError: not a number of at least `least`, nor a share above 0 and at most 1, nor `None`.
+    """
+    if clients_per_round is None:
+        return
+    is_count = type(clients_per_round) is int and clients_per_round >= least
+    is_share = isinstance(clients_per_round, float) and 0 < clients_per_round <= 1
+    if not is_count and not is_share:
+        raise InputError(
+            f"clients_per_round is {clients_per_round!r}: "
+            f"expected an integer of at least min_clients={least}, "
+            "a share such as 0.1, or None for all"
+        )
+
+
 @dataclass(slots=True)
-class Judged:
-    """The batches of a lineage that wait, and what was found of their clients."""
+class Findings:
+    """What was found of the pending batches of a lineage, and of their clients."""
 
-    fold: list[BatchId] = field(default_factory=list)
-    stale: list[BatchId] = field(default_factory=list)
-    rejected: list[BatchId] = field(default_factory=list)
+    outcomes: dict[BatchId, Outcome] = field(default_factory=dict)
     samples: dict[str, float] = field(default_factory=dict)
+    """The weight of the updates to fold, in examples, by client."""
     heard: set[str] = field(default_factory=set)
+    """Clients from which an update of this round has come, fit or not."""
     late: set[str] = field(default_factory=set)
+    """Clients whose update is of an earlier round."""
     dropped: dict[str, str] = field(default_factory=dict)
+    """Why something of a client doesn't count; the first reason holds."""
 
-    def selection(self, status: str, policy: str) -> Selection:
-        """What the commit is to take up, given how the round ended.
-
-        Args:
-            status: 'below_quorum' folds nothing.
-            policy: What becomes of the rest then: 'keep' or 'drop'.
-        """
-        fold, rejected = self.fold, self.rejected
-        if status == "below_quorum":
-            fold, rejected = [], rejected if policy == "keep" else [*rejected, *fold]
-        return Selection(BatchSet(fold), BatchSet(self.stale), BatchSet(rejected))
-
-    def reject(self, batch: BatchId, why: str) -> None:
-        """Refuse a batch and say why."""
-        self.rejected.append(batch)
-        self.dropped.setdefault(batch.client_id, why)
+    def close(self, batch: BatchId, outcome: Outcome, reason: str) -> None:
+        """Let a batch count nowhere, and say why."""
+        self.outcomes[batch] = outcome
+        self.dropped.setdefault(batch.client_id, reason)
 
 
 class Judge:
-    """Judges what waits at the end of a round.
+    """Judges the pending batches at the end of a round.
 
     Args:
-        store: Where it waits.
+        store: The store.
         plan: The round.
     """
 
@@ -66,12 +116,15 @@ class Judge:
         self._before = self._rounds.before(plan)
 
     def heard(self) -> set[str]:
-        """The sampled clients from which an update of this round has come, fit or not, counted or waiting.
+        """The sampled clients from which an update of this round has come, fit or not.
 
-        What the round before refused is told and over, though it waits for a commit: its client is asked anew.
+        An update that the round before closed is no answer to this one, though it is pending until
+        a commit comes: its client was told, and is asked again.
         """
-        found = {batch.client_id for batch, base in self._closed() if base >= self._plan.client_version}
-        for batch, header in self._waiting("client"):
+        found = {
+            batch.client_id for batch, base in self._closed() if base >= self._plan.client_version
+        }
+        for batch, header in self._pending("client"):
             if self._before is not None and self._before.client.closes(batch):
                 continue
             base = header.get("base_version")
@@ -90,117 +143,152 @@ class Judge:
         return sum(1 for _ in self._closed())
 
     def is_over(self) -> bool:
-        """Whether every sampled client was heard from; or without a barrier, so many updates as there are of them."""
-        return (len(self.heard()) if self._plan.barrier else self.num_closed()) >= len(self._plan.sampled)
+        """Whether an update of every sampled client came; without a barrier, as many updates."""
+        came = len(self.heard()) if self._plan.barrier else self.num_closed()
+        return came >= len(self._plan.sampled)
 
     def decide(self, now: float, is_streaming: bool) -> Ending:
         """The decision that ends the round as things are.
 
         Args:
             now: The time by the coordinator's clock.
-            is_streaming: Whether the body's batches are committed while the round runs; then none is chosen here.
+            is_streaming: Whether the body's batches are committed while the round goes on; then
+                none of them is judged here.
         """
         plan = self._plan
-        updates = self.updates() if plan.barrier else Judged(heard=self.folded() & set(plan.sampled))
-        batches = Judged() if is_streaming else self.batches()
+        updates = (
+            self.updates() if plan.barrier else Findings(heard=self.folded() & set(plan.sampled))
+        )
+        batches = Findings() if is_streaming else self.batches()
         is_over = len(updates.heard) == len(plan.sampled) if plan.barrier else self.is_over()
         status = "complete" if is_over else "deadline"
         dropped = {**batches.dropped, **updates.dropped}
+        # Updates that a commit has folded already count for the quorum: this decision may be made
+        # by a coordinator that comes after the one that folded them.
         if plan.barrier and len({*updates.samples, *self.folded()}) < plan.min_clients:
             status = "below_quorum"
             if plan.below_quorum == "drop":
-                why = f"fewer than {plan.min_clients} clients had an update"
-                dropped = {**dict.fromkeys(updates.samples, why), **dropped}
+                reason = f"fewer than {plan.min_clients} clients had an update"
+                dropped = {**dict.fromkeys(updates.samples, reason), **dropped}
         return Ending(
             number=plan.number,
             status=status,
             time=now,
             ended=time.time(),
-            body=batches.selection(status, plan.below_quorum),
-            client=updates.selection(status, plan.below_quorum),
+            body=self._verdict(batches, status),
+            client=self._verdict(updates, status),
             heard=tuple(sorted(updates.heard)),
             late=tuple(sorted(updates.late)),
             dropped=dict(sorted(dropped.items())),
             samples=dict(sorted(updates.samples.items())),
         )
 
-    def updates(self) -> Judged:
+    def updates(self) -> Findings:
         """The client halves' updates."""
-        found = Judged()
-        plan, seen = self._plan, set()
-        found.heard = {batch.client_id for batch, base in self._closed() if base >= plan.client_version}
-        for batch, header in self._waiting("client"):
-            if self._carry(found, "client", batch):
+        plan = self._plan
+        found = Findings()
+        found.heard = {
+            batch.client_id for batch, base in self._closed() if base >= plan.client_version
+        }
+        seen: set[tuple[str, int]] = set()
+        for batch, header in self._pending("client"):
+            before = self._closed_before("client", batch)
+            if before is not None:
+                found.outcomes[batch] = before
                 continue
-            base, client_id = header.get("base_version"), batch.client_id
+            base = header.get("base_version")
             if not isinstance(base, int):
-                found.reject(batch, "its update is unreadable")
+                found.close(batch, Outcome.REJECTED, "its update is unreadable")
                 continue
-            sampled = {name for round_ in self._rounds.started_at("client", base) for name in round_.sampled}
-            if client_id in sampled and base >= plan.client_version:
-                found.heard.add(client_id)
-            if client_id not in sampled:
-                found.reject(batch, f"it wasn't sampled in the round of version {base}")
-            elif header.get("kind") != "gradient":
-                found.reject(batch, "its update isn't finite (NaN or Inf)")
-            elif (client_id, base) in seen or self._has_counted(client_id, base):
-                found.reject(batch, f"a second update of the round of version {base}")
-            elif self._is_late(found, batch, base):
+            sampled = self._sampled("client", base)
+            if batch.client_id in sampled and base >= plan.client_version:
+                found.heard.add(batch.client_id)
+            refusal = self._refusal(batch, header, base, sampled, seen)
+            if refusal is not None:
+                found.close(batch, Outcome.REJECTED, refusal)
                 continue
-            else:
-                found.fold.append(batch)
-                seen.add((client_id, base))
-                found.samples[client_id] = found.samples.get(client_id, 0.0) + float(header["num_samples"])
+            is_late = base < plan.client_version
+            if is_late:
+                found.late.add(batch.client_id)
+            if is_late and plan.late_policy == "refuse":
+                found.close(batch, Outcome.STALE, _late(base))
+                continue
+            found.outcomes[batch] = Outcome.FOLDED
+            seen.add((batch.client_id, base))
+            samples = found.samples.get(batch.client_id, 0.0)
+            found.samples[batch.client_id] = samples + float(header["num_samples"])
         found.heard &= set(plan.sampled)
         return found
 
-    def batches(self) -> Judged:
+    def batches(self) -> Findings:
         """The body's batches. Whether one is finite is for the commit to see."""
-        found = Judged()
+        plan = self._plan
+        found = Findings()
         for batch in self._store.waiting("body"):
-            if self._carry(found, "body", batch):
+            before = self._closed_before("body", batch)
+            if before is not None:
+                found.outcomes[batch] = before
                 continue
-            if batch.client_id in self._plan.sampled and self._plan.late_policy == "count":
-                found.fold.append(batch)
+            # In the ordinary case no file is read for it: a round may have thousands of batches.
+            if batch.client_id in plan.sampled and plan.late_policy == "count":
+                found.outcomes[batch] = Outcome.FOLDED
                 continue
             header = self._header("body", batch)
             base = header.get("base_version")
             if header.get("kind") == "skip" or not isinstance(base, int):
-                found.fold.append(batch)
-                continue
-            sampled = {name for round_ in self._rounds.started_at("body", base) for name in round_.sampled}
-            if batch.client_id not in sampled:
-                found.reject(batch, f"it wasn't sampled in the round of version {base}")
-            elif base < self._plan.body_version and self._plan.late_policy == "refuse":
-                found.stale.append(batch)
-                found.dropped.setdefault(batch.client_id, _late(base))
+                found.outcomes[batch] = Outcome.FOLDED  # the commit will skip or reject it
+            elif batch.client_id not in self._sampled("body", base):
+                reason = f"it wasn't sampled in the round of version {base}"
+                found.close(batch, Outcome.REJECTED, reason)
+            elif base < plan.body_version and plan.late_policy == "refuse":
+                found.close(batch, Outcome.STALE, _late(base))
             else:
-                found.fold.append(batch)
+                found.outcomes[batch] = Outcome.FOLDED
         return found
 
-    def _is_late(self, found: Judged, batch: BatchId, base: int) -> bool:
-        """Take note of a late update; answer whether it is refused."""
-        if base >= self._plan.client_version:
-            return False
-        found.late.add(batch.client_id)
-        if self._plan.late_policy == "count":
-            return False
-        found.stale.append(batch)
-        found.dropped.setdefault(batch.client_id, _late(base))
-        return True
+    def _verdict(self, found: Findings, status: str) -> Verdict:
+        """What the commit is to take up, given how the round ended."""
+        verdict = Verdict.of(found.outcomes)
+        if status != "below_quorum":
+            return verdict
+        if self._plan.below_quorum == "keep":  # they stay pending, for the next round
+            return replace(verdict, folded=BatchSet())
+        rejected = verdict.rejected.union(verdict.folded)
+        return replace(verdict, folded=BatchSet(), rejected=rejected)
 
-    def _carry(self, found: Judged, lineage: str, batch: BatchId) -> bool:
-        """Judge a batch as the round before did, if it closed it and no commit has come since; it isn't told again."""
+    def _refusal(
+        self,
+        batch: BatchId,
+        header: dict[str, Any],
+        base: int,
+        sampled: set[str],
+        seen: set[tuple[str, int]],
+    ) -> str | None:
+        """Why an update is rejected, or `None`."""
+        client_id = batch.client_id
+        if client_id not in sampled:
+            return f"it wasn't sampled in the round of version {base}"
+        if header.get("kind") != "gradient":
+            return "its update isn't finite (NaN or Inf)"
+        # Two processes of one client may each have trained on the same round: ids differ, and
+        # both would count.
+        if (client_id, base) in seen or self._has_counted(client_id, base):
+            return f"a second update of the round of version {base}"
+        return None
+
+    def _sampled(self, lineage: str, base: int) -> set[str]:
+        """The clients sampled in a round that began from a version."""
+        return {name for plan in self._rounds.started_at(lineage, base) for name in plan.sampled}
+
+    def _closed_before(self, lineage: str, batch: BatchId) -> Outcome | None:
+        """How the round before closed a batch that no commit has closed since; `None` if it didn't.
+
+        It is judged the same again, and nobody is told once more.
+        """
         if self._before is None:
-            return False
-        before: Selection = getattr(self._before, lineage)
-        if batch in before.rejected:
-            found.rejected.append(batch)
-        elif batch in before.stale:
-            found.stale.append(batch)
-        else:
-            return False
-        return True
+            return None
+        found = self._before.verdict(lineage).outcome(batch)
+        return None if found is Outcome.FOLDED else found
 
     def _has_counted(self, client_id: str, base: int) -> bool:
         """Whether a commit has folded an update of a client from that version."""
@@ -213,14 +301,18 @@ class Judge:
         return False
 
     def _closed(self) -> Iterator[tuple[BatchId, int]]:
-        """The updates that commits have closed since the round began, with the versions that they began from."""
+        """The updates that commits closed since the round began, with the versions they began from.
+
+        Updates that clients gave up began from none.
+        """
         versions = self._store.lineage("client")
         for version in range(self._plan.client_version + 1, versions.head() + 1):
             commit = versions.commit(version)
-            for batches in (commit.folded, commit.stale, commit.rejected):
-                yield from ((batch, commit.base_of(batch)) for batch in batches)
+            for batch, outcome in commit.verdict.items():
+                if outcome is not Outcome.SKIPPED:
+                    yield batch, commit.base_of(batch)
 
-    def _waiting(self, lineage: str) -> Iterator[tuple[BatchId, dict[str, Any]]]:
+    def _pending(self, lineage: str) -> Iterator[tuple[BatchId, dict[str, Any]]]:
         for batch in self._store.waiting(lineage):
             yield batch, self._header(lineage, batch)
 

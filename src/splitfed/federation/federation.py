@@ -1,12 +1,14 @@
 """Rounds: who trains, when a round is over, and what is averaged then.
 
-The coordinator keeps nothing: plan, decision and report of each round are files (`rounds`), and the averaging is the
-accumulators' commit. Kill it at any moment and start another, or run two at once: the same round ends once, with the
-same updates. A round never hangs: whoever vanishes is missing at the deadline, and the round goes on without.
+The coordinator keeps nothing: plan, decision and report of each round are files (`store.rounds`),
+and the averaging is the accumulators' commit. Kill it at any moment and start another, or run two
+at once: the same round ends once, with the same updates. A round never hangs: whoever vanishes is
+missing at the deadline, and the round goes on without.
 
-The order that makes it so: decide which updates count, put that on record, commit exactly those, report. A coordinator
-that dies in between has left a decision that any other carries out to the same bits; a commit of batches that were
-counted before is no commit, so carrying it out twice changes nothing.
+The order that makes it so: decide which updates count, put that on record, commit exactly those,
+report. A coordinator that dies in between has left a decision that any other carries out to the
+same bits; a commit of batches that were counted before is no commit, so carrying it out twice
+changes nothing.
 """
 
 from __future__ import annotations
@@ -14,48 +16,130 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from typing import Literal, Protocol
 
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.accumulator.policies import Mode
 from splitfed.accumulator.policies import mode as mode_of
 from splitfed.checks import at_least, positive
 from splitfed.errors import InputError
-from splitfed.federation.admission import Judge
-from splitfed.federation.per_client import PerClient
+from splitfed.federation.admission import Judge, check_sample_size, sample, sample_size
 from splitfed.federation.reports import make_report
-from splitfed.federation.sampling import check_sample_size, sample, sample_size
 from splitfed.protocol.ids import check_client_id
 from splitfed.store.rounds import Ending, Plan
 from splitfed.store.rows import Row
+from splitfed.store.store import GradientStore
+
+
+class Body(Protocol):
+    """The body as rounds see it: one for all clients, or one for each."""
+
+    store: GradientStore
+
+    def suits(self, mode: Mode) -> bool:
+        """Whether this is how a mode wants the body's batches committed."""
+        ...
+
+    def stream(self, clients: Iterable[str]) -> bool:
+        """Commit the pending batches of clients that needn't wait for the end of the round.
+
+        Returns:
+            Whether the lineage `body` has a new version.
+        """
+        ...
+
+    def global_step(self) -> None:
+        """Commit one step over all pending batches, whatever their number."""
+        ...
+
+    def end_round(self, plan: Plan, ending: Ending) -> None:
+        """Commit what was decided; what has been committed already stays as it is."""
+        ...
+
+
+class SharedBody:
+    """One body that all clients train, as a `Body`.
+
+    Args:
+        accumulator: Its accumulator.
+        mode: How it is updated.
+    """
+
+    def __init__(self, accumulator: Accumulator, mode: Mode) -> None:
+        self.store = accumulator.store
+        self._accumulator = accumulator
+        self._streams = mode.streams
+
+    def suits(self, mode: Mode) -> bool:
+        """Whether this is how a mode wants the body's batches committed."""
+        return "body" in mode.shared_lineages
+
+    def stream(self, clients: Iterable[str]) -> bool:
+        """Commit the pending batches, if they are enough and the mode commits within rounds."""
+        return self._streams and self._accumulator.step() is not None
+
+    def global_step(self) -> None:
+        """Commit one step over all pending batches, whatever their number."""
+        self._accumulator.step(min_batches=1)
+
+    def end_round(self, plan: Plan, ending: Ending) -> None:
+        """Commit what was decided; what has been committed already stays as it is."""
+        if ending.body.folded:
+            self._accumulator.step(1, only=ending.body)
+        elif self._streams and plan.barrier:
+            # Too few for a commit of their own; but after the last round nothing would follow.
+            self._accumulator.step(1)
+
+
+def as_body(accumulator: Accumulator | Body, mode: Mode) -> Body:
+    """What commits the body's batches, as rounds see it, after a check that it follows the mode.
+
+    Raises:
+        InputError: it doesn't.
+    """
+    body = SharedBody(accumulator, mode) if isinstance(accumulator, Accumulator) else accumulator
+    if not body.suits(mode):
+        raise InputError(
+            f"mode {mode.name!r} doesn't go with a {type(accumulator).__name__}: "
+            f"expected {mode.accumulator}"
+        )
+    if isinstance(accumulator, Accumulator):
+        accumulator.settings.check_mode(mode)
+    return body
 
 
 class Federation:
     """Coordinates the rounds of a store.
 
     Args:
-        body: The accumulator of the body; a `PerClient` in SFLV1.
+        body: The accumulator of the body; in a mode with a body for each client, of these.
         half: The accumulator of the client halves, with `lineage="client"`.
         mode: How the body is updated: the name of a mode, or a `Mode` of `splitfed.policies`.
         clients: Ids that are known beforehand; besides them, whoever ever pulled or trained.
-        clients_per_round: How many are sampled for a round: a number, a share such as 0.1, or `None` for all.
+        clients_per_round: How many are sampled for a round: a number, a share such as 0.1, or
+            `None` for all.
         min_clients: Below so many clients with an update nothing is averaged.
-        deadline: How long a round lasts at most, in seconds of the clock; `None` for as long as it takes.
-        late: Updates of earlier rounds `"count"` in the round in which they arrive, weighted by `half`'s
-            `staleness_weight` (1 unless you give one), or are closed as stale (`"refuse"`). Either is reported.
-        below_quorum: What came to a round with too few is there for the next (`"keep"`), or refused (`"drop"`).
-        barrier: Whether clients wait for each other. If not, the halves too are committed when `half.min_batches`
-            wait, and a round is a stretch of as many updates as it has sampled clients.
+        deadline: How long a round lasts at most, in seconds of the clock; `None` for as long as it
+            takes.
+        late: Updates of earlier rounds `"count"` in the round in which they arrive, weighted by
+            `half`'s `staleness_weight` (1 unless you give one), or are closed as stale
+            (`"refuse"`). Either is reported.
+        below_quorum: What came to a round with too few is there for the next (`"keep"`), or refused
+            (`"drop"`).
+        barrier: Whether clients wait for each other. If not, the halves too are committed when
+            `half.min_batches` are pending, and a round is a stretch of as many updates as it has
+            sampled clients.
         seed: Of the sampling.
         clock: Tells the time, in seconds.
 
     Raises:
-        InputError: a setting out of its range, or accumulators that don't belong together or to the mode.
+        InputError: a setting out of its range, or accumulators that don't belong together or to the
+            mode.
     """
 
     def __init__(
         self,
-        body: Accumulator | PerClient,
+        body: Accumulator | Body,
         half: Accumulator,
         *,
         mode: str | Mode = "round",
@@ -70,18 +154,12 @@ class Federation:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.mode = mode_of(mode)
-        if isinstance(body, PerClient) != self.mode.per_client:
-            raise InputError(
-                f"mode {self.mode.name!r} doesn't go with a {type(body).__name__}: expected "
-                f"{'a PerClient' if self.mode.per_client else 'an Accumulator'}"
-            )
+        self._body = as_body(body, self.mode)
         if half.lineage != "client" or half.store is not body.store:
             raise InputError(
-                f"half accumulates lineage {half.lineage!r} of {half.store.url}: expected lineage 'client' of the "
-                f"body's own store object, {body.store.url}"
+                f"half accumulates lineage {half.lineage!r} of {half.store.url}: expected lineage "
+                f"'client' of the body's own store object, {body.store.url}"
             )
-        if isinstance(body, Accumulator):
-            self.mode.check(body.min_batches, body.max_staleness, body.staleness_weight)
         check_sample_size(clients_per_round, at_least("min_clients", min_clients, 1))
         if isinstance(clients, str):
             raise InputError(f"clients is {clients!r}: expected several ids, such as [{clients!r}]")
@@ -89,13 +167,19 @@ class Federation:
             positive("deadline", deadline)
         _one_of("late", late, ("count", "refuse"))
         _one_of("below_quorum", below_quorum, ("keep", "drop"))
-        self.body, self.half = body, half
+        self.body = body
+        self.half = half
         self.rounds = body.store.rounds()
         self._store = body.store
         self._clients = frozenset(map(check_client_id, clients))
-        self._per_round, self._min_clients, self._deadline = clients_per_round, min_clients, deadline
-        self._late, self._below_quorum, self._barrier = late, below_quorum, barrier
-        self._seed, self._clock = seed, clock
+        self._per_round = clients_per_round
+        self._min_clients = min_clients
+        self._deadline = deadline
+        self._late = late
+        self._below_quorum = below_quorum
+        self._barrier = barrier
+        self._seed = seed
+        self._clock = clock
 
     def open(self) -> Plan | None:
         """The round under way, or the next.
@@ -106,20 +190,32 @@ class Federation:
         return self._open(None)
 
     def _open(self, last: int | None) -> Plan | None:
-        """As `open()`; but no round after number `last`, though another coordinator has just ended that one."""
-        number = self.rounds.newest()
-        before = self.rounds.report(number) if number else None
-        if number and (before is None or (last is not None and number >= last)):
-            return self.rounds.plan(number)
+        """As `open()`; but no round after number `last`.
+
+        Another coordinator may have just ended that one, and nobody would end a round more.
+        """
+        newest = self.rounds.newest()
+        before = self.rounds.report(newest) if newest else None
+        if newest and (before is None or (last is not None and newest >= last)):
+            return self.rounds.plan(newest)
         known = self._clients.union(self._store.clients())
         if len(known) < self._min_clients:
             return None
+        number = newest + 1
         opened = self._clock()
+        if before is None:
+            body_version = self._store.latest_version("body")
+            client_version = self._store.latest_version("client")
+        else:
+            # A round begins where the report of the one before ends: each commit is in one report.
+            body_version = before["version"]
+            client_version = before["client_version"]
+        count = sample_size(self._per_round, len(known), self._min_clients)
         plan = Plan(
-            number=number + 1,
-            sampled=sample(known, sample_size(self._per_round, len(known), self._min_clients), self._seed, number + 1),
-            body_version=before["version"] if before else self._store.latest_version("body"),
-            client_version=before["client_version"] if before else self._store.latest_version("client"),
+            number=number,
+            sampled=sample(known, count, self._seed, number),
+            body_version=body_version,
+            client_version=client_version,
             min_clients=self._min_clients,
             opened=opened,
             deadline=None if self._deadline is None else opened + self._deadline,
@@ -131,7 +227,7 @@ class Federation:
         return self.rounds.begin(plan)
 
     def poll(self) -> Row | None:
-        """Do what is due: commit what streams, and end the round if all have answered or its time is over.
+        """Do what is due: commit what streams, and end the round if it is over or its time is.
 
         Returns:
             The report, if the round has ended; else `None`, also where none was opened.
@@ -166,16 +262,18 @@ class Federation:
             return report
         ending = self.rounds.ending(plan.number)
         if ending is None:
-            judge = Judge(self._store, plan)
-            ending = self.rounds.end(judge.decide(self._clock(), is_streaming=self.mode.min_batches is not None))
+            decided = Judge(self._store, plan).decide(self._clock(), self.mode.streams)
+            ending = self.rounds.end(decided)
         self._carry_out(plan, ending)
         return self.rounds.close(plan.number, make_report(self._store, plan, ending))
 
-    def run(self, rounds: int, *, poll: float = 0.1, stop: threading.Event | None = None) -> Iterator[Row]:
+    def run(
+        self, rounds: int, *, poll: float = 0.1, stop: threading.Event | None = None
+    ) -> Iterator[Row]:
         """Run rounds until number `rounds` is over, and let the clients' `rounds()` end.
 
-        A coordinator that begins on a store with rounds goes on where they are. Reports come as rounds end, whichever
-        coordinator ended them.
+        A coordinator that begins on a store with rounds goes on where they are. Reports come as
+        rounds end, whichever coordinator ended them.
 
         Args:
             rounds: The number of the last round.
@@ -186,19 +284,30 @@ class Federation:
             InputError: there is no deadline, so a client that vanishes would hang the round.
         """
         if self._deadline is None:
-            raise InputError("run() waits for clients, and one may vanish: give Federation(deadline=...) in seconds")
-        last, wait = at_least("rounds", rounds, 1), threading.Event() if stop is None else stop
+            raise InputError(
+                "run() waits for clients, and one may vanish: "
+                "give Federation(deadline=...) in seconds"
+            )
+        last = at_least("rounds", rounds, 1)
+        wait = threading.Event() if stop is None else stop
         positive("poll", poll)
         newest = self.rounds.newest()
-        done = newest if newest and self.rounds.report(newest) is not None else max(newest - 1, 0)
+        is_over = newest and self.rounds.report(newest) is not None
+        done = newest if is_over else max(newest - 1, 0)
         while done < last and not wait.is_set():
             if self._open(last) is None or self.poll() is None:
                 wait.wait(poll)
-            while done < last and (report := self.rounds.report(done + 1)) is not None:
+            # Not poll()'s answer alone: another coordinator may have ended several rounds since.
+            report = self._report_of(done + 1, last)
+            while report is not None:
                 done += 1
                 yield report
+                report = self._report_of(done + 1, last)
         if done >= last:
             self.finish()
+
+    def _report_of(self, number: int, last: int) -> Row | None:
+        return self.rounds.report(number) if number <= last else None
 
     def finish(self) -> None:
         """Tell the clients that no round follows; `open()` takes it back."""
@@ -208,10 +317,7 @@ class Federation:
 
     def _stream(self, plan: Plan) -> None:
         """Commit what needn't wait for the round's end."""
-        if isinstance(self.body, PerClient):
-            self.body.step(plan.sampled)
-        elif self.mode.min_batches is not None:
-            self.body.step()
+        self._body.stream(plan.sampled)
         if not plan.barrier:
             self.half.step()
 
@@ -219,14 +325,8 @@ class Federation:
         """Commit what was decided; what has been committed already stays as it is."""
         if ending.status == "below_quorum":
             return
-        if isinstance(self.body, PerClient):
-            is_done = self._store.latest_version("body") > plan.body_version
-            self.body.average(() if is_done else ending.samples, upto=plan.body_version)
-        elif len(ending.body.fold):
-            self.body.step(1, only=ending.body)
-        elif self.mode.min_batches is not None and plan.barrier:
-            self.body.step(1)  # too few for a commit of their own, but after the last round nothing would follow
-        if len(ending.client.fold):
+        self._body.end_round(plan, ending)
+        if ending.client.folded:
             self.half.step(1, only=ending.client)
 
 

@@ -1,8 +1,9 @@
-"""What came of a round, as a plain dict: read off the commit records, so that whoever makes the report makes the same.
+"""The report of a round, as a plain dict that is read off the commit records.
 
-A commit's record lists every batch that it closed, by what became of it. A round's account is that of the commits
-between the versions that it began from and those that it ended at, whoever made them; with the plan and the ending it
-says who took part, who was late, who is missing, and what was dropped and why.
+So whoever makes it makes the same. A commit's record lists every batch that it closed, by what
+became of it. A round's account is that of the commits between the versions that it began from and
+those that it ended at, whoever made them; with the plan and the ending it says who took part, who
+was late, who is missing, and what was dropped and why.
 """
 
 from __future__ import annotations
@@ -12,56 +13,80 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from splitfed.protocol.ids import BatchId
+from splitfed.store.batchset import Outcome, Verdict
 from splitfed.store.commit import Commit
 from splitfed.store.rounds import Ending, Plan
 from splitfed.store.rows import Row
-from splitfed.store.selection import Selection
 from splitfed.store.store import GradientStore
 
-AVERAGED = 0  # the incarnation under which the change of a client's own body is counted
+# The incarnation under which the change of a client's own body is counted, once a round: that of no
+# process, for those are numbered from 1.
+AVERAGED = 0
 
 
 @dataclass(slots=True)
 class Tally:
-    """What the commits of one lineage closed in a round, by client."""
+    """What the commits of one lineage closed in a round, counted by client."""
 
-    folded: Counter[str] = field(default_factory=Counter)
+    closed: dict[Outcome, Counter[str]] = field(
+        default_factory=lambda: {outcome: Counter() for outcome in Outcome}
+    )
+    """Batches by outcome and client; those that the ending closed aren't among them."""
     staleness: dict[str, int] = field(default_factory=dict)
     """Of each client's newest folded batch, in commits."""
-    stale: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
-    """Those that a commit itself found unfit; what was refused before isn't among them."""
+    fresh: set[str] = field(default_factory=set)
+    """Clients with a folded batch that began in this round."""
     num_commits: int = 0
     num_stale: int = 0
     num_rejected: int = 0
-    fresh: set[str] = field(default_factory=set)
-    """Clients with a folded batch that began in this round."""
 
-    def add(self, commit: Commit, began: int, judged: Selection) -> None:
+    @property
+    def folded(self) -> Counter[str]:
+        """Folded batches, by client."""
+        return self.closed[Outcome.FOLDED]
+
+    @property
+    def stale(self) -> Counter[str]:
+        """Batches that a commit itself found too old, by client."""
+        return self.closed[Outcome.STALE]
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Batches that a commit itself found unfit, by client."""
+        return self.closed[Outcome.REJECTED]
+
+    def add(self, commit: Commit, began: int, judged: Verdict) -> None:
         """Count a commit in.
 
         Args:
             commit: Its record.
             began: The version that the round began from.
-            judged: What was decided of batches before.
+            judged: What the ending decided of its batches.
         """
         self.num_commits += commit.kind == "fold"
         self.num_stale += commit.num_stale
         self.num_rejected += commit.num_rejected
-        for batch in commit.folded:
-            if batch.incarnation == AVERAGED:
-                continue
-            base = commit.base_of(batch)
-            self.folded[batch.client_id] += 1
-            self.staleness[batch.client_id] = commit.version - 1 - base
-            if base >= began:
-                self.fresh.add(batch.client_id)
-        self.stale.update(batch.client_id for batch in commit.stale if not judged.closes(batch))
-        self.rejected.update(batch.client_id for batch in commit.rejected if not judged.closes(batch))
+        for batch, outcome in commit.verdict.items():
+            if outcome is Outcome.FOLDED:
+                self._add_folded(commit, batch, began)
+            elif not judged.closes(batch):
+                self.closed[outcome][batch.client_id] += 1
+
+    def _add_folded(self, commit: Commit, batch: BatchId, began: int) -> None:
+        # A change that was averaged is no batch: those that it is made of are counted for it.
+        if batch.incarnation == AVERAGED:
+            return
+        base = commit.base_of(batch)
+        self.folded[batch.client_id] += 1
+        self.staleness[batch.client_id] = commit.version - 1 - base
+        if base >= began:
+            self.fresh.add(batch.client_id)
 
 
 def make_report(store: GradientStore, plan: Plan, ending: Ending) -> Row:
-    """The report of a round that was carried out: the row of kind 'round', as far as the store can tell.
+    """The report of a round that was carried out: the row of kind 'round'.
+
+    It has the keys that can be known from the store.
 
     Args:
         store: The store.
@@ -69,12 +94,15 @@ def make_report(store: GradientStore, plan: Plan, ending: Ending) -> Row:
         ending: How it was decided.
     """
     versions = {lineage: store.latest_version(lineage) for lineage in ("body", "client")}
-    body = _tally(store, "body", plan, versions["body"], ending.body)
-    halves = _tally(store, "client", plan, versions["client"], ending.client)
+    body = _tally(store, "body", plan, versions["body"], ending)
+    halves = _tally(store, "client", plan, versions["client"], ending)
     first = store.rounds().plan(1)
     dropped = _dropped(body, halves, ending)
-    kept = sorted(ending.samples) if ending.status == "below_quorum" and plan.below_quorum == "keep" else []
+    kept: list[str] = []
+    if ending.status == "below_quorum" and plan.below_quorum == "keep":
+        kept = sorted(ending.samples)
     clients = _clients(plan, ending, body, halves, dropped, kept)
+    num_folded = sum(body.folded.values())
     return {
         "kind": "round",
         "round": plan.number,
@@ -91,8 +119,8 @@ def make_report(store: GradientStore, plan: Plan, ending: Ending) -> Row:
         "dropped": dropped,
         "clients": clients,
         "commits": body.num_commits,
-        "batches": sum(body.folded.values()),
-        "gradients_folded": sum(body.folded.values()),
+        "batches": num_folded,
+        "gradients_folded": num_folded,
         "gradients_waiting": len(store.waiting("body")),
         "gradients_stale": body.num_stale,
         "gradients_rejected": body.num_rejected,
@@ -111,9 +139,10 @@ def commit_rows(
         upto: The last version.
         round_number: The round in which they were made, if there was one.
     """
-    found = (store.lineage(lineage).commit(version) for version in range(after + 1, upto + 1))
-    return [
-        {
+    rows = []
+    for version in range(after + 1, upto + 1):
+        commit = store.lineage(lineage).commit(version)
+        row: Row = {
             "kind": "commit",
             "lineage": lineage,
             "version": commit.version,
@@ -126,25 +155,31 @@ def commit_rows(
             "num_skipped": commit.num_skipped,
             "delay": None,
         }
-        | ({} if round_number is None else {"round": round_number})
-        for commit in found
-    ]
+        if round_number is not None:
+            row["round"] = round_number
+        rows.append(row)
+    return rows
 
 
-def _tally(store: GradientStore, lineage: str, plan: Plan, upto: int, judged: Selection) -> Tally:
-    began, tally = plan.version(lineage), Tally()
+def _tally(store: GradientStore, lineage: str, plan: Plan, upto: int, ending: Ending) -> Tally:
+    began = plan.version(lineage)
+    judged = ending.verdict(lineage)
+    tally = Tally()
     for version in range(began + 1, upto + 1):
         commit = store.lineage(lineage).commit(version)
-        tally.add(commit, began if plan.barrier else 0, judged)  # without a barrier nothing is late
+        tally.add(commit, began if plan.barrier else 0, judged)  # without a barrier none is late
         for batch in commit.folded:
             if batch.incarnation == AVERAGED:
-                for own in _line(store, batch):
+                for own in _averaged_commits(store, batch):
                     tally.add(own, 0, judged)
     return tally
 
 
-def _line(store: GradientStore, change: BatchId) -> Iterator[Commit]:
-    """The commits on a client's own body that make up a change which was averaged (SFLV1), newest first."""
+def _averaged_commits(store: GradientStore, change: BatchId) -> Iterator[Commit]:
+    """The folds on a client's own body that make up a change which was averaged, newest first.
+
+    They are those between the commit that closed the client's turn and the one that began it.
+    """
     line = store.lineage(f"body@{change.client_id}")
     is_within = False
     for version in range(line.head(), 0, -1):
@@ -160,19 +195,28 @@ def _line(store: GradientStore, change: BatchId) -> Iterator[Commit]:
 def _dropped(body: Tally, halves: Tally, ending: Ending) -> dict[str, str]:
     """Why something of a client doesn't count; what the ending said comes first."""
     found: dict[str, list[str]] = {name: [why] for name, why in ending.dropped.items()}
+    reasons: list[tuple[str, str]] = []
     for name in halves.rejected:
-        found.setdefault(name, []).append("its update is unfit (not finite, or it doesn't fit the half)")
+        reasons.append((name, "its update is unfit (not finite, or it doesn't fit the half)"))
     for name in halves.stale:
-        found.setdefault(name, []).append("its update is too old (max_staleness)")
+        reasons.append((name, "its update is too old (max_staleness)"))
     for name, count in body.rejected.items():
-        found.setdefault(name, []).append(f"{count} of its batches aren't finite (NaN or Inf) or don't fit")
+        reason = f"{count} of its batches aren't finite (NaN or Inf) or don't fit"
+        reasons.append((name, reason))
     for name, count in body.stale.items():
-        found.setdefault(name, []).append(f"{count} of its batches are too old (max_staleness)")
+        reasons.append((name, f"{count} of its batches are too old (max_staleness)"))
+    for name, reason in reasons:
+        found.setdefault(name, []).append(reason)
     return {name: "; ".join(why) for name, why in sorted(found.items())}
 
 
 def _clients(
-    plan: Plan, ending: Ending, body: Tally, halves: Tally, dropped: dict[str, str], kept: list[str]
+    plan: Plan,
+    ending: Ending,
+    body: Tally,
+    halves: Tally,
+    dropped: dict[str, str],
+    kept: list[str],
 ) -> dict[str, Row]:
     """One entry for each client that the round has something to say of."""
     found: dict[str, Row] = {}

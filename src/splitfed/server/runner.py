@@ -1,39 +1,57 @@
-"""Running calls of a body out of a store: which version, from which record, and what is cached of it.
+"""Running calls of a body out of a store, and what is cached of it.
 
-The caches hold models by version and graphs of the last few forwards. Neither changes a result: a model is a
-function of its version, and a graph is dropped for a recompute with the same bits.
+All clients share one line of versions, or each has one of its own (Thapa et al. 2020, arXiv
+2004.12088): then a client's calls run on `body@<id>`, which begins as a copy of the newest `body`
+at the client's first call. Who commits there, and averages the lines, is no concern of a server.
+
+The caches hold lines, models by version, and graphs of the last few forwards. None changes a
+result: a model is a function of its version, and a graph is dropped for a recompute with the same
+bits.
+
+The trap: a client's first call may be under no_grad, and a line that nobody averages, because its
+client isn't known, would stay behind for ever. A client is known by its process, so that is opened
+first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from splitfed.errors import ExpiredError, StoreError
+from splitfed.errors import ExpiredError, MissingError, StoreError
 from splitfed.model import execution
 from splitfed.model.execution import Model, Run
 from splitfed.model.numerics import same_bits
 from splitfed.model.skeleton import Template
-from splitfed.protocol.messages import BufferUpdate, ForwardRecord, ForwardRequest, GradientRecord
-from splitfed.store.batches import Pile
+from splitfed.protocol.ids import check_client_id
+from splitfed.protocol.messages import (
+    BufferUpdate,
+    ForwardRecord,
+    ForwardRequest,
+    GradientRecord,
+)
+from splitfed.store.batches import Pile, Sealer
 from splitfed.store.cache import Bounded
-from splitfed.store.versions import Versions
+from splitfed.store.lineage import Lineage
+from splitfed.store.store import GradientStore
+
+KEPT_LINES = 16
 
 CallKey = tuple[int, str, int, int]
 """(version, client id, incarnation, number of the call)"""
 
 
 class Runner:
-    """Runs and replays the calls of one lineage.
+    """Runs and replays the calls of one line.
 
     Args:
         template: The body's structure.
-        versions: Its weights.
-        pile: Where forwards are recorded.
+        lineage: Its versions.
+        pile: The files of its batches; forwards are recorded there.
         numerics: The short name of this process's numerics class.
         device: Where to compute.
         keep_models: How many versions stay loaded.
@@ -43,7 +61,7 @@ class Runner:
     def __init__(
         self,
         template: Template,
-        versions: Versions,
+        lineage: Lineage,
         pile: Pile,
         numerics: str,
         device: torch.device,
@@ -51,7 +69,7 @@ class Runner:
         keep_graphs: int,
     ) -> None:
         self._template = template
-        self._versions = versions
+        self._lineage = lineage
         self._pile = pile
         self._numerics = numerics
         self._device = device
@@ -66,33 +84,38 @@ class Runner:
         """
         if request.version is not None:
             return request.version
-        head = self._versions.head()
+        head = self._lineage.head()
         if head < request.seen:
             raise StoreError(
-                f"this replica's store is at version {head}, the client has seen {request.seen}: is it the same store?"
+                f"this replica's store is at version {head}, the client has seen {request.seen}: "
+                "is it the same store?"
             )
         return head
 
     def run_newest(self, request: ForwardRequest) -> tuple[int, ForwardRecord, Run]:
-        """Run a call at the version that it asks for; the newest is looked up again if it expires meanwhile."""
+        """Run a call at the version that it asks for, or at the newest."""
+        # The newest may leave the retention window before it is read: then there is a newer one.
         while True:
             version = self.version(request)
             try:
                 return version, *self.run(request, version)
             except ExpiredError:
-                if request.version is not None or self._versions.head() == version:
+                if request.version is not None or self._lineage.head() == version:
                     raise
 
     def run(
         self, request: ForwardRequest, version: int, finish: Callable[[Any], Any] | None = None
     ) -> tuple[ForwardRecord, Run]:
         """Run a call at a version; nothing is stored."""
-        call = request.record(self._handed_on(request, version), self._numerics)
+        call = request.record(self._continued_buffers(request, version), self._numerics)
         return call, self._run(call, version, grad=request.grad, finish=finish)
 
     def keep(self, key: CallKey, call: ForwardRecord, done: Run) -> None:
         """Record a call that has run, and keep its graph at hand."""
-        outputs = tuple((tuple(t.shape), str(t.dtype).removeprefix("torch."), t.requires_grad) for t in done.tensors)
+        outputs = tuple(
+            (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)
+            for tensor in done.tensors
+        )
         call = replace(call, outputs=outputs, crcs=done.crcs)
         self._pile.put_forward(*key, call)
         self._graphs.put(key, (call, done))
@@ -103,7 +126,7 @@ class Runner:
         return held[0] if held else self._pile.forward(*key)
 
     def take(self, key: CallKey, record: ForwardRecord) -> Run:
-        """The call with its graph, for one backward: the one at hand, or a recompute.
+        """The call with its graph, for one backward: the graph at hand, or a recompute.
 
         Raises:
             ReplayError: the recompute differs.
@@ -116,32 +139,52 @@ class Runner:
         """Drop a graph."""
         self._graphs.pop(key)
 
-    def share(self, done: Run, gradients: dict[str, Tensor], digest: str, num_samples: float = 1.0) -> GradientRecord:
+    def share(
+        self, done: Run, gradients: dict[str, Tensor], digest: str, num_samples: float = 1.0
+    ) -> GradientRecord:
         """What a call contributes to its batch."""
         values = _changed(done)
-        update = BufferUpdate(values, {name: done.bases[name] for name in values}, num_samples)
-        return GradientRecord("gradient", done.version, num_samples, 1.0, digest, self._numerics, gradients, [update])
+        bases = {name: done.bases[name] for name in values}
+        return GradientRecord(
+            kind="gradient",
+            base_version=done.version,
+            num_samples=num_samples,
+            loss_scale=1.0,
+            digest=digest,
+            numerics=self._numerics,
+            gradients=gradients,
+            buffers=[BufferUpdate(values, bases, num_samples)],
+        )
 
     def _model(self, version: int) -> Model:
         found = self._models.get(version)
         if found is None:
+            # Built under inference mode, its parameters could never record a graph.
             with torch.inference_mode(False):
-                found = self._models.put(
-                    version, Model(self._template, self._versions.state(version), version, self._device)
-                )
+                state = self._lineage.state(version)
+                model = Model(self._template, state, version, self._device)
+                found = self._models.put(version, model)
         return found
 
-    def _run(self, call: ForwardRecord, version: int, *, grad: bool, finish: Callable[[Any], Any] | None = None) -> Run:
+    def _run(
+        self,
+        call: ForwardRecord,
+        version: int,
+        *,
+        grad: bool,
+        finish: Callable[[Any], Any] | None = None,
+    ) -> Run:
         model = self._model(version)
         try:
             return execution.run(model, call, grad=grad, finish=finish)
         finally:
-            if model.is_spoilt():  # it shares memory with the version: nobody may read what it wrote
+            if model.is_spoilt():
+                # It shares memory with the version's tensors: nobody may read what it wrote there.
                 self._models.pop(version)
-                self._versions.forget(version)
+                self._lineage.forget(version)
 
-    def _handed_on(self, request: ForwardRequest, version: int) -> dict[str, Tensor] | None:
-        """What an earlier call of the same `client(...)` left in the buffers, where it isn't the version's."""
+    def _continued_buffers(self, request: ForwardRequest, version: int) -> dict[str, Tensor] | None:
+        """The buffers that an earlier call of the same `client(...)` changed, as it left them."""
         if request.previous is None or request.incarnation is None:
             return None
         key = (version, request.client_id, request.incarnation, request.previous)
@@ -150,7 +193,8 @@ class Runner:
             record = self._pile.forward(*key)
             if record is None:
                 raise ExpiredError(
-                    f"call {request.previous} of {request.client_id!r}, whose buffers this one continues, is gone"
+                    f"call {request.previous} of {request.client_id!r}, "
+                    "whose buffers this one continues, is gone"
                 )
             held = self._graphs.put(key, (record, self._replay(record, version)))
         return _changed(held[1])
@@ -162,7 +206,104 @@ class Runner:
         return again
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Line:
+    """What answers the calls of one lineage."""
+
+    pile: Pile
+    sealer: Sealer
+    runner: Runner
+
+
+class Lines:
+    """Finds the line that answers a client. What is kept of lines changes speed, never results.
+
+    Args:
+        template: The body's structure.
+        store: The store of the run.
+        lineage: The one that all clients share, or that theirs begin from.
+        numerics: The short name of this process's numerics class.
+        device: Where to compute.
+        keep_models: How many versions of a line stay loaded.
+        keep_graphs: How many forwards of a line keep their graph.
+        shared: Whether all clients share one line; else each has its own.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        store: GradientStore,
+        lineage: str,
+        numerics: str,
+        device: torch.device,
+        keep_models: int,
+        keep_graphs: int,
+        *,
+        shared: bool,
+    ) -> None:
+        self._template = template
+        self._store = store
+        self._numerics = numerics
+        self._device = device
+        self._keep_models = keep_models
+        self._keep_graphs = keep_graphs
+        self._shared = self._open(lineage) if shared else None
+        self._own: Bounded[str, Line] = Bounded(KEPT_LINES)
+
+    def of(self, client_id: str, process: str | None = None) -> Line:
+        """The line of a client.
+
+        Args:
+            client_id: The client.
+            process: What its process calls itself, if the request says so: then the line may begin
+                here.
+
+        Raises:
+            MissingError: the line hasn't begun.
+        """
+        if self._shared is not None:
+            return self._shared
+        found = self._own.get(check_client_id(client_id))
+        if found is None:
+            self._begin(client_id, process)
+            found = self._own.put(client_id, self._open(f"body@{client_id}"))
+        return found
+
+    def _begin(self, client_id: str, process: str | None) -> None:
+        own = self._store.lineage(f"body@{client_id}")
+        if own.head() >= 0:
+            return
+        if process is None:
+            raise MissingError(
+                f"client {client_id!r} has no body of its own yet: its first forward begins it"
+            )
+        self._store.open_client(client_id, process)
+        body = self._store.lineage("body")
+        source = body.head()
+        own.initialise(body.fingerprint(), body.checked_state(source), source)
+
+    def _open(self, name: str) -> Line:
+        lineage = self._store.lineage(name)
+        pile = self._store.pile(name)
+        runner = Runner(
+            self._template,
+            lineage,
+            pile,
+            self._numerics,
+            self._device,
+            self._keep_models,
+            self._keep_graphs,
+        )
+        return Line(pile, Sealer(lineage, pile, self._numerics), runner)
+
+
 def _changed(done: Run) -> dict[str, Tensor]:
-    """The buffers of each submodule that changed one of its own: a statistic may come out as it was and still count."""
-    owners = {n.rpartition(".")[0] for n, value in done.buffers.items() if not same_bits(value, done.bases[n])}
-    return {name: value for name, value in done.buffers.items() if name.rpartition(".")[0] in owners}
+    """The buffers of each submodule that changed one of its own.
+
+    A statistic may come out of an update as it was, and still count.
+    """
+    owners = set()
+    for name, value in done.buffers.items():
+        if not same_bits(value, done.bases[name]):
+            owners.add(name.rpartition(".")[0])
+    return {name: v for name, v in done.buffers.items() if name.rpartition(".")[0] in owners}

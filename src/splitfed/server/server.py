@@ -1,8 +1,9 @@
 """The split server: forward and backward as two independent calls, with nothing kept in between.
 
-A forward stores what it ran on; a backward, on any replica, at any time, runs it again with the same bits, stores
-the parameter gradient as a file and answers the gradients of the inputs. What this object holds besides are caches
-of things that can't change (models by version, graphs of the last few forwards): they change speed, never results.
+A forward stores what it ran on; a backward, on any replica, at any time, runs it again with the
+same bits, stores the parameter gradient as a file and answers the gradients of the inputs. What
+this object holds besides are caches of things that can't change (models by version, graphs of the
+last few forwards): they change speed, never results.
 
 Order matters in `backward`: a batch is acknowledged only after its gradient is on file.
 """
@@ -37,7 +38,7 @@ from splitfed.protocol.messages import (
     PushRequest,
 )
 from splitfed.server.halves import Halves
-from splitfed.server.lines import Line, Lines
+from splitfed.server.runner import Line, Lines
 from splitfed.store.store import GradientStore, check_store
 
 Loss = Callable[[Any, Any], Tensor]
@@ -47,16 +48,16 @@ class SplitServer:
     """Serves a body from a store; a `Transport`. Run as many as you like on one store.
 
     Args:
-        body: The server's part of the network. Its weights become version 0 if the store is new; after that only its
-            structure counts. It isn't kept and isn't changed.
-        store: Where everything is.
+        body: The server's part of the network. Its weights become version 0 if the store is new;
+            after that only its structure counts. It isn't kept and isn't changed.
+        store: The store of the run.
         device: Where to compute; the device of the body's parameters if it isn't given.
         lineage: Which line of versions to serve.
-        per_client: Whether each client trains against a body of its own, `body@<id>`, which begins as the newest
-            `body` (SFLV1; a `PerClient` commits and averages them).
+        per_client: Whether each client trains against a body of its own, `body@<id>`, which begins
+            as the newest `body` (SFLV1; a `PerClient` commits and averages them).
         loss_fn: For `client.loss(x, y)`: `loss_fn(outputs, target)` returns a scalar.
-        keep_graphs: How many forwards keep their autograd graph in memory, so that a backward that comes to this
-            replica needn't recompute; 0 for always recomputing.
+        keep_graphs: How many forwards keep their autograd graph in memory, so that a backward that
+            comes to this replica needn't recompute; 0 for always recomputing.
         keep_models: How many versions stay loaded.
 
     Raises:
@@ -77,6 +78,10 @@ class SplitServer:
         keep_models: int = 2,
     ) -> None:
         check_store(store)
+        if per_client and lineage != "body":
+            raise InputError(
+                f"per_client=True with lineage={lineage!r}: each client's line begins from 'body'"
+            )
         self.store = store
         self.lineage = lineage
         self.loss_fn = loss_fn
@@ -87,7 +92,14 @@ class SplitServer:
         store.lineage(lineage).initialise(self._template.fingerprint(), state)
         self._halves = Halves(store, numerics)
         self._lines = Lines(
-            self._template, store, lineage, numerics, self.device, keep_models, keep_graphs, per_client=per_client
+            self._template,
+            store,
+            lineage,
+            numerics,
+            self.device,
+            keep_models,
+            keep_graphs,
+            shared=not per_client,
         )
 
     def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
@@ -117,7 +129,9 @@ class SplitServer:
         )
 
     def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
-        """Answer the gradients of a call's inputs; store its parameter gradient as the batch, or as a part of it.
+        """Answer the gradients of a call's inputs; store its parameter gradient.
+
+        That is the batch, or a part of it.
 
         Raises:
             SupersededError: the client has a newer process.
@@ -139,12 +153,15 @@ class SplitServer:
         _tidy(line, batch.client_id, batch.incarnation, request.housekeeping)
         if request.call is None:
             if request.seal is None:
-                raise InputError(f"the request for batch {batch} has neither a call nor a seal: expected one of them")
+                raise InputError(
+                    f"the request for batch {batch} has neither a call nor a seal: "
+                    "expected one of them"
+                )
             return BackwardAnswer((), line.sealer.seal(batch, request.part, request.seal, None))
         key = (request.version, batch.client_id, batch.incarnation, request.call)
         record = line.runner.record(key)
         if record is None:
-            raise _gone(line, batch, request)
+            raise _lost(line, batch, request)
         _check_gradients(record, request.grad_outputs)
         done = line.runner.take(key, record)
         grad_inputs, gradients = execution.backward(done, request.grad_outputs)
@@ -152,7 +169,9 @@ class SplitServer:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
         share = line.runner.share(done, gradients, request.digest())
         if request.seal is not None:
-            return BackwardAnswer(tuple(grad_inputs), line.sealer.seal(batch, request.part, request.seal, share))
+            return BackwardAnswer(
+                tuple(grad_inputs), line.sealer.seal(batch, request.part, request.seal, share)
+            )
         line.pile.put_part(request.version, batch, request.part, replace(share, kind="part"))
         return BackwardAnswer(tuple(grad_inputs), "part")
 
@@ -164,7 +183,9 @@ class SplitServer:
             BodyError: the body or the loss raised.
         """
         if self.loss_fn is None:
-            raise InputError("this server computes no loss: give it one, SplitServer(body, store, loss_fn=...)")
+            raise InputError(
+                "this server computes no loss: give it one, SplitServer(body, store, loss_fn=...)"
+            )
         ahead, incarnation = request.forward, request.forward.incarnation
         counts = ahead.grad and ahead.training
         line = self._lines.of(check_client_id(ahead.client_id), ahead.process)
@@ -180,14 +201,23 @@ class SplitServer:
         target = pytree.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
         score = self.loss_fn
         _, done = line.runner.run(ahead, version, finish=lambda outputs: score(outputs, target))
-        if len(done.tensors) != 1 or done.tensors[0].numel() != 1 or done.outputs is not done.tensors[0]:
-            raise InputError(f"loss_fn returned {type(done.outputs).__name__}: expected a tensor with one element")
+        if (
+            len(done.tensors) != 1
+            or done.tensors[0].numel() != 1
+            or done.outputs is not done.tensors[0]
+        ):
+            raise InputError(
+                f"loss_fn returned {type(done.outputs).__name__}: "
+                "expected a tensor with one element"
+            )
         value = done.tensors[0]
         one = torch.ones_like(value) if value.requires_grad else None
         grad_inputs, gradients = execution.backward(done, [one])
         status = "uncounted"
         if counts:
-            share = line.runner.share(done, gradients, request.digest(batch, version), request.num_samples)
+            share = line.runner.share(
+                done, gradients, request.digest(batch, version), request.num_samples
+            )
             status = line.sealer.store(batch, share)
         return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)
 
@@ -212,27 +242,33 @@ def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Hou
         line.sealer.tidy(client_id, incarnation, housekeeping)
 
 
-def _gone(line: Line, batch: BatchId, request: BackwardRequest) -> SplitFedError:
+def _lost(line: Line, batch: BatchId, request: BackwardRequest) -> SplitFedError:
     if line.sealer.is_known(batch):
         return AlreadyAppliedError(
             f"batch {batch} is counted already, and its answer was confirmed: nothing counts twice"
         )
     return ExpiredError(
-        f"call {request.call} of client {batch.client_id!r} at version {request.version} isn't in the store: its graph "
-        "was released, or its version has left the retention window (keep_versions). This batch is lost and counts "
-        "nowhere; the loop may go on"
+        f"call {request.call} of client {batch.client_id!r} at version {request.version} "
+        "isn't in the store: its graph was released, "
+        "or its version has left the retention window (keep_versions). "
+        "This batch is lost and counts nowhere; the loop may go on"
     )
 
 
 def _check_gradients(record: ForwardRecord, grad_outputs: Sequence[Tensor | None]) -> None:
     if len(grad_outputs) != len(record.outputs):
-        raise InputError(f"expected a gradient for each of {len(record.outputs)} outputs, got {len(grad_outputs)}")
-    for i, (gradient, (shape, dtype, _)) in enumerate(zip(grad_outputs, record.outputs, strict=True)):
+        raise InputError(
+            f"expected a gradient for each of {len(record.outputs)} outputs, "
+            f"got {len(grad_outputs)}"
+        )
+    for i, (gradient, (shape, dtype, _)) in enumerate(
+        zip(grad_outputs, record.outputs, strict=True)
+    ):
         if gradient is None:
             continue
         got = (tuple(gradient.shape), str(gradient.dtype).removeprefix("torch."))
         if got != (tuple(shape), dtype):
             raise InputError(
-                f"the gradient of output {i} is {got[1]} {got[0]}: expected {dtype} {tuple(shape)}, as the output "
-                "itself"
+                f"the gradient of output {i} is {got[1]} {got[0]}: "
+                f"expected {dtype} {tuple(shape)}, as the output itself"
             )

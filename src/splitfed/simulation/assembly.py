@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 
 from splitfed.accumulator.accumulator import Accumulator
-from splitfed.accumulator.optimizer import OptimizerFactory, SchedulerFactory
 from splitfed.accumulator.policies import Mode
+from splitfed.accumulator.settings import OptimizerFactory, SchedulerFactory
 from splitfed.errors import InputError
+from splitfed.federation import as_body, make_body
 from splitfed.federation.admission import Judge
 from splitfed.federation.federation import Federation
-from splitfed.federation.per_client import PerClient
 from splitfed.federation.reports import commit_rows
 from splitfed.protocol.transport import RoundRobin, Transport
 from splitfed.server.server import SplitServer
@@ -82,12 +82,11 @@ class Assembly:
             )
         self.store = store
         self.mode = plans.mode
-        self.body: Accumulator | PerClient
-        common: dict[str, Any] = {"lr_scheduler": plans.server_scheduler, **plans.mode.settings()}
-        if plans.mode.per_client:
-            self.body = PerClient(plans.body, store, plans.server_optimizer, **common)
-        else:
-            self.body = Accumulator(plans.body, store, plans.server_optimizer, **common)
+        scheduler = plans.server_scheduler
+        self.body = make_body(
+            plans.mode, plans.body, store, plans.server_optimizer, lr_scheduler=scheduler
+        )
+        self._commits = as_body(self.body, plans.mode)
         halves: dict[str, Any] = {"staleness_weight": plans.mode.staleness_weight}
         if not plans.barrier:
             halves = {**plans.mode.settings(), "min_batches": plans.min_updates}
@@ -100,9 +99,7 @@ class Assembly:
             **halves,
         )
         self.server = serve(plans, store)
-        self.arrivals = Arrivals(
-            clock or time.time, ("client",) if plans.mode.per_client else LINEAGES
-        )
+        self.arrivals = Arrivals(clock or time.time, plans.mode.shared_lineages)
         self.meter = Meter(self.server, self.arrivals)
         self.federation = Federation(
             self.body,
@@ -131,15 +128,12 @@ class Assembly:
 
     def commit(self, client_id: str) -> None:
         """Commit the body's pending gradients, unless the mode waits for the end of the round."""
-        if isinstance(self.body, PerClient):
-            self.body.step([client_id])
-        elif self.mode.min_batches is not None and self.body.step() is not None:
+        if self._commits.stream([client_id]):
             self.note()
 
     def global_step(self) -> None:
         """Commit the pending gradients of both lineages: one step of synchronous mode."""
-        if isinstance(self.body, Accumulator):
-            self.body.step(min_batches=1)
+        self._commits.global_step()
         self.half.step(min_batches=1)
         self.note()
 
@@ -183,10 +177,9 @@ def serve(plans: Plans, store: GradientStore) -> Transport:
     Each client that trains may have a graph open, so that many are kept; but at most 128, as each
     holds the activations of a call.
     """
-    per_client, graphs = plans.mode.per_client, min(max(8, plans.active), 128)
-    return RoundRobin(
-        [
-            SplitServer(plans.body, store, per_client=per_client, keep_graphs=graphs, keep_models=4)
-            for _ in range(plans.replicas)
-        ]
-    )
+    settings = {
+        **plans.mode.server_settings(),
+        "keep_graphs": min(max(8, plans.active), 128),
+        "keep_models": 4,
+    }
+    return RoundRobin([SplitServer(plans.body, store, **settings) for _ in range(plans.replicas)])

@@ -21,13 +21,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from splitfed.accumulator.optimizer import OptimizerFactory, SchedulerFactory
 from splitfed.accumulator.policies import Mode
 from splitfed.accumulator.policies import mode as mode_of
+from splitfed.accumulator.settings import OptimizerFactory, SchedulerFactory
 from splitfed.blobs.contract import Blobs
 from splitfed.checks import at_least
 from splitfed.errors import InputError
-from splitfed.federation.sampling import sample_size
+from splitfed.federation.admission import sample_size
 from splitfed.model.cut import split
 from splitfed.simulation import data as localdata
 from splitfed.simulation.assembly import Assembly, Plans

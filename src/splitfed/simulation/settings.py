@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from splitfed.accumulator.optimizer import SchedulerFactory
+from splitfed.accumulator.settings import SchedulerFactory
 from splitfed.checks import at_least, positive
 from splitfed.errors import InputError
-from splitfed.federation.sampling import check_sample_size
+from splitfed.federation.admission import check_sample_size
 from splitfed.simulation.virtual_time import VirtualTime
 
 

@@ -1,4 +1,4 @@
-"""The state of a run, as files: weights by version, pending gradients, records of commits and of rounds."""
+"""The state of a run, as files: weights by version, pending gradients, commits and rounds."""
 
 from __future__ import annotations
 

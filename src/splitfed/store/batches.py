@@ -1,46 +1,81 @@
-"""The files of batches under way: forwards, parts, and the gradients that pile up until a commit folds them.
+"""The files of batches: forwards, parts, and the gradients that are pending until a commit.
 
-A gradient is created once under its batch id. A retry finds it there: with the same digest it is a success, with
-another it is an error, and either way nothing is counted twice. Forwards and parts are transient: their loss costs
-one batch a retry, so they are never fsynced.
+A gradient is created once under its batch id. A retry finds it there: with the same digest it is a
+success, with another it is an error, and either way nothing is counted twice. Forwards and parts
+are transient: their loss costs one batch a retry, so they are never fsynced.
+
+A batch is closed by its seal: what its parts add up to becomes one gradient file. Parts add up in
+the order in which autograd reached the calls, in the gradients' own dtype, as autograd itself would
+have done it. A gradient that isn't finite is answered like any other (GradScaler makes Inf by
+design) but closes its id as rejected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
 
 from splitfed.blobs.contract import Blobs
-from splitfed.errors import DigestError, FormatError
+from splitfed.checks import positive
+from splitfed.errors import BusyError, DigestError, ExpiredError, FormatError, InputError
+from splitfed.model.numerics import all_finite
 from splitfed.protocol.ids import BatchId, check_client_id
-from splitfed.protocol.messages import ForwardRecord, GradientRecord
+from splitfed.protocol.messages import (
+    BufferUpdate,
+    Chain,
+    ForwardRecord,
+    GradientRecord,
+    Housekeeping,
+    Seal,
+)
 from splitfed.protocol.packing import pack, peek, unpack
+from splitfed.store.batchset import MAX_GAPS, Outcome
 from splitfed.store.layout import Keys
+from splitfed.store.lineage import Lineage
 
+OUTCOMES = {
+    "gradient": Outcome.FOLDED,
+    "rejected": Outcome.REJECTED,
+    "skip": Outcome.SKIPPED,
+}
+"""What a gradient file of each kind is meant for; of no other kind is there a whole batch."""
 _PLAIN = ("kind", "base_version", "num_samples", "loss_scale", "digest", "numerics")
 
 
 class Pile:
-    """The batches of one lineage."""
+    """The files of one lineage's batches.
+
+    Args:
+        blobs: The storage backend.
+        keys: The lineage's keys.
+    """
 
     def __init__(self, blobs: Blobs, keys: Keys) -> None:
         self.blobs = blobs
         self.keys = keys
 
-    def put_forward(self, version: int, client_id: str, incarnation: int, call: int, record: ForwardRecord) -> None:
+    def put_forward(
+        self, version: int, client_id: str, incarnation: int, call: int, record: ForwardRecord
+    ) -> None:
         """Keep a forward until its backward is confirmed or its version expires."""
         self.blobs.put(self.keys.forward(version, client_id, incarnation, call), pack(record))
 
-    def forward(self, version: int, client_id: str, incarnation: int, call: int) -> ForwardRecord | None:
+    def forward(
+        self, version: int, client_id: str, incarnation: int, call: int
+    ) -> ForwardRecord | None:
         """A forward that is kept, or `None`."""
         data = self.blobs.get(self.keys.forward(version, client_id, incarnation, call))
         return None if data is None else unpack(ForwardRecord, data)
 
     def drop_forward(self, version: int, client_id: str, incarnation: int, call: int) -> None:
-        """Forget a forward."""
+        """Delete a forward."""
         self.blobs.delete(self.keys.forward(version, client_id, incarnation, call))
 
     def pin(self, batch: BatchId, version: int) -> int:
-        """The version that this one-trip batch runs at: `version`, unless an earlier try of it took another."""
+        """The version that a one-trip batch runs at: `version`, or that of an earlier try of it."""
         key = self.keys.pin(batch)
         if self.blobs.create(key, [str(version).encode()], durable=False):
             return version
@@ -48,7 +83,7 @@ class Pile:
         return version if found is None else int(bytes(found))
 
     def drop_pin(self, batch: BatchId) -> None:
-        """Forget the version of a one-trip batch."""
+        """Delete the version of a one-trip batch."""
         self.blobs.delete(self.keys.pin(batch))
 
     def put_part(self, version: int, batch: BatchId, part: int, record: GradientRecord) -> None:
@@ -57,7 +92,8 @@ class Pile:
         Raises:
             DigestError: this part was sent before with other content.
         """
-        self._create(self.keys.part(version, batch, part), record, f"part {part} of batch {batch}", durable=False)
+        key = self.keys.part(version, batch, part)
+        self._create(key, record, f"part {part} of batch {batch}", durable=False)
 
     def part(self, version: int, batch: BatchId, part: int) -> GradientRecord | None:
         """A share that is kept, or `None`."""
@@ -65,11 +101,14 @@ class Pile:
         return None if data is None else unpack(GradientRecord, data)
 
     def drop_part(self, version: int, batch: BatchId, part: int) -> None:
-        """Forget a share."""
+        """Delete a share."""
         self.blobs.delete(self.keys.part(version, batch, part))
 
     def create(self, batch: BatchId, record: GradientRecord) -> str:
-        """Add a batch to the pile, once; answer the kind of what lies there.
+        """Add a pending batch, once.
+
+        Returns:
+            The kind of the file that holds it: this one's, or an earlier one's.
 
         Raises:
             DigestError: that id was used before with other content.
@@ -77,7 +116,7 @@ class Pile:
         return self._create(self.keys.gradient(batch), record, f"batch {batch}", durable=True)
 
     def read(self, batch: BatchId) -> GradientRecord | None:
-        """A batch that waits, or `None`.
+        """A pending batch, or `None`.
 
         Raises:
             FormatError: its file isn't a gradient of ours.
@@ -86,26 +125,32 @@ class Pile:
         return None if data is None else unpack(GradientRecord, data)
 
     def peek(self, batch: BatchId) -> dict[str, object] | None:
-        """What a waiting batch says of itself, without its tensors; `None` if it doesn't wait."""
+        """A pending batch's header: its plain fields, without tensors; `None` if it isn't there.
+
+        Raises:
+            FormatError: its file isn't a gradient of ours.
+        """
         data = self.blobs.get(self.keys.gradient(batch))
         return None if data is None else peek(GradientRecord, data, _PLAIN)
 
     def waiting(self, client_id: str | None = None) -> list[BatchId]:
-        """The batches that lie in the pile, in canonical order; those of a crashed clean-up among them.
+        """The batches on file, in canonical order; those of a clean-up that crashed among them.
 
         Args:
             client_id: Only those of one client.
         """
-        folder = self.keys.gradients if client_id is None else f"{self.keys.gradients}/{check_client_id(client_id)}"
+        folder = self.keys.gradients
+        if client_id is not None:
+            folder = f"{folder}/{check_client_id(client_id)}"
         found = (self.keys.parse_gradient(key) for key in self.blobs.list(folder))
         return sorted(batch for batch in found if batch is not None)
 
     def drop(self, batches: Iterable[BatchId]) -> None:
-        """Take batches off the pile; only those that the head's applied table holds may be."""
+        """Delete batches; only those that the head's applied table holds may be."""
         for batch in batches:
             self.blobs.delete(self.keys.gradient(batch))
 
-    def _create(self, key: str, record: GradientRecord, what: str, *, durable: bool) -> str:
+    def _create(self, key: str, record: GradientRecord, name: str, *, durable: bool) -> str:
         if self.blobs.create(key, pack(record), durable=durable):
             return record.kind
         data = self.blobs.get(key)
@@ -114,10 +159,163 @@ class Pile:
         found = peek(GradientRecord, data, ("kind", "digest"))
         if found["digest"] != record.digest:
             if found["kind"] == "skip":
-                raise DigestError(f"{what} was given up by its client: take a new number")
+                raise DigestError(f"{name} was given up by its client: take a new number")
             raise DigestError(
-                f"{what} was sent before with other content: expected {record.digest}, got {found['digest']}"
+                f"{name} was sent before with other content: "
+                f"expected {record.digest}, got {found['digest']}"
             )
         if not isinstance(found["kind"], str):
-            raise FormatError(f"the file of {what} has no kind")
+            raise FormatError(f"the file of {name} has no kind")
         return found["kind"]
+
+
+class Sealer:
+    """Closes the batches of one lineage.
+
+    Args:
+        lineage: Its applied table says which batches are counted.
+        pile: The files of its batches.
+        numerics: The short name of this process's numerics class.
+    """
+
+    def __init__(self, lineage: Lineage, pile: Pile, numerics: str) -> None:
+        self._lineage = lineage
+        self._pile = pile
+        self._numerics = numerics
+
+    def is_known(self, batch: BatchId) -> bool:
+        """Whether a batch is counted or pending."""
+        return self._is_counted(batch) or self._pile.peek(batch) is not None
+
+    def store(self, batch: BatchId, record: GradientRecord) -> str:
+        """Add a pending batch, as rejected if it isn't finite; a repeated call changes nothing.
+
+        Returns:
+            'stored' or 'rejected'.
+
+        Raises:
+            DigestError: the batch was sent before with other content.
+            BusyError: too many of the client's earlier batches are missing.
+        """
+        positive("num_samples", record.num_samples)
+        if not math.isfinite(record.loss_scale) or record.loss_scale == 0:
+            raise InputError(
+                f"loss_scale of batch {batch} is {record.loss_scale}: "
+                "expected a finite number other than 0"
+            )
+        if self._is_counted(batch):
+            return self._lineage.outcome(batch).status
+        if not all(all_finite(gradient) for gradient in record.gradients.values()):
+            record = replace(record, kind="rejected", gradients={}, buffers=[])
+        return OUTCOMES[self._pile.create(batch, record)].status
+
+    def seal(self, batch: BatchId, own: int, seal: Seal, share: GradientRecord | None) -> str:
+        """Make a batch of its parts.
+
+        Args:
+            batch: Its id.
+            own: The part number of the call that rides along.
+            seal: Which parts make it, in the order in which they are added.
+            share: That call's share, which comes last; `None` if no call rides along.
+
+        Returns:
+            'stored' or 'rejected'.
+
+        Raises:
+            ExpiredError: a part is gone and the batch isn't known: it is lost, and counts nowhere.
+        """
+        parts = self._parts(batch, seal)
+        if parts is None:
+            return self._status(batch)
+        if share is not None:
+            parts[own] = share
+        if not parts:
+            raise InputError(f"the seal of batch {batch} names no part: expected at least one")
+        record = GradientRecord(
+            kind="gradient",
+            base_version=min(part.base_version for part in parts.values()),
+            num_samples=seal.num_samples,
+            loss_scale=seal.loss_scale,
+            digest=seal.digest(batch) if share is None else share.digest,
+            numerics=self._numerics,
+            gradients=_sum([part.gradients for part in parts.values()]),
+            buffers=[_last_update(chain, parts) for chain in seal.chains],
+        )
+        status = self.store(batch, record)
+        # Only now: were the parts dropped first and the process killed, the retry would find
+        # neither parts nor batch.
+        for version, number in seal.parts:
+            self._pile.drop_part(version, batch, number)
+        return status
+
+    def tidy(self, client_id: str, incarnation: int, housekeeping: Housekeeping) -> None:
+        """Delete what a client has confirmed, and close the numbers that it gave up."""
+        for version, call in housekeeping.released:
+            self._pile.drop_forward(version, client_id, incarnation, call)
+        for seq in housekeeping.answered:
+            self._pile.drop_pin(BatchId(client_id, incarnation, seq))
+        for seq in housekeeping.abandoned:
+            batch = BatchId(client_id, incarnation, seq)
+            if not self.is_known(batch):
+                skip = GradientRecord("skip", 0, 0.0, 1.0, "", self._numerics, {}, [])
+                self._pile.create(batch, skip)
+
+    def _parts(self, batch: BatchId, seal: Seal) -> dict[int, GradientRecord] | None:
+        """The parts that a seal names; `None` if they are gone because the batch was sealed."""
+        parts: dict[int, GradientRecord] = {}
+        for version, number in seal.parts:
+            part = self._pile.part(version, batch, number)
+            if part is None:
+                if self.is_known(batch):  # an earlier try of this seal dropped them
+                    return None
+                raise ExpiredError(
+                    f"part {number} of batch {batch} has left the store, "
+                    "so the batch is lost and counts nowhere: go on with the next one"
+                )
+            if len(part.buffers) != 1:
+                raise FormatError(
+                    f"part {number} of batch {batch} isn't one call's share: "
+                    f"{len(part.buffers)} of them"
+                )
+            parts[number] = part
+        return parts
+
+    def _status(self, batch: BatchId) -> str:
+        """'stored' or 'rejected', of a batch that is counted or pending."""
+        header = self._pile.peek(batch)
+        if header is None:
+            return self._lineage.outcome(batch).status
+        return OUTCOMES.get(str(header["kind"]), Outcome.FOLDED).status
+
+    def _is_counted(self, batch: BatchId) -> bool:
+        applied = self._lineage.counted()
+        is_counted = batch in applied
+        # A batch that fills a hole is always let in, else a client with many holes never gets out.
+        if (
+            applied.gaps(batch.client_id) > MAX_GAPS
+            and not is_counted
+            and not applied.fills_gap(batch)
+        ):
+            raise BusyError(
+                f"client {batch.client_id!r} has more than {MAX_GAPS} holes in its sequence of "
+                "batches: earlier ones are still under way or lost. Try again after the next commit"
+            )
+        return is_counted
+
+
+def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, gradient in part.items():
+            total[name] = total[name] + gradient if name in total else gradient
+    return total
+
+
+def _last_update(chain: Chain, parts: Mapping[int, GradientRecord]) -> BufferUpdate:
+    """What a chain of calls left in the buffers: its last call's update, weighted as the chain."""
+    if chain.last_part not in parts:
+        raise InputError(
+            f"a seal names part {chain.last_part}, which isn't among its parts {sorted(parts)}"
+        )
+    last = parts[chain.last_part].buffers[0]
+    return replace(last, num_samples=positive("num_samples", chain.num_samples))

@@ -1,14 +1,23 @@
-"""Which batches have been counted: the table on which exactly-once rests.
+"""Sets of batches, and what becomes of batches: the values on which exactly-once rests.
 
-Per client process the applied sequence numbers, as sorted disjoint intervals: one interval in the ordinary case.
-Batches that wait aren't in it, so their number has no limit. Intervals grow over applied numbers only, never by age:
-a window that slides loses acknowledged gradients. The same form, run-length, lists the batches of one commit.
+The applied table is a `BatchSet`: per client process the sequence numbers that commits have closed,
+as sorted disjoint intervals; one interval in the ordinary case. Pending batches aren't in it, so
+their number has no limit. Intervals grow over closed numbers only, never by age: a window that
+slides loses acknowledged gradients. The same form, run-length, lists the batches of one commit.
+
+A `Verdict` names the batches that a commit closes, by `Outcome`. It is decided before anything is
+written, by whoever commits or by whoever ends a round; the latter puts it on record first. A commit
+that is given a verdict folds exactly its ids, whoever makes it and whatever has arrived since: that
+is how a round ends once, in the same bits, though the coordinator that ended it was killed and two
+others finish it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from splitfed.errors import FormatError
@@ -37,20 +46,23 @@ class BatchSet:
         for client_id, incarnations in sorted(self._intervals.items()):
             for incarnation, runs in sorted(incarnations.items()):
                 for low, high in runs:
-                    yield from (BatchId(client_id, incarnation, seq) for seq in range(low, high + 1))
+                    for seq in range(low, high + 1):
+                        yield BatchId(client_id, incarnation, seq)
 
     def __repr__(self) -> str:
         return f"BatchSet({self.to_json()})"
 
     def __len__(self) -> int:
-        runs = (run for incarnations in self._intervals.values() for runs in incarnations.values() for run in runs)
-        return sum(high - low + 1 for low, high in runs)
+        processes = [runs for held in self._intervals.values() for runs in held.values()]
+        return sum(high - low + 1 for runs in processes for low, high in runs)
 
     def union(self, ids: Iterable[BatchId]) -> BatchSet:
         """This set and `ids`."""
         added = BatchSet(batch for batch in ids if batch not in self)
         merged = BatchSet()
-        merged._intervals = {c: dict(i) for c, i in self._intervals.items()}
+        # Intervals are shared with this set and never changed in place: a process that grows gets a
+        # new list.
+        merged._intervals = {client_id: dict(held) for client_id, held in self._intervals.items()}
         for client_id, incarnations in added._intervals.items():
             held = merged._intervals.setdefault(client_id, {})
             for incarnation, runs in incarnations.items():
@@ -68,7 +80,10 @@ class BatchSet:
 
     def to_json(self) -> dict[str, dict[str, Intervals]]:
         """As plain JSON: client id, incarnation, [first, last] of each run."""
-        return {c: {str(i): runs for i, runs in sorted(held.items())} for c, held in sorted(self._intervals.items())}
+        plain = {}
+        for client_id, incarnations in sorted(self._intervals.items()):
+            plain[client_id] = {str(number): runs for number, runs in sorted(incarnations.items())}
+        return plain
 
     @classmethod
     def from_json(cls, data: Any) -> BatchSet:
@@ -82,13 +97,11 @@ class BatchSet:
             for client_id, incarnations in data.items():
                 held = found._intervals.setdefault(check_client_id(client_id), {})
                 for incarnation, runs in incarnations.items():
-                    numbers = [[check_number("seq", low), check_number("seq", high)] for low, high in runs]
-                    if any(low > high for low, high in numbers) or _merge(numbers) != numbers:
-                        raise FormatError(f"the runs of {client_id}/{incarnation} aren't sorted and apart")
-                    held[check_number("incarnation", int(incarnation))] = numbers
+                    number = check_number("incarnation", int(incarnation))
+                    held[number] = _read_runs(runs, f"{client_id}/{incarnation}")
+        except FormatError:
+            raise
         except (AttributeError, TypeError, ValueError) as error:
-            if isinstance(error, FormatError):
-                raise
             raise FormatError(f"this isn't a set of batch ids: {error}") from error
         return found
 
@@ -101,6 +114,7 @@ class BatchSet:
 
 
 def _merge(runs: Intervals) -> Intervals:
+    """The same numbers as sorted runs that neither overlap nor touch."""
     merged: Intervals = []
     for low, high in sorted(runs):
         if merged and low <= merged[-1][1] + 1:
@@ -108,3 +122,94 @@ def _merge(runs: Intervals) -> Intervals:
         else:
             merged.append([low, high])
     return merged
+
+
+def _read_runs(data: Any, process: str) -> Intervals:
+    # Membership is a bisection, so runs that overlap or are out of order would lose batches
+    # silently.
+    runs = [[check_number("seq", low), check_number("seq", high)] for low, high in data]
+    if any(low > high for low, high in runs) or _merge(runs) != runs:
+        raise FormatError(f"the runs of {process} aren't sorted and apart")
+    return runs
+
+
+class Outcome(Enum):
+    """What becomes of a batch that a commit closes; the values name the sets of a verdict."""
+
+    FOLDED = "folded"
+    """Its gradient is in the mean."""
+    STALE = "stale"
+    """Too old by the policy: not folded, closed."""
+    REJECTED = "rejected"
+    """Not finite, unreadable or refused: not folded, closed."""
+    SKIPPED = "skipped"
+    """Given up by its client: nothing to fold, closed."""
+
+    @property
+    def status(self) -> str:
+        """What a client is answered that sends the batch once more: 'stored' or 'rejected'."""
+        return "rejected" if self in (Outcome.REJECTED, Outcome.SKIPPED) else "stored"
+
+
+# The sets of a verdict in the record of a round. It has no skipped batches: their clients decided,
+# no coordinator does.
+_RECORDED = {"fold": Outcome.FOLDED, "stale": Outcome.STALE, "rejected": Outcome.REJECTED}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verdict:
+    """What becomes of batches in a commit; one that is in none of the sets stays pending."""
+
+    folded: BatchSet = field(default_factory=BatchSet)
+    stale: BatchSet = field(default_factory=BatchSet)
+    rejected: BatchSet = field(default_factory=BatchSet)
+    skipped: BatchSet = field(default_factory=BatchSet)
+
+    @classmethod
+    def of(cls, outcomes: Mapping[BatchId, Outcome]) -> Verdict:
+        """The verdict that says of each batch what `outcomes` does."""
+        ids: dict[str, list[BatchId]] = {outcome.value: [] for outcome in Outcome}
+        for batch, outcome in outcomes.items():
+            ids[outcome.value].append(batch)
+        return cls(**{name: BatchSet(batches) for name, batches in ids.items()})
+
+    def __contains__(self, batch: BatchId) -> bool:
+        return self.outcome(batch) is not None
+
+    def __iter__(self) -> Iterator[BatchId]:
+        return (batch for batch, _ in self.items())
+
+    def batches(self, outcome: Outcome) -> BatchSet:
+        """The batches of one outcome."""
+        found: BatchSet = getattr(self, outcome.value)
+        return found
+
+    def items(self) -> Iterator[tuple[BatchId, Outcome]]:
+        """Every batch with its outcome: by outcome, and in canonical order within one."""
+        for outcome in Outcome:
+            for batch in self.batches(outcome):
+                yield batch, outcome
+
+    def outcome(self, batch: BatchId) -> Outcome | None:
+        """What becomes of a batch; `None` if it stays pending."""
+        return next((outcome for outcome in Outcome if batch in self.batches(outcome)), None)
+
+    def closes(self, batch: BatchId) -> bool:
+        """Whether a batch is closed without being folded."""
+        return self.outcome(batch) not in (None, Outcome.FOLDED)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON, for the record of a round."""
+        return {name: self.batches(outcome).to_json() for name, outcome in _RECORDED.items()}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Verdict:
+        """The verdict that `to_json` wrote.
+
+        Raises:
+            FormatError: it isn't one.
+        """
+        if not isinstance(data, dict) or set(data) != set(_RECORDED):
+            raise FormatError(f"this isn't a verdict on batches: {str(data)[:80]}")
+        sets = {_RECORDED[name].value: BatchSet.from_json(ids) for name, ids in data.items()}
+        return cls(**sets)

@@ -1,7 +1,11 @@
-"""The record of a commit: what was folded, and where the version that came of it lies.
+"""The record of a commit: what was folded, and which files hold the version that came of it.
 
-Commit records are the fence of the protocol and the schedule of the run: they are never deleted and never rewritten.
-What is in them is all that a replay needs besides the gradients.
+Commit records are the fence of the protocol and the schedule of the run: they are never deleted and
+never rewritten. What is in them is all that a replay needs besides the gradients.
+
+The trap: the names of the record's keys and their order are the format (`_KEYS`), whatever the
+fields of the class are called. A record with a key that is unknown here is of a later format, and
+is refused rather than half understood.
 """
 
 from __future__ import annotations
@@ -13,7 +17,12 @@ from typing import Any
 
 from splitfed.errors import FormatError
 from splitfed.protocol.ids import BatchId
-from splitfed.store.batchset import BatchSet
+from splitfed.store.batchset import BatchSet, Outcome, Verdict
+
+_KEYS = (
+    "version kind nonce files frozen restored source turn num_samples staleness "
+    "folded older stale rejected skipped num_duplicates num_expired num_foreign time"
+).split()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,15 +31,17 @@ class Commit:
 
     version: int
     kind: str
-    """'initial', 'fold' or 'rollback'; on a line of one client also 'end' and 'begin', around an average."""
+    """'initial', 'fold' or 'rollback'; on a line of one client also 'end' and 'begin', around an
+    average.
+    """
     nonce: str
-    """Who made it: tells one's own commit from another's."""
+    """A random name of this attempt: tells one's own commit from another's."""
     files: Mapping[str, str]
     """SHA-256 of the weights, optimizer and applied files that belong to it, by kind."""
     frozen: str | None = None
     """SHA-256 of the parameters that never train."""
     restored: int | None = None
-    """The version whose state a rollback made anew."""
+    """The version whose state a rollback brought back."""
     source: int | None = None
     """The version of `body` that a line of one client began from."""
     turn: int = 0
@@ -39,17 +50,12 @@ class Commit:
     """Σ nᵢ of the folded batches, in examples; of an 'end', those since the line began."""
     staleness: Mapping[int, int] = field(default_factory=dict)
     """How many batches were folded at each staleness."""
-    folded: BatchSet = field(default_factory=BatchSet)
+    verdict: Verdict = field(default_factory=Verdict)
+    """What became of the batches that it closed."""
     older: Mapping[int, BatchSet] = field(default_factory=dict)
-    """Closed batches that were computed at another version than the last, by that version: the rest of the schedule."""
-    stale: BatchSet = field(default_factory=BatchSet)
-    """Too old by the policy: not folded, closed."""
-    rejected: BatchSet = field(default_factory=BatchSet)
-    """Not finite, or unreadable: not folded, closed."""
-    skipped: BatchSet = field(default_factory=BatchSet)
-    """Given up by their client: nothing to fold, closed."""
+    """Closed batches that were computed at another version than the last, by that version."""
     num_duplicates: int = 0
-    """Gradients found waiting that an earlier commit had counted."""
+    """Gradients found pending that an earlier commit had counted."""
     num_expired: int = 0
     """Forwards and parts that left the retention window and were deleted."""
     num_foreign: int = 0
@@ -58,36 +64,60 @@ class Commit:
     """When, in seconds since 1970."""
 
     @property
+    def folded(self) -> BatchSet:
+        """The batches whose gradients are in the mean."""
+        return self.verdict.folded
+
+    @property
+    def stale(self) -> BatchSet:
+        """Batches too old by the policy: not folded, closed."""
+        return self.verdict.stale
+
+    @property
+    def rejected(self) -> BatchSet:
+        """Batches not finite, unreadable or refused: not folded, closed."""
+        return self.verdict.rejected
+
+    @property
+    def skipped(self) -> BatchSet:
+        """Batches given up by their client: nothing to fold, closed."""
+        return self.verdict.skipped
+
+    @property
     def num_batches(self) -> int:
-        """How many batches were folded."""
+        """The number of folded batches."""
         return len(self.folded)
 
     @property
     def num_stale(self) -> int:
-        """How many were too old."""
+        """The number of batches that were too old."""
         return len(self.stale)
 
     @property
     def num_rejected(self) -> int:
-        """How many weren't finite or readable."""
+        """The number of batches that weren't finite, readable or admitted."""
         return len(self.rejected)
 
     @property
     def num_skipped(self) -> int:
-        """How many their client gave up."""
+        """The number of batches that their clients gave up."""
         return len(self.skipped)
 
     def base_of(self, batch: BatchId) -> int:
         """The version that a batch of this commit was computed at."""
-        return next((version for version, batches in self.older.items() if batch in batches), self.version - 1)
+        for version, batches in self.older.items():
+            if batch in batches:
+                return version
+        return self.version - 1
 
     def to_json(self) -> bytes:
         """The record's bytes."""
-        fields: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        for name, value in fields.items():
-            fields[name] = value.to_json() if isinstance(value, BatchSet) else value
-        fields["older"] = {version: batches.to_json() for version, batches in self.older.items()}
-        return json.dumps(fields, separators=(",", ":")).encode()
+        record: dict[str, Any] = {}
+        for name in _KEYS:
+            value = getattr(self, name)
+            record[name] = value.to_json() if isinstance(value, BatchSet) else value
+        record["older"] = {version: batches.to_json() for version, batches in self.older.items()}
+        return json.dumps(record, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, data: bytes | memoryview) -> Commit:
@@ -97,15 +127,24 @@ class Commit:
             FormatError: it isn't one.
         """
         try:
-            fields = json.loads(bytes(data))
-            for name in ("folded", "stale", "rejected", "skipped"):
-                fields[name] = BatchSet.from_json(fields[name])
-            fields["older"] = {int(version): BatchSet.from_json(ids) for version, ids in fields["older"].items()}
-            fields["staleness"] = {int(age): int(count) for age, count in fields["staleness"].items()}
-            found = cls(**fields)
+            record = json.loads(bytes(data))
+            sets = {
+                outcome.value: BatchSet.from_json(record.pop(outcome.value)) for outcome in Outcome
+            }
+            older = record.pop("older")
+            staleness = record.pop("staleness")
+            found = cls(
+                verdict=Verdict(**sets),
+                older={int(version): BatchSet.from_json(ids) for version, ids in older.items()},
+                staleness={int(age): int(count) for age, count in staleness.items()},
+                **record,
+            )
             texts = [found.kind, found.nonce, *found.files.values()]
-            if not {"weights", "applied"} <= set(found.files) or not all(type(text) is str for text in texts):
-                raise FormatError(f"this commit record names no whole version: {str(found.files)[:80]}")
+            is_whole = {"weights", "applied"} <= set(found.files)
+            if not is_whole or not all(type(text) is str for text in texts):
+                raise FormatError(
+                    f"this commit record names no whole version: {str(found.files)[:80]}"
+                )
             return found
         except FormatError:
             raise

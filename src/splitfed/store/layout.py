@@ -1,31 +1,29 @@
-"""Where everything lies in a store: every key is made here, and parsed here.
+"""The keys of a store: every key is made here, and parsed here.
 
-    format.json                                    create-once: format version, numerics class of version 0
-    clients/<id>/<incarnation>                     create-once: one per client process
-    clients/<id>/joined                            create-once: the client has pulled, and may be sampled
-    rounds/<number>/                               each create-once, in this order:
-      plan.json                                    who is sampled, and from which versions
-      ending.json                                  the decision which updates count
-      report.json                                  what came of it
-      finished.json                                no round follows for now
+    format.json                                    create-once: format version, numerics class of
+    version 0 clients/<id>/<incarnation>                     create-once: one per client process
+    clients/<id>/joined                            create-once: the client has pulled, and may be
+    sampled rounds/<number>/                               each create-once, in this order:
+    plan.json                                    who is sampled, and from which versions ending.json
+    the decision which updates count report.json                                  what came of it
+    finished.json                                no round follows for now
     history/<number>.jsonl                         create-once: rows of the run's history
-    post/<id>/<process>-<number>.request           a client without a server asks; transient, as all of post/
-    post/<id>/<process>-<number>.claim-<k>         create-once: a worker has taken it
-    post/<id>/<process>-<number>.answer            create-once: what it answers
-    <lineage>/                                     body | client | body@<id>
-      fingerprint.json                             create-once: names, shapes, dtypes, ties, who is frozen
-      frozen-<sha256>.safetensors                  create-once: parameters that never train
-      forward/<version>/<id>/<incarnation>-<call>  what a forward ran on; transient
-      part/<version>/<id>/<incarnation>-<seq>-<k>  one call's share of a batch that isn't sealed yet; transient
-      pin/<id>/<incarnation>-<seq>                 the version of a one-trip loss call; transient
-      grad/<id>/<incarnation>-<seq>                create-once: a batch that waits
-      weights/<version>-<nonce>.safetensors        never overwritten
-      optimizer/<version>-<nonce>.safetensors
-      applied/<version>-<nonce>.json
-      commit/<version>.json                        CREATE-ONCE = the commit; never deleted
-      head                                         a hint only
+    post/<id>/<process>-<number>.request           a client without a server asks; transient, as all
+    of post/ post/<id>/<process>-<number>.claim-<k>         create-once: a worker has taken it
+    post/<id>/<process>-<number>.answer            create-once: what it answers <lineage>/
+    body | client | body@<id> fingerprint.json                             create-once: names,
+    shapes, dtypes, ties, who is frozen frozen-<sha256>.safetensors                  create-once:
+    parameters that never train forward/<version>/<id>/<incarnation>-<call>  what a forward ran on;
+    transient part/<version>/<id>/<incarnation>-<seq>-<k>  one call's share of a batch that isn't
+    sealed yet; transient pin/<id>/<incarnation>-<seq>                 the version of a one-trip
+    loss call; transient grad/<id>/<incarnation>-<seq>                create-once: a pending batch
+    weights/<version>-<nonce>.safetensors        never overwritten
+    optimizer/<version>-<nonce>.safetensors applied/<version>-<nonce>.json commit/<version>.json
+    CREATE-ONCE = the commit; never deleted head                                         a hint only
 
-Numbers are zero-padded, so that listings sort as they do.
+Numbers are zero-padded, so that listings sort as they do. The trap is a file whose name spells a
+number otherwise: it would be a second file of the same batch. So `parse_gradient` makes the key
+again and compares.
 """
 
 from __future__ import annotations
@@ -40,7 +38,9 @@ HISTORY = "history"
 CLIENTS = "clients"
 _CLIENT = re.compile(r"clients/([A-Za-z0-9][A-Za-z0-9_.-]{0,63})/(?:\d{8,12}|joined)")
 _GRADIENT = re.compile(r"grad/([^/]+)/(\d{8,12})-(\d{10,12})")
-_VERSIONED = re.compile(r"(?:weights|optimizer|applied)/(\d{10,12})-([0-9a-f]+)\.(?:safetensors|json)")
+_VERSIONED = re.compile(
+    r"(?:weights|optimizer|applied)/(\d{10,12})-([0-9a-f]+)\.(?:safetensors|json)"
+)
 _HISTORY = re.compile(r"history/(\d{10,12})\.jsonl")
 POST = "post"
 _POST = re.compile(r"post/([^/]+)/([0-9a-f]{32}-\d{10,12})\.(request|answer|claim-\d{4})")
@@ -64,7 +64,7 @@ def round_file(number: int, kind: str) -> str:
 
 
 def parse_client(key: str) -> str | None:
-    """The client whose process lies at `key`; `None` for anything else."""
+    """The client that the key of a process, or the mark of one, names; `None` for anything else."""
     found = _CLIENT.fullmatch(key)
     return found[1] if found else None
 
@@ -81,17 +81,18 @@ def parse_history(key: str) -> int:
 
 
 def post(client_id: str, process: str, number: int) -> str:
-    """Where one request of a client's process lies, its claims and its answer, but for what each ends with."""
+    """The key of a client's request, its claims and its answer, but for the end."""
     return f"{POST}/{check_client_id(client_id)}/{process}-{_padded('number', number)}"
 
 
 def parse_post(key: str) -> tuple[str, str, str] | None:
-    """(client id, its key but for the end, the end) of a key beneath post/; `None` for anything else."""
+    """The parts of a key beneath post/: client id, what `post` returns, the end; else `None`."""
     found = _POST.fullmatch(key)
     if found is None:
         return None
+    end = found[3]
     try:
-        return check_client_id(found[1]), key.removesuffix(f".{found[3]}"), found[3]
+        return check_client_id(found[1]), key.removesuffix(f".{end}"), end
     except IdError:
         return None
 
@@ -116,35 +117,37 @@ class Keys:
 
     def versioned(self, kind: str, version: int, nonce: str) -> str:
         """A file of one commit: 'weights', 'optimizer' or 'applied'."""
-        return (
-            f"{self.root}/{kind}/{_padded('version', version)}-{nonce}.{'json' if kind == 'applied' else 'safetensors'}"
-        )
+        end = "json" if kind == "applied" else "safetensors"
+        return f"{self.root}/{kind}/{_padded('version', version)}-{nonce}.{end}"
 
     def gradient(self, batch: BatchId) -> str:
-        """A batch that waits."""
+        """A pending batch."""
         return f"{self.gradients}/{_batch(batch)}"
 
     def forward(self, version: int, client_id: str, incarnation: int, call: int) -> str:
         """What a forward ran on."""
-        owner = _own(client_id, incarnation)
-        return f"{self.root}/forward/{_padded('version', version)}/{owner}-{_padded('call', call)}"
+        process = _process(client_id, incarnation)
+        return (
+            f"{self.root}/forward/{_padded('version', version)}/{process}-{_padded('call', call)}"
+        )
 
     def part(self, version: int, batch: BatchId, part: int) -> str:
         """One call's share of a batch."""
-        return f"{self.root}/part/{_padded('version', version)}/{_batch(batch)}-{_padded('part', part, 6)}"
+        folder = f"{self.root}/part/{_padded('version', version)}"
+        return f"{folder}/{_batch(batch)}-{_padded('part', part, 6)}"
 
     def pin(self, batch: BatchId) -> str:
         """The version that a one-trip loss call runs at."""
         return f"{self.root}/pin/{_batch(batch)}"
 
     def parse_gradient(self, key: str) -> BatchId | None:
-        """The batch whose gradient lies at `key`; `None` for anything else."""
+        """The batch whose gradient is at `key`; `None` for anything else."""
         found = _GRADIENT.fullmatch(key.removeprefix(f"{self.root}/"))
         if found is None:
             return None
         try:
             batch = BatchId(found[1], int(found[2]), int(found[3]))
-            return batch if self.gradient(batch) == key else None  # not one that is spelled otherwise
+            return batch if self.gradient(batch) == key else None
         except IdError:
             return None
 
@@ -163,9 +166,9 @@ def _padded(name: str, value: int, width: int = 10) -> str:
     return f"{check_number(name, value):0{width}d}"
 
 
-def _own(client_id: str, incarnation: int) -> str:
+def _process(client_id: str, incarnation: int) -> str:
     return f"{check_client_id(client_id)}/{_padded('incarnation', incarnation, 8)}"
 
 
 def _batch(batch: BatchId) -> str:
-    return f"{_own(batch.client_id, batch.incarnation)}-{_padded('seq', batch.seq)}"
+    return f"{_process(batch.client_id, batch.incarnation)}-{_padded('seq', batch.seq)}"

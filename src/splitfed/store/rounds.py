@@ -1,12 +1,16 @@
 """Rounds, as files: what was planned, what was decided, what came of it.
 
-A coordinator holds nothing. Each round is three records, each created once: the plan (who is sampled, and from which
-versions), the ending (which updates count), the report. Between two of them anybody may be killed and anybody may go
-on: who finds a plan without an ending decides, who finds an ending without a report carries it out. Of several
-coordinators that race, the first to create a record has decided for all.
+A coordinator holds nothing. Each round is three records, each created once: the plan (who is
+sampled, and from which versions), the ending (which updates count), the report. Between two of them
+anybody may be killed and anybody may go on: who finds a plan without an ending decides, who finds
+an ending without a report carries it out. Of several coordinators that race, the first to create a
+record has decided for all.
 
-The trap is between deciding and doing. "Below quorum" and "fold these five" are both right, a moment apart; were the
-commit itself the decision, one coordinator might report the first while another did the second.
+The trap is between deciding and doing. "Below quorum" and "fold these five" are both right, a
+moment apart; were the commit itself the decision, one coordinator might report the first while
+another did the second.
+
+The names of `Plan` and `Ending` and of their fields are the format: the file's name, and its keys.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ from splitfed.protocol.ids import check_client_id, check_number
 from splitfed.protocol.messages import RoundInfo
 from splitfed.protocol.packing import read_json
 from splitfed.store import layout
+from splitfed.store.batchset import Verdict
 from splitfed.store.cache import Bounded
 from splitfed.store.rows import Row
-from splitfed.store.selection import Selection
 
 CACHED = 32
 R = TypeVar("R", "Plan", "Ending")
@@ -42,7 +46,7 @@ class Plan:
     client_version: int
     """The versions that it begins from."""
     min_clients: int
-    """Of how many clients there must be an update, or nothing is averaged."""
+    """With updates of fewer clients nothing is averaged."""
     opened: float
     """When, by the coordinator's clock, in seconds."""
     deadline: float | None
@@ -63,17 +67,17 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ending:
-    """The decision that ends a round; whoever lives carries it out."""
+    """The decision that ends a round; any coordinator can carry it out."""
 
     number: int
     status: str
-    """'complete' (each sampled client was heard from), 'deadline' or 'below_quorum'."""
+    """'complete' (an update of each sampled client came), 'deadline' or 'below_quorum'."""
     time: float
     """When, by the coordinator's clock, in seconds."""
     ended: float
     """When, in seconds since 1970."""
-    body: Selection
-    client: Selection
+    body: Verdict
+    client: Verdict
     """What is folded and what is closed, by lineage."""
     heard: tuple[str, ...]
     """Sampled clients from which an update came, fit or not."""
@@ -82,32 +86,40 @@ class Ending:
     dropped: Mapping[str, str]
     """Why an update of a client doesn't count."""
     samples: Mapping[str, float]
-    """What the updates to fold count, in examples."""
+    """The weight of the updates to fold, in examples, by client."""
+
+    def verdict(self, lineage: str) -> Verdict:
+        """What is folded and what is closed of a lineage."""
+        return self.client if lineage == "client" else self.body
 
 
 class Rounds:
     """The rounds of a store.
 
     Args:
-        blobs: Where they lie.
+        blobs: The storage backend.
     """
 
     def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
         self._newest = 0
-        self._joined: set[str] = set()
         self._plans: Bounded[int, Plan] = Bounded(CACHED)
         self._endings: Bounded[int, Ending] = Bounded(CACHED)
 
     def newest(self) -> int:
-        """The number of the newest round, or 0. Asks the store, and finds by doubling where to look."""
-        start, reach = self._newest, 1
+        """The number of the newest round, or 0. Always asks the store."""
+        start = self._newest  # so far; beyond it, the reach is doubled until no round is there
+        reach = 1
         while self._exists(start + reach):
             reach *= 2
-        low, high = start + reach // 2, start + reach
+        low = start + reach // 2
+        high = start + reach
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._exists(middle) else (low, middle)
+            if self._exists(middle):
+                low = middle
+            else:
+                high = middle
         self._newest = max(self._newest, low)  # other threads look too
         return self._newest
 
@@ -132,7 +144,10 @@ class Rounds:
         return self._find(Ending, self._endings, number)
 
     def before(self, plan: Plan) -> Ending | None:
-        """How the round before was ended; what that closed waits until a commit follows, and counts as no answer."""
+        """How the round before was ended.
+
+        The updates that it closed stay pending until a commit follows, and are no answer to `plan`.
+        """
         return self.ending(plan.number - 1) if plan.number > 1 else None
 
     def report(self, number: int) -> Row | None:
@@ -141,34 +156,32 @@ class Rounds:
         return None if data is None else read_json(data, f"the report of round {number}")
 
     def begin(self, plan: Plan) -> Plan:
-        """Open a round; answer the plan that holds, one's own or another coordinator's."""
+        """Open a round; returns the plan that holds, one's own or another coordinator's."""
         self._create(plan.number, "plan", asdict(plan))
         return self.plan(plan.number)
 
     def end(self, ending: Ending) -> Ending:
-        """Decide a round; answer the decision that holds."""
+        """Decide a round; returns the decision that holds."""
         record = {name: getattr(ending, name) for name in Ending.__dataclass_fields__}
-        record |= {lineage: getattr(ending, lineage).to_json() for lineage in ("body", "client")}
+        for lineage in ("body", "client"):
+            record[lineage] = ending.verdict(lineage).to_json()
         self._create(ending.number, "ending", record)
         return self.ending(ending.number) or ending
 
     def close(self, number: int, report: Mapping[str, Any]) -> Row:
-        """Put a report on record; answer the one that holds."""
+        """Put a report on record; returns the one that holds."""
         self._create(number, "report", report)
         return self.report(number) or dict(report)
 
     def finish(self, number: int) -> None:
-        """Say that nothing is to follow on a round, for the clients that wait; opening another one takes it back."""
+        """Say that no round follows, for the clients that wait; opening another takes it back."""
         self._create(number, "finished", {"after": number})
 
-    def join(self, client_id: str) -> None:
-        """Make a client known, so that it can be sampled."""
-        if client_id not in self._joined:
-            self._blobs.create(layout.joined(client_id), [b"{}"], durable=False)
-            self._joined.add(client_id)
-
     def started_at(self, lineage: str, base: int) -> list[Plan]:
-        """The rounds, newest first, in which a client may have begun from a version; more than one below quorum."""
+        """The rounds in which a client may have begun from a version, newest first.
+
+        There is more than one after a round below quorum: the next begins from the same version.
+        """
         number = self.newest()
         while number > 1 and self.plan(number).version(lineage) > base:
             number -= 1
@@ -190,14 +203,16 @@ class Rounds:
             barrier=plan.barrier,
             arrived=plan.barrier and has_update,
             closed=closed,
-            finished=closed and self._blobs.get(layout.round_file(plan.number, "finished")) is not None,
+            finished=closed
+            and self._blobs.get(layout.round_file(plan.number, "finished")) is not None,
         )
 
     def _exists(self, number: int) -> bool:
         return self._blobs.get(layout.round_file(number, "plan")) is not None
 
     def _create(self, number: int, kind: str, record: Mapping[str, Any]) -> None:
-        self._blobs.create(layout.round_file(number, kind), [json.dumps(record, separators=(",", ":")).encode()])
+        data = json.dumps(record, separators=(",", ":")).encode()
+        self._blobs.create(layout.round_file(number, kind), [data])
 
     def _find(self, cls: type[R], cache: Bounded[int, R], number: int) -> R | None:
         found = cache.get(number)
@@ -208,42 +223,45 @@ class Rounds:
 
 
 def _read(cls: type[R], number: int, data: bytes | memoryview) -> R:
-    what = f"the {cls.__name__.lower()} of round {number}"
-    fields = read_json(data, what)
+    name = f"the {cls.__name__.lower()} of round {number}"
+    fields = read_json(data, name)
     try:
-        found = cls(**{name: _READ[name](value) for name, value in fields.items()})
+        found = cls(**{field: _FIELDS[field](value) for field, value in fields.items()})
     except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{what} isn't one of ours: {error!r}") from error
+        raise FormatError(f"{name} isn't one of ours: {error!r}") from error
     if found.number != number:
-        raise FormatError(f"{what} says that it is round {found.number}")
+        raise FormatError(f"{name} says that it is round {found.number}")
     return found
 
 
-def _ids(value: Any) -> tuple[str, ...]:
-    return tuple(check_client_id(client_id) for client_id in _is(list)(value))
+def _of(*kinds: type) -> Callable[[Any], Any]:
+    """A reader of fields that have one of these types."""
 
-
-def _is(*kinds: type) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
+    def read(value: Any) -> Any:
         if type(value) not in kinds:
-            raise FormatError(f"{value!r:.60} is a {type(value).__name__}: expected {' or '.join(map(str, kinds))}")
+            expected = " or ".join(map(str, kinds))
+            raise FormatError(f"{value!r:.60} is a {type(value).__name__}: expected {expected}")
         return value
 
-    return check
+    return read
+
+
+def _ids(value: Any) -> tuple[str, ...]:
+    return tuple(check_client_id(client_id) for client_id in _of(list)(value))
 
 
 def _number(value: Any) -> int:
     return check_number("number", value)
 
 
-_TIME = _is(int, float)
-_READ: dict[str, Callable[[Any], Any]] = {
+# How each field of a plan or an ending is read from JSON; a field that isn't here is refused.
+_FIELDS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("number", "body_version", "client_version", "min_clients"), _number),
-    **dict.fromkeys(("opened", "started", "time", "ended"), _TIME),
+    **dict.fromkeys(("opened", "started", "time", "ended"), _of(int, float)),
     **dict.fromkeys(("sampled", "heard", "late"), _ids),
-    **dict.fromkeys(("status", "late_policy", "below_quorum"), _is(str)),
-    **dict.fromkeys(("body", "client"), Selection.from_json),
-    **dict.fromkeys(("dropped", "samples"), _is(dict)),
-    "deadline": _is(int, float, type(None)),
-    "barrier": _is(bool),
+    **dict.fromkeys(("status", "late_policy", "below_quorum"), _of(str)),
+    **dict.fromkeys(("body", "client"), Verdict.from_json),
+    **dict.fromkeys(("dropped", "samples"), _of(dict)),
+    "deadline": _of(int, float, type(None)),
+    "barrier": _of(bool),
 }

@@ -1,8 +1,9 @@
 """Rows: what a run tells of itself, as plain dicts that are one line of JSON each.
 
-A row says what it is about by its `kind`: `run` (who takes part, with which settings), `commit` (one version of one
-lineage), `round` (one round's report). A key that its source couldn't know is absent, never invented. A row in memory
-is what a reader of the file would get: keys are strings, and a number that isn't finite is `None`, for JSON has none.
+A row says what it is about by its `kind`: `run` (who takes part, with which settings), `commit`
+(one version of one lineage), `round` (one round's report). A key that its source couldn't know is
+absent, never invented. A row in memory is what a reader of the file would get: keys are strings,
+and a number that isn't finite is `None`, for JSON has none.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ def plain(row: Mapping[str, Any]) -> Row:
         InputError: it has no `kind`, or holds what JSON can't.
     """
     if not isinstance(row, Mapping) or not isinstance(row.get("kind"), str):
-        raise InputError(f"a row of a history is a dict with a 'kind' such as 'round', but this is {str(row)[:80]!r}")
+        raise InputError(
+            "a row of a history is a dict with a 'kind' such as 'round', "
+            f"but this is {str(row)[:80]!r}"
+        )
     try:
         try:
             written = json.dumps(row, allow_nan=False)
@@ -32,7 +36,9 @@ def plain(row: Mapping[str, Any]) -> Row:
             written = json.dumps(_finite(row))
         return dict(json.loads(written))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"a row of kind {row['kind']!r} can't be JSON ({error}): expected plain values") from error
+        raise InputError(
+            f"a row of kind {row['kind']!r} can't be JSON ({error}): expected plain values"
+        ) from error
 
 
 def _finite(value: Any) -> Any:
@@ -65,6 +71,9 @@ def from_lines(data: bytes, name: str) -> list[Row]:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
-            raise FormatError(f"line {number} of {name} isn't a row of a history: expected a JSON object with a 'kind'")
+            raise FormatError(
+                f"line {number} of {name} isn't a row of a history: "
+                "expected a JSON object with a 'kind'"
+            )
         rows.append(row)
     return rows

@@ -1,11 +1,13 @@
-"""What a run looks like from outside: versions, waiting gradients, clients, staleness, bytes, and what is wrong.
+"""The status of a run: versions, pending gradients, clients, staleness, bytes, and what is wrong.
 
-Reading the status writes nothing, so an operator may look at a live store as often as he likes. It takes one listing of
-all keys and a few small reads. The trap is that the store moves meanwhile: what is listed may be gone when it is read,
-and versions may be added in between. So nothing here compares two reads of things that a commit changes, but for what
-can only be wrong: a newest version whose files aren't there, after its record was read again.
+Reading the status writes nothing, so an operator may look at a live store as often as he likes. It
+takes one listing of all keys and a few small reads. The trap is that the store moves meanwhile:
+what is listed may be gone when it is read, and versions may be added in between. So nothing here
+compares two reads of things that a commit changes, but for what can only be wrong: a newest version
+whose files aren't there, after its record was read again.
 
-How old the waiting gradients are stands in their files only, so these are read, up to a budget of bytes.
+How old the pending gradients are stands in their files only, so these are read, up to a budget of
+bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from splitfed.protocol.packing import read_json
 from splitfed.store import layout
 from splitfed.store.batches import Pile
 from splitfed.store.commit import Commit
+from splitfed.store.lineage import Lineage
 from splitfed.store.store import GradientStore
-from splitfed.store.versions import Versions
 
 RECENT = 8
 BUDGET = 64 * 2**20
@@ -52,7 +54,7 @@ class CommitStatus:
 
 @dataclass(frozen=True, slots=True)
 class LineageStatus:
-    """One line of versions and its pile."""
+    """One line of versions and its batches."""
 
     name: str
     version: int
@@ -60,11 +62,11 @@ class LineageStatus:
     oldest: int
     """The oldest version whose weights are kept."""
     waiting: Mapping[str, int]
-    """Batches that wait for a commit, by client."""
+    """Pending batches, by client."""
     staleness: Mapping[int, int]
-    """Waiting batches by the staleness that they have now, as far as they were read."""
+    """Pending batches by the staleness that they have now, as far as they were read."""
     num_unread: int
-    """Waiting batches that were beyond the budget, or unreadable."""
+    """Pending batches that were beyond the budget, or unreadable."""
     closed: Mapping[str, int]
     """Batches that commits have closed (folded, stale, rejected or skipped), by client."""
     commits: tuple[CommitStatus, ...]
@@ -72,7 +74,7 @@ class LineageStatus:
 
     @property
     def num_waiting(self) -> int:
-        """How many batches wait."""
+        """The number of pending batches."""
         return sum(self.waiting.values())
 
 
@@ -96,7 +98,7 @@ class StoreStatus:
     problems: tuple[str, ...]
     """What is wrong, in words; empty in a healthy store."""
     seconds: float
-    """How long it took to find all this out."""
+    """How long reading it took."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON; ages and other numbers become text where they are keys."""
@@ -105,11 +107,11 @@ class StoreStatus:
 
 
 def read_status(store: GradientStore, *, budget: int = BUDGET) -> StoreStatus:
-    """Look at a store; nothing is written.
+    """Read the status of a store; nothing is written.
 
     Args:
         store: Which.
-        budget: How many bytes of waiting gradients may be read to learn their staleness.
+        budget: How many bytes of pending gradients may be read to learn their staleness.
 
     Raises:
         MissingError: there is no run in it.
@@ -120,19 +122,24 @@ def read_status(store: GradientStore, *, budget: int = BUDGET) -> StoreStatus:
     sizes = store.blobs.sizes("")
     header = store.blobs.get(layout.FORMAT)
     if header is None:
-        raise MissingError(f"no run was begun in {_address(store)}: expected {layout.FORMAT} there; is the URL right?")
+        raise MissingError(
+            f"no run was begun in {_address(store)}: expected {layout.FORMAT} there; "
+            "is the URL right?"
+        )
     found = read_json(header, layout.FORMAT)
     if not isinstance(found.get("format"), int) or not isinstance(found.get("numerics"), dict):
-        raise FormatError(f"{layout.FORMAT} of {_address(store)} isn't a format record: {str(found)[:80]}")
+        raise FormatError(
+            f"{layout.FORMAT} of {_address(store)} isn't a format record: {str(found)[:80]}"
+        )
     problems: list[str] = []
     names = _lineages(sizes)
-    lineages = tuple(_read_lineage(store, name, sizes, budget, problems) for name in names)
+    lineages = [_read_lineage(store, name, sizes, budget, problems) for name in names]
     return StoreStatus(
         url=_address(store),
         format=found["format"],
         numerics=class_id(found["numerics"]),
         clients=_clients(sizes),
-        lineages=lineages,
+        lineages=tuple(lineages),
         bytes=_bytes(sizes, names),
         num_objects=len(sizes),
         num_requests=_requests(sizes),
@@ -144,70 +151,99 @@ def read_status(store: GradientStore, *, budget: int = BUDGET) -> StoreStatus:
 def _read_lineage(
     store: GradientStore, name: str, sizes: Mapping[str, int], budget: int, problems: list[str]
 ) -> LineageStatus:
-    versions = store.lineage(name)
-    piled = [batch for key in sizes if (batch := versions.keys.parse_gradient(key)) is not None]
+    lineage = store.lineage(name)
+    piled = [batch for batch in map(lineage.keys.parse_gradient, sizes) if batch is not None]
+    unread = LineageStatus(name, -1, 0, _by_client(piled), {}, len(piled), {}, ())
     try:
-        head = versions.head()
-        commits = tuple(_commit(versions.commit(version)) for version in range(head, max(-1, head - RECENT), -1))
+        head = lineage.head()
+        recent = range(head, max(-1, head - RECENT), -1)
+        commits = tuple(_commit(lineage.commit(version)) for version in recent)
     except FormatError as error:
         problems.append(f"a commit record of lineage {name!r} was changed from outside: {error}")
-        return LineageStatus(name, -1, 0, _by_client(piled), {}, len(piled), {}, ())
+        return unread
     if head < 0:
-        problems.append(f"lineage {name!r} has an architecture and no version 0: start a server or accumulator on it")
-        return LineageStatus(name, head, 0, _by_client(piled), {}, len(piled), {}, ())
+        problems.append(
+            f"lineage {name!r} has an architecture and no version 0: "
+            "start a server or accumulator on it"
+        )
+        return unread
     closed: dict[str, int] = {}
     try:
-        counted = versions.counted()
+        counted = lineage.counted()
         closed = _by_client(counted)
         piled = sorted(batch for batch in piled if batch not in counted)
     except (CorruptedError, ExpiredError, FormatError) as error:
         problems.append(f"the applied table of lineage {name!r} can't be used: {error}")
-    kept = {found[0] for key in sizes if "/weights/" in key and (found := versions.keys.parse_versioned(key))}
-    for kind in _gone(versions, head, sizes):
+    kept = _kept_versions(lineage, sizes)
+    for kind in _missing_files(lineage, head, sizes):
         problems.append(
-            f"the {kind} of version {head} of lineage {name!r} are gone: restore them from a copy, or go back to an "
-            f"older version with GradientStore.rollback(); weights are there of {sorted(kept)}"
+            f"the {kind} of version {head} of lineage {name!r} are gone: restore them from a copy, "
+            "or go back to an older version with GradientStore.rollback(); "
+            f"weights are there of {sorted(kept)}"
         )
     ages, num_unread = _ages(store.pile(name), piled, sizes, head, budget)
-    return LineageStatus(name, head, min(kept, default=head), _by_client(piled), ages, num_unread, closed, commits)
+    return LineageStatus(
+        name=name,
+        version=head,
+        oldest=min(kept, default=head),
+        waiting=_by_client(piled),
+        staleness=ages,
+        num_unread=num_unread,
+        closed=closed,
+        commits=commits,
+    )
 
 
-def _gone(versions: Versions, head: int, sizes: Mapping[str, int]) -> list[str]:
-    """Which files of the newest version aren't there; what the listing lacks may have been added since."""
-    record = versions.commit(head)
-    files = {kind: versions.keys.versioned(kind, head, record.nonce) for kind in sorted(record.files)}
+def _kept_versions(lineage: Lineage, sizes: Iterable[str]) -> set[int]:
+    """The versions whose weights are on file."""
+    found = [lineage.keys.parse_versioned(key) for key in sizes if "/weights/" in key]
+    return {file[0] for file in found if file is not None}
+
+
+def _missing_files(lineage: Lineage, head: int, sizes: Mapping[str, int]) -> list[str]:
+    """The kinds of the newest version's files that aren't there."""
+    record = lineage.commit(head)
+    files = {
+        kind: lineage.keys.versioned(kind, head, record.nonce) for kind in sorted(record.files)
+    }
     missing = [kind for kind, key in files.items() if key not in sizes]
-    now = {kind: versions.blobs.sizes(f"{versions.name}/{kind}") for kind in missing}
-    return [kind for kind in missing if files[kind] not in now[kind] and versions.head() == head]
+    # What the first listing lacks may have been added since, so it is listed again; and if the head
+    # has moved, its files may rightly have expired.
+    now = {kind: lineage.blobs.sizes(f"{lineage.name}/{kind}") for kind in missing}
+    return [kind for kind in missing if files[kind] not in now[kind] and lineage.head() == head]
 
 
 def _ages(
     pile: Pile, piled: Iterable[BatchId], sizes: Mapping[str, int], head: int, budget: int
 ) -> tuple[dict[int, int], int]:
-    """Waiting batches by staleness, and how many weren't read."""
-    ages, unread = Counter[int](), 0
+    """Pending batches by staleness, and how many weren't read."""
+    ages = Counter[int]()
+    num_unread = 0
     for batch in piled:
         size = sizes[pile.keys.gradient(batch)]
-        found = None
-        if size <= budget:
-            budget -= size
-            try:
-                found = pile.peek(batch)
-            except FormatError:  # a commit will reject it
-                unread += 1
-                continue
-            if found is None:  # folded meanwhile
-                continue
-        version = found and found["base_version"]
+        if size > budget:
+            num_unread += 1
+            continue
+        budget -= size
+        try:
+            found = pile.peek(batch)
+        except FormatError:  # a commit will reject it
+            num_unread += 1
+            continue
+        if found is None:  # folded meanwhile
+            continue
+        version = found["base_version"]
         if isinstance(version, int):
             ages[max(0, head - version)] += 1
         else:
-            unread += 1
-    return dict(sorted(ages.items())), unread
+            num_unread += 1
+    return dict(sorted(ages.items())), num_unread
 
 
 def _commit(commit: Commit) -> CommitStatus:
-    return CommitStatus(**{name: getattr(commit, name) for name in CommitStatus.__dataclass_fields__})
+    return CommitStatus(
+        **{name: getattr(commit, name) for name in CommitStatus.__dataclass_fields__}
+    )
 
 
 def _lineages(sizes: Iterable[str]) -> list[str]:
@@ -215,26 +251,35 @@ def _lineages(sizes: Iterable[str]) -> list[str]:
 
 
 def _clients(sizes: Iterable[str]) -> dict[str, int]:
+    """The newest incarnation of each client."""
     newest: dict[str, int] = {}
     for key in sizes:
-        if found := _CLIENT.fullmatch(key):
+        found = _CLIENT.fullmatch(key)
+        if found is not None:
             newest[found[1]] = max(int(found[2]), newest.get(found[1], 0))
     return newest
 
 
 def _requests(sizes: Iterable[str]) -> int:
-    posts = [found for key in sizes if (found := layout.parse_post(key))]
-    return len({one for _, one, end in posts if end == "request"} - {one for _, one, end in posts if end == "answer"})
+    """The number of posted requests without an answer."""
+    posts = [post for post in map(layout.parse_post, sizes) if post is not None]
+    asked = {request for _, request, end in posts if end == "request"}
+    answered = {request for _, request, end in posts if end == "answer"}
+    return len(asked - answered)
 
 
 def _bytes(sizes: Mapping[str, int], lineages: Iterable[str]) -> dict[str, int]:
-    """Bytes by kind: the folder within a lineage, else the folder in the store; single files are 'other'."""
+    """Bytes by kind: the folder in a lineage, else in the store; single files are 'other'."""
     found: defaultdict[str, int] = defaultdict(int)
     for key, size in sizes.items():
         folders = key.split("/")[:-1]
         if folders and folders[0] in lineages:
             folders.pop(0)
-        found[folders[0] if folders else "frozen" if "/frozen-" in key else "other"] += size
+        if folders:
+            kind = folders[0]
+        else:
+            kind = "frozen" if "/frozen-" in key else "other"
+        found[kind] += size
     return dict(sorted(found.items()))
 
 

@@ -1,7 +1,8 @@
 """The store: all state of a run, as files that any replica, worker or accumulator reads and writes.
 
-Server and accumulator never meet but here. What it holds and where is in `layout`; how versions are added in
-`lineage`; where the bytes lie in `blobs`. This file is the door.
+Server and accumulator never meet but here. This file is the door: which file lies where is in
+`layout`, how versions are added in `lineage`, how batches are kept in `batches`, which process of a
+client counts in `clients`, and the storage backends are `splitfed.blobs`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from splitfed.blobs.contract import Blobs
 from splitfed.blobs.url import open_blobs
-from splitfed.errors import FormatError, InputError, MissingError, SupersededError, UnsupportedError
+from splitfed.errors import FormatError, InputError, MissingError, UnsupportedError
 from splitfed.model.numerics import class_id, numerics_class
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.packing import read_json
 from splitfed.store import layout
 from splitfed.store.batches import Pile
 from splitfed.store.cache import Bounded
+from splitfed.store.clients import Clients
 from splitfed.store.lineage import Lineage
 from splitfed.store.rounds import Rounds
 
@@ -34,44 +36,50 @@ KEPT_LINEAGES = 32
 
 
 class GradientStore:
-    """Weights by version, waiting gradients, and the record of every commit, at any fsspec URL.
+    """Weights by version, pending gradients, and the record of every commit, at any fsspec URL.
 
     Args:
         url: A local folder (`"runs/demo"`), or any fsspec URL (`file://`, `memory://` ...).
-        sync: How durable an acknowledged batch is. `"power"` survives a power cut (gradients, states and commits are
-            fsynced); `"process"` survives SIGKILL and is faster. Activations are never fsynced: their loss costs one
-            batch a retry.
+        sync: How durable an acknowledged batch is. `"power"` survives a power cut (gradients,
+            states and commits are fsynced); `"process"` survives SIGKILL and is faster. Activations
+            are never fsynced: their loss costs one batch a retry.
         storage_options: Passed to the fsspec filesystem.
 
     Raises:
         InputError: an unknown `sync` or URL.
         StoreCapabilityError: the backend has no atomic create-if-absent.
 
-    Opening one does no I/O; the first use does. It may be shared between threads, and used after a fork.
+    Opening one does no I/O; the first use does. It may be shared between threads, and used after a
+    fork.
     """
 
     def __init__(
-        self, url: str | os.PathLike[str], *, sync: Literal["power", "process"] = "power", **storage_options: Any
+        self,
+        url: str | os.PathLike[str],
+        *,
+        sync: Literal["power", "process"] = "power",
+        **storage_options: Any,
     ) -> None:
         if sync not in ("power", "process"):
             raise InputError(
-                f"sync={sync!r} isn't known: expected 'power' (fsync) or 'process' (survives SIGKILL only)"
+                f"sync={sync!r} isn't known: expected 'power' (fsync) "
+                "or 'process' (survives SIGKILL only)"
             )
         self.url = os.fspath(url)
         self.sync = sync
         self.storage_options: Mapping[str, Any] = MappingProxyType(dict(storage_options))
-        """What the fsspec filesystem is told; it may hold secrets."""
+        """What the fsspec filesystem is given; it may hold secrets."""
         self.blobs: Blobs = open_blobs(self.url, fsync=sync == "power", **storage_options)
         self._lineages: Bounded[str, tuple[Lineage, Pile]] = Bounded(KEPT_LINEAGES)
+        self._registry: Clients | None = None
         self._rounds: Rounds | None = None
         self._lock = threading.Lock()
         self._format: dict[str, Any] | None = None
-        self._opened: set[tuple[str, int]] = set()
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
-            "a GradientStore, or a server or accumulator on it, can't be pickled or deep-copied: open the store again "
-            f"where it is needed, GradientStore({self._shown!r})"
+            "a GradientStore, or a server or accumulator on it, can't be pickled or deep-copied: "
+            f"open the store again where it is needed, GradientStore({self._shown!r})"
         )
 
     def __repr__(self) -> str:
@@ -91,11 +99,13 @@ class GradientStore:
         head = self.lineage(lineage).head()
         if head < 0:
             self.lineage(lineage).fingerprint()
-            raise MissingError(f"lineage {lineage!r} is being begun and has no version yet: try again")
+            raise MissingError(
+                f"lineage {lineage!r} is being begun and has no version yet: try again"
+            )
         return head
 
     def load_weights(self, version: int | None = None, lineage: str = "body") -> dict[str, Tensor]:
-        """The weights of a version, with the keys of the module's `state_dict()`, tied names included.
+        """The weights of a version, with the keys of the module's `state_dict()`.
 
         Args:
             version: Which; the newest if it isn't given.
@@ -106,12 +116,15 @@ class GradientStore:
             ExpiredError: it has left the retention window.
             CorruptedError: the file was changed from outside.
         """
-        return self.lineage(lineage).weights(self.latest_version(lineage) if version is None else version)
+        chosen = self.latest_version(lineage) if version is None else version
+        return self.lineage(lineage).weights(chosen)
 
     def waiting(self, lineage: str = "body") -> list[BatchId]:
-        """The batches that wait for a commit, in canonical order."""
-        versions, pile = self.lineage(lineage), self.pile(lineage)
-        found = pile.waiting()
+        """The batches that are pending: on file and in no commit yet, in canonical order."""
+        versions = self.lineage(lineage)
+        # The files are listed first: a batch that is folded in between is then in the table, and
+        # the other way round it would be found on file and not counted.
+        found = self.pile(lineage).waiting()
         applied = versions.counted() if versions.head() >= 0 else ()
         return [batch for batch in found if batch not in applied]
 
@@ -132,7 +145,7 @@ class GradientStore:
         return self._open(name)[0]
 
     def pile(self, lineage: str = "body") -> Pile:
-        """The batches of a lineage that are under way or wait."""
+        """The files of a lineage's batches."""
         return self._open(lineage)[1]
 
     def rounds(self) -> Rounds:
@@ -142,7 +155,7 @@ class GradientStore:
         return self._rounds
 
     def begin(self, device: torch.device) -> str:
-        """Open the store for computing: check its format, and this process's numerics class against version 0's.
+        """Open the store for computing: check its format, and this process's numerics class.
 
         Returns:
             The short name of this process's class, which its batches carry.
@@ -152,27 +165,36 @@ class GradientStore:
         """
         own = numerics_class(device)
         if self._format is None:
-            if self.blobs.get(layout.FORMAT) is None:
-                self.blobs.probe()
-                header = {"format": FORMAT_VERSION, "numerics": own}
-                self.blobs.create(layout.FORMAT, [json.dumps(header, indent=1).encode()])
-            found = read_json(self.blobs.get(layout.FORMAT), layout.FORMAT)
-            if found.get("format") != FORMAT_VERSION or not isinstance(found.get("numerics"), dict):
-                raise FormatError(
-                    f"{self._shown} has format {found.get('format')!r}, expected {FORMAT_VERSION}: use the splitfed "
-                    "that wrote it"
-                )
-            self._format = found
+            self._format = self._read_format(own)
         expected = self._format["numerics"]
         if own != expected:
-            differing = {k: (expected.get(k), own.get(k)) for k in {*own, *expected} if own.get(k) != expected.get(k)}
+            names = {*own, *expected}
+            differing = {
+                name: (expected.get(name), own.get(name))
+                for name in names
+                if own.get(name) != expected.get(name)
+            }
             warnings.warn(
-                f"this process computes in another numerics class than version 0 of {self._shown} did: {differing} "
-                "(theirs, "
-                "ours). Its batches are exact up to rounding, and counted; bits may differ",
+                "this process computes in another numerics class "
+                f"than version 0 of {self._shown} did: {differing} (theirs, ours). "
+                "Its batches are exact up to rounding, and counted; bits may differ",
                 stacklevel=3,
             )
         return class_id(own)
+
+    def _read_format(self, numerics: dict[str, Any]) -> dict[str, Any]:
+        """The store's format record; if there is none, it is begun with this numerics class."""
+        if self.blobs.get(layout.FORMAT) is None:
+            self.blobs.probe()
+            header = {"format": FORMAT_VERSION, "numerics": numerics}
+            self.blobs.create(layout.FORMAT, [json.dumps(header, indent=1).encode()])
+        found = read_json(self.blobs.get(layout.FORMAT), layout.FORMAT)
+        if found.get("format") != FORMAT_VERSION or not isinstance(found.get("numerics"), dict):
+            raise FormatError(
+                f"{self._shown} has format {found.get('format')!r}, expected {FORMAT_VERSION}: "
+                "use the splitfed that wrote it"
+            )
+        return found
 
     def numerics(self) -> str:
         """The short name of version 0's numerics class."""
@@ -180,35 +202,27 @@ class GradientStore:
 
     def clients(self) -> list[str]:
         """The ids of all clients that ever pulled or trained, sorted."""
-        found = {layout.parse_client(key) for key in self.blobs.list(layout.CLIENTS)}
-        return sorted(client_id for client_id in found if client_id is not None)
+        return self._clients().ids()
+
+    def join_client(self, client_id: str) -> None:
+        """Make a client known, so that it can be sampled."""
+        self._clients().join(client_id)
 
     def open_client(self, client_id: str, process: str | None = None) -> int:
-        """The incarnation of a client's process: its own if it has one, else a new one, and those before can't count.
+        """The incarnation of a client's process: its own if it has one, else a new one.
+
+        From then on the client's processes of before can't count any more.
 
         Args:
             client_id: The client.
-            process: What the process calls itself; a random string, so that a repeated request opens nothing new.
+            process: What the process calls itself; a random string, so that a repeated request
+                opens nothing new.
 
         Raises:
             CorruptedError: the run was deleted or begun anew while this store was open.
         """
         self.lineage().checked_head()
-        mine = json.dumps({"process": process or os.urandom(16).hex()}).encode()
-        names = [key.rpartition("/")[2] for key in self.blobs.list(layout.client(client_id))]
-        taken = [int(name) for name in names if name.isdecimal() and name.isascii()]
-        for incarnation in sorted(taken, reverse=True):
-            if self._process(client_id, incarnation) == mine:
-                return incarnation
-        incarnation = max(taken, default=0) + 1
-        while not self.blobs.create(layout.client(client_id, incarnation), [mine]):
-            if self._process(client_id, incarnation) == mine:
-                return incarnation
-            incarnation += 1
-        return incarnation
-
-    def _process(self, client_id: str, incarnation: int) -> bytes:
-        return bytes(self.blobs.get(layout.client(client_id, incarnation)) or b"")
+        return self._clients().open(client_id, process)
 
     def check_client(self, client_id: str, incarnation: int) -> None:
         """Refuse a process that isn't its client's newest.
@@ -216,18 +230,12 @@ class GradientStore:
         Raises:
             SupersededError: it isn't, or was never opened.
         """
-        if self.blobs.get(layout.client(client_id, incarnation + 1)) is not None:
-            raise SupersededError(
-                f"client {client_id!r} has begun a newer process than its number {incarnation}: only the newest "
-                "may count. "
-                "Is a second SplitClient using the same client_id?"
-            )
-        if (client_id, incarnation) not in self._opened:
-            if self.blobs.get(layout.client(client_id, incarnation)) is None:
-                raise SupersededError(
-                    f"client {client_id!r} never opened process {incarnation} in this store: begin anew"
-                )
-            self._opened.add((client_id, incarnation))
+        self._clients().check(client_id, incarnation)
+
+    def _clients(self) -> Clients:
+        if self._registry is None:
+            self._registry = Clients(self.blobs)
+        return self._registry
 
     def _open(self, name: str) -> tuple[Lineage, Pile]:
         with self._lock:
@@ -246,5 +254,6 @@ def check_store(store: object) -> None:
     """
     if not isinstance(store, GradientStore):
         raise InputError(
-            f"store is a {type(store).__name__}: expected a GradientStore, as in GradientStore('runs/demo')"
+            f"store is a {type(store).__name__}: expected a GradientStore, "
+            "as in GradientStore('runs/demo')"
         )

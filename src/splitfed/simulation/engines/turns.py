@@ -46,12 +46,7 @@ class Turns:
         self._clients = clients
         self._timeline = timeline
         self._virtual = virtual
-        mode = assembly.mode
-        self._in_turns = (
-            virtual is not None
-            or mode.gradients
-            or (mode.min_batches is not None and not mode.per_client)
-        )
+        self._in_turns = virtual is not None or assembly.mode.shares_steps
         """Whether another client may come between two batches of one."""
         self._states: dict[str, ClientState] = {}
         self._busy: set[str] = set()

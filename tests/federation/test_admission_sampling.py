@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from splitfed import InputError
-from splitfed.federation.sampling import check_sample_size, sample, sample_size
+from splitfed.federation.admission import check_sample_size, sample, sample_size
 
 IDS = [f"c{number}" for number in range(20)]
 

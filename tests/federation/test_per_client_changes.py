@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import splitfed
-from splitfed.federation.changes import change, since
+from splitfed.federation.per_client import change, since
 from splitfed.protocol.messages import GradientRecord
 
 

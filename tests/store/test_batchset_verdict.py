@@ -1,4 +1,4 @@
-"""A selection tells a commit which ids to take up, and crosses JSON."""
+"""A verdict tells a commit which ids to take up, and crosses JSON."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import pytest
 from harness_store import Point, batch, plant, record, sgd
 
 from splitfed import Accumulator, FormatError, GradientStore
-from splitfed.store.batchset import BatchSet
-from splitfed.store.selection import Selection
+from splitfed.store.batchset import BatchSet, Verdict
 
-CHOSEN = Selection(BatchSet([batch(0), batch(2)]), BatchSet([batch(3)]), BatchSet([batch(4)]))
+CHOSEN = Verdict(BatchSet([batch(0), batch(2)]), BatchSet([batch(3)]), BatchSet([batch(4)]))
 
 
-def test_a_commit_takes_up_what_was_selected_and_leaves_the_rest_waiting(store_url: str) -> None:
+def test_a_commit_takes_up_what_was_judged_and_leaves_the_rest_waiting(store_url: str) -> None:
     """Two are folded, one is closed as stale, one as refused; the fifth waits for another commit."""
     store = GradientStore(store_url, sync="process")
     accumulator = Accumulator(Point(), store, sgd())
@@ -27,16 +26,16 @@ def test_a_commit_takes_up_what_was_selected_and_leaves_the_rest_waiting(store_u
     assert accumulator.step() is not None
 
 
-def test_a_selection_crosses_json() -> None:
+def test_a_verdict_crosses_json() -> None:
     """What comes back chooses the same."""
-    again = Selection.from_json(CHOSEN.to_json())
+    again = Verdict.from_json(CHOSEN.to_json())
     assert again.to_json() == CHOSEN.to_json()
     assert [batch(seq) in again for seq in range(5)] == [True, False, True, True, True]
     assert [again.closes(batch(seq)) for seq in range(5)] == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize("data", [None, {}, {"fold": {}}, {"fold": 1, "stale": {}, "rejected": {}}, []])
-def test_what_is_no_selection_is_refused(data: object) -> None:
+def test_what_is_no_verdict_is_refused(data: object) -> None:
     """Our own error, whatever it is."""
     with pytest.raises(FormatError):
-        Selection.from_json(data)
+        Verdict.from_json(data)
