@@ -87,7 +87,7 @@ def unflatten(spec: Spec, tensors: list[Tensor]) -> Any:
         raise FormatError(f"a tree's spec is malformed: {error}") from error
 
 
-def _flatten(
+def _flatten(  # noqa: C901 -- one frame a level of the tree, see below
     value: Any, tensors: list[Tensor], indices: dict[int, int], where: _Path, depth: int
 ) -> Spec:
     """The spec of a value; its tensors are appended, `indices` has the place of each by its id."""
