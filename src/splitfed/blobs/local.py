@@ -226,6 +226,8 @@ class LocalBlobs:
                         key = f"{directory}/{entry.name}" if directory else entry.name
                         if not is_name(entry.name) or len(key) > MAX_KEY:
                             continue
+                        # A symbolic link may lead out of the store: it is no key, and a
+                        # delete_tree must not follow it.
                         if entry.is_dir(follow_symlinks=False):
                             waiting.append(key)
                         elif entry.is_file(follow_symlinks=False):
