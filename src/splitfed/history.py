@@ -195,7 +195,9 @@ class _InFile:
     def write(self, rows: list[Row]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if not self._mended and self._path.exists():
-            os.truncate(self._path, len(self._whole()))
+            size, whole = self._path.stat().st_size, len(self._whole())  # in this order: others may append meanwhile
+            if whole < size:
+                os.truncate(self._path, whole)
         self._mended = True
         with self._path.open("ab") as file:
             file.write(to_lines(rows))

@@ -19,10 +19,15 @@ import re
 import secrets
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from splitfed.errors import AccessError, InputError, TokenError
 from splitfed.ids import check_client_id
+
+if sys.platform != "win32":
+    import fcntl
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _HEAD = "# splitfed tokens: a client's id and the SHA-256 of its token, a line each\n"
@@ -110,15 +115,16 @@ def new_token(path: Path, client_id: str) -> str:
     try:
         if path.exists():
             _read(path)
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            head = _HEAD
-            if os.fstat(descriptor).st_size:
-                os.lseek(descriptor, -1, os.SEEK_END)
-                head = "" if os.read(descriptor, 1) == b"\n" else "\n"  # an editor may have left the last line open
-            os.write(descriptor, (head + line).encode())  # one write: two commands at once add two whole lines
-        finally:
-            os.close(descriptor)
+        with _alone(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                head = _HEAD
+                if os.fstat(descriptor).st_size:
+                    os.lseek(descriptor, -1, os.SEEK_END)
+                    head = "" if os.read(descriptor, 1) == b"\n" else "\n"  # an editor may have left that line open
+                os.write(descriptor, (head + line).encode())  # one write: two commands at once add two whole lines
+            finally:
+                os.close(descriptor)
     except OSError as error:
         raise InputError(f"the token file {path} can't be written: {error.strerror}") from error
     return token
@@ -134,11 +140,33 @@ def revoke(path: Path, client_id: str) -> int:
         InputError: the file can't be read or written, or the new one can't have the owner of the old one.
     """
     _read(path)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.startswith("#") or line.strip().partition(" ")[0] != client_id]
-    if len(kept) < len(lines):
-        _replace(path, "".join(f"{line}\n" for line in kept))
+    with _alone(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.startswith("#") or line.strip().partition(" ")[0] != client_id]
+        if len(kept) < len(lines):
+            _replace(path, "".join(f"{line}\n" for line in kept))
     return len(lines) - len(kept)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one command at a time change a token file; nobody waits on Windows, which has no such locks.
+
+    Without it, of two that revoke at once each would keep the other's line, and what is added meanwhile would be lost.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    while True:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o600)
+        try:
+            with suppress(OSError):  # not every file system has it
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):  # else it was replaced while we waited
+                yield
+                return
+        finally:
+            os.close(descriptor)
 
 
 def _replace(path: Path, text: str) -> None:
