@@ -29,7 +29,8 @@ from splitfed.blobs import Blobs, BlobsSuite, open_blobs
 class SqliteFileSystem(fsspec.AbstractFileSystem):
     """Objects in the one table of a database file: `sqlite://any/name`, with `database` as a storage option.
 
-    splitfed opens an instance for each thread and process, so a connection is never shared.
+    splitfed opens one for each thread and process, so no connection is shared. They wait for each
+    other's locks, but not in a switch to WAL mode: two at once, and one finds the database locked.
     """
 
     protocol = "sqlite"
@@ -38,7 +39,6 @@ class SqliteFileSystem(fsspec.AbstractFileSystem):
         super().__init__(**options)
         self._connection = sqlite3.connect(database, timeout=60.0, isolation_level=None, check_same_thread=False)
         weakref.finalize(self, self._connection.close)
-        self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("CREATE TABLE IF NOT EXISTS objects (path TEXT PRIMARY KEY, body BLOB) WITHOUT ROWID")
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:

@@ -48,7 +48,7 @@ class Asking(MemoryBlobs):
         absent = self.get(key) is None
         if threading.current_thread() is not threading.main_thread():
             with suppress(threading.BrokenBarrierError):
-                self.together.wait(1)
+                self.together.wait(60)
         if absent:
             self.put(key, parts)
         return absent
@@ -124,11 +124,24 @@ class Undeleting(MemoryBlobs):
 class Torn(MemoryBlobs):
     """Writes an object in two steps."""
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.half: Buffer = b""
+        self.half_read = threading.Event()
+
+    def get(self, key: str) -> memoryview | None:
+        """Says when somebody came between the steps."""
+        found = super().get(key)
+        if found is not None and found == self.half:
+            self.half_read.set()
+        return found
+
     def put(self, key: str, parts: Sequence[Buffer], *, durable: bool = False) -> None:
-        """A reader may come in between."""
+        """A reader comes in between."""
         if len(parts) == 2 and threading.current_thread() is not threading.main_thread():
+            self.half = parts[0]
             super().put(key, parts[:1])
-            threading.Event().wait(0.02)
+            assert self.half_read.wait(60)
         super().put(key, parts)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
+import sqlite3
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 from servers import unmeasured
 
 from splitfed import GradientStore
+from splitfed.blobs import open_blobs
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parents[1] / "examples"
@@ -82,6 +85,18 @@ def conformance() -> type:
 
 
 TestSqlite = conformance()
+
+
+def test_the_backend_waits_for_whoever_writes_to_a_new_file(tmp_path: Path) -> None:
+    """Another connection is at it first: the file is opened when that one is done, not found locked."""
+    database = str(tmp_path / "run.db")
+    blobs = open_blobs("sqlite://tests/run", database=database)
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("BEGIN IMMEDIATE")
+        created = pool.submit(blobs.create, "a/1", [b"1"])
+        assert not wait([created], timeout=0.3).done
+        other.execute("COMMIT")
+        assert created.result(60)
 
 
 def test_quickstart(printed: str, folder: Path) -> None:

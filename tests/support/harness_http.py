@@ -56,11 +56,11 @@ class Service:
         self._pool.clear()
 
 
-def listener() -> socket.socket:
-    """A socket that listens at a free port; named TCP, since asyncio turns Nagle's algorithm off only then."""
+def listener(port: int = 0) -> socket.socket:
+    """A socket that listens, at a free port by default; named TCP, or asyncio doesn't turn Nagle's algorithm off."""
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind(("127.0.0.1", 0))
+    bound.bind(("127.0.0.1", port))
     bound.listen(128)
     return bound
 
@@ -99,14 +99,14 @@ def read_all(stream: socket.socket) -> bytes:
 
 
 @contextmanager
-def scripted(*answers: bytes | None) -> Iterator[tuple[str, list[bytes]]]:
+def scripted(*answers: bytes | None, port: int = 0) -> Iterator[tuple[str, list[bytes]]]:
     """A server that reads a request per connection and answers these bytes in turn; `None` closes without an answer.
 
     Yields:
         Its URL, and the requests that it has read.
     """
     seen: list[bytes] = []
-    with listener() as bound:
+    with listener(port) as bound:
         thread = threading.Thread(target=_play, args=(bound, answers, seen))
         thread.start()
         try:

@@ -6,6 +6,7 @@ that drops the condition, as some emulators and proxies do; `azurite` is Azure's
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
@@ -49,6 +50,10 @@ make_server("127.0.0.1", int(sys.argv[1]), door, threaded=True).serve_forever()
 """
 
 
+_KEPT = ExitStack()
+atexit.register(_KEPT.close)
+
+
 @dataclass(frozen=True)
 class Place:
     """An object store under test."""
@@ -71,15 +76,21 @@ class Place:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Ports that nobody listens on.
+
+    Linux gives them to nobody else while this process lives: a socket that is bound and doesn't listen keeps the port
+    from all but who asks for it by its number, as the server does that it is meant for. Else a port would be anybody's
+    until that server has started, and a connection on its way out may be given it.
+    """
     with ExitStack() as stack:
-        found: list[int] = []
-        while len(found) < count:
-            candidate = socket.socket()
-            stack.callback(candidate.close)
-            candidate.bind(("127.0.0.1", 0))
-            found.append(candidate.getsockname()[1])
-    return found
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            if sys.platform == "linux":
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            each.bind(("127.0.0.1", 0))
+        if sys.platform == "linux":
+            _KEPT.enter_context(stack.pop_all())
+        return [each.getsockname()[1] for each in sockets]
 
 
 def unmeasured() -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 
 from splitfed.blobs.contract import Buffer
 from splitfed.errors import FormatError, InputError, MissingError
+from splitfed.store.rows import to_lines
 from splitfed.store.store import GradientStore
 from splitfed.tracking.history import History
 
@@ -139,6 +140,24 @@ def test_a_torn_line_is_no_row(tmp_path: Path) -> None:
     with History(path) as history:
         history.append(a_round(3))
     assert History.load(path).rows == [*ROWS, a_round(3)]
+
+
+def test_a_row_that_another_process_appends_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes just after the file was looked through for a torn line, and is none."""
+    path = tmp_path / "h.jsonl"
+    filled(path)
+    look = Path.read_bytes
+
+    def look_before_it_comes(looked_at: Path) -> bytes:
+        found = look(looked_at)
+        with path.open("ab") as file:
+            file.write(to_lines([a_round(7)]))
+        return found
+
+    with monkeypatch.context() as patch, History(path) as history:
+        patch.setattr(Path, "read_bytes", look_before_it_comes)
+        history.append(a_round(3))
+    assert History.load(path).rows == [*ROWS, a_round(7), a_round(7), a_round(3)]
 
 
 def test_a_file_that_isnt_a_history_stays_as_it_is(tmp_path: Path) -> None:

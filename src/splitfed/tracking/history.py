@@ -219,7 +219,11 @@ class _FileJournal:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # Once only: the whole file is read for it, and the lines of this process have their ends.
         if not self._torn_line_cut and self._path.exists():
-            os.truncate(self._path, len(self._whole_lines()))
+            # In this order: another process may append in between, and its lines must stay.
+            size = self._path.stat().st_size
+            whole = len(self._whole_lines())
+            if whole < size:
+                os.truncate(self._path, whole)
         self._torn_line_cut = True
         with self._path.open("ab") as file:
             file.write(to_lines(rows))

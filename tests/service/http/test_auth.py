@@ -6,6 +6,8 @@ import hashlib
 import hmac
 import os
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -183,3 +185,23 @@ def test_a_token_goes_on_a_line_of_its_own(file: Path) -> None:
     tokens = Tokens(file)
     assert [tokens.owner(f"Bearer {token}".encode()) for token in (first, second)] == ["a", "b"]
     assert file.read_text().count("\n") == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files have no such locks there")
+def test_commands_at_once_undo_nothing_of_each_other(file: Path) -> None:
+    """Of eight clients half are revoked and others added, all at the same time: each has happened."""
+    for name in "abcdefgh":
+        new_token(file, name)
+    together = threading.Barrier(8)
+
+    def change(name: str) -> None:
+        together.wait(60)
+        if name in "abcd":
+            revoke(file, name)
+        else:
+            new_token(file, name)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(change, "abcdwxyz"))
+    assert clients(file) == list("efghwxyz")
+    assert [path.name for path in file.parent.iterdir()] == [file.name]

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 from harness import Split, assert_step, sgd
-from harness_http import answer, read_request, running, scripted, serving
+from harness_http import answer, listener, read_request, running, scripted, serving
+from harness_post import Clock
 from harness_requests import ahead, back, body
+from servers import free_ports
 from torch import nn
 
 import splitfed
@@ -31,6 +33,7 @@ from splitfed.errors import (
     TokenError,
     UnreachableError,
 )
+from splitfed.protocol import backoff
 from splitfed.protocol.messages import LossRequest, PullAnswer, PullRequest
 from splitfed.protocol.packing import pack
 from splitfed.service.http.app import make_app
@@ -122,13 +125,13 @@ def test_a_wrong_url_fails_at_once_and_is_named() -> None:
     """Nobody listens there, or nobody has that name: no second try."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        free = bound.getsockname()[1]
-    begun = time.monotonic()
-    for url in (f"http://127.0.0.1:{free}", "http://no-such-host.invalid"):
-        with pytest.raises(UnreachableError, match=url) as caught:
-            HttpTransport(url).pull(PullRequest("a"))
-        assert isinstance(caught.value, ConnectionError)
-    assert time.monotonic() - begun < 30
+        silent = bound.getsockname()[1]  # not listened at, and nobody else's while this is bound
+        begun = time.monotonic()
+        for url in (f"http://127.0.0.1:{silent}", "http://no-such-host.invalid"):
+            with pytest.raises(UnreachableError, match=url) as caught:
+                HttpTransport(url).pull(PullRequest("a"))
+            assert isinstance(caught.value, ConnectionError)
+        assert time.monotonic() - begun < 30
 
 
 @pytest.mark.parametrize(
@@ -176,8 +179,9 @@ def test_what_may_pass_is_tried_again_with_the_same_bytes(failures: list[bytes |
     assert len(set(seen)) == 1
 
 
-def test_patience_ends_with_the_last_error() -> None:
-    """As the class that the server gave, or the URL that doesn't answer."""
+def test_patience_ends_with_the_last_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the class that the server gave, or the URL that doesn't answer; only pauses take time here."""
+    monkeypatch.setattr(backoff, "time", Clock())
     with scripted(*[BUSY] * 100) as (url, seen), pytest.raises(BusyError, match="much to do"):
         HttpTransport(url, patience=0.3).pull(PullRequest("a"))
     assert len(seen) > 1
@@ -198,17 +202,14 @@ def test_retry_after_is_waited_for_but_not_for_ever(monkeypatch: pytest.MonkeyPa
 
 def test_a_server_that_was_met_once_may_be_away_for_a_while() -> None:
     """A connection that is refused later is a restart, not a wrong URL."""
-    with scripted(answer(200, PULLED)) as (url, _):
+    (port,) = free_ports(1)
+    with scripted(answer(200, PULLED), port=port) as (url, _):
         transport = HttpTransport(url, patience=30.0)
         transport.pull(PullRequest("a"))
-    host, port = url.removeprefix("http://").split(":")
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.append(transport.pull(PullRequest("a")).version))
     thread.start()
-    with socket.socket() as back_again:
-        back_again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        back_again.bind((host, int(port)))
-        back_again.listen()
+    with listener(port) as back_again:
         stream, _ = back_again.accept()
         with stream:
             read_request(stream)

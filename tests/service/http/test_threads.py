@@ -146,14 +146,15 @@ def test_nothing_of_a_job_is_kept_alive_after_it(fails: bool) -> None:
 def test_python_ends_and_waits_only_for_work_that_was_left_on_purpose(close: str) -> None:
     """Forgotten threads that have nothing to do don't hold it up."""
     code = f"""
-import asyncio, time
+import asyncio, threading, time
 from splitfed.service.http.threads import Threads
 async def main():
     threads = Threads(2, "splitfed")
     await threads.run(int)
     if {bool(close)}:
-        job = asyncio.ensure_future(threads.run(lambda: (time.sleep(0.5), print("done"))))
-        await asyncio.sleep(0.1)
+        begun = threading.Event()
+        job = asyncio.ensure_future(threads.run(lambda: (begun.set(), time.sleep(0.5), print("done"))))
+        await asyncio.to_thread(begun.wait, 60)
     {close or "pass"}
 asyncio.run(main())
 """

@@ -23,10 +23,15 @@ import re
 import secrets
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from splitfed.errors import AccessError, InputError, TokenError
 from splitfed.protocol.ids import check_client_id
+
+if sys.platform != "win32":
+    import fcntl
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _HEAD = "# splitfed tokens: a client's id and the SHA-256 of its token, a line each\n"
@@ -126,12 +131,13 @@ def new_token(path: Path, client_id: str) -> str:
     try:
         if path.exists():
             _read(path)
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            # One write: two commands at the same time append two whole lines.
-            os.write(descriptor, (_beginning(descriptor) + line).encode())
-        finally:
-            os.close(descriptor)
+        with _locked(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                # One write: two commands at the same time append two whole lines.
+                os.write(descriptor, (_beginning(descriptor) + line).encode())
+            finally:
+                os.close(descriptor)
     except OSError as error:
         raise InputError(f"the token file {path} can't be written: {error.strerror}") from error
     return token
@@ -158,10 +164,11 @@ def revoke(path: Path, client_id: str) -> int:
             old one.
     """
     _read(path)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.startswith("#") or _client_of(line) != client_id]
-    if len(kept) < len(lines):
-        _replace(path, "".join(f"{line}\n" for line in kept))
+    with _locked(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.startswith("#") or _client_of(line) != client_id]
+        if len(kept) < len(lines):
+            _replace(path, "".join(f"{line}\n" for line in kept))
     return len(lines) - len(kept)
 
 
@@ -176,6 +183,29 @@ def clients(path: Path) -> list[str]:
 
 def _client_of(line: str) -> str:
     return line.strip().partition(" ")[0]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one command at a time change a token file; Windows has no such locks.
+
+    Without it, of two commands that revoke at once each would keep the other's line, and what is
+    added meanwhile would be lost.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    while True:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o600)
+        try:
+            with suppress(OSError):  # not every file system has locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Another command may have replaced the file meanwhile: this lock is on the old one.
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                yield
+                return
+        finally:
+            os.close(descriptor)
 
 
 def _replace(path: Path, text: str) -> None:
