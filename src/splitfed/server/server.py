@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from splitfed.errors import AlreadyAppliedError, ExpiredError, InputError, SplitFedError
 from splitfed.model import execution
 from splitfed.model.boundary import fresh
+from splitfed.model.execution import Run
 from splitfed.model.skeleton import Template, device_of
 from splitfed.protocol import pytree
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
@@ -146,8 +147,10 @@ class SplitServer:
             check_number("incarnation", request.incarnation),
             check_number("seq", request.seq),
         )
-        for name in ("part", "version") if request.call is None else ("part", "version", "call"):
-            check_number(name, getattr(request, name))
+        check_number("part", request.part)
+        check_number("version", request.version)
+        if request.call is not None:
+            check_number("call", request.call)
         self.store.check_client(batch.client_id, batch.incarnation)
         line = self._lines.of(batch.client_id)
         _tidy(line, batch.client_id, batch.incarnation, request.housekeeping)
@@ -161,17 +164,18 @@ class SplitServer:
         key = (request.version, batch.client_id, batch.incarnation, request.call)
         record = line.runner.record(key)
         if record is None:
+            # Only now: a repeated backward whose record is still there is answered once more.
             raise _lost(line, batch, request)
         _check_gradients(record, request.grad_outputs)
         done = line.runner.take(key, record)
         grad_inputs, gradients = execution.backward(done, request.grad_outputs)
         if not record.training:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
+        # Acknowledged only once it is on file: whatever dies after this answer, the batch counts.
         share = line.runner.share(done, gradients, request.digest())
         if request.seal is not None:
-            return BackwardAnswer(
-                tuple(grad_inputs), line.sealer.seal(batch, request.part, request.seal, share)
-            )
+            status = line.sealer.seal(batch, request.part, request.seal, share)
+            return BackwardAnswer(tuple(grad_inputs), status)
         line.pile.put_part(request.version, batch, request.part, replace(share, kind="part"))
         return BackwardAnswer(tuple(grad_inputs), "part")
 
@@ -186,7 +190,8 @@ class SplitServer:
             raise InputError(
                 "this server computes no loss: give it one, SplitServer(body, store, loss_fn=...)"
             )
-        ahead, incarnation = request.forward, request.forward.incarnation
+        ahead = request.forward
+        incarnation = ahead.incarnation
         counts = ahead.grad and ahead.training
         line = self._lines.of(check_client_id(ahead.client_id), ahead.process)
         if counts and incarnation is None:
@@ -196,21 +201,14 @@ class SplitServer:
         batch = BatchId(ahead.client_id, incarnation or 0, request.seq)
         if counts:
             self.store.check_client(batch.client_id, batch.incarnation)
+            # There is no forward record that a retry would find: it runs at the version of the
+            # first try, whatever has been committed since, or its digest would be another one.
             version = line.pile.pin(batch, version)
         spec, tensors = pytree.flatten(request.target)
         target = pytree.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
         score = self.loss_fn
         _, done = line.runner.run(ahead, version, finish=lambda outputs: score(outputs, target))
-        if (
-            len(done.tensors) != 1
-            or done.tensors[0].numel() != 1
-            or done.outputs is not done.tensors[0]
-        ):
-            raise InputError(
-                f"loss_fn returned {type(done.outputs).__name__}: "
-                "expected a tensor with one element"
-            )
-        value = done.tensors[0]
+        value = _scalar(done)
         one = torch.ones_like(value) if value.requires_grad else None
         grad_inputs, gradients = execution.backward(done, [one])
         status = "uncounted"
@@ -242,6 +240,17 @@ def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Hou
         line.sealer.tidy(client_id, incarnation, housekeeping)
 
 
+def _scalar(done: Run) -> Tensor:
+    """The loss that a `loss_fn` returned."""
+    if len(done.tensors) == 1:
+        value = done.tensors[0]
+        if done.outputs is value and value.numel() == 1:
+            return value
+    raise InputError(
+        f"loss_fn returned {type(done.outputs).__name__}: expected a tensor with one element"
+    )
+
+
 def _lost(line: Line, batch: BatchId, request: BackwardRequest) -> SplitFedError:
     if line.sealer.is_known(batch):
         return AlreadyAppliedError(
@@ -261,11 +270,10 @@ def _check_gradients(record: ForwardRecord, grad_outputs: Sequence[Tensor | None
             f"expected a gradient for each of {len(record.outputs)} outputs, "
             f"got {len(grad_outputs)}"
         )
-    for i, (gradient, (shape, dtype, _)) in enumerate(
-        zip(grad_outputs, record.outputs, strict=True)
-    ):
+    for i, gradient in enumerate(grad_outputs):
         if gradient is None:
             continue
+        shape, dtype, _ = record.outputs[i]
         got = (tuple(gradient.shape), str(gradient.dtype).removeprefix("torch."))
         if got != (tuple(shape), dtype):
             raise InputError(
