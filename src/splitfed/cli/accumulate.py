@@ -52,7 +52,9 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
     _add_optimizer(parser.add_argument_group("optimizer"))
     _add_policy(parser.add_argument_group("when to commit, and what counts"))
     parser.add_argument(
-        "--once", action="store_true", help="commit what waits, if it is enough, and exit"
+        "--once",
+        action="store_true",
+        help="commit the pending gradients, if they are enough, and exit",
     )
     parser.add_argument(
         "--poll",

@@ -127,7 +127,7 @@ def add_store(parser: argparse.ArgumentParser, *, writes: bool = True) -> None:
         "--store",
         metavar="URL",
         default=os.environ.get(STORE_VARIABLE),
-        help="where the run lies: a folder, or a URL such as s3://bucket/run "
+        help="the store of the run: a folder, or a URL such as s3://bucket/run "
         f"(default: ${STORE_VARIABLE}); credentials are taken from the environment",
     )
     if not writes:

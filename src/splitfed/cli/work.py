@@ -40,10 +40,10 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
         type=float,
         default=0.5,
         metavar="S",
-        help="seconds between two looks at most, when nothing waits (default: %(default)s)",
+        help="most seconds between two looks while no request is pending (default: %(default)s)",
     )
     parser.add_argument(
-        "--once", action="store_true", help="answer what waits, once through, and exit"
+        "--once", action="store_true", help="answer the pending requests, once, and exit"
     )
     parser.set_defaults(run=run)
 

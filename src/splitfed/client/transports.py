@@ -25,7 +25,7 @@ def open_transport(
 
     Any other scheme is a store's.
 
-    Nothing is sent: a URL that leads nowhere is told of by the first request.
+    Nothing is sent: a URL that leads nowhere raises at the first request.
 
     Args:
         url: Such as `https://host:8000` or `s3://bucket/run`.

@@ -296,7 +296,7 @@ class PerClient:
             warnings.warn(
                 f"what client {client_id!r} changed in its body since version {ended.source} "
                 "counts nowhere: it isn't finite, or that version has left the retention window "
-                "(keep_versions). Its line begins anew",
+                "(keep_versions). Its line begins again",
                 stacklevel=3,
             )
         return batch

@@ -242,10 +242,9 @@ def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Hou
 
 def _scalar(done: Run) -> Tensor:
     """The loss that a `loss_fn` returned."""
-    if len(done.tensors) == 1:
-        value = done.tensors[0]
-        if done.outputs is value and value.numel() == 1:
-            return value
+    value = done.tensors[0] if len(done.tensors) == 1 else None
+    if value is not None and value is done.outputs and value.numel() == 1:
+        return value
     raise InputError(
         f"loss_fn returned {type(done.outputs).__name__}: expected a tensor with one element"
     )

@@ -1,4 +1,4 @@
-"""Rounds, as files: what was planned, what was decided, what came of it.
+"""The rounds of a federation as files: plan, decision and report.
 
 A coordinator holds nothing. Each round is three records, each created once: the plan (who is
 sampled, and from which versions), the ending (which updates count), the report. Between two of them

@@ -219,7 +219,7 @@ class GradientStore:
                 opens nothing new.
 
         Raises:
-            CorruptedError: the run was deleted or begun anew while this store was open.
+            CorruptedError: the run was deleted or begun again while this store was open.
         """
         self.lineage().checked_head()
         return self._clients().open(client_id, process)
