@@ -158,7 +158,7 @@ class Simulation(Iterator[Row]):
         if self._config.personal or self._config.local.keep_optimizers:
             warnings.warn(
                 f"{self.store!r} has rounds already, but what clients keep to themselves "
-                "(personal parts, optimizers) isn't in a store: it starts from its initial values in this run",
+                "(personal parts, optimizers) isn't in a store: it begins anew in this run",
                 stacklevel=4,  # the caller of next()
             )
 

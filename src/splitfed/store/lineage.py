@@ -122,7 +122,7 @@ class Lineage:
             if data is None or (known is not None and Commit.from_json(data).nonce != known.nonce):
                 raise CorruptedError(
                     f"version {version} of lineage {self.name!r} isn't there any more, "
-                    "or is another: the run was deleted or begun again "
+                    "or is another: the run was deleted or begun anew "
                     "while a server or accumulator used it, and that one has to be started again"
                 )
         return self.head()
