@@ -296,7 +296,7 @@ class PerClient:
             warnings.warn(
                 f"what client {client_id!r} changed in its body since version {ended.source} "
                 "counts nowhere: it isn't finite, or that version has left the retention window "
-                "(keep_versions). Its line begins anew",
+                "(keep_versions). Its line begins again",
                 stacklevel=3,
             )
         return batch
@@ -372,16 +372,17 @@ def change(
     end: Mapping[str, Tensor],
 ) -> GradientRecord:
     """`record` with start − end of the parameters, and the buffers that changed."""
-    roles = {name: entry.get("role") for name, entry in fingerprint.items()}
-    buffers = [name for name, role in roles.items() if role == "buffer"]
-    changed = [name for name in buffers if not same_bits(start[name], end[name])]
+
+    def names(role: str) -> list[str]:
+        return [name for name, entry in fingerprint.items() if entry.get("role") == role]
+
+    changed = [name for name in names("buffer") if not same_bits(start[name], end[name])]
     update = BufferUpdate(
         values={name: end[name] for name in changed},
         bases={name: start[name] for name in changed},
         num_samples=record.num_samples,
     )
-    trainable = [name for name, role in roles.items() if role == "trainable"]
-    gradients = {name: start[name] - end[name] for name in trainable}
+    gradients = {name: start[name] - end[name] for name in names("trainable")}
     return replace(record, gradients=gradients, buffers=[update])
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from splitfed.errors import AlreadyAppliedError, ExpiredError, InputError, SplitFedError
 from splitfed.model import execution
 from splitfed.model.boundary import fresh
+from splitfed.model.execution import Run
 from splitfed.model.skeleton import Template, device_of
 from splitfed.protocol import pytree
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
@@ -186,7 +187,8 @@ class SplitServer:
             raise InputError(
                 "this server computes no loss: give it one, SplitServer(body, store, loss_fn=...)"
             )
-        ahead, incarnation = request.forward, request.forward.incarnation
+        ahead = request.forward
+        incarnation = ahead.incarnation
         counts = ahead.grad and ahead.training
         line = self._lines.of(check_client_id(ahead.client_id), ahead.process)
         if counts and incarnation is None:
@@ -196,28 +198,20 @@ class SplitServer:
         batch = BatchId(ahead.client_id, incarnation or 0, request.seq)
         if counts:
             self.store.check_client(batch.client_id, batch.incarnation)
+            # A retry runs at the version of the first try: at another one it would answer another
+            # loss, and its digest would be refused.
             version = line.pile.pin(batch, version)
         spec, tensors = pytree.flatten(request.target)
         target = pytree.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
         score = self.loss_fn
         _, done = line.runner.run(ahead, version, finish=lambda outputs: score(outputs, target))
-        if (
-            len(done.tensors) != 1
-            or done.tensors[0].numel() != 1
-            or done.outputs is not done.tensors[0]
-        ):
-            raise InputError(
-                f"loss_fn returned {type(done.outputs).__name__}: "
-                "expected a tensor with one element"
-            )
-        value = done.tensors[0]
+        value = _scalar(done)
         one = torch.ones_like(value) if value.requires_grad else None
         grad_inputs, gradients = execution.backward(done, [one])
         status = "uncounted"
         if counts:
-            share = line.runner.share(
-                done, gradients, request.digest(batch, version), request.num_samples
-            )
+            digest = request.digest(batch, version)
+            share = line.runner.share(done, gradients, digest, request.num_samples)
             status = line.sealer.store(batch, share)
         return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)
 
@@ -233,6 +227,17 @@ class SplitServer:
             SupersededError: the client has a newer process.
         """
         return self._halves.push(request)
+
+
+def _scalar(done: Run) -> Tensor:
+    """The loss of a call that ended with one."""
+    is_tensor = len(done.tensors) == 1 and done.outputs is done.tensors[0]
+    if not is_tensor or done.outputs.numel() != 1:
+        raise InputError(
+            f"loss_fn returned {type(done.outputs).__name__}: expected a tensor with one element"
+        )
+    loss: Tensor = done.outputs
+    return loss
 
 
 def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:

@@ -50,7 +50,9 @@ _TRANSIENT = re.compile(r"(forward|part)/(\d{10,12})/")
 def client(client_id: str, incarnation: int | None = None) -> str:
     """The key of a client's process, or the folder of all of them."""
     folder = f"{CLIENTS}/{check_client_id(client_id)}"
-    return folder if incarnation is None else f"{folder}/{_padded('incarnation', incarnation, 8)}"
+    if incarnation is None:
+        return folder
+    return f"{folder}/{_padded('incarnation', incarnation, 8)}"
 
 
 def joined(client_id: str) -> str:
