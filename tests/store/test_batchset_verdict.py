@@ -6,7 +6,7 @@ import pytest
 from harness_store import Point, batch, plant, record, sgd
 
 from splitfed import Accumulator, FormatError, GradientStore
-from splitfed.store.batchset import BatchSet, Verdict
+from splitfed.store.batchset import BatchSet, Outcome, Verdict
 
 CHOSEN = Verdict(BatchSet([batch(0), batch(2)]), BatchSet([batch(3)]), BatchSet([batch(4)]))
 
@@ -39,3 +39,24 @@ def test_what_is_no_verdict_is_refused(data: object) -> None:
     """Our own error, whatever it is."""
     with pytest.raises(FormatError):
         Verdict.from_json(data)
+
+
+def test_a_verdict_is_made_of_outcomes_and_tells_them() -> None:
+    """Each batch once, by outcome and in canonical order within one; another stays pending."""
+    outcomes = {
+        batch(5): Outcome.FOLDED,
+        batch(1): Outcome.REJECTED,
+        batch(0): Outcome.FOLDED,
+        batch(2): Outcome.SKIPPED,
+        batch(3): Outcome.STALE,
+    }
+    verdict = Verdict.of(outcomes)
+    assert dict(verdict.items()) == outcomes
+    assert list(verdict) == [batch(0), batch(5), batch(3), batch(1), batch(2)]
+    assert [verdict.outcome(batch(seq)) for seq in (4, 0)] == [None, Outcome.FOLDED]
+    assert [verdict.closes(batch(seq)) for seq in range(6)] == [False, True, True, True, False, False]
+
+
+def test_a_client_is_answered_by_outcome() -> None:
+    """What is too old was stored as any other; what was given up counts as refused."""
+    assert [outcome.status for outcome in Outcome] == ["stored", "stored", "rejected", "rejected"]

@@ -291,8 +291,8 @@ class Accumulator:
         """
         for batch in closed:
             self._headers.pop(batch, None)
-        # The table is read again and not taken from the commit: what may be deleted is said by the
-        # head that stands, and by nothing else.
+        # The table is read again and not taken from the commit: a batch may be deleted only if the
+        # head of now has it as counted.
         with contextlib.suppress(StoreError, MissingError):
             counted = self._versions.counted()
             self._pile.drop(batch for batch in closed if batch in counted)

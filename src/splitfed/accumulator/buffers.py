@@ -76,10 +76,7 @@ def merge_buffers(
     """
     _check_updates(head, updates)
     chosen = _choose(module, head, rules or {})
-    # The batch of the only update began at the head: its end is the unsplit model's, bit for bit.
-    is_exact = len(updates) == 1 and all(
-        same_bits(base, head[name]) for name, base in updates[0].bases.items()
-    )
+    is_exact = _is_exact(head, updates)
     merged = {}
     for name, value in head.items():
         rule = chosen[name]
@@ -87,10 +84,20 @@ def merge_buffers(
         if is_exact and rule != "keep" and not callable(rule):
             new = updates[0].values.get(name, value)
         elif any(name in update.values for update in updates):
+            # Most buffers change in no batch: those cost nothing.
             owner = module.get_submodule(name.rpartition(".")[0])
             new = _Merger(owner, name, head, updates).apply(rule)
-        merged[name] = value if same_bits(new, value) else new
+        if same_bits(new, value):
+            new = value
+        merged[name] = new
     return merged
+
+
+def _is_exact(head: Buffers, updates: Sequence[BufferUpdate]) -> bool:
+    """Whether the only update began at the head, so that its end is the unsplit model's."""
+    if len(updates) != 1:
+        return False
+    return all(same_bits(base, head[name]) for name, base in updates[0].bases.items())
 
 
 class _Merger:
@@ -107,8 +114,11 @@ class _Merger:
         self.wide = torch.complex128 if self.head.is_complex() else torch.float64
         prefix, _, self.leaf = name.rpartition(".")
         counter = f"{prefix}.num_batches_tracked".lstrip(".")
-        self.counter = counter if counter in head and head[counter].numel() == 1 else ""
-        self.counted = int(head[counter]) if self.counter else 0
+        self.counter = ""
+        self.counted = 0
+        if counter in head and head[counter].numel() == 1:
+            self.counter = counter
+            self.counted = int(head[counter])
 
     def apply(self, rule: Rule) -> Tensor:
         if callable(rule):
@@ -129,7 +139,9 @@ class _Merger:
 
     def mean(self) -> Tensor:
         mean = self._weighted([(update, 1) for update in self.updates], lambda ends, _: ends)
-        return mean if _inexact(self.head) else mean.round()
+        if not _inexact(self.head):
+            mean = mean.round()
+        return mean
 
     def sum(self) -> Tensor:
         total = self.head.to(self.wide if _inexact(self.head) else torch.int64, copy=True)
@@ -163,7 +175,9 @@ class _Merger:
             result = (1 - momentum) ** total * head + (1 - (1 - momentum) ** total) * mean
         # Rounding in bᵢ is amplified by 1/m in sᵢ: a variance near zero could come out below it,
         # and end in NaN.
-        return result.clamp(min=0) if self.leaf == "running_var" else result
+        if self.leaf == "running_var":
+            result = result.clamp(min=0)
+        return result
 
     def _seen(self, momentum: float | None, ends: Tensor, counts: _Counts) -> Tensor:
         """The statistics sᵢ `(K, *S)` that K batches saw, from their ends bᵢ `(K, *S)`."""
@@ -177,7 +191,9 @@ class _Merger:
 
     def _counted_before(self, update: BufferUpdate) -> float:
         base = update.bases.get(self.counter)
-        return self.counted if base is None else float(base)
+        if base is None:
+            return self.counted
+        return float(base)
 
     def _steps(self, update: BufferUpdate) -> int:
         """How many updates this buffer had in a batch; a change that no counter saw is one."""
@@ -203,9 +219,8 @@ class _Merger:
         """This buffer's 'values' or 'bases' in K updates `(K, *S)`; else the head's value."""
         device = self.head.device
         rows = [getattr(update, which).get(self.name, self.head) for update in updates]
-        return torch.stack([row if row.device == device else row.to(device) for row in rows]).to(
-            dtype
-        )
+        rows = [row if row.device == device else row.to(device) for row in rows]
+        return torch.stack(rows).to(dtype)
 
     def _column(self, numbers: Sequence[float]) -> Tensor:
         """K numbers as `(K, 1, ...)`, to be multiplied with K buffers `(K, *S)`."""

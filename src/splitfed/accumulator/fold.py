@@ -69,23 +69,25 @@ def sort_batches(
             continue
         if age > 0 and kind != "skip":
             older.setdefault(head - age, []).append(batch)
-        outcome = OUTCOMES.get(kind) if isinstance(kind, str) else None
-        if outcome is None or (outcome is Outcome.FOLDED and age < 0):
-            outcomes[batch] = Outcome.REJECTED
-            _warn_rejected(
-                batch, f"its kind is {str(kind)[:40]!r} and its base version {head - age} of {head}"
-            )
-        elif outcome is Outcome.FOLDED:
-            outcomes[batch] = _admitted(batch, age, settings.max_staleness, judged)
-        else:
-            outcomes[batch] = outcome
+        outcome = _outcome(batch, kind, age, settings.max_staleness, judged)
+        if outcome is None:
+            outcome = Outcome.REJECTED
+            shown = str(kind)[:40]
+            reason = f"its kind is {shown!r} and its base version {head - age} of {head}"
+            _warn_rejected(batch, reason)
+        outcomes[batch] = outcome
     return Verdict.of(outcomes), {version: BatchSet(ids) for version, ids in sorted(older.items())}
 
 
-def _admitted(
-    batch: BatchId, age: int, max_staleness: int | None, judged: Verdict | None
-) -> Outcome:
-    """What becomes of a batch that could be folded."""
+def _outcome(
+    batch: BatchId, kind: object, age: int, max_staleness: int | None, judged: Verdict | None
+) -> Outcome | None:
+    """What becomes of a batch by its header; `None` if the header makes no sense."""
+    outcome = OUTCOMES.get(kind) if isinstance(kind, str) else None
+    if outcome is not Outcome.FOLDED:
+        return outcome
+    if age < 0:  # computed at a version that doesn't exist yet
+        return None
     before = None if judged is None else judged.outcome(batch)
     if before is Outcome.REJECTED:
         return before

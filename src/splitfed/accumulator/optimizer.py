@@ -15,8 +15,8 @@ loading alone:
 
 Functions (the lambdas of LambdaLR) never become data; they come from the factory again. An
 optimizer's settings (its rate, its betas) are part of its state, so the captured values win over
-those of a factory that was changed meanwhile. Who restarts with another rate would wait for it in
-vain, and is warned.
+those of a factory that was changed meanwhile. A restart with another rate warns, as the new rate
+has no effect.
 """
 
 from __future__ import annotations
@@ -177,6 +177,7 @@ def build(
                 f"{name} is {type(factory).__name__}: expected a function that makes it, such as "
                 "lambda params: torch.optim.SGD(params, lr=0.1)"
             )
+    # parameters() names a tied parameter once, so that no optimizer steps it twice.
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
         raise InputError(
@@ -223,26 +224,13 @@ def restore(optimizer: Optimizer, scheduler: LRScheduler | None, state: object) 
             such state at all.
     """
     fields: Any = state
-    try:
-        saved = fields["optimizer"]
-        schedule = fields["scheduler"]
-        strides = fields["strides"]
-        found = saved["kind"], saved["shapes"], schedule and schedule["kind"]
-    except (TypeError, KeyError, IndexError, ValueError) as error:
-        raise InputError(
-            "this isn't the state of an optimizer: expected what capture() returned"
-        ) from error
-    expected = _kind(optimizer), _shapes(optimizer), scheduler and _kind(scheduler)
-    names = ("optimizer", "parameter shapes", "scheduler")
-    for name, wanted, got in zip(names, expected, found, strict=True):
-        if wanted != got:
-            raise InputError(
-                f"the captured state has {name} {got}: expected {wanted}; use the factory of before"
-            )
-    copier = _Copier(strides)
+    _check_captured(optimizer, scheduler, fields)
+    copier = _Copier(fields["strides"])
+    # The scheduler first: it changed rates when it was built, and the optimizer's state mends them.
     if scheduler is not None:
-        scheduler.load_state_dict(copier.copy(schedule["state"], "scheduler", functions=False))
-    exact = copier.copy(saved["state"], "optimizer", functions=False)
+        schedule = copier.copy(fields["scheduler"]["state"], "scheduler", functions=False)
+        scheduler.load_state_dict(schedule)
+    exact = copier.copy(fields["optimizer"]["state"], "optimizer", functions=False)
     # A rate may be a tensor on a device of its own: torch keeps a group's entries as they are
     # loaded.
     for group, loaded in zip(optimizer.param_groups, exact["param_groups"], strict=True):
@@ -254,6 +242,25 @@ def restore(optimizer: Optimizer, scheduler: LRScheduler | None, state: object) 
     for key, entries in optimizer.state_dict()["state"].items():
         if isinstance(entries, dict):
             entries.update(_exact(entries, exact["state"][key]))
+
+
+def _check_captured(optimizer: Optimizer, scheduler: LRScheduler | None, state: Any) -> None:
+    try:
+        saved = state["optimizer"]
+        schedule = state["scheduler"]
+        found = saved["kind"], saved["shapes"], schedule and schedule["kind"]
+        state["strides"]  # must be there too
+    except (TypeError, KeyError, IndexError, ValueError) as error:
+        raise InputError(
+            "this isn't the state of an optimizer: expected what capture() returned"
+        ) from error
+    expected = _kind(optimizer), _shapes(optimizer), scheduler and _kind(scheduler)
+    names = ("optimizer", "parameter shapes", "scheduler")
+    for name, wanted, got in zip(names, expected, found, strict=True):
+        if wanted != got:
+            raise InputError(
+                f"the captured state has {name} {got}: expected {wanted}; use the factory of before"
+            )
 
 
 def _check_optimizer(optimizer: object, trainable: list[nn.Parameter]) -> None:
@@ -420,14 +427,15 @@ def _key(key: Any, place: str) -> Any:
 
 def _exact(loaded: Any, saved: Any) -> Any:
     """`saved`, on the devices where torch put `loaded`, as far as both have the same structure."""
-    if isinstance(saved, Tensor) and isinstance(loaded, Tensor):
+    both = (loaded, saved)
+    if _all(both, Tensor):
         return saved.to(loaded.device)
-    if isinstance(saved, dict) and isinstance(loaded, dict):
+    if _all(both, dict):
         return type(saved)({key: _exact(loaded.get(key), value) for key, value in saved.items()})
-    if (
-        isinstance(saved, list | tuple)
-        and isinstance(loaded, list | tuple)
-        and len(saved) == len(loaded)
-    ):
+    if _all(both, (list, tuple)) and len(saved) == len(loaded):
         return type(saved)([_exact(*pair) for pair in zip(loaded, saved, strict=True)])
     return loaded if isinstance(loaded, Tensor) else saved
+
+
+def _all(values: tuple[Any, ...], kind: type | tuple[type, ...]) -> bool:
+    return all(isinstance(value, kind) for value in values)

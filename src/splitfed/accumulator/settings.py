@@ -58,7 +58,7 @@ class CommitSettings:
 
     @property
     def window(self) -> int:
-        """How many versions stay readable: as it was said, else enough for what may be stale."""
+        """How many versions stay readable; by default enough for any batch that may be stale."""
         if self.keep_versions is not None:
             return self.keep_versions
         return max(KEEP_VERSIONS, self._least_window)

@@ -5,8 +5,8 @@ client's ticket is a hash of the three, and the lowest tickets win. So any coord
 same clients, in any version of Python; and a client that joins displaces at most one other from a
 round's sample.
 
-Which round an update belongs to is told by the version that it began from, not by what it says of
-itself: a client that was asleep for three rounds still carries the version of its own. An update
+Which round an update belongs to follows from the version that it began from, not from a field of
+its own: a client that was asleep for three rounds still carries the version of its own. An update
 counts if its client was sampled in a round that began there. It is late if that version isn't the
 current one any more; after a round below quorum it still is, so an update that was kept is as good
 as a new one.
@@ -94,6 +94,8 @@ class Findings:
     """Clients whose update is of an earlier round."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Why something of a client doesn't count; the first reason holds."""
+    bases: set[tuple[str, int]] = field(default_factory=set)
+    """Clients of the updates to fold, and the versions that these began from."""
 
     def close(self, batch: BatchId, outcome: Outcome, reason: str) -> None:
         """Let a batch count nowhere, and say why."""
@@ -119,7 +121,7 @@ class Judge:
         """The sampled clients from which an update of this round has come, fit or not.
 
         An update that the round before closed is no answer to this one, though it is pending until
-        a commit comes: its client was told, and is asked again.
+        a commit comes: its client is asked again.
         """
         found = {
             batch.client_id for batch, base in self._closed() if base >= self._plan.client_version
@@ -186,40 +188,45 @@ class Judge:
 
     def updates(self) -> Findings:
         """The client halves' updates."""
-        plan = self._plan
         found = Findings()
         found.heard = {
-            batch.client_id for batch, base in self._closed() if base >= plan.client_version
+            batch.client_id for batch, base in self._closed() if base >= self._plan.client_version
         }
-        seen: set[tuple[str, int]] = set()
         for batch, header in self._pending("client"):
             before = self._closed_before("client", batch)
-            if before is not None:
+            if before is None:
+                self._add_update(found, batch, header)
+            else:
                 found.outcomes[batch] = before
-                continue
-            base = header.get("base_version")
-            if not isinstance(base, int):
-                found.close(batch, Outcome.REJECTED, "its update is unreadable")
-                continue
-            sampled = self._sampled("client", base)
-            if batch.client_id in sampled and base >= plan.client_version:
-                found.heard.add(batch.client_id)
-            refusal = self._refusal(batch, header, base, sampled, seen)
-            if refusal is not None:
-                found.close(batch, Outcome.REJECTED, refusal)
-                continue
-            is_late = base < plan.client_version
-            if is_late:
-                found.late.add(batch.client_id)
-            if is_late and plan.late_policy == "refuse":
-                found.close(batch, Outcome.STALE, _late(base))
-                continue
-            found.outcomes[batch] = Outcome.FOLDED
-            seen.add((batch.client_id, base))
-            samples = found.samples.get(batch.client_id, 0.0)
-            found.samples[batch.client_id] = samples + float(header["num_samples"])
-        found.heard &= set(plan.sampled)
+        found.heard &= set(self._plan.sampled)
         return found
+
+    def _add_update(self, found: Findings, batch: BatchId, header: dict[str, Any]) -> None:
+        """Judge one update."""
+        client_id = batch.client_id
+        base = header.get("base_version")
+        if not isinstance(base, int):
+            found.close(batch, Outcome.REJECTED, "its update is unreadable")
+            return
+        sampled = self._sampled("client", base)
+        is_late = base < self._plan.client_version
+        # Heard from before it is judged: a client whose update is refused has answered, and the
+        # round needn't wait for it.
+        if client_id in sampled and not is_late:
+            found.heard.add(client_id)
+        refusal = self._refusal(found, batch, header, base, sampled)
+        if refusal is not None:
+            found.close(batch, Outcome.REJECTED, refusal)
+            return
+        if is_late:
+            found.late.add(client_id)
+        if is_late and self._plan.late_policy == "refuse":
+            found.close(batch, Outcome.STALE, _late(base))
+            return
+        found.outcomes[batch] = Outcome.FOLDED
+        found.bases.add((client_id, base))
+        samples = float(header["num_samples"])
+        found.samples[client_id] = found.samples.get(client_id, 0.0) + samples
 
     def batches(self) -> Findings:
         """The body's batches. Whether one is finite is for the commit to see."""
@@ -259,11 +266,11 @@ class Judge:
 
     def _refusal(
         self,
+        found: Findings,
         batch: BatchId,
         header: dict[str, Any],
         base: int,
         sampled: set[str],
-        seen: set[tuple[str, int]],
     ) -> str | None:
         """Why an update is rejected, or `None`."""
         client_id = batch.client_id
@@ -273,7 +280,7 @@ class Judge:
             return "its update isn't finite (NaN or Inf)"
         # Two processes of one client may each have trained on the same round: ids differ, and
         # both would count.
-        if (client_id, base) in seen or self._has_counted(client_id, base):
+        if (client_id, base) in found.bases or self._has_counted(client_id, base):
             return f"a second update of the round of version {base}"
         return None
 
@@ -284,7 +291,7 @@ class Judge:
     def _closed_before(self, lineage: str, batch: BatchId) -> Outcome | None:
         """How the round before closed a batch that no commit has closed since; `None` if it didn't.
 
-        It is judged the same again, and nobody is told once more.
+        It is judged the same again, and isn't reported a second time.
         """
         if self._before is None:
             return None

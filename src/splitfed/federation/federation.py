@@ -295,9 +295,7 @@ class Federation:
         last = at_least("rounds", rounds, 1)
         wait = threading.Event() if stop is None else stop
         positive("poll", poll)
-        newest = self.rounds.newest()
-        is_over = newest and self.rounds.report(newest) is not None
-        done = newest if is_over else max(newest - 1, 0)
+        done = self._num_done()
         while done < last and not wait.is_set():
             if self._open(last) is None or self.poll() is None:
                 wait.wait(poll)
@@ -309,6 +307,13 @@ class Federation:
                 report = self._report_of(done + 1, last)
         if done >= last:
             self.finish()
+
+    def _num_done(self) -> int:
+        """The number of rounds that are over."""
+        newest = self.rounds.newest()
+        if newest and self.rounds.report(newest) is None:
+            return newest - 1
+        return newest
 
     def _report_of(self, number: int, last: int) -> Row | None:
         return self.rounds.report(number) if number <= last else None

@@ -372,16 +372,17 @@ def change(
     end: Mapping[str, Tensor],
 ) -> GradientRecord:
     """`record` with start − end of the parameters, and the buffers that changed."""
-    roles = {name: entry.get("role") for name, entry in fingerprint.items()}
-    buffers = [name for name, role in roles.items() if role == "buffer"]
-    changed = [name for name in buffers if not same_bits(start[name], end[name])]
+
+    def names(role: str) -> list[str]:
+        return [name for name, entry in fingerprint.items() if entry.get("role") == role]
+
+    changed = [name for name in names("buffer") if not same_bits(start[name], end[name])]
     update = BufferUpdate(
         values={name: end[name] for name in changed},
         bases={name: start[name] for name in changed},
         num_samples=record.num_samples,
     )
-    trainable = [name for name, role in roles.items() if role == "trainable"]
-    gradients = {name: start[name] - end[name] for name in trainable}
+    gradients = {name: start[name] - end[name] for name in names("trainable")}
     return replace(record, gradients=gradients, buffers=[update])
 
 

@@ -98,9 +98,8 @@ def make_report(store: GradientStore, plan: Plan, ending: Ending) -> Row:
     halves = _tally(store, "client", plan, versions["client"], ending)
     first = store.rounds().plan(1)
     dropped = _dropped(body, halves, ending)
-    kept: list[str] = []
-    if ending.status == "below_quorum" and plan.below_quorum == "keep":
-        kept = sorted(ending.samples)
+    is_kept = ending.status == "below_quorum" and plan.below_quorum == "keep"
+    kept = sorted(ending.samples) if is_kept else []
     clients = _clients(plan, ending, body, halves, dropped, kept)
     num_folded = sum(body.folded.values())
     return {
@@ -193,19 +192,18 @@ def _averaged_commits(store: GradientStore, change: BatchId) -> Iterator[Commit]
 
 
 def _dropped(body: Tally, halves: Tally, ending: Ending) -> dict[str, str]:
-    """Why something of a client doesn't count; what the ending said comes first."""
+    """Why something of a client doesn't count; the reasons of the ending come first."""
     found: dict[str, list[str]] = {name: [why] for name, why in ending.dropped.items()}
-    reasons: list[tuple[str, str]] = []
+    unfit = "its update is unfit (not finite, or it doesn't fit the half)"
     for name in halves.rejected:
-        reasons.append((name, "its update is unfit (not finite, or it doesn't fit the half)"))
+        found.setdefault(name, []).append(unfit)
     for name in halves.stale:
-        reasons.append((name, "its update is too old (max_staleness)"))
+        found.setdefault(name, []).append("its update is too old (max_staleness)")
     for name, count in body.rejected.items():
         reason = f"{count} of its batches aren't finite (NaN or Inf) or don't fit"
-        reasons.append((name, reason))
+        found.setdefault(name, []).append(reason)
     for name, count in body.stale.items():
-        reasons.append((name, f"{count} of its batches are too old (max_staleness)"))
-    for name, reason in reasons:
+        reason = f"{count} of its batches are too old (max_staleness)"
         found.setdefault(name, []).append(reason)
     return {name: "; ".join(why) for name, why in sorted(found.items())}
 

@@ -47,8 +47,8 @@ class Halves:
         """The client half, newest or at a version, and the round; version -1 if there is none yet.
 
         The plan is read before the head, and whether it still holds after it: so the weights are
-        never older than the round that is answered with them, and never newer unless it is said to
-        be closed.
+        never older than the round that is answered with them, and never newer unless that round is
+        answered as closed.
         """
         client_id = check_client_id(request.client_id)
         self._store.join_client(client_id)

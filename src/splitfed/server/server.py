@@ -201,8 +201,8 @@ class SplitServer:
         batch = BatchId(ahead.client_id, incarnation or 0, request.seq)
         if counts:
             self.store.check_client(batch.client_id, batch.incarnation)
-            # There is no forward record that a retry would find: it runs at the version of the
-            # first try, whatever has been committed since, or its digest would be another one.
+            # A retry runs at the version of the first try: at another one it would answer another
+            # loss, and its digest would be refused.
             version = line.pile.pin(batch, version)
         spec, tensors = pytree.flatten(request.target)
         target = pytree.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
@@ -213,9 +213,8 @@ class SplitServer:
         grad_inputs, gradients = execution.backward(done, [one])
         status = "uncounted"
         if counts:
-            share = line.runner.share(
-                done, gradients, request.digest(batch, version), request.num_samples
-            )
+            digest = request.digest(batch, version)
+            share = line.runner.share(done, gradients, digest, request.num_samples)
             status = line.sealer.store(batch, share)
         return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)
 
@@ -231,6 +230,17 @@ class SplitServer:
             SupersededError: the client has a newer process.
         """
         return self._halves.push(request)
+
+
+def _scalar(done: Run) -> Tensor:
+    """The loss of a call that ended with one."""
+    is_tensor = len(done.tensors) == 1 and done.outputs is done.tensors[0]
+    if not is_tensor or done.outputs.numel() != 1:
+        raise InputError(
+            f"loss_fn returned {type(done.outputs).__name__}: expected a tensor with one element"
+        )
+    loss: Tensor = done.outputs
+    return loss
 
 
 def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:

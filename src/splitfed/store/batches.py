@@ -80,7 +80,9 @@ class Pile:
         if self.blobs.create(key, [str(version).encode()], durable=False):
             return version
         found = self.blobs.get(key)
-        return version if found is None else int(bytes(found))
+        if found is None:  # dropped meanwhile
+            return version
+        return int(bytes(found))
 
     def drop_pin(self, batch: BatchId) -> None:
         """Delete the version of a one-trip batch."""

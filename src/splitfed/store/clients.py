@@ -78,7 +78,7 @@ class Clients:
             if self._blobs.get(layout.client(client_id, incarnation)) is None:
                 raise SupersededError(
                     f"client {client_id!r} never opened process {incarnation} in this store: "
-                    "begin again"
+                    "make a new SplitClient"
                 )
             self._opened.add((client_id, incarnation))
 

@@ -139,6 +139,7 @@ class Commit:
                 staleness={int(age): int(count) for age, count in staleness.items()},
                 **record,
             )
+            # What a reader relies on without a further look: two files, and names that are text.
             texts = [found.kind, found.nonce, *found.files.values()]
             is_whole = {"weights", "applied"} <= set(found.files)
             if not is_whole or not all(type(text) is str for text in texts):

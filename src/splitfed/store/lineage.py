@@ -96,9 +96,8 @@ class Lineage:
         if version < 0:
             # The hint spares a walk from version 0. It may be missing, stale or foreign, so the
             # record that it points at must be there.
-            hint = self.blobs.get(self.keys.head)
-            is_number = hint is not None and bytes(hint).isdigit() and len(hint) <= 12
-            version = int(bytes(hint)) if hint is not None and is_number else -1
+            hint = bytes(self.blobs.get(self.keys.head) or b"")
+            version = int(hint) if hint.isdigit() and len(hint) <= 12 else -1
             if version >= 0 and self._find(version) is None:
                 version = -1
         while self._find(version + 1) is not None:
@@ -157,12 +156,10 @@ class Lineage:
     def checked_state(self, version: int) -> dict[str, Tensor]:
         """As `state`, with the hash checked before the answer: to build upon, or to hand out."""
         found = self._states.get(version)
-        # Only the head is answered from memory: an older version may have expired, and that must
-        # raise.
+        # Only the head is answered from memory: an older version may have expired.
         if found is not None and self._verified.get(version) and version == self._head:
             return found
-        # The file is read again though it was found corrupted: it may have been restored from a
-        # copy.
+        # A file that was found corrupted is read again: it may have been restored from a copy.
         data = self._file(version, "weights")
         self._verified[version] = True
         return self._states.put(version, self._decoded(version, data))
@@ -222,17 +219,13 @@ class Lineage:
         """
         if self.blobs.get(self.keys.fingerprint) is None:
             self.blobs.create(self.keys.fingerprint, [json.dumps(fingerprint, indent=1).encode()])
-        compare(
-            self.fingerprint(),
-            fingerprint,
-            "the client half" if self.name == "client" else "the body",
-        )
+        module = "the client half" if self.name == "client" else "the body"
+        compare(self.fingerprint(), fingerprint, module)
         if self.head() >= 0:
             return
         frozen = self._create_frozen(state)
-        made = self.publish(
-            Commit(0, "initial", "", {}, frozen, source=source), state, None, BatchSet()
-        )
+        commit = Commit(0, "initial", "", {}, frozen, source=source)
+        made = self.publish(commit, state, None, BatchSet())
         if made is None and frozen is not None and self.commit(0).frozen != frozen:
             self.blobs.delete(self.keys.frozen(frozen))
 
@@ -251,7 +244,7 @@ class Lineage:
             The commit, or `None` if another won that version.
 
         Raises:
-            StoreError: the storage failed, and whether the commit came about can't be told.
+            StoreError: the storage failed, and whether the commit came about is unknown.
         """
         version = commit.version
         nonce = uuid.uuid4().hex[:16]
@@ -285,9 +278,8 @@ class Lineage:
         """
         last = commit.version - 1
         kept = self.optimizer(last) if optimizer else None
-        return self.publish(
-            replace(commit, frozen=self.commit(last).frozen), state, kept, self.applied(last)
-        )
+        record = replace(commit, frozen=self.commit(last).frozen)
+        return self.publish(record, state, kept, self.applied(last))
 
     def rollback(self, version: int) -> tuple[Commit, list[str]]:
         """Make head + 1 from the state of an older version; no batch that is closed counts again.
@@ -375,8 +367,7 @@ class Lineage:
         try:
             self.blobs.create(self.keys.commit(record.version), [record.to_json()])
         except StoreError:
-            # The record may have been created and the reply lost: the nonce that is read back says
-            # whose it is.
+            # It may have been created and the reply lost: the nonce says whose record it is.
             found = self._find(record.version)
             if found is None or found.nonce != record.nonce:
                 raise
@@ -399,10 +390,8 @@ class Lineage:
         """The files of a version, encoded, by kind."""
         frozen = self._frozen_names()
         kept = {name: tensor for name, tensor in state.items() if name not in frozen}
-        contents: dict[str, list[Any]] = {}
-        contents["weights"] = safetensors.encode(
-            kept, {"lineage": self.name, "version": str(version)}
-        )
+        metadata = {"lineage": self.name, "version": str(version)}
+        contents: dict[str, list[Any]] = {"weights": safetensors.encode(kept, metadata)}
         if optimizer is not None:
             contents["optimizer"] = pack_tree("Optimizer", optimizer)
         contents["applied"] = [json.dumps(applied.to_json(), separators=(",", ":")).encode()]

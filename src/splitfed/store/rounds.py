@@ -153,7 +153,9 @@ class Rounds:
     def report(self, number: int) -> Row | None:
         """The report of a round, or `None` if it hasn't got one."""
         data = self._blobs.get(layout.round_file(number, "report"))
-        return None if data is None else read_json(data, f"the report of round {number}")
+        if data is None:
+            return None
+        return read_json(data, f"the report of round {number}")
 
     def begin(self, plan: Plan) -> Plan:
         """Open a round; returns the plan that holds, one's own or another coordinator's."""

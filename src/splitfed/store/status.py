@@ -167,6 +167,7 @@ def _read_lineage(
             "start a server or accumulator on it"
         )
         return unread
+    # Without its table the lineage is still described: which batches are closed isn't known then.
     closed: dict[str, int] = {}
     try:
         counted = lineage.counted()

@@ -1,6 +1,6 @@
 """The store: all state of a run, as files that any replica, worker or accumulator reads and writes.
 
-Server and accumulator never meet but here. This file is the door: which file lies where is in
+Server and accumulator never meet but here. This file is the door: the keys of the files are in
 `layout`, how versions are added in `lineage`, how batches are kept in `batches`, which process of a
 client counts in `clients`, and the storage backends are `splitfed.blobs`.
 """
@@ -219,7 +219,7 @@ class GradientStore:
                 opens nothing new.
 
         Raises:
-            CorruptedError: the run was deleted or begun again while this store was open.
+            CorruptedError: the run was deleted, or begun again, while this store was open.
         """
         self.lineage().checked_head()
         return self._clients().open(client_id, process)
