@@ -232,17 +232,6 @@ class SplitServer:
         return self._halves.push(request)
 
 
-def _scalar(done: Run) -> Tensor:
-    """The loss of a call that ended with one."""
-    is_tensor = len(done.tensors) == 1 and done.outputs is done.tensors[0]
-    if not is_tensor or done.outputs.numel() != 1:
-        raise InputError(
-            f"loss_fn returned {type(done.outputs).__name__}: expected a tensor with one element"
-        )
-    loss: Tensor = done.outputs
-    return loss
-
-
 def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:
     if incarnation is not None:
         for version, call in housekeeping.released:
