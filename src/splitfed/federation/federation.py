@@ -97,7 +97,11 @@ def as_body(accumulator: Accumulator | Body, mode: Mode) -> Body:
     Raises:
         InputError: it doesn't.
     """
-    body = SharedBody(accumulator, mode) if isinstance(accumulator, Accumulator) else accumulator
+    body: Body
+    if isinstance(accumulator, Accumulator):
+        body = SharedBody(accumulator, mode)
+    else:
+        body = accumulator
     if not body.suits(mode):
         raise InputError(
             f"mode {mode.name!r} doesn't go with a {type(accumulator).__name__}: "
