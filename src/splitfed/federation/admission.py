@@ -161,6 +161,7 @@ class Judge:
         if plan.barrier:
             updates = self.updates()
         else:
+            # The halves are committed as updates come, so none is left to be judged.
             updates = Findings(heard=self.folded() & set(plan.sampled))
         batches = Findings() if is_streaming else self.batches()
         is_over = len(updates.heard) == len(plan.sampled) if plan.barrier else self.is_over()

@@ -169,7 +169,7 @@ class SplitServer:
         _check_gradients(record, request.grad_outputs)
         done = line.runner.take(key, record)
         grad_inputs, gradients = execution.backward(done, request.grad_outputs)
-        if not record.training:
+        if not record.training:  # a call in eval mode belongs to no batch
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
         # Acknowledged only once it is on file: whatever dies after this answer, the batch counts.
         share = line.runner.share(done, gradients, request.digest())

@@ -1,29 +1,30 @@
 """The keys of a store: every key is made here, and parsed here.
 
-    format.json                                    create-once: format version, numerics class
-    clients/<id>/<incarnation>                     create-once: one per client process
-    clients/<id>/joined                            create-once: the client may be sampled
-    rounds/<number>/                               each create-once, in this order:
-      plan.json                                    who is sampled, and from which versions
-      ending.json                                  the decision which updates count
-      report.json                                  the report of the round
-      finished.json                                no round follows for now
-    history/<number>.jsonl                         create-once: rows of the run's history
-    post/<id>/<process>-<number>.request           transient: a request through the store
-    post/<id>/<process>-<number>.claim-<k>         create-once: a worker has taken it
-    post/<id>/<process>-<number>.answer            create-once: its answer
-    <lineage>/                                     body | client | body@<id>
-      fingerprint.json                             create-once: names, shapes, dtypes, ties, frozen
-      frozen-<sha256>.safetensors                  create-once: parameters that never train
-      forward/<version>/<id>/<incarnation>-<call>  transient: the record of a forward
-      part/<version>/<id>/<incarnation>-<seq>-<k>  transient: one call's share of an open batch
-      pin/<id>/<incarnation>-<seq>                 transient: the version of a one-trip loss call
-      grad/<id>/<incarnation>-<seq>                create-once: a pending batch
-      weights/<version>-<nonce>.safetensors        never overwritten
-      optimizer/<version>-<nonce>.safetensors
-      applied/<version>-<nonce>.json
-      commit/<version>.json                        CREATE-ONCE = the commit; never deleted
-      head                                         a hint only
+    format.json                              create-once: format version, numerics of version 0
+    clients/<id>/<incarnation>               create-once: one per client process
+    clients/<id>/joined                      create-once: it has pulled, and may be sampled
+    rounds/<number>/                         each create-once, in this order:
+      plan.json                                who is sampled, and from which versions
+      ending.json                              the decision which updates count
+      report.json                              the report of the round
+      finished.json                            no round follows for now
+    history/<number>.jsonl                   create-once: rows of the run's history
+    post/<id>/                               mail of clients without a server; transient
+      <process>-<number>.request               a client asks
+      <process>-<number>.claim-<k>             create-once: a worker has taken it
+      <process>-<number>.answer                create-once: its answer
+    <lineage>/                               body | client | body@<id>
+      fingerprint.json                         create-once: names, shapes, dtypes, ties, roles
+      frozen-<sha256>.safetensors              create-once: parameters that never train
+      forward/<version>/<id>/<incarnation>-<call>   the record of a forward; transient
+      part/<version>/<id>/<incarnation>-<seq>-<k>   one call's share of an open batch; transient
+      pin/<id>/<incarnation>-<seq>             the version of a one-trip loss call; transient
+      grad/<id>/<incarnation>-<seq>            create-once: a pending batch
+      weights/<version>-<nonce>.safetensors    never overwritten
+      optimizer/<version>-<nonce>.safetensors  never overwritten
+      applied/<version>-<nonce>.json           never overwritten
+      commit/<version>.json                    CREATE-ONCE = the commit; never deleted
+      head                                     a hint only
 
 Numbers are zero-padded, so that listings sort as they do. The trap is a file whose name spells a
 number otherwise: it would be a second file of the same batch. So `parse_gradient` makes the key
