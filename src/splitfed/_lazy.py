@@ -12,6 +12,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+_HELPERS = {"TYPE_CHECKING", "annotations", "lazily"}
+"""Names of an `__init__` that nobody wants to see in `dir()`."""
+
 
 def lazily(
     package: str, names: Mapping[str, str], modules: Mapping[str, str] | None = None
@@ -37,6 +40,6 @@ def lazily(
         return value
 
     def listed() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *names, *(modules or ())})
+        return sorted({*vars(sys.modules[package]), *names, *(modules or ())} - _HELPERS)
 
     return get, listed

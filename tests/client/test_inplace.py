@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
+import gc
 import uuid
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,3 +89,34 @@ def test_one_of_several_views_is_refused() -> None:
         split.client(torch.randn(4, 6))
     with pytest.raises(RuntimeError, match="multiple views"):
         model(torch.randn(4, 6))
+
+
+def test_a_view_and_a_detached_part_of_one_tensor_may_both_be_changed(tmp_path: Path) -> None:
+    """They share a version counter: the view is guarded before the other's values are copied."""
+
+    def both(m: Any, a: Tensor, b: Tensor) -> Tensor:
+        return m.layer(a.mul_(2)) + m.layer(b.mul_(3))
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.bottom(x)
+        return m.head(m.body(h[:2].detach(), h[2:]))
+
+    model = Calls(forward, bottom=nn.Linear(6, 8), body=Calls(both, layer=nn.Linear(8, 8)), head=nn.Linear(8, 3))
+    split, reference = Split(model, "body", tmp_path), splitfed.reference(model, "body")
+    assert_step(split, reference, ((torch.randn(4, 6),), {}))
+
+
+def test_a_call_keeps_no_context_alive(tmp_path: Path) -> None:
+    """What a task or request had in its context goes with it, though the call is remembered for checkpoints."""
+    split = Split(net(lambda m, x: m.head(m.body(m.bottom(x)))), "body", tmp_path)
+    variable: contextvars.ContextVar[Any] = contextvars.ContextVar("request")
+
+    def handle() -> weakref.ref[Any]:
+        held = nn.Module()
+        variable.set(held)
+        split.client(torch.randn(4, 6))
+        return weakref.ref(held)
+
+    gone = contextvars.copy_context().run(handle)
+    gc.collect()
+    assert gone() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -267,3 +268,12 @@ def test_a_number_that_no_float_can_hold_is_of_no_kind(field: str) -> None:
     )
     with pytest.raises(FormatError, match=f"PushRequest.{field} is 1000"):
         unpack(PushRequest, b"".join(pack(message)))
+
+
+def test_a_named_tuple_of_messages_is_a_tuple() -> None:
+    """The sender may name a class of any fields; it is never called with one list."""
+    pair = collections.namedtuple("Pair", "first second")
+    seal = Seal((), 2.0, 1.0, pair(Chain(1.0, 0), Chain(1.0, 1)))
+    found = unpack(Seal, joined(seal))
+    assert type(found.chains) is tuple
+    assert [chain.last_part for chain in found.chains] == [0, 1]

@@ -18,6 +18,7 @@ from splitfed.errors import (
     BusyError,
     DigestError,
     ExpiredError,
+    FormatError,
     IdError,
     InputError,
     MissingError,
@@ -245,3 +246,17 @@ def test_a_server_needs_a_store_and_its_own_body(site: Site) -> None:
         SplitServer(body(), "runs/demo")  # type: ignore[arg-type]
     with pytest.raises(ArchitectureError, match=r"weight: the store has trainable float32 \(2, 2\)"):
         SplitServer(nn.Linear(3, 2, bias=False), site.store)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": -1}, {"cut": 5}, {"training": 1}, {"autocast": torch.bfloat16}, {"housekeeping": None}]
+)
+def test_a_request_of_the_same_process_is_checked_as_one_of_bytes(site: Site, changes: dict[str, Any]) -> None:
+    """A middleware or a hand-written client may put anything into a field: nothing is stored of it."""
+    with pytest.raises(FormatError, match="not of the kind that it must be"):
+        site.server.forward(ahead(**changes))
+    assert site.store.blobs.list("body/forward") == []
+    site.forward()
+    with pytest.raises(FormatError, match=r"Seal\.loss_scale is a Tensor"):
+        site.server.backward(back(seal=replace(SEAL, loss_scale=torch.tensor(2.0))))
+    assert site.store.waiting() == []

@@ -60,3 +60,10 @@ def test_a_verdict_is_made_of_outcomes_and_tells_them() -> None:
 def test_a_client_is_answered_by_outcome() -> None:
     """What is too old was stored as any other; what was given up counts as refused."""
     assert [outcome.status for outcome in Outcome] == ["stored", "stored", "rejected", "rejected"]
+
+
+def test_a_batch_in_two_sets_is_not_folded() -> None:
+    """A record from outside may say so; to fold what was also refused would count it."""
+    ids = BatchSet([batch(0)])
+    assert Verdict(folded=ids, rejected=ids).outcome(batch(0)) is Outcome.REJECTED
+    assert Verdict(folded=ids, stale=ids).outcome(batch(0)) is Outcome.STALE

@@ -48,6 +48,9 @@ class CommitSettings:
     lock_seconds: float = 10.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.personal, str):
+            # It may be read more than once: by an accumulator, and by one that gets its settings.
+            object.__setattr__(self, "personal", tuple(self.personal))
         at_least("min_batches", self.min_batches, 1)
         if self.max_staleness is not None:
             at_least("max_staleness", self.max_staleness, 0)

@@ -12,7 +12,7 @@ version is that call's, and the CRC of the outputs proves it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import Token
 from dataclasses import dataclass
 from functools import partial
@@ -79,8 +79,11 @@ class Session:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._token is not None:
-            active_caller.reset(self._token)
+        token = self._token
+        # A token holds the whole context that it was made in, and graphs hold sessions for long.
+        self._token = None
+        if token is not None:
+            active_caller.reset(token)
 
     def call(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a cut call of this session."""
@@ -174,6 +177,24 @@ class Session:
         self.connection.opened(answer.incarnation, answer.version)
         self.version = answer.version
 
+    @staticmethod
+    def _apply_changes(
+        changed: Mapping[int, Tensor], tensors: list[Tensor], recorded: RecordedCall | None
+    ) -> None:
+        """Let the client's inputs show what the body changed in place."""
+        watched = set()
+        # All guards come first: a copy moves the version counter, which an input may share with a
+        # view that is still to be guarded.
+        for index in changed:
+            if recorded is not None and tensors[index].requires_grad:
+                guard(tensors[index], index, partial(recorded.answered, index))
+                watched.add(index)
+        for index, value in changed.items():
+            if index not in watched:
+                with torch.no_grad():
+                    # No gradient could show that this tensor has another use: its values have to.
+                    tensors[index].copy_(value)
+
     def _connect(
         self, request: ForwardRequest, answer: ForwardAnswer, tensors: list[Tensor]
     ) -> Any:
@@ -187,13 +208,7 @@ class Session:
             outputs = list(_Cross.apply(*crossing))  # type: ignore[no-untyped-call]
         elif recorded is not None:
             self.connection.release(recorded)
-        for index, value in answer.changed.items():
-            if recorded is not None and tensors[index].requires_grad:
-                guard(tensors[index], index, partial(recorded.answered, index))
-                continue
-            with torch.no_grad():
-                # No gradient could show that this tensor has another use: its values have to.
-                tensors[index].copy_(value)
+        self._apply_changes(answer.changed, tensors, recorded)
         return pytree.unflatten(spec, outputs)
 
 

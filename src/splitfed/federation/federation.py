@@ -100,8 +100,10 @@ def as_body(accumulator: Accumulator | Body, mode: Mode) -> Body:
     body: Body
     if isinstance(accumulator, Accumulator):
         body = SharedBody(accumulator, mode)
-    else:
+    elif callable(getattr(accumulator, "suits", None)):
         body = accumulator
+    else:
+        raise InputError(f"body is a {type(accumulator).__name__}: expected {mode.accumulator}")
     if not body.suits(mode):
         raise InputError(
             f"mode {mode.name!r} doesn't go with a {type(accumulator).__name__}: "

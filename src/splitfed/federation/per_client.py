@@ -112,13 +112,14 @@ class PerClient:
             lock_seconds=lock_seconds,
         )
         averaging = replace(shared, max_staleness=max_staleness, staleness_weight=staleness_weight)
-        self.accumulator = Accumulator(body, store, average, **averaging.keywords())
-        """The accumulator of the `body` lineage."""
-        self.store = store
+        # Checked before the accumulator begins the store: a wrong setting leaves nothing behind.
         self._settings = replace(
             shared, lr_scheduler=lr_scheduler, param_groups=param_groups, clip_norm=clip_norm
         )
         """Those of each client's line."""
+        self.accumulator = Accumulator(body, store, average, **averaging.keywords())
+        """The accumulator of the `body` lineage."""
+        self.store = store
         self._body = deep_copy(unwrap(body))
         self._optimizer = optimizer
         self._numerics = store.begin(device_of(dict(body.named_parameters()), device))

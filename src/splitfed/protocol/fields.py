@@ -1,7 +1,8 @@
 """The fields of messages: what every request says of its size, and a test of each field's type.
 
-A request or a record may come from anywhere, and nothing enforces annotations at run time. So where
-bytes become a message, each field is tested against its own annotation. Only the type is tested
+A request or a record may come from anywhere, and nothing enforces annotations at run time. So each
+field is tested against its own annotation at the two borders: where bytes become a message, and
+where a request enters a server, whose caller may be in the same process. Only the type is tested
 here: whether a number is in its range, or an id may become a key, is checked where it is used.
 
 The trap: types are compared exactly. As an instance a bool would pass for an int, and a class of
@@ -25,7 +26,8 @@ R = TypeVar("R")
 CHECKED_AS_KEY = "checked as a key"
 """A note on a field that becomes part of a key: it is checked there, and what is wrong with it is
 an `IdError`."""
-Check = Callable[[Any], bool]
+Test = frozenset[type] | Callable[[Any], bool]
+"""The exact classes that a value may have, or a function of it."""
 
 
 def _by_class(function: Callable[[Any], R]) -> Callable[[Any], R]:
@@ -61,9 +63,11 @@ def check_types(message: M) -> M:
     Raises:
         FormatError: one hasn't; the message names it.
     """
-    for name, is_right in _checks(type(message)):
+    for name, test in _tests(type(message)):
         value = getattr(message, name)
-        if not is_right(value):
+        # Most fields are of a few exact classes: that is a look into a set, and no call.
+        is_right = type(value) in test if isinstance(test, frozenset) else test(value)
+        if not is_right:
             raise FormatError(
                 f"{type(message).__name__}.{name} is {_shown(value)}: "
                 "not of the kind that it must be"
@@ -83,42 +87,49 @@ def nested_messages(cls: Any) -> Mapping[str, type]:
 
 
 @_by_class
-def _checks(cls: Any) -> tuple[tuple[str, Check], ...]:
+def _tests(cls: Any) -> tuple[tuple[str, Test], ...]:
     """A test of each field's value, from the annotations of the class."""
     hints = get_type_hints(cls, include_extras=True)
-    return tuple(
-        (name, check) for name, hint in hints.items() if (check := _check_of(hint)) is not None
-    )
+    found = [(name, _test_of(hint)) for name, hint in hints.items()]
+    return tuple((name, test) for name, test in found if test is not None)
 
 
-def _check_of(hint: Any) -> Check | None:
+def _as_function(test: Test | None) -> Callable[[Any], bool]:
+    if test is None:
+        return lambda value: True
+    if isinstance(test, frozenset):
+        return lambda value: type(value) in test
+    return test
+
+
+def _test_of(hint: Any) -> Test | None:
     """The test of one annotation, or `None` if any value will do."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _check_of_annotated(*args)
+        return _test_of_annotated(*args)
     if origin in (Union, types.UnionType):
-        return _any_of([_check_of(arg) for arg in args])
+        return _any_of([_test_of(arg) for arg in args])
     if origin is tuple and args[-1] is Ellipsis:
-        return _all_of(tuple, _check_of(args[0]))
+        return _all_of((tuple,), _test_of(args[0]))
     if origin is tuple:
-        return _each_of([_check_of(arg) for arg in args])
+        return _each_of([_test_of(arg) for arg in args])
     if origin is Sequence:
-        return _all_of((list, tuple), _check_of(args[0]))
+        return _all_of((list, tuple), _test_of(args[0]))
     if origin is Mapping:
         return _mapping_of(args[0], args[1])
     if origin is dict:
         return lambda value: isinstance(value, dict)
-    return _check_of_class(hint)
+    return _test_of_class(hint)
 
 
-def _check_of_annotated(hint: Any, note: object) -> Check | None:
+def _test_of_annotated(hint: Any, note: object) -> Test | None:
     if note == CHECKED_AS_KEY:
         return None
     allowed: Any = note
     return lambda value: type(value) is hint and value in allowed
 
 
-def _check_of_class(hint: Any) -> Check | None:
+def _test_of_class(hint: Any) -> Test | None:
     if hint is Any:
         return None
     if hint is float:
@@ -128,39 +139,47 @@ def _check_of_class(hint: Any) -> Check | None:
         return lambda value: isinstance(value, Tensor)
     if dataclasses.is_dataclass(hint):
         return lambda value: type(value) is hint and check_types(value) is value
-    return lambda value: type(value) is hint
+    return frozenset((hint,))
 
 
-def _any_of(checks: Sequence[Check | None]) -> Check:
-    return lambda value: any(check is None or check(value) for check in checks)
+def _any_of(tests: Sequence[Test | None]) -> Test:
+    exact = [test for test in tests if isinstance(test, frozenset)]
+    if len(exact) == len(tests):
+        return frozenset().union(*exact)
+    functions = [_as_function(test) for test in tests]
+    return lambda value: any(is_right(value) for is_right in functions)
 
 
-def _all_of(kinds: type | tuple[type, ...], check: Check | None) -> Check:
-    def is_right(value: Any) -> bool:
-        items: Any = value
-        return isinstance(value, kinds) and (check is None or all(map(check, items)))
+def _all_of(kinds: tuple[type, ...], test: Test | None) -> Test:
+    is_right = _as_function(test)
 
-    return is_right
-
-
-def _each_of(checks: Sequence[Check | None]) -> Check:
-    def is_right(value: Any) -> bool:
-        if not isinstance(value, tuple) or len(value) != len(checks):
+    def passes(value: Any) -> bool:
+        if not isinstance(value, kinds):
             return False
-        return all(check is None or check(item) for check, item in zip(checks, value, strict=True))
+        items: Any = value
+        return all(map(is_right, items))
 
-    return is_right
+    return passes
 
 
-def _mapping_of(key: type, hint: Any) -> Check:
-    kind = hint
+def _each_of(tests: Sequence[Test | None]) -> Test:
+    functions = [_as_function(test) for test in tests]
 
-    def is_right(value: Any) -> bool:
+    def passes(value: Any) -> bool:
+        if not isinstance(value, tuple) or len(value) != len(functions):
+            return False
+        return all(is_right(item) for item, is_right in zip(value, functions, strict=True))
+
+    return passes
+
+
+def _mapping_of(key: type, kind: type) -> Test:
+    def passes(value: Any) -> bool:
         if not isinstance(value, Mapping):
             return False
         return all(type(name) is key and isinstance(item, kind) for name, item in value.items())
 
-    return is_right
+    return passes
 
 
 def _shown(value: Any) -> str:

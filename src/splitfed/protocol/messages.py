@@ -1,10 +1,9 @@
 """The messages between client and server, and the records that a store keeps of them.
 
-All are frozen dataclasses.
-Any message packs into safetensors bytes the same way (`packing`), so a request on the wire and its
-record on disk are one format. What follows from a message's fields alone is a method of it: its
-tensors, its weights, its digest. Whether each field has the type that its annotation says is
-checked once, where bytes become a message (`fields`).
+All are frozen dataclasses. Any of them packs into safetensors bytes the same way (`packing`), so a
+request on the wire and its record on disk are one format. What follows from the fields alone is a
+method: tensors, samples, digest. Whether each field has the type of its annotation is checked at
+the borders (`fields`).
 
 The trap: class names, field names and their order are the format, and so is what a digest hashes.
 Rename or reorder one, and an older store can't be read; change a digest, and a retry after the
@@ -94,8 +93,7 @@ class ForwardRequest(Request):
 
     def samples(self) -> list[float]:
         """How many examples it is of: the leading dimension of its first tensor."""
-        tensors = self.tensors()
-        return [tensors[0].shape[0] if tensors and tensors[0].dim() else 0]
+        return [_leading(self.tensors())]
 
     def counts(self) -> list[tuple[str, int]]:
         """How many numbers of each kind ride along, with what they are."""
@@ -243,7 +241,7 @@ class LossRequest(Request):
 
     def samples(self) -> list[float]:
         """How many examples it is of: as its first tensor has them, and as it says."""
-        return [*self.forward.samples(), self.num_samples]
+        return [_leading(self.tensors()), self.num_samples]
 
     def counts(self) -> list[tuple[str, int]]:
         """How many numbers of each kind ride along, with what they are."""
@@ -417,6 +415,11 @@ class GradientRecord:
     gradients: Mapping[str, Tensor]
     buffers: Sequence[BufferUpdate]
     """One for each chain."""
+
+
+def _leading(tensors: Sequence[Tensor]) -> int:
+    """The leading dimension of the first tensor; 0 if there is none."""
+    return tensors[0].shape[0] if tensors and tensors[0].dim() else 0
 
 
 def content_digest(plain: object, tensors: Iterable[Tensor | None]) -> str:

@@ -50,7 +50,7 @@ def unpack(
 ) -> M:
     """The message in `data`; its tensors share that memory.
 
-    Here each field's type is checked, and nowhere else.
+    Each field's type is checked here.
 
     Raises:
         FormatError: the bytes aren't a `cls` of ours, or have more tensors or a larger header than
@@ -199,9 +199,8 @@ def _plain(message: Any) -> dict[str, Any]:
     for name, inner in nested_messages(type(message)).items():
         value = fields[name]
         if isinstance(value, list | tuple):
-            fields[name] = type(value)(
-                [_plain(item) if type(item) is inner else item for item in value]
-            )
+            plain = [_plain(item) if type(item) is inner else item for item in value]
+            fields[name] = plain if isinstance(value, list) else tuple(plain)
         elif type(value) is inner:
             fields[name] = _plain(value)
     return fields
@@ -220,7 +219,9 @@ def _rebuild(cls: type[M], values: Any) -> M:
         if isinstance(value, dict):
             values[name] = _rebuild(inner, value)
         elif isinstance(value, list | tuple):
-            values[name] = type(value)([_rebuild(inner, item) for item in value])
+            # Not by the value's own class: foreign bytes may name a tuple of any fields.
+            rebuilt: list[Any] = [_rebuild(inner, item) for item in value]
+            values[name] = rebuilt if isinstance(value, list) else tuple(rebuilt)
     return cls(**values)
 
 

@@ -23,6 +23,7 @@ from splitfed.model.boundary import fresh
 from splitfed.model.execution import Run
 from splitfed.model.skeleton import Template, device_of
 from splitfed.protocol import pytree
+from splitfed.protocol.fields import check_types
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
 from splitfed.protocol.messages import (
     BackwardAnswer,
@@ -92,6 +93,7 @@ class SplitServer:
         numerics = store.begin(self.device)
         store.lineage(lineage).initialise(self._template.fingerprint(), state)
         self._halves = Halves(store, numerics)
+        self._clients = store.registry()
         self._lines = Lines(
             self._template,
             store,
@@ -111,6 +113,7 @@ class SplitServer:
             BodyError: the body raised.
             InputError: the call doesn't fit the body.
         """
+        check_types(request)
         line = self._lines.of(check_client_id(request.client_id), request.process)
         incarnation = request.incarnation
         if request.grad and incarnation is None:
@@ -142,6 +145,7 @@ class SplitServer:
             DigestError: the batch was sent before with other content.
             InputError: a gradient of the wrong shape or dtype, or a weight that isn't positive.
         """
+        check_types(request)
         batch = BatchId(
             check_client_id(request.client_id),
             check_number("incarnation", request.incarnation),
@@ -151,7 +155,7 @@ class SplitServer:
         check_number("version", request.version)
         if request.call is not None:
             check_number("call", request.call)
-        self.store.check_client(batch.client_id, batch.incarnation)
+        self._clients.check(batch.client_id, batch.incarnation)
         line = self._lines.of(batch.client_id)
         _tidy(line, batch.client_id, batch.incarnation, request.housekeeping)
         if request.call is None:
@@ -190,6 +194,7 @@ class SplitServer:
             raise InputError(
                 "this server computes no loss: give it one, SplitServer(body, store, loss_fn=...)"
             )
+        check_types(request)
         ahead = request.forward
         incarnation = ahead.incarnation
         counts = ahead.grad and ahead.training
@@ -200,7 +205,7 @@ class SplitServer:
         version = line.runner.version(ahead)
         batch = BatchId(ahead.client_id, incarnation or 0, request.seq)
         if counts:
-            self.store.check_client(batch.client_id, batch.incarnation)
+            self._clients.check(batch.client_id, batch.incarnation)
             # A retry runs at the version of the first try: at another one it would answer another
             # loss, and its digest would be refused.
             version = line.pile.pin(batch, version)
@@ -220,7 +225,7 @@ class SplitServer:
 
     def pull(self, request: PullRequest, /) -> PullAnswer:
         """The client half, newest or at a version; version -1 if nobody has published one."""
-        return self._halves.pull(request)
+        return self._halves.pull(check_types(request))
 
     def push(self, request: PushRequest, /) -> PushAnswer:
         """Take a client half's update in, or begin its lineage.
@@ -229,7 +234,7 @@ class SplitServer:
             ArchitectureError: the half isn't the lineage's.
             SupersededError: the client has a newer process.
         """
-        return self._halves.push(request)
+        return self._halves.push(check_types(request))
 
 
 def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:

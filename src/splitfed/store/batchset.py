@@ -156,6 +156,10 @@ class Outcome(Enum):
 _RECORDED = {"fold": Outcome.FOLDED, "stale": Outcome.STALE, "rejected": Outcome.REJECTED}
 
 
+# A batch that a record from outside puts into several sets isn't folded.
+_PRECEDENCE = (Outcome.REJECTED, Outcome.STALE, Outcome.SKIPPED, Outcome.FOLDED)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Verdict:
     """What becomes of batches in a commit; one that is in none of the sets stays pending."""
@@ -192,7 +196,7 @@ class Verdict:
 
     def outcome(self, batch: BatchId) -> Outcome | None:
         """What becomes of a batch; `None` if it stays pending."""
-        return next((outcome for outcome in Outcome if batch in self.batches(outcome)), None)
+        return next((outcome for outcome in _PRECEDENCE if batch in self.batches(outcome)), None)
 
     def closes(self, batch: BatchId) -> bool:
         """Whether a batch is closed without being folded."""

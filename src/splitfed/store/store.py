@@ -202,11 +202,11 @@ class GradientStore:
 
     def clients(self) -> list[str]:
         """The ids of all clients that ever pulled or trained, sorted."""
-        return self._clients().ids()
+        return self.registry().ids()
 
     def join_client(self, client_id: str) -> None:
         """Make a client known, so that it can be sampled."""
-        self._clients().join(client_id)
+        self.registry().join(client_id)
 
     def open_client(self, client_id: str, process: str | None = None) -> int:
         """The incarnation of a client's process: its own if it has one, else a new one.
@@ -222,7 +222,7 @@ class GradientStore:
             CorruptedError: the run was deleted, or begun again, while this store was open.
         """
         self.lineage().checked_head()
-        return self._clients().open(client_id, process)
+        return self.registry().open(client_id, process)
 
     def check_client(self, client_id: str, incarnation: int) -> None:
         """Refuse a process that isn't its client's newest.
@@ -230,9 +230,10 @@ class GradientStore:
         Raises:
             SupersededError: it isn't, or was never opened.
         """
-        self._clients().check(client_id, incarnation)
+        self.registry().check(client_id, incarnation)
 
-    def _clients(self) -> Clients:
+    def registry(self) -> Clients:
+        """The registry of clients and their processes."""
         if self._registry is None:
             self._registry = Clients(self.blobs)
         return self._registry

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from splitfed.errors import AccessError, IdError, InputError, TokenError
+from splitfed.service.http import auth
 from splitfed.service.http.auth import Tokens, check_owner, clients, new_token, revoke
 
 
@@ -205,3 +206,12 @@ def test_commands_at_once_undo_nothing_of_each_other(file: Path) -> None:
         list(pool.map(change, "abcdwxyz"))
     assert clients(file) == list("efghwxyz")
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_file_that_vanishes_under_a_revocation_is_not_made_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty one would tell a running server that nobody may come in."""
+    new_token(file, "a")
+    monkeypatch.setattr(auth, "_read", lambda path: path.unlink())
+    with pytest.raises(InputError, match="can't be read"):
+        revoke(file, "a")
+    assert not file.exists()

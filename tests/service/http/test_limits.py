@@ -83,3 +83,10 @@ def test_parts_and_chains_of_a_batch_are_counted(name: str, one: Any) -> None:
     check_message(back(seal=replace(SEAL, **{name: (one,) * 2})), limits)
     with pytest.raises(TooLargeError, match=f"names 3 {name} of a batch"):
         check_message(back(seal=replace(SEAL, **{name: (one,) * 3})), limits)
+
+
+def test_a_target_counts_where_the_inputs_hold_no_tensor() -> None:
+    """The first tensor of inputs and target is the batch."""
+    loss = LossRequest(ahead(inputs=((1.0,), {})), 0, torch.zeros(3, 4), 1.0)
+    with pytest.raises(TooLargeError, match="3 samples: this server takes 2 "):
+        check_message(loss, Limits(samples=2))

@@ -131,13 +131,9 @@ def new_token(path: Path, client_id: str) -> str:
     try:
         if path.exists():
             _read(path)
-        with _locked(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-            try:
-                # One write: two commands at the same time append two whole lines.
-                os.write(descriptor, (_beginning(descriptor) + line).encode())
-            finally:
-                os.close(descriptor)
+        with _locked(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as descriptor:
+            # One write: two commands at the same time append two whole lines.
+            os.write(descriptor, (_beginning(descriptor) + line).encode())
     except OSError as error:
         raise InputError(f"the token file {path} can't be written: {error.strerror}") from error
     return token
@@ -164,11 +160,16 @@ def revoke(path: Path, client_id: str) -> int:
             old one.
     """
     _read(path)
-    with _locked(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.startswith("#") or _client_of(line) != client_id]
-        if len(kept) < len(lines):
-            _replace(path, "".join(f"{line}\n" for line in kept))
+    # NFS locks only what is open for writing; but whoever may replace a file needn't be able to.
+    flags = os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY
+    try:
+        with _locked(path, flags):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.startswith("#") or _client_of(line) != client_id]
+            if len(kept) < len(lines):
+                _replace(path, "".join(f"{line}\n" for line in kept))
+    except OSError as error:
+        raise InputError(f"the token file {path} can't be read: {error.strerror}") from error
     return len(lines) - len(kept)
 
 
@@ -186,23 +187,21 @@ def _client_of(line: str) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one command at a time change a token file; Windows has no such locks.
+def _locked(path: Path, flags: int) -> Iterator[int]:
+    """Open a token file for one command at a time; Windows has no such locks.
 
     Without it, of two commands that revoke at once each would keep the other's line, and what is
     added meanwhile would be lost.
     """
-    if sys.platform == "win32":
-        yield
-        return
     while True:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o600)
+        descriptor = os.open(path, flags, 0o600)
         try:
-            with suppress(OSError):  # not every file system has locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if sys.platform != "win32":
+                with suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
             # Another command may have replaced the file meanwhile: this lock is on the old one.
             if os.path.samestat(os.fstat(descriptor), path.stat()):
-                yield
+                yield descriptor
                 return
         finally:
             os.close(descriptor)
