@@ -221,25 +221,23 @@ class Lines:
     Args:
         template: The body's structure.
         store: The store of the run.
-        lineage: The one that all clients share, or that theirs begin from.
+        lineage: The one that all clients share; `None` if each has a line of its own, which begins
+            from `body`.
         numerics: The short name of this process's numerics class.
         device: Where to compute.
         keep_models: How many versions of a line stay loaded.
         keep_graphs: How many forwards of a line keep their graph.
-        shared: Whether all clients share one line; else each has its own.
     """
 
     def __init__(
         self,
         template: Template,
         store: GradientStore,
-        lineage: str,
+        lineage: str | None,
         numerics: str,
         device: torch.device,
         keep_models: int,
         keep_graphs: int,
-        *,
-        shared: bool,
     ) -> None:
         self._template = template
         self._store = store
@@ -247,7 +245,7 @@ class Lines:
         self._device = device
         self._keep_models = keep_models
         self._keep_graphs = keep_graphs
-        self._shared = self._open(lineage) if shared else None
+        self._shared = None if lineage is None else self._open(lineage)
         self._own: Bounded[str, Line] = Bounded(KEPT_LINES)
 
     def of(self, client_id: str, process: str | None = None) -> Line:

@@ -97,12 +97,11 @@ class SplitServer:
         self._lines = Lines(
             self._template,
             store,
-            lineage,
+            None if per_client else lineage,
             numerics,
             self.device,
             keep_models,
             keep_graphs,
-            shared=not per_client,
         )
 
     def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
