@@ -6,7 +6,8 @@ Variants, for each model, all with the same input, loss and client optimizer (SG
     in memory    the same split with both halves in one process and nothing stored: a detach at each cut
     no files     split over a store on memory://; the server still has the graph at the backward
     kept         split over a store on file://, sync="process"; the server still has the graph at the backward
-    recomputed   the same with keep_graphs=0: every backward runs the forward again from its file
+    no spares    as kept, but each file is made when it is written and not ahead (`splitfed.blobs.files.Spares`)
+    recomputed   as kept with keep_graphs=0: every backward runs the forward again from its file
     commit       what the accumulator needs to fold the last four such gradients into the next version (not in the step)
 
 A split step ends when the gradient is on file and the client's optimizer has stepped.
@@ -20,13 +21,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import splitfed
 from benchmarks.models import resnet18, tiny
+from splitfed.blobs import files
+from splitfed.blobs.local import LocalBlobs
 
 EVERY = 4
 """A commit every so many steps folds them all; the step after it loads the new version."""
@@ -82,16 +85,25 @@ def variants(model: nn.Module, at: str, x: Tensor, y: Tensor, folder: Path) -> d
     steps = {"unsplit": training(model, model, x, y)}
     inner = InMemory(*splitfed.split(model, at))
     steps["in memory"] = training(nn.ModuleList([inner.half, inner.body]), inner, x, y)
-    places = {"no files": f"memory:/{folder}", "kept": folder / "kept", "recomputed": folder / "recomputed"}
+    places = {"no files": f"memory:/{folder}"}
+    places |= {name: str(folder / name.replace(" ", "-")) for name in ("kept", "no spares", "recomputed")}
     for name, place in places.items():
         half, body = splitfed.split(model, at)
         store = splitfed.GradientStore(place, sync="process")
+        if name == "no spares":
+            without_spares(store)
         graphs = 0 if name == "recomputed" else 8
         client = splitfed.SplitClient(half, splitfed.SplitServer(body, store, keep_graphs=graphs), "a")
         accumulator = splitfed.Accumulator(body, store, optimizer, keep_versions=2)
         steps[name] = training(client, client, x, y)
         steps[f"commit after {name}"] = accumulator.step
     return steps
+
+
+def without_spares(store: splitfed.GradientStore) -> None:
+    """Let a local store make each file when it is written."""
+    spares = cast(LocalBlobs, store.blobs)._publisher._spares
+    spares.take = lambda: files._open_unnamed(spares._directory)  # type: ignore[method-assign]
 
 
 class InMemory:

@@ -29,10 +29,14 @@ import errno
 import hashlib
 import mmap
 import os
+import queue
 import re
 import socket
 import sys
+import threading
+import weakref
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Literal, TypeAlias
@@ -131,6 +135,7 @@ class Publisher:
         self._root = root
         self._way = way
         self._host = host_tag()
+        self._spares = Spares(root)
 
     def publish(
         self, directory: str, path: str, parts: Sequence[memoryview], sync: bool, *, replace: bool
@@ -146,23 +151,30 @@ class Publisher:
         if self._way is None and not replace:
             self._way = self._experiment()
         if self._way == "unnamed":
-            fd = _open_unnamed(directory)
             try:
-                write(fd, parts, sync)
-                _link_unnamed(fd, path)
+                self._publish_unnamed(directory, path, parts, sync)
                 return True
             except FileExistsError:
                 # A link never replaces. A put tries it all the same: its key is usually new, and
                 # then this is one system call less than a temporary name and a rename.
                 if not replace:
                     return False
-            finally:
-                os.close(fd)
         with self._temporary(directory, parts, sync) as temporary:
             if not replace:
                 return self._claim(temporary, path)
             os.replace(temporary, path)
             return True
+
+    def _publish_unnamed(
+        self, directory: str, path: str, parts: Sequence[memoryview], sync: bool
+    ) -> None:
+        try:
+            _write_and_link(self._spares.take(), path, parts, sync)
+        except OSError as exc:
+            if exc.errno != errno.EXDEV:
+                raise
+            # Another file system is mounted in that directory: a spare of the root can't go there.
+            _write_and_link(_open_unnamed(directory), path, parts, sync)
 
     def sweep(self, directory: str) -> None:
         """Remove the temporary files that dead processes of this host left in `directory`."""
@@ -222,12 +234,7 @@ class Publisher:
         # Whatever fails here, be it a full disk: the next way meets it too, unless it was a trouble
         # of this way only.
         with suppress(OSError):
-            fd = _open_unnamed(self._root)
-            try:
-                write(fd, parts, sync=False)
-                _link_unnamed(fd, target)
-            finally:
-                os.close(fd)
+            _write_and_link(_open_unnamed(self._root), target, parts, sync=False)
             os.unlink(target)
             return "unnamed"
         with self._temporary(self._root, parts, sync=False) as temporary:
@@ -239,6 +246,97 @@ class Publisher:
                 return "locked"
             os.unlink(target)
             return "named"
+
+
+LEAST_SPARES = 2
+MOST_SPARES = 8
+"""With fewer spares than the first, the thread makes as many as the second."""
+
+
+class Spares:
+    """Files without a name, made ahead: a create then only writes and links.
+
+    A file system takes 0.04 to 1 ms to find room for a new file, the longer the more files were
+    deleted lately, and a batch creates two. So a thread makes them ahead, some at a time: each time
+    that it is woken it competes with the request under way. Nobody else sees one: it has no name
+    until it is linked, and dies with the process that holds it open. What that gives is a row of
+    the benchmarks.
+
+    The trap: after a fork both processes hold the same files open. Whoever didn't make a file
+    mustn't write to it.
+
+    Args:
+        directory: Where they are made; it must exist once one is asked for.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._ready: deque[int] = deque()
+        self._process = os.getpid()
+        weakref.finalize(self, _close_all, self._ready)
+
+    def __reduce__(self) -> tuple[type[Spares], tuple[str]]:
+        # A copy with the same numbers would write to the same files, or to any.
+        return Spares, (self._directory,)
+
+    def take(self) -> int:
+        """Open an unnamed file for writing; the caller closes it.
+
+        Raises:
+            OSError: that isn't possible here.
+        """
+        if self._process != os.getpid():
+            _close_all(self._ready)
+            self._process = os.getpid()
+        try:
+            found = self._ready.popleft()
+        except IndexError:
+            found = _open_unnamed(self._directory)
+        if len(self._ready) < LEAST_SPARES:
+            _spare_maker().put(self)
+        return found
+
+    def refill(self) -> None:
+        """Make what is missing; called by the thread."""
+        # The directory is gone, or no descriptor is left: whoever needs a file gets that error.
+        with suppress(OSError):
+            while len(self._ready) < MOST_SPARES:
+                self._ready.append(_open_unnamed(self._directory))
+
+
+def _close_all(ready: deque[int]) -> None:
+    with suppress(IndexError):  # another thread of a fork may have closed the last
+        while True:
+            os.close(ready.popleft())
+
+
+_spare_makers: dict[int, queue.SimpleQueue[Spares]] = {}  # by process: a fork takes no thread along
+
+
+def _spare_maker() -> queue.SimpleQueue[Spares]:
+    found = _spare_makers.get(os.getpid())
+    if found is None:
+        own: queue.SimpleQueue[Spares] = queue.SimpleQueue()
+        found = _spare_makers.setdefault(os.getpid(), own)
+        if found is own:
+            thread = threading.Thread(target=_refill_all, args=(own,), name="spare files")
+            thread.daemon = True
+            thread.start()
+    return found
+
+
+def _refill_all(asked: queue.SimpleQueue[Spares]) -> None:
+    while True:
+        asked.get().refill()
+
+
+def _write_and_link(fd: int, path: str, parts: Sequence[memoryview], sync: bool) -> None:
+    """Write an unnamed file, give it its name and close it."""
+    try:
+        write(fd, parts, sync)
+        _link_unnamed(fd, path)
+    finally:
+        os.close(fd)
 
 
 def _open_unnamed(directory: str) -> int:
