@@ -73,27 +73,16 @@ class LocalBlobs:
 
     def create(self, key: str, parts: Sequence[Buffer], *, durable: bool = True) -> bool:
         """Publish the object unless the key exists; return whether this call did."""
-        flat = views(check_key(key), parts)
-        sync = durable and self._fsync
-        path = self._prefix + key
-        directory = os.path.dirname(path)
-        for _ in range(_TRIES):
-            try:
-                self._make(directory, sync)
-                created = self._publisher.publish(directory, path, flat, sync, replace=False)
-                if not created:
-                    _check_existing(path, sync)
-                if sync:
-                    files.sync_directory(directory)
-                return created
-            except FileNotFoundError:
-                self._made.clear()
-            except OSError as exc:
-                raise self._failed("create", key, exc) from exc
-        raise self._vanished("create", key)
+        return self._publish("create", key, parts, durable, replace=False)
 
     def put(self, key: str, parts: Sequence[Buffer], *, durable: bool = False) -> None:
         """Create the object or replace it; a reader of the old one keeps what it has."""
+        self._publish("put", key, parts, durable, replace=True)
+
+    def _publish(
+        self, verb: str, key: str, parts: Sequence[Buffer], durable: bool, *, replace: bool
+    ) -> bool:
+        """Publish the object; return whether this call did, which it always does with `replace`."""
         flat = views(check_key(key), parts)
         sync = durable and self._fsync
         path = self._prefix + key
@@ -101,15 +90,17 @@ class LocalBlobs:
         for _ in range(_TRIES):
             try:
                 self._make(directory, sync)
-                self._publisher.publish(directory, path, flat, sync, replace=True)
+                published = self._publisher.publish(directory, path, flat, sync, replace=replace)
+                if not published:
+                    _check_existing(path, sync)
                 if sync:
                     files.sync_directory(directory)
-                return
+                return published
             except FileNotFoundError:
                 self._made.clear()
             except OSError as exc:
-                raise self._failed("put", key, exc) from exc
-        raise self._vanished("put", key)
+                raise self._failed(verb, key, exc) from exc
+        raise self._vanished(verb, key)
 
     def delete(self, key: str) -> None:
         """Unlink the object, if it is there; its directory stays."""

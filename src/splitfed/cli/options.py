@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from splitfed.store.store import GradientStore
 
 STORE_VARIABLE = "SPLITFED_STORE"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+"""How the verbs that answer requests log."""
 _MOST_THREADS = 4096
 
 

@@ -15,7 +15,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from splitfed.cli.options import add_server, open_server, store_name
+from splitfed.cli.options import LOG_FORMAT, add_server, open_server, store_name
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ behind any load balancer, and stop them when you like. SIGTERM lets requests und
 
 Without --tokens only this machine is listened to. Make tokens by 'splitfed token new CLIENT'."""
 _NEEDED = ("starlette", "uvicorn", "httptools")
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def add(verbs: argparse._SubParsersAction[Any]) -> None:
@@ -185,7 +184,7 @@ def _place(arguments: argparse.Namespace) -> Place:
 
 
 def _begin_log() -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=_LOG_FORMAT)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
     logging.captureWarnings(True)
 
 

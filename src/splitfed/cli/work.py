@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import Any
 
-from splitfed.cli.options import add_server, check_poll, open_server, store_name
+from splitfed.cli.options import LOG_FORMAT, add_server, check_poll, open_server, store_name
 from splitfed.cli.signals import Stopping, keep_going
 
 _DESCRIPTION = """\
@@ -15,7 +15,6 @@ Answer the requests that clients post in a store: for sites whose only way out i
 A client is given the store's URL in place of a server's. Any number of workers may run on one
 store, and any may be killed at any moment: another takes its request over. SIGTERM ends it after
 the request under way."""
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def add(verbs: argparse._SubParsersAction[Any]) -> None:
@@ -55,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         InputError: an argument doesn't fit.
     """
     check_poll(arguments)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=_LOG_FORMAT)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=LOG_FORMAT)
     from splitfed.service.mailbox.worker import Worker
 
     server = open_server(arguments)

@@ -45,36 +45,39 @@ CallKey = tuple[int, str, int, int]
 """(version, client id, incarnation, number of the call)"""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RunnerSettings:
+    """What all runners of a server share."""
+
+    template: Template
+    """The body's structure."""
+    numerics: str
+    """The short name of this process's numerics class."""
+    device: torch.device
+    """Where to compute."""
+    keep_models: int
+    """How many versions of a line stay loaded."""
+    keep_graphs: int
+    """How many forwards of a line keep their graph."""
+
+
 class Runner:
     """Runs and replays the calls of one line.
 
     Args:
-        template: The body's structure.
         lineage: Its versions.
         pile: The files of its batches; forwards are recorded there.
-        numerics: The short name of this process's numerics class.
-        device: Where to compute.
-        keep_models: How many versions stay loaded.
-        keep_graphs: How many forwards keep their graph.
+        settings: What and where to compute, and what to keep.
     """
 
-    def __init__(
-        self,
-        template: Template,
-        lineage: Lineage,
-        pile: Pile,
-        numerics: str,
-        device: torch.device,
-        keep_models: int,
-        keep_graphs: int,
-    ) -> None:
-        self._template = template
+    def __init__(self, lineage: Lineage, pile: Pile, settings: RunnerSettings) -> None:
         self._lineage = lineage
         self._pile = pile
-        self._numerics = numerics
-        self._device = device
-        self._models: Bounded[int, Model] = Bounded(max(1, keep_models))
-        self._graphs: Bounded[CallKey, tuple[ForwardRecord, Run]] = Bounded(keep_graphs)
+        self._template = settings.template
+        self._numerics = settings.numerics
+        self._device = settings.device
+        self._models: Bounded[int, Model] = Bounded(max(1, settings.keep_models))
+        self._graphs: Bounded[CallKey, tuple[ForwardRecord, Run]] = Bounded(settings.keep_graphs)
 
     def version(self, request: ForwardRequest) -> int:
         """The version to run at: the pinned one, or the head, for which the store is asked.
@@ -219,32 +222,15 @@ class Lines:
     """Finds the line that answers a client. What is kept of lines changes speed, never results.
 
     Args:
-        template: The body's structure.
         store: The store of the run.
         lineage: The one that all clients share; `None` if each has a line of its own, which begins
             from `body`.
-        numerics: The short name of this process's numerics class.
-        device: Where to compute.
-        keep_models: How many versions of a line stay loaded.
-        keep_graphs: How many forwards of a line keep their graph.
+        settings: Those of each line's runner.
     """
 
-    def __init__(
-        self,
-        template: Template,
-        store: GradientStore,
-        lineage: str | None,
-        numerics: str,
-        device: torch.device,
-        keep_models: int,
-        keep_graphs: int,
-    ) -> None:
-        self._template = template
+    def __init__(self, store: GradientStore, lineage: str | None, settings: RunnerSettings) -> None:
         self._store = store
-        self._numerics = numerics
-        self._device = device
-        self._keep_models = keep_models
-        self._keep_graphs = keep_graphs
+        self._settings = settings
         self._shared = None if lineage is None else self._open(lineage)
         self._own: Bounded[str, Line] = Bounded(KEPT_LINES)
 
@@ -283,16 +269,8 @@ class Lines:
     def _open(self, name: str) -> Line:
         lineage = self._store.lineage(name)
         pile = self._store.pile(name)
-        runner = Runner(
-            self._template,
-            lineage,
-            pile,
-            self._numerics,
-            self._device,
-            self._keep_models,
-            self._keep_graphs,
-        )
-        return Line(pile, Sealer(lineage, pile, self._numerics), runner)
+        sealer = Sealer(lineage, pile, self._settings.numerics)
+        return Line(pile, sealer, Runner(lineage, pile, self._settings))
 
 
 def _changed(done: Run) -> dict[str, Tensor]:

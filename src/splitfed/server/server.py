@@ -40,7 +40,7 @@ from splitfed.protocol.messages import (
     PushRequest,
 )
 from splitfed.server.halves import Halves
-from splitfed.server.runner import Line, Lines
+from splitfed.server.runner import Line, Lines, RunnerSettings
 from splitfed.store.store import GradientStore, check_store
 
 Loss = Callable[[Any, Any], Tensor]
@@ -94,15 +94,8 @@ class SplitServer:
         store.lineage(lineage).initialise(self._template.fingerprint(), state)
         self._halves = Halves(store, numerics)
         self._clients = store.registry()
-        self._lines = Lines(
-            self._template,
-            store,
-            None if per_client else lineage,
-            numerics,
-            self.device,
-            keep_models,
-            keep_graphs,
-        )
+        settings = RunnerSettings(self._template, numerics, self.device, keep_models, keep_graphs)
+        self._lines = Lines(store, None if per_client else lineage, settings)
 
     def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
         """Run one call of the body; with the client's grad mode on, record it.
