@@ -883,10 +883,15 @@ def fixed() -> Iterator[Clock]:
         counts[f"{kind} {size}"] += 1
         return hashlib.sha256(f"{kind} {size} {counts[f'{kind} {size}']}".encode()).digest()[:size]
 
+    def uuid4() -> uuid.UUID:
+        # Modules of torch that are imported in the middle of a run draw some for themselves.
+        caller = str(sys._getframe(1).f_globals["__name__"]).partition(".")[0]
+        return uuid.UUID(bytes=drawn("uuid" if caller != "torch" else "uuid of torch", 16))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "urandom", functools.partial(drawn, "urandom"))
         patch.setattr(secrets, "token_bytes", lambda size=None: drawn("token", size or 32))
-        patch.setattr(uuid, "uuid4", lambda: uuid.UUID(bytes=drawn("uuid", 16)))
+        patch.setattr(uuid, "uuid4", uuid4)
         patch.setattr(time, "time", clock)
         torch.manual_seed(0)
         yield clock

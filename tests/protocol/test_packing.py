@@ -14,6 +14,7 @@ from torch import Tensor
 
 from splitfed.errors import ContainerError, FormatError
 from splitfed.protocol import messages, pytree, safetensors
+from splitfed.protocol.fields import added_fields
 from splitfed.protocol.messages import (
     BackwardAnswer,
     BackwardRequest,
@@ -277,3 +278,26 @@ def test_a_named_tuple_of_messages_is_a_tuple() -> None:
     found = unpack(Seal, joined(seal))
     assert type(found.chains) is tuple
     assert [chain.last_part for chain in found.chains] == [0, 1]
+
+
+LATER = [
+    dataclasses.replace(AHEAD, part="1:3/0f", settings={"drop.p": 0.5, "1.training": False}),
+    dataclasses.replace(BACK, counted=False),
+    ForwardAnswer(1, 7, {"out": T}, (True,), False, {}, (1,), moved=True, written=("layer.kl",)),
+]
+
+
+@pytest.mark.parametrize("message", LATER, ids=lambda message: type(message).__name__)
+def test_a_field_that_came_later_travels_only_if_it_says_something(message: Any) -> None:
+    """Bytes from before it came are read, and what doesn't use it is written as before."""
+    names = [field.name for field in dataclasses.fields(message) if "added" in field.metadata]
+    before = dataclasses.replace(message, **{name: added_fields(type(message))[name] for name in names})
+    assert {name for name, _ in spec_of(message)} - {name for name, _ in spec_of(before)} == set(names)
+    for sent in (message, before):
+        found = unpack(type(sent), joined(sent))
+        assert [getattr(found, name) for name in names] == [getattr(sent, name) for name in names]
+
+
+def spec_of(message: Any) -> list[Any]:
+    """The fields in a message's header."""
+    return json.loads(safetensors.read_metadata(joined(message))["spec"])["d"]

@@ -26,6 +26,9 @@ R = TypeVar("R")
 CHECKED_AS_KEY = "checked as a key"
 """A note on a field that becomes part of a key: it is checked there, and what is wrong with it is
 an `IdError`."""
+ADDED = types.MappingProxyType({"added": True})
+"""Metadata of a field that came to a message later: it is left out of the bytes while it has its
+default. So what was written before is read, and what doesn't use it is written as before."""
 Test = frozenset[type] | Callable[[Any], bool]
 """The exact classes that a value may have, or a function of it."""
 
@@ -73,6 +76,17 @@ def check_types(message: M) -> M:
                 "not of the kind that it must be"
             )
     return message
+
+
+@_by_class
+def added_fields(cls: Any) -> Mapping[str, Any]:
+    """The fields of a message class that came later, with their defaults."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if "added" in field.metadata:
+            factory = field.default_factory
+            found[field.name] = field.default if factory is dataclasses.MISSING else factory()
+    return found
 
 
 @_by_class
@@ -173,7 +187,9 @@ def _each_of(tests: Sequence[Test | None]) -> Test:
     return passes
 
 
-def _mapping_of(key: type, kind: type) -> Test:
+def _mapping_of(key: type, kind: Any) -> Test:
+    kind = object if kind is Any else kind
+
     def passes(value: Any) -> bool:
         if not isinstance(value, Mapping):
             return False

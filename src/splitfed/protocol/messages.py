@@ -7,25 +7,28 @@ the borders (`fields`).
 
 The trap: class names, field names and their order are the format, and so is what a digest hashes.
 Rename or reorder one, and an older store can't be read; change a digest, and a retry after the
-upgrade is refused as another request.
+upgrade is refused as another request. A new field goes last, as `ADDED`: it is left out of bytes
+and digests while it has its default.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from torch import Tensor
 
 from splitfed.protocol import pytree, safetensors
-from splitfed.protocol.fields import CHECKED_AS_KEY, Request
+from splitfed.protocol.fields import ADDED, CHECKED_AS_KEY, Request
 from splitfed.protocol.ids import BatchId
 
 ClientId = Annotated[str, CHECKED_AS_KEY]
 Number = Annotated[int, CHECKED_AS_KEY]
 Seed = Annotated[int, range(2**64)]
+Settings = Mapping[str, Any]
+"""Plain values by module and attribute."""
 Arguments = tuple[Any, dict[str, Any]]
 """The pytree (args, kwargs) of a call."""
 
@@ -86,6 +89,12 @@ class ForwardRequest(Request):
     previous: int | None
     """Number of the call of the same `client(...)` whose buffers this one continues."""
     housekeeping: Housekeeping = Housekeeping()
+    part: str | None = field(default=None, metadata=ADDED)
+    """Which part of which model the half was cut for, as `split` has marked it; `None` for a cut
+    point that was placed by hand."""
+    settings: Settings = field(default_factory=dict, metadata=ADDED)
+    """What the half has changed of the part: by module and attribute (`layer.beta`,
+    `1.training`)."""
 
     def tensors(self) -> list[Tensor]:
         """The tensors that it carries, each distinct one once."""
@@ -117,6 +126,7 @@ class ForwardRequest(Request):
             outputs=(),
             crcs=(),
             numerics=numerics,
+            settings=self.settings,
         )
 
 
@@ -134,6 +144,11 @@ class ForwardAnswer:
     changed: Mapping[int, Tensor]
     """The input tensors that the body changed in place, by place: their new values."""
     crcs: tuple[int, ...]
+    moved: bool = field(default=False, metadata=ADDED)
+    """Whether the run changed buffers."""
+    written: tuple[str, ...] = field(default=(), metadata=ADDED)
+    """The plain attributes that the body's forward sets (`layer.kl`): only the server has their
+    values."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,6 +200,9 @@ class BackwardRequest(Request):
     grad_outputs: tuple[Tensor | None, ...]
     seal: Seal | None
     housekeeping: Housekeeping = Housekeeping()
+    counted: bool = field(default=True, metadata=ADDED)
+    """Whether the pass accumulates parameter gradients; if not, the inputs get theirs, and nothing
+    is stored."""
 
     def tensors(self) -> list[Tensor]:
         """The gradients that it carries."""
@@ -208,7 +226,8 @@ class BackwardRequest(Request):
         """What tells this request from another under the same batch id."""
         seal = None if self.seal is None else self.seal.plain()
         place = (self.client_id, self.incarnation, self.seq, self.part, self.version, self.call)
-        return content_digest((*place, seal), self.grad_outputs)
+        uncounted = () if self.counted else ("uncounted",)
+        return content_digest((*place, seal, *uncounted), self.grad_outputs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -257,7 +276,8 @@ class LossRequest(Request):
         spec, sent = pytree.flatten((self.forward.inputs, self.target))
         ahead = self.forward
         settings = (ahead.call, ahead.cut, ahead.seed, ahead.autocast, self.num_samples, spec)
-        return content_digest((batch, version, *settings), sent)
+        changed = sorted(ahead.settings.items())
+        return content_digest((batch, version, *settings, *changed), sent)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -382,6 +402,8 @@ class ForwardRecord:
     crcs: tuple[int, ...]
     numerics: str
     """The short name of the numerics class that it ran in."""
+    settings: Settings = field(default_factory=dict, metadata=ADDED)
+    """As in the request."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

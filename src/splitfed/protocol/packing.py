@@ -21,7 +21,7 @@ from torch import Tensor
 from splitfed import errors
 from splitfed.errors import ContainerError, FormatError, SplitFedError
 from splitfed.protocol import header, pytree, safetensors
-from splitfed.protocol.fields import check_types, nested_messages
+from splitfed.protocol.fields import added_fields, check_types, nested_messages
 from splitfed.protocol.transport import VERBS
 
 M = TypeVar("M")
@@ -196,6 +196,9 @@ def _fields(cls: Any) -> Mapping[str, Any]:
 def _plain(message: Any) -> dict[str, Any]:
     """The fields of a message as plain values; messages within it likewise."""
     fields = {name: getattr(message, name) for name in _fields(type(message))}
+    for name, default in added_fields(type(message)).items():
+        if fields[name] == default:
+            del fields[name]
     for name, inner in nested_messages(type(message)).items():
         value = fields[name]
         if isinstance(value, list | tuple):
@@ -207,7 +210,10 @@ def _plain(message: Any) -> dict[str, Any]:
 
 
 def _rebuild(cls: type[M], values: Any) -> M:
-    if not isinstance(values, dict) or values.keys() != _fields(cls).keys():
+    known = _fields(cls).keys()
+    # What came later may be missing: then it has its default.
+    needed = known - added_fields(cls).keys()
+    if not isinstance(values, dict) or not needed <= values.keys() <= known:
         got: Any = type(values).__name__
         if isinstance(values, dict):
             got = [key for key in values if type(key) is str]
@@ -215,7 +221,7 @@ def _rebuild(cls: type[M], values: Any) -> M:
             f"a {cls.__name__} needs the fields {list(_fields(cls))}, got {str(got)[:200]}"
         )
     for name, inner in nested_messages(cls).items():
-        value = values[name]
+        value = values.get(name)
         if isinstance(value, dict):
             values[name] = _rebuild(inner, value)
         elif isinstance(value, list | tuple):
