@@ -85,7 +85,7 @@ def test_strides_survive(name: str) -> None:
         assert result.data_ptr() % 64 == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.complex128], ids=str)
 def test_every_dtype(dtype: torch.dtype) -> None:
     """All dtypes of the format come back bit for bit: contiguous, as a scalar, empty and with every kind of layout."""
     tensor = sample(dtype)
@@ -103,7 +103,7 @@ def test_every_dtype(dtype: torch.dtype) -> None:
 @st.composite
 def strided(draw: st.DrawFn) -> Tensor:
     """A tensor of any dtype, shape, strides and offset that as_strided can make within 4 KB."""
-    dtype = draw(st.sampled_from(list(DTYPES.values())))
+    dtype = draw(st.sampled_from([*DTYPES.values(), torch.complex128]))
     shape = draw(st.lists(st.integers(0, 4), max_size=4))
     strides = [draw(st.sampled_from([0, 1, 2, 3, 4, 8, 12, 48])) for _ in shape]
     if draw(st.booleans()):  # dense, in any order
@@ -128,8 +128,8 @@ def test_canonical_is_the_round_trip(tensor: Tensor) -> None:
     assert codec.crc32(tensor) == zlib.crc32(bits(tensor))
 
 
-# One key is taken; hypothesis also draws strings that stand in the sources, so it would be among them now and then.
-KEYS = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda key: key != codec.LAYOUT_KEY)
+# Some keys are taken; hypothesis also draws strings that stand in the sources, so they would be among them at times.
+KEYS = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda key: key not in codec.TAKEN)
 
 
 @given(
@@ -247,9 +247,17 @@ def test_default_device_is_left_alone(device: str) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
-    "complex128": (
-        lambda: torch.ones(2, dtype=torch.complex128),
-        r"expected a dtype of BOOL.*got torch.complex128.*\.to\(\)",
+    "complex32": (
+        lambda: torch.ones(2, dtype=torch.complex64).to(torch.complex32),
+        r"expected a dtype of BOOL.*or complex128, got torch.complex32.*\.to\(torch.complex64\)",
+    ),
+    "a quarter of a byte": (
+        lambda: torch.empty(2, dtype=torch.float4_e2m1fn_x2),
+        r"got torch.float4_e2m1fn_x2.*\.view\(torch.uint8\)",
+    ),
+    "complex128 of 8 dimensions": (
+        lambda: torch.ones([1] * 8, dtype=torch.complex128),
+        r"at most 7 dimensions.*got torch.complex128.* 8 dimensions",
     ),
     "quantized": (
         lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
@@ -292,7 +300,7 @@ def test_encode_refuses_names(name: str) -> None:
         codec.encode({name: torch.ones(1)})
 
 
-@pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}, {"splitfed.layout": "{}"}, {"a": "\ud800"}], ids=repr)
+@pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}, {"splitfed.layout": "{}"}, {"splitfed.dtype": "{}"}, {"a": "\ud800"}], ids=repr)
 def test_encode_refuses_metadata(metadata: dict[str, str]) -> None:
     """Metadata that aren't text, or take the place of the layout, are refused."""
     with pytest.raises(InputError, match="metadata"):
@@ -322,6 +330,43 @@ def test_safetensors_reads_a_layout_permuted() -> None:
     """To a reader that knows no layouts, a transpose is stored as the matrix that it is the transpose of."""
     matrix = torch.arange(6.0).reshape(2, 3)
     assert torch.equal(safetensors.torch.load(body({"x": matrix.t()}))["x"], matrix)
+
+
+def test_complex128_is_stored_as_pairs() -> None:
+    """To the library a complex128 tensor is float64 with one dimension more, whose two are its parts."""
+    numbers = torch.tensor([[1 + 2j], [3 - 4j]], dtype=torch.complex128)
+    data = body({"z": numbers, "x": torch.ones(1, dtype=torch.float64)}, {"k": "v"})
+    loaded = safetensors.torch.load(data)
+    assert loaded["z"].tolist() == [[[1.0, 2.0]], [[3.0, -4.0]]]
+    assert b'"splitfed.dtype":"{\\"z\\":\\"complex128\\"}"' in data
+    assert codec.read_metadata(data) == {"k": "v"}
+    assert codec.decode(data)[0]["x"].dtype is torch.float64
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dtypes", "message"),
+    [
+        (torch.ones(3, 2, dtype=torch.float64), '{"x":"complex64"}', "bad dtype"),
+        (torch.ones(3, 2, dtype=torch.float64), '{"x":["complex128"]}', "bad dtype"),
+        (torch.ones(2, 3, dtype=torch.float64), '{"x":"complex128"}', "bad dtype"),
+        (torch.ones((), dtype=torch.float64), '{"x":"complex128"}', "bad dtype"),
+        (torch.ones(3, 2, dtype=torch.float32), '{"x":"complex128"}', "bad dtype"),
+        (torch.ones(3, 2, dtype=torch.float64), '{"y":"complex128"}', "isn't there"),
+        (torch.ones(3, 2, dtype=torch.float64), '{"x":"complex128","x":"complex128"}', "duplicate"),
+        (torch.ones(3, 2, dtype=torch.float64), "[]", "isn't a JSON object"),
+        (torch.ones(3, 2, dtype=torch.float64).t(), '{"x":"complex128"}', "bad layout"),
+    ],
+)
+def test_foreign_dtypes_are_checked(tensor: Tensor, dtypes: str, message: str) -> None:
+    """What is said to be complex128 must be float64 in pairs, and be there."""
+    data = safetensors.torch.save({"x": tensor.contiguous()}, {"splitfed.dtype": dtypes})
+    if not tensor.is_contiguous():
+        data = safetensors.torch.save(
+            {"x": torch.ones(3, 2, dtype=torch.float64)},
+            {"splitfed.dtype": dtypes, "splitfed.layout": '{"x":{"order":[1,0]}}'},
+        )
+    with pytest.raises(FormatError, match=message):
+        codec.decode(data)
 
 
 def test_crc32_by_hand() -> None:

@@ -17,6 +17,9 @@ tensor with elements:
     more than 16 × the elements;         as one
     expanded beyond 256 MiB
 
+The format has no code for complex128 either: it is stored as the float64 pairs that it is in memory,
+one dimension more of size 2, which any reader can open, and named under the key `splitfed.dtype`.
+
 Foreign strides count only if they are what this rule gives for the tensor that they describe. So
 whoever wrote them can't address memory outside of the tensor, nor make 100 bytes allocate more than
 1,600.
@@ -46,10 +49,16 @@ MAX_SPREAD = 16
 MAX_EXPANDED = 256 << 20
 ALIGNMENT = 64
 LAYOUT_KEY = "splitfed.layout"
+DTYPE_KEY = "splitfed.dtype"
+TAKEN = (LAYOUT_KEY, DTYPE_KEY)
+"""The keys that no other metadata may have."""
+PAIRED = torch.complex128
+"""The dtype that is stored as pairs of float64."""
 
-_CODES = {dtype: code for code, dtype in foreign.DTYPES.items()}
-# bfloat16, float8 and complex64: numpy or memoryview can't show their bytes as they are.
-_OPAQUE = {dtype for dtype, code in _CODES.items() if code[:2] in ("BF", "F8", "C6")}
+_CODES = {dtype: code for code, dtype in foreign.DTYPES.items()} | {PAIRED: "F64"}
+# bfloat16, float8 and complex: numpy or memoryview can't show their bytes as they are.
+_OPAQUE = {dtype for dtype, code in _CODES.items() if code[:2] in ("BF", "F8", "C6")} | {PAIRED}
+_PAIRED_NAME = "complex128"
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _quoted = json.encoder.encode_basestring
 
@@ -65,23 +74,31 @@ def encode(
 
     Raises:
         ContainerError: the name, kind or dtype of a tensor has no place in the format.
-        InputError: the metadata aren't strings, or use the key `splitfed.layout`.
+        InputError: the metadata aren't strings, or use one of the keys of this module.
     """
     items, layouts = _in_file_order(tensors)
     texts = _checked_metadata(metadata or {})
     if layouts:
         texts[LAYOUT_KEY] = _to_json(dict(sorted(layouts.items())))
+    pairs = sorted(name for name, tensor in items if tensor.dtype is PAIRED)
+    if pairs:
+        texts[DTYPE_KEY] = _to_json(dict.fromkeys(pairs, _PAIRED_NAME))
+    if len(texts) > foreign.MAX_METADATA:
+        raise InputError(
+            f"too much metadata: expected at most {foreign.MAX_METADATA} entries, "
+            f"those for dtypes and layouts included, got {len(texts)}"
+        )
     # The JSON is written by hand: a serializer takes several times as long, and a tiny batch is
     # mostly headers.
     fields: list[str] = []
     if texts:
-        pairs = ",".join(f"{_quoted(key)}:{_quoted(text)}" for key, text in sorted(texts.items()))
-        fields.append(f'"__metadata__":{{{pairs}}}')
+        said = ",".join(f"{_quoted(key)}:{_quoted(text)}" for key, text in sorted(texts.items()))
+        fields.append(f'"__metadata__":{{{said}}}')
     buffers: list[memoryview | bytes] = []
     cursor = 0
     for name, tensor in items:
         end = cursor + tensor.nbytes
-        shape = ",".join(map(str, tensor.shape))
+        shape = ",".join(map(str, (*tensor.shape, 2) if tensor.dtype is PAIRED else tensor.shape))
         fields.append(
             f'{_quoted(name)}:{{"dtype":"{_CODES[tensor.dtype]}","shape":[{shape}],'
             f'"data_offsets":[{cursor},{end}]}}'
@@ -122,6 +139,8 @@ def decode(
     layouts = {}
     if LAYOUT_KEY in metadata:
         layouts = foreign.parse_json(metadata.pop(LAYOUT_KEY), "the layout")
+    if DTYPE_KEY in metadata:
+        entries = _paired(entries, foreign.parse_json(metadata.pop(DTYPE_KEY), "the dtypes"))
     base = 0
     # A tensor may be written to by whoever gets it: over memory that may not, it needs a copy. One
     # copy of all data keeps the alignment that the writer gave to each tensor.
@@ -156,6 +175,27 @@ def decode(
     return tensors, metadata
 
 
+def _paired(entries: list[foreign.Entry], dtypes: dict[str, object]) -> list[foreign.Entry]:
+    """The entries of a header, those of named dtypes as what their pairs are."""
+    found = []
+    for entry in entries:
+        if entry.name in dtypes:
+            dtype = dtypes.pop(entry.name)
+            is_pairs = entry.dtype is torch.float64 and entry.shape[-1:] == [2]
+            if dtype != _PAIRED_NAME or not is_pairs:
+                raise FormatError(
+                    f"tensor {entry.name[:80]!r} has a bad dtype: expected {_PAIRED_NAME!r} of F64 "
+                    f"in pairs, got {shown(dtype)} of {entry.dtype} {entry.shape}"
+                )
+            entry = entry._replace(dtype=PAIRED, shape=entry.shape[:-1])
+        found.append(entry)
+    if dtypes:
+        raise FormatError(
+            f"dtype of a tensor that isn't there: expected none, got {next(iter(dtypes))[:80]!r}"
+        )
+    return found
+
+
 def read_metadata(data: memoryview | bytes | bytearray) -> dict[str, str]:
     """Return the metadata of safetensors bytes after the checks of their header; no tensor is made.
 
@@ -163,7 +203,8 @@ def read_metadata(data: memoryview | bytes | bytearray) -> dict[str, str]:
         FormatError: the header isn't well-formed, or isn't that of so many bytes.
     """
     _, metadata = foreign.parse_header(memoryview(data).cast("B"))
-    metadata.pop(LAYOUT_KEY, None)
+    for key in TAKEN:
+        metadata.pop(key, None)
     return metadata
 
 
@@ -261,12 +302,16 @@ def _checked(tensor: Tensor, name: str | None = None) -> Tensor:
 def _has_place(tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided or tensor.dtype not in _CODES:
         return False
-    if tensor.is_nested or tensor.is_meta or tensor.dim() > foreign.MAX_DIMS:
+    if tensor.is_nested or tensor.is_meta or tensor.dim() > _most_dims(tensor):
         return False
     # A tensor without elements has no bytes that would bound its shape, and a reader multiplies it.
     return tensor.numel() > 0 or (
         foreign.extent(tensor.shape, tensor.itemsize) <= foreign.MAX_EXTENT
     )
+
+
+def _most_dims(tensor: Tensor) -> int:
+    return foreign.MAX_DIMS - 1 if tensor.dtype is PAIRED else foreign.MAX_DIMS
 
 
 def _unfit(tensor: object, name: str | None) -> ContainerError:
@@ -282,9 +327,12 @@ def _unfit(tensor: object, name: str | None) -> ContainerError:
         elif tensor.is_quantized:
             expected, hint = "one that isn't quantized", "call .dequantize() first"
         elif tensor.dtype not in _CODES:
-            expected, hint = f"a dtype of {', '.join(_CODES.values())}", "convert it by .to() first"
+            expected = f"a dtype of {', '.join(foreign.DTYPES)} or complex128"
+            hint = "convert it by .to(torch.complex64) first"
+            if not tensor.is_complex():
+                hint = "convert it by .to() first, or keep its bytes by .view(torch.uint8)"
         else:
-            expected = f"at most {foreign.MAX_DIMS} dimensions that an address can count"
+            expected = f"at most {_most_dims(tensor)} dimensions that an address can count"
             hint = "reshape it first"
     which = "the tensor" if name is None else f"tensor {name[:80]!r}"
     return ContainerError(f"{which} doesn't fit in a body: expected {expected}, got {got}; {hint}")
@@ -292,17 +340,11 @@ def _unfit(tensor: object, name: str | None) -> ContainerError:
 
 def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     for key, value in metadata.items():
-        if type(key) is not str or type(value) is not str or key == LAYOUT_KEY:
+        if type(key) is not str or type(value) is not str or key in TAKEN:
             raise InputError(
                 f"metadata {key!r} isn't allowed: expected text to text, "
                 f"got a {type(value).__name__}"
             )
-    # The layout takes one entry.
-    if len(metadata) >= foreign.MAX_METADATA:
-        raise InputError(
-            f"too much metadata: expected fewer than {foreign.MAX_METADATA} entries, "
-            f"got {len(metadata)}"
-        )
     return dict(metadata)
 
 
