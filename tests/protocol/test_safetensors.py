@@ -274,6 +274,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*quantize:UserWarning")
+@pytest.mark.filterwarnings("ignore:ComplexHalf support:UserWarning")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_encode_refuses(kind: str) -> None:
     """A tensor that the format can't hold raises, with its name, its dtype and what to do."""
@@ -284,6 +285,7 @@ def test_encode_refuses(kind: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*quantize:UserWarning")
+@pytest.mark.filterwarnings("ignore:ComplexHalf support:UserWarning")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_canonical_refuses(kind: str) -> None:
     """The same tensors, at the cut."""

@@ -25,6 +25,7 @@ from splitfed.client.backward import Passes, Scope
 from splitfed.client.connection import Connection
 from splitfed.client.inplace import guard
 from splitfed.errors import ReplayError, UnsupportedError
+from splitfed.model.arguments import carried, check_gradients
 from splitfed.model.boundary import uncached
 from splitfed.model.cutpoint import Caller, CutPoint, active_caller
 from splitfed.model.rng import Seed
@@ -148,7 +149,7 @@ class Session:
         notes: Housekeeping = Housekeeping(),  # noqa: B008 -- frozen
     ) -> tuple[ForwardRequest, list[Tensor]]:
         """The request for a cut call, and its distinct input tensors."""
-        _, tensors = pytree.flatten((args, kwargs))
+        args, kwargs, tensors = carried(args, kwargs, self.connection.warn_once)
         device = tensors[0].device.type if tensors else "cpu"
         autocast = None
         if torch.is_autocast_enabled(device):
@@ -275,6 +276,7 @@ class _Cross(torch.autograd.Function):
         refuse_second_order()
         # Asked for because it raises, as a local model would, if the graph was freed.
         ctx._raw_saved_tensors  # noqa: B018
+        check_gradients(grads)
         found = ctx.call.backward(grads) or [None] * len(ctx.devices)
         moved = [
             None if grad is None else grad.to(device)

@@ -27,7 +27,8 @@ from splitfed.client.connection import Connection, LossScale
 from splitfed.client.half import HalfSync, take_part
 from splitfed.client.loss import LossSession
 from splitfed.client.transports import as_transport
-from splitfed.errors import CutError, InputError, UnsupportedError
+from splitfed.errors import CutError, InputError, SplitFedError, UnsupportedError
+from splitfed.model.arguments import explanation
 from splitfed.model.cutpoint import CutPoint
 from splitfed.protocol.ids import check_client_id, check_number
 from splitfed.protocol.messages import RoundInfo
@@ -113,7 +114,16 @@ class CutMethod:
         client._refuse_replica()
         samples = count_samples(args, kwargs)
         with Session(client._connection, client._passes, samples, client._scope, client._pinned):
-            return self._run(*args, **kwargs)
+            try:
+                return self._run(*args, **kwargs)
+            except (TypeError, RuntimeError, AttributeError) as error:
+                if isinstance(error, SplitFedError):
+                    raise
+                # Nothing else of the half's own errors is touched: they are the unsplit model's.
+                ours = explanation(error, client.client_half, args, kwargs)
+                if ours is None:
+                    raise
+                raise ours from error
 
     @property
     def __signature__(self) -> inspect.Signature:

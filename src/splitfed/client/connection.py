@@ -77,7 +77,7 @@ class Connection:
         self._abandoned: list[int] = []
         self._answered: list[int] = []
         self._released: list[tuple[int, int]] = []
-        self._warned = False
+        self._warned: set[str] = set()
         self._lock = threading.RLock()
 
     def number(self, kind: str) -> int:
@@ -171,16 +171,21 @@ class Connection:
                 self.counted = self.counted + Counted(num_samples, loss_scale)
             elif status == "rejected":
                 self.counted = self.counted + Counted(rejected=num_samples)
-            first = status == "rejected" and not self._warned
-            if first:
-                self._warned = True
-        if first:
-            warnings.warn(
+        if status == "rejected":
+            self.warn_once(
+                status,
                 f"a gradient of client {self.client_id!r} isn't finite (NaN or Inf): "
                 "the batch is closed as rejected and counts nowhere. "
                 "Under GradScaler that is ordinary; later ones are only counted",
-                stacklevel=2,
             )
+
+    def warn_once(self, what: str, text: str) -> None:
+        """Warn of something, unless this client has warned of it before."""
+        with self._lock:
+            first = what not in self._warned
+            self._warned.add(what)
+        if first:
+            warnings.warn(text, stacklevel=3)
 
 
 def _can_run(node: Any) -> bool:

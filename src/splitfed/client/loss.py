@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from splitfed.client.calls import Session, dummy, refuse_second_order
 from splitfed.errors import CutError, SplitFedError
+from splitfed.model.arguments import check_fit
 from splitfed.model.cutpoint import CutPoint
 from splitfed.model.rng import Seed
+from splitfed.protocol import pytree
 from splitfed.protocol.messages import LossAnswer, LossRequest
 
 
@@ -36,12 +38,14 @@ class LossSession(Session):
 
         Raises:
             CutError: the half has more than one cut call.
+            ContainerError: an argument or the target can't cross.
         """
         if self._pending is not None:
             raise CutError(
                 "client.loss() needs a client half that ends at its one cut, "
                 "and this one calls several"
             )
+        check_fit("the target", self.target, pytree.flatten(self.target)[1])
         seed = Seed()
         ahead, tensors = self.request(point, args, kwargs, seed, None)
         samples = self.num_samples

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from splitfed.errors import ArchitectureError, CutError, SharedParameterError, UnknownCutError
 from splitfed.model.copying import check_hooks, deep_copy
 from splitfed.model.cutpoint import CutPoint, Origin
-from splitfed.model.skeleton import Template, check_initialised, unwrap
+from splitfed.model.skeleton import Template, check_copyable, check_initialised, unwrap
 
 
 class CutBody(nn.Module):
@@ -100,6 +100,7 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
     """
     # Asked of the original, as a copy has lost them already.
     check_hooks(unwrap(model))
+    check_copyable(unwrap(model))
     whole = deep_copy(unwrap(model))
     for name, parameter in whole.named_parameters():
         check_initialised(name, parameter)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from splitfed.errors import BodyError, InputError, ReplayError, SplitFedError, UnsupportedError
+from splitfed.model.arguments import check_fit, check_unchanged, description, may_change
 from splitfed.model.boundary import enter, fresh, uncached, unhooked
 from splitfed.model.rng import compute_lock, seeded
 from splitfed.model.skeleton import Template, transient_buffers
@@ -191,17 +192,21 @@ def run(
         # In the grad mode of the call: what enters must hang on the leaves and be none itself.
         entered = list(map(enter, leaves))
         args, kwargs = pytree.unflatten(spec, entered)
+        watched = may_change(args, kwargs)
         versions = [tensor._version for tensor in entered]
-        with draws, unhooked(), uncached(), _autocast(call.autocast, model.device), _BodyErrors():
+        with draws, unhooked(), uncached(), _autocast(call.autocast, model.device), _BodyErrors(parts, entered):
             outputs = parts[0](*args, **kwargs)
             for part in parts[1:]:
                 outputs = part(outputs)
+            if watched:
+                check_unchanged(spec, entered, (args, kwargs), outputs)
             if finish is not None:
                 outputs = finish(outputs)
         # Still under the lock: the next run puts its own buffers into the module.
         buffers = model.end_buffers()
     model.check_parameters()
     spec, live = pytree.flatten(outputs)
+    check_fit("the body's output", outputs, live)
     return Run(
         version=model.version,
         outputs=outputs,
@@ -340,16 +345,27 @@ class _BodyErrors:
     """Translates what the user's own code raises; the only place where foreign errors become ours.
 
     A class, as `contextlib.contextmanager` costs more, in each forward and backward.
+
+    Args:
+        parts: The submodules that run.
+        tensors: What they are given, for the message.
     """
 
-    __slots__ = ()
+    __slots__ = ("_parts", "_tensors")
+
+    def __init__(self, parts: Sequence[nn.Module] = (), tensors: Sequence[Tensor] = ()) -> None:
+        self._parts = parts
+        self._tensors = tensors
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, SplitFedError):
-            raise BodyError(f"the body raised {type(error).__name__}: {error}") from error
+            text = f"the body raised {type(error).__name__}: {error}"
+            if self._parts:
+                text += f" ({description(self._parts, self._tensors)})"
+            raise BodyError(text) from error
 
 
 @dataclass(slots=True, eq=False)

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from splitfed.errors import UnsupportedError
 from splitfed.model.copying import deep_copy
+from splitfed.protocol import safetensors
 
 Fingerprint = dict[str, dict[str, Any]]
 """By name: role, shape and dtype of a tensor, or the first name of a tied one; plain JSON."""
@@ -40,6 +41,7 @@ class Template:
 
     def __init__(self, module: nn.Module, without: Collection[str] = ()) -> None:
         module = unwrap(module)
+        check_copyable(module)
         self.names: dict[str, str] = {}
         """Every name of `state_dict()`, in its order, with the first name of the same tensor."""
         self.parameters: dict[str, nn.Parameter] = {}
@@ -177,6 +179,7 @@ def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 continue
             name = f"{prefix}.{leaf}" if prefix else leaf
             check_initialised(name, tensor)
+            _check_storable(name, tensor)
             yield name.replace("_orig_mod.", ""), tensor
 
 
@@ -190,6 +193,41 @@ def check_initialised(name: str, tensor: Tensor) -> None:
         raise UnsupportedError(
             f"parameter {name!r} is lazy (uninitialised): run the model once on real input first"
         )
+
+
+def check_copyable(module: nn.Module) -> None:
+    """Refuse tensors of kinds that can't be copied with their module: sparse but for COO, nested.
+
+    Raises:
+        UnsupportedError: there is one, as a parameter, a buffer or an attribute.
+    """
+    for prefix, owner in module.named_modules():
+        members = {**vars(owner), **owner._parameters, **owner._buffers}
+        for leaf, tensor in members.items():
+            if isinstance(tensor, Tensor) and not _is_copyable(tensor):
+                name = f"{prefix}.{leaf}".lstrip(".")
+                kind = "nested" if tensor.is_nested else tensor.layout
+                raise UnsupportedError(
+                    f"{name!r} is a tensor of the kind {kind}, which can't be copied with its "
+                    "module: make it dense by .to_dense(), or .to_sparse_coo() and register it by "
+                    "register_buffer(..., persistent=False)"
+                )
+
+
+def _is_copyable(tensor: Tensor) -> bool:
+    if tensor.is_nested:
+        return tensor.layout is torch.jagged
+    return tensor.layout in (torch.strided, torch.sparse_coo)
+
+
+def _check_storable(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that no file of weights has a place for."""
+    if tensor.is_meta or safetensors.fits(tensor):
+        return
+    why = str(safetensors.unfit(tensor, repr(name)))
+    if not isinstance(tensor, nn.Parameter):
+        why += ". Or leave it out of the weights: register_buffer(..., persistent=False)"
+    raise UnsupportedError(why)
 
 
 def device_of(

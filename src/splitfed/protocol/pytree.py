@@ -55,7 +55,16 @@ def register_container(
         cls: The class; exactly this one, not its subclasses.
         flatten: Makes a tree of supported values from an instance.
         unflatten: Makes an instance from that tree.
+
+    Raises:
+        ContainerError: it is a cache of transformers. The body's attention writes to it, and what
+            it writes would stay on the server.
     """
+    if _is_cache(cls):
+        raise ContainerError(
+            f"{cls.__qualname__} can't be registered: it is a transformers cache, which the body "
+            "changes in place, and the half's own wouldn't be changed. Pass use_cache=False"
+        )
     _containers[_path(cls)] = _Container(cls, flatten, unflatten)
 
 
@@ -69,6 +78,30 @@ def flatten(tree: Any) -> tuple[Spec, list[Tensor]]:
         return {"t": 0}, [tree]
     tensors: list[Tensor] = []
     return _flatten(tree, tensors, {}, (), 0), tensors
+
+
+def place_of(tree: Any, tensor: Tensor) -> str:
+    """Where a tensor of a tree is, for a message: `['args'][0]`; `the top` if it is the tree.
+
+    Only the containers of Python are looked into.
+    """
+    found = () if tree is tensor else _find_tensor(tree, tensor, ())
+    return "a place within another container" if found is None else _place(found)
+
+
+def _find_tensor(value: Any, tensor: Tensor, where: _Path) -> _Path | None:
+    items: Any = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    for key, child in items:
+        if child is tensor:
+            return (where, key)
+        found = _find_tensor(child, tensor, (where, key))
+        if found is not None:
+            return found
+    return None
 
 
 def unflatten(spec: Spec, tensors: list[Tensor]) -> Any:
@@ -295,12 +328,28 @@ def _is_transformers(cls: type, name: str) -> bool:
     )
 
 
+def _is_cache(cls: type) -> bool:
+    """Whether a class is a cache of transformers, one of its layers, or made from one."""
+    # By name: those of some models have no base in common.
+    return any(
+        "Cache" in base.__name__ or base.__module__ == "transformers.cache_utils"
+        for base in cls.__mro__
+        if base.__module__.partition(".")[0] == "transformers"
+    )
+
+
 def _refusal(kind: type, where: _Path) -> str:
     place = _place(where)
-    if _is_transformers(kind, "Cache"):
+    if _is_cache(kind):
         return (
             f"the value at {place} is a transformers {kind.__name__}, which holds state: "
             "pass use_cache=False"
+        )
+    if kind.__module__.partition(".")[0] == "numpy":
+        return (
+            f"the value at {place} is {kind.__module__}.{kind.__qualname__}, "
+            "which can't cross the cut: expected a tensor, as torch.from_numpy(x) makes of an "
+            "array, or a Python number, as x.item() does of a scalar"
         )
     return (
         f"the value at {place} is {kind.__module__}.{kind.__qualname__}, "

@@ -58,6 +58,7 @@ PAIRED = torch.complex128
 _CODES = {dtype: code for code, dtype in foreign.DTYPES.items()} | {PAIRED: "F64"}
 # bfloat16, float8 and complex: numpy or memoryview can't show their bytes as they are.
 _OPAQUE = {dtype for dtype, code in _CODES.items() if code[:2] in ("BF", "F8", "C6")} | {PAIRED}
+_OWN = frozenset((Tensor, torch.nn.Parameter))
 _PAIRED_NAME = "complex128"
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _quoted = json.encoder.encode_basestring
@@ -287,8 +288,8 @@ def _in_file_order(
 
 
 def _checked(tensor: Tensor, name: str | None = None) -> Tensor:
-    if not isinstance(tensor, Tensor) or not _has_place(tensor):
-        raise _unfit(tensor, name)
+    if not isinstance(tensor, Tensor) or not fits(tensor):
+        raise unfit(tensor, "the tensor" if name is None else f"tensor {name[:80]!r}")
     if name is not None:
         try:
             foreign.check_name(name)
@@ -299,7 +300,10 @@ def _checked(tensor: Tensor, name: str | None = None) -> Tensor:
     return tensor
 
 
-def _has_place(tensor: Tensor) -> bool:
+def fits(tensor: Tensor) -> bool:
+    """Whether the format has a place for a tensor of this kind, dtype and shape."""
+    if type(tensor) not in _OWN and is_wrapper(tensor):
+        return False
     if tensor.layout is not torch.strided or tensor.dtype not in _CODES:
         return False
     if tensor.is_nested or tensor.is_meta or tensor.dim() > _most_dims(tensor):
@@ -314,13 +318,26 @@ def _most_dims(tensor: Tensor) -> int:
     return foreign.MAX_DIMS - 1 if tensor.dtype is PAIRED else foreign.MAX_DIMS
 
 
-def _unfit(tensor: object, name: str | None) -> ContainerError:
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether its class has other values than its memory says: DTensor, MaskedTensor and the like.
+
+    Such a class answers torch's operations itself, by `__torch_dispatch__`.
+    """
+    own: Any = type(tensor).__torch_dispatch__
+    return own is not Tensor.__torch_dispatch__
+
+
+def unfit(tensor: object, which: str) -> ContainerError:
+    """The error for a tensor that has no place in the format: what it is, and what to do."""
     expected, hint = "a torch.Tensor", "turn it into one, or keep it on its side of the cut"
     got = type(tensor).__name__
     if isinstance(tensor, Tensor):
         kind = "nested" if tensor.is_nested else tensor.layout
         got = f"{tensor.dtype}, {kind}, of {tensor.dim()} dimensions"
-        if tensor.is_nested or tensor.layout is not torch.strided:
+        if is_wrapper(tensor) and not tensor.is_nested:
+            expected, got = "a plain torch.Tensor", f"a {type(tensor).__qualname__}, {got}"
+            hint = "take its values out first, as .full_tensor() does of a DTensor"
+        elif tensor.is_nested or tensor.layout is not torch.strided:
             expected, hint = "a dense one", "call .to_dense() or pad it first"
         elif tensor.is_meta:
             expected, hint = "one with memory, not on the device meta", "load its values first"
@@ -334,8 +351,7 @@ def _unfit(tensor: object, name: str | None) -> ContainerError:
         else:
             expected = f"at most {_most_dims(tensor)} dimensions that an address can count"
             hint = "reshape it first"
-    which = "the tensor" if name is None else f"tensor {name[:80]!r}"
-    return ContainerError(f"{which} doesn't fit in a body: expected {expected}, got {got}; {hint}")
+    return ContainerError(f"{which} can't travel or be stored: expected {expected}, got {got}; {hint}")
 
 
 def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
