@@ -127,7 +127,7 @@ def test_a_failure_to_make_one_ahead_is_nobodys_error(tmp_path: Path, monkeypatc
     """Whoever then needs a file makes it, or hears why that isn't possible."""
     spares = Spares(str(tmp_path))
 
-    def none_left(directory: str) -> int:
+    def none_left(directory: str, mode: int) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:

@@ -18,6 +18,11 @@ All writers of a directory must come to the same answer, because a lock doesn't 
 links. Therefore the way is the outcome of an experiment in the root of the store, and never of an
 error that one writer meets later.
 
+Files are their owner's alone, unless the folder that holds the store says by its setgid bit that a
+group works in it, or the store is opened as shared: then the umask decides what the group may do.
+Others never may. (The umask alone says nothing: of 022, the usual one, nobody means to publish
+gradients to a group that all users of the machine are in.)
+
 The other traps are the system's: a write may be partial and may not exceed 2 GB, fsync on macOS
 stops short of the disk, and `os.kill(pid, 0)`, which asks whether a process lives, is Ctrl-C on
 Windows.
@@ -32,6 +37,7 @@ import os
 import queue
 import re
 import socket
+import stat
 import sys
 import threading
 import weakref
@@ -39,6 +45,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from filelock import FileLock
@@ -55,7 +62,6 @@ _BINARY: int = getattr(os, "O_BINARY", 0)  # Windows
 _READ_FLAGS = os.O_RDONLY | _BINARY
 _NEW_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY
 _UNNAMED: int = getattr(os, "O_TMPFILE", 0)  # Linux
-_FILE_MODE = 0o600
 
 # From this size on a file is mapped: below, setting up the mapping costs more than the copy.
 _SMALL = 64 * 1024
@@ -75,6 +81,41 @@ _NO_LINKS = (
 _LOCK_SECONDS = 60.0
 _POLL_SECONDS = 0.005
 _LOCK_FILES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Modes:
+    """What files and directories are created with; the umask takes its bits away."""
+
+    file: int
+    directory: int
+
+
+PRIVATE = Modes(0o600, 0o700)
+SHARED = Modes(0o660, 0o770)
+
+
+def is_setgid(path: str) -> bool:
+    """Whether what is created at `path` will belong to the group of a folder, by its setgid bit.
+
+    That is `path` itself, or what there is of the folders above it.
+    """
+    while True:
+        try:
+            return bool(os.stat(path).st_mode & stat.S_ISGID)
+        except OSError:
+            above = os.path.dirname(path)
+            if above == path:
+                return False
+            path = above
+
+
+def lock_mode(directory: str) -> int:
+    """The mode of a lock file: for whomever its directory is.
+
+    It is set as it is, past the umask, which the directory's own mode has gone through.
+    """
+    return os.stat(directory).st_mode & SHARED.file
 
 
 def read(path: str) -> memoryview | None:
@@ -129,13 +170,33 @@ class Publisher:
     Args:
         root: The directory of the store, where locks and the experiment go.
         way: How a file gets its name; None finds that out by an experiment at the first create.
+        shared: Whether the group may be let in wherever the store is.
     """
 
-    def __init__(self, root: str, way: Way | None = None) -> None:
+    def __init__(self, root: str, way: Way | None = None, *, shared: bool = False) -> None:
         self._root = root
         self._way = way
+        self._shared = shared
         self._host = host_tag()
-        self._spares = Spares(root)
+        self._modes: Modes | None = None
+        self._spares: Spares | None = None
+
+    def make_directory(self, path: str) -> None:
+        """Make a directory in one that is there.
+
+        Raises:
+            FileExistsError: it is there already.
+        """
+        os.mkdir(path, self.modes().directory)
+        if self._shared and os.name != "nt":
+            # So that what another user creates in it belongs to its group, and not to theirs.
+            os.chmod(path, stat.S_ISGID | stat.S_IMODE(os.stat(path).st_mode))
+
+    def modes(self) -> Modes:
+        """The modes of this store, as the folder that holds it was when they were first needed."""
+        if self._modes is None:
+            self._modes = SHARED if self._shared or is_setgid(self._root) else PRIVATE
+        return self._modes
 
     def publish(
         self, directory: str, path: str, parts: Sequence[memoryview], sync: bool, *, replace: bool
@@ -169,12 +230,14 @@ class Publisher:
         self, directory: str, path: str, parts: Sequence[memoryview], sync: bool
     ) -> None:
         try:
+            if self._spares is None:
+                self._spares = Spares(self._root, self.modes().file)
             _write_and_link(self._spares.take(), path, parts, sync)
         except OSError as exc:
             if exc.errno != errno.EXDEV:
                 raise
             # Another file system is mounted in that directory: a spare of the root can't go there.
-            _write_and_link(_open_unnamed(directory), path, parts, sync)
+            _write_and_link(_open_unnamed(directory, self.modes().file), path, parts, sync)
 
     def sweep(self, directory: str) -> None:
         """Remove the temporary files that dead processes of this host left in `directory`."""
@@ -200,9 +263,9 @@ class Publisher:
         # would pile up.
         locks = os.path.join(self._root, LOCKS)
         with suppress(FileExistsError):
-            os.mkdir(locks, 0o700)
+            self.make_directory(locks)
         number = zlib.crc32(path.encode()) % _LOCK_FILES
-        lock = FileLock(os.path.join(locks, f".create-{number}"), mode=_FILE_MODE)
+        lock = FileLock(os.path.join(locks, f".create-{number}"), mode=lock_mode(locks))
         with lock.acquire(timeout=_LOCK_SECONDS, poll_interval=_POLL_SECONDS):
             if os.path.lexists(path):
                 return False
@@ -216,7 +279,7 @@ class Publisher:
     def _temporary(self, directory: str, parts: Sequence[memoryview], sync: bool) -> Iterator[str]:
         """Write a temporary file for the block; after it, unlink that name if it is still there."""
         path = self._temporary_name(directory)
-        fd = os.open(path, _NEW_FLAGS, _FILE_MODE)
+        fd = os.open(path, _NEW_FLAGS, self.modes().file)
         try:
             try:
                 write(fd, parts, sync)
@@ -234,7 +297,8 @@ class Publisher:
         # Whatever fails here, be it a full disk: the next way meets it too, unless it was a trouble
         # of this way only.
         with suppress(OSError):
-            _write_and_link(_open_unnamed(self._root), target, parts, sync=False)
+            unnamed = _open_unnamed(self._root, self.modes().file)
+            _write_and_link(unnamed, target, parts, sync=False)
             os.unlink(target)
             return "unnamed"
         with self._temporary(self._root, parts, sync=False) as temporary:
@@ -267,17 +331,19 @@ class Spares:
 
     Args:
         directory: Where they are made; it must exist once one is asked for.
+        mode: Their mode, but for what the umask takes.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, mode: int = PRIVATE.file) -> None:
         self._directory = directory
+        self._mode = mode
         self._ready: deque[int] = deque()
         self._process = os.getpid()
         weakref.finalize(self, _close_all, self._ready)
 
-    def __reduce__(self) -> tuple[type[Spares], tuple[str]]:
+    def __reduce__(self) -> tuple[type[Spares], tuple[str, int]]:
         # A copy with the same numbers would write to the same files, or to any.
-        return Spares, (self._directory,)
+        return Spares, (self._directory, self._mode)
 
     def take(self) -> int:
         """Open an unnamed file for writing; the caller closes it.
@@ -291,7 +357,7 @@ class Spares:
         try:
             found = self._ready.popleft()
         except IndexError:
-            found = _open_unnamed(self._directory)
+            found = _open_unnamed(self._directory, self._mode)
         if len(self._ready) < LEAST_SPARES:
             _spare_maker().put(self)
         return found
@@ -301,7 +367,7 @@ class Spares:
         # The directory is gone, or no descriptor is left: whoever needs a file gets that error.
         with suppress(OSError):
             while len(self._ready) < MOST_SPARES:
-                self._ready.append(_open_unnamed(self._directory))
+                self._ready.append(_open_unnamed(self._directory, self._mode))
 
 
 def _close_all(ready: deque[int]) -> None:
@@ -339,7 +405,7 @@ def _write_and_link(fd: int, path: str, parts: Sequence[memoryview], sync: bool)
         os.close(fd)
 
 
-def _open_unnamed(directory: str) -> int:
+def _open_unnamed(directory: str, mode: int) -> int:
     """Open a new file in `directory` that has no name yet.
 
     Raises:
@@ -347,7 +413,7 @@ def _open_unnamed(directory: str) -> int:
     """
     if not _UNNAMED:
         raise OSError(errno.ENOTSUP, "no O_TMPFILE on this system")
-    return os.open(directory, os.O_WRONLY | _UNNAMED, _FILE_MODE)
+    return os.open(directory, os.O_WRONLY | _UNNAMED, mode)
 
 
 def _link_unnamed(fd: int, path: str) -> None:
@@ -369,7 +435,10 @@ def sync_file(fd: int) -> None:
 def sync_path(path: str) -> None:
     """Make the content of a file durable that another process wrote; one that is gone is fine."""
     with suppress(FileNotFoundError):
-        fd = os.open(path, os.O_RDWR | _BINARY)
+        try:
+            fd = os.open(path, os.O_RDWR | _BINARY)
+        except PermissionError:  # another user's, which this one may read
+            fd = os.open(path, _READ_FLAGS)
         try:
             sync_file(fd)
         finally:

@@ -15,10 +15,11 @@ from __future__ import annotations
 import builtins
 import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock
 
 from splitfed.blobs import files
 from splitfed.blobs.contract import (
@@ -38,7 +39,7 @@ _MAX_MADE = 10_000
 
 
 class LocalBlobs:
-    """Files of mode 0600 in directories of mode 0700 beneath one root directory.
+    """Files beneath one root directory, for their owner alone or for a group (`files`).
 
     Args:
         root: The directory; a later chdir doesn't move it.
@@ -46,15 +47,21 @@ class LocalBlobs:
             process but not a power loss.
         way: How files are published, instead of the experiment of `files`. All writers of one
             directory must use the same.
+        shared: Whether the group may be let in although the folder around isn't setgid.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], *, fsync: bool = True, way: files.Way | None = None
+        self,
+        root: str | os.PathLike[str],
+        *,
+        fsync: bool = True,
+        way: files.Way | None = None,
+        shared: bool = False,
     ) -> None:
         self.root = os.path.abspath(os.path.expanduser(os.fspath(root)))
         self._prefix = os.path.join(self.root, "")
         self._fsync = fsync
-        self._publisher = files.Publisher(self.root, way)
+        self._publisher = files.Publisher(self.root, way, shared=shared)
         # Directories known to exist -> whether their names are durable.
         self._made: dict[str, bool] = {}
 
@@ -144,6 +151,10 @@ class LocalBlobs:
     def probe(self) -> None:
         """Race for a few keys, then remove the temporary files of dead processes of this host."""
         check_create(self)
+        # Nothing stays of it, unless somebody else is at it too.
+        with suppress(OSError):
+            os.rmdir(f"{self._prefix}probe")
+        self._made.clear()
         for directory in self._scan("")[1]:
             with suppress(OSError):
                 self._publisher.sweep(self._prefix + directory)
@@ -152,18 +163,19 @@ class LocalBlobs:
     def lock(self, key: str, timeout: float) -> Iterator[bool]:
         """Hold the file lock `.locks/<key>.lock`; yield whether it was got in time."""
         path = f"{self._prefix}{files.LOCKS}/{check_key(key)}.lock"
-        lock = FileLock(path, mode=0o600)
-        held = False
+        lock: BaseFileLock | None = None
         # filelock raises Timeout (an OSError). Where the system has no such lock it raises
         # NotImplementedError (a RuntimeError), or warns, which a user may have made an error.
         with suppress(OSError, RuntimeError, Warning):
-            self._make(os.path.dirname(path), sync=False)
-            lock.acquire(timeout=max(timeout, 0.0), poll_interval=_POLL_SECONDS)
-            held = True
+            directory = os.path.dirname(path)
+            self._make(directory, sync=False)
+            wanted = FileLock(path, mode=files.lock_mode(directory))
+            wanted.acquire(timeout=max(timeout, 0.0), poll_interval=_POLL_SECONDS)
+            lock = wanted
         try:
-            yield held
+            yield lock is not None
         finally:
-            if held:
+            if lock is not None:
                 lock.release()
 
     def _make(self, directory: str, sync: bool) -> None:
@@ -179,7 +191,7 @@ class LocalBlobs:
         if inside or not os.path.isdir(parent):
             self._make(parent, sync)
         with suppress(FileExistsError):
-            os.mkdir(directory, 0o700)
+            self._publisher.make_directory(directory)
         if sync:
             try:
                 files.sync_directory(parent)
@@ -230,7 +242,25 @@ class LocalBlobs:
         return keys, directories
 
     def _failed(self, verb: str, key: str, exc: OSError) -> StoreError:
-        return StoreError(f"can't {verb} {key!r} in {self!r}: {exc.strerror or exc}")
+        why = str(exc.strerror or exc)
+        if isinstance(exc, PermissionError):
+            why += self._shut_out(self._prefix + key, writes=verb not in ("read", "list"))
+        return StoreError(f"can't {verb} {key!r} in {self!r}: {why}")
+
+    def _shut_out(self, path: str, *, writes: bool) -> str:
+        """Which file or folder doesn't let this process in, whose it is, and what to do."""
+        shut = _first_shut(path, self.root, writes)
+        if shut is None or not hasattr(os, "geteuid"):
+            return ""
+        found = os.stat(shut)
+        return (
+            f": {shut!r} is of mode {stat.S_IMODE(found.st_mode):04o} and belongs to user "
+            f"{found.st_uid} and group {found.st_gid}, this process is user {os.geteuid()}. "
+            "A store is its owner's alone unless the folder that holds it is setgid "
+            "(chmod g+rwxs) or it is opened with shared=True (--shared), "
+            "and each process has a umask that leaves the group its bits, such as 007. "
+            f"For what is there, its owner can run: chmod -R g+rwX {self.root}"
+        )
 
     def _vanished(self, verb: str, key: str) -> StoreError:
         """Return the error of a write whose directory was gone at each try."""
@@ -243,6 +273,25 @@ class LocalBlobs:
         return BusyError(
             f"can't {verb} {key!r} in {self!r}: its directory vanished {_TRIES} times; try again"
         )
+
+
+def _first_shut(path: str, root: str, writes: bool) -> str | None:
+    """The first folder on the way to `path`, or the file there, that this process may not use."""
+    effective = os.access in os.supports_effective_ids
+    steps = [path]
+    while steps[-1] != os.path.dirname(steps[-1]):
+        steps.append(os.path.dirname(steps[-1]))
+    for step in reversed(steps):
+        if not os.path.exists(step):
+            return None
+        needed = os.X_OK if os.path.isdir(step) else os.R_OK
+        if len(step) >= len(root):
+            needed |= os.R_OK
+        if writes and step == os.path.dirname(path):
+            needed |= os.W_OK
+        if not os.access(step, needed, effective_ids=effective):
+            return step
+    return None
 
 
 def _check_existing(path: str, sync: bool) -> None:

@@ -8,6 +8,7 @@ its error, which says what to do.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
 import os
 import platform
@@ -31,7 +32,7 @@ _DESCRIPTION = """\
 Check what a run needs: packages; a store (is it reachable, does it honour create-if-absent, are
 its newest versions what was committed); a server (is it reachable, is it of this version, does it
 take the token in $SPLITFED_TOKEN). The exit status is 1 if anything fails. A few small keys are
-written beneath probe/ in the store and deleted again."""
+written beneath probe/ in the store and deleted again; a folder that isn't there isn't made."""
 
 _EXTRAS = {
     "http": ("starlette", "uvicorn", "urllib3"),
@@ -121,16 +122,41 @@ def _version(name: str) -> str:
 
 def _store(arguments: argparse.Namespace) -> Findings:
     store = open_store(arguments)
+    root = getattr(store.blobs, "root", None)
+    if root is not None and not os.path.isdir(root):
+        yield Finding("FAIL", "store", _absent(root))
+        return
     began = time.perf_counter()
     store.blobs.get("format.json")
     detail = f"{store.blobs!r}, {_since(began)} to the first answer"
     yield Finding("ok", "store is reachable", detail)
+    # Before the probe, which clears up at its end.
+    speed = _speed(store)
     began = time.perf_counter()
     store.blobs.probe()
     detail = f"honoured: of racing writers one won each key ({_since(began)})"
     yield Finding("ok", "create-if-absent", detail)
-    yield _speed(store)
+    yield speed
     yield from _run_in(store)
+
+
+def _absent(root: str) -> str:
+    """What to say of a folder that isn't there: nothing is made for a name that may be mistyped."""
+    if os.path.lexists(root):
+        return f"{root} is no folder: expected one, or a name that is free"
+    above = os.path.dirname(root)
+    while not os.path.isdir(above):
+        above = os.path.dirname(above)
+    missing = os.path.relpath(root, above).split(os.sep)[0]
+    try:
+        near = difflib.get_close_matches(missing, os.listdir(above), n=3)
+    except OSError:  # it may be entered and not be listed
+        near = []
+    hint = f"; the nearest there are {near}" if near else ""
+    return (
+        f"{root} isn't there: {above} has no {missing!r}{hint}. Nothing was made; "
+        "a run that is to begin there can, or make the folder (mkdir -p) to have it checked"
+    )
 
 
 def _run_in(store: GradientStore) -> Findings:
@@ -158,7 +184,8 @@ def _run_in(store: GradientStore) -> Findings:
 
 def _speed(store: GradientStore) -> Finding:
     """Write one object, read and delete it."""
-    key = f"probe/{os.urandom(8).hex()}/speed"
+    place = f"probe/{os.urandom(8).hex()}"
+    key = f"{place}/speed"
     data = os.urandom(_SAMPLE_BYTES)
     began = time.perf_counter()
     try:
@@ -168,7 +195,7 @@ def _speed(store: GradientStore) -> Finding:
         same = bytes(store.blobs.get(key) or b"") == data
         read = _since(began)
     finally:
-        store.blobs.delete(key)
+        store.blobs.delete_tree(place)
     if not same:
         detail = "another content came back than was written: use other storage"
         return Finding("FAIL", "read after write", detail)

@@ -13,10 +13,13 @@ environment, as its client library reads it, or fsspec: FSSPEC_<PROTOCOL>_<OPTIO
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
+import pkgutil
 import sys
 import traceback
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from splitfed.errors import InputError
@@ -31,6 +34,7 @@ STORE_VARIABLE = "SPLITFED_STORE"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 """How the verbs that answer requests log."""
 _MOST_THREADS = 4096
+_MOST_NAMES = 12
 
 
 # -------------------------------------------------------------------------- the user's own code
@@ -54,8 +58,12 @@ def load_object(spec: str, what: str) -> Any:
     try:
         found: Any = importlib.import_module(module)
     except Exception as error:
+        near = ""
+        if isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "\0"):
+            near = _nearest(str(error.name).rpartition(".")[2], _modules_beside(error.name))
         raise InputError(
-            f"{what} {spec!r}: importing {module!r} from {folder} raised {_description(error)}"
+            f"{what} {spec!r}: importing {module!r} from {folder} raised "
+            f"{_description(error)}{near}"
         ) from error
     for name in path.split("."):
         try:
@@ -63,12 +71,29 @@ def load_object(spec: str, what: str) -> Any:
         except AttributeError as error:
             raise InputError(
                 f"{what} {spec!r}: {module!r} has no attribute {name!r} of {path!r}"
+                f"{_nearest(name, dir(found))}"
             ) from error
         except Exception as error:
             raise InputError(
                 f"{what} {spec!r}: reading {name!r} raised {_description(error)}"
             ) from error
     return found
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """What a message says of the names that are there: the nearest, or some that may be meant."""
+    public = [other for other in known if not other.startswith("_")]
+    near = difflib.get_close_matches(name, public, n=3)
+    if near:
+        return f"; the nearest there are {near}"
+    return f"; there are {public}" if 0 < len(public) <= _MOST_NAMES else ""
+
+
+def _modules_beside(name: str | None) -> list[str]:
+    """The modules of the folder or package in which one wasn't found; none that isn't the user's."""
+    package = str(name).rpartition(".")[0]
+    places = getattr(sys.modules.get(package), "__path__", None) if package else [os.getcwd()]
+    return [found.name for found in pkgutil.iter_modules(places)] if places else []
 
 
 def _module_and_path(spec: str, what: str) -> tuple[str, str]:
@@ -133,7 +158,7 @@ def add_store(parser: argparse.ArgumentParser, *, writes: bool = True) -> None:
         f"(default: ${STORE_VARIABLE}); credentials are taken from the environment",
     )
     if not writes:
-        parser.set_defaults(sync="power")
+        parser.set_defaults(sync="power", shared=False)
         return
     parser.add_argument(
         "--sync",
@@ -141,6 +166,12 @@ def add_store(parser: argparse.ArgumentParser, *, writes: bool = True) -> None:
         default="power",
         help="what a batch that was answered survives: a power cut, or the death of processes "
         "only, which is faster (default: power)",
+    )
+    parser.add_argument(
+        "--shared",
+        action="store_true",
+        help="let users of the same group work in a local store, as far as the umask lets them "
+        "(default: only where the folder that holds it is setgid)",
     )
 
 
@@ -156,7 +187,7 @@ def open_store(arguments: argparse.Namespace) -> GradientStore:
         )
     from splitfed.store.store import GradientStore
 
-    return GradientStore(arguments.store, sync=arguments.sync)
+    return GradientStore(arguments.store, sync=arguments.sync, shared=arguments.shared)
 
 
 # ---------------------------------------------------------------------------- body and server

@@ -43,6 +43,9 @@ class GradientStore:
         sync: How durable an acknowledged batch is. `"power"` survives a power cut (gradients,
             states and commits are fsynced); `"process"` survives SIGKILL and is faster. Activations
             are never fsynced: their loss costs one batch a retry.
+        shared: Whether the users of a group share a local folder: what is created in it is for the
+            group too, as far as the umask lets it. That is so without it where the folder that
+            holds the store is setgid; elsewhere a store is its owner's alone.
         storage_options: Passed to the fsspec filesystem.
 
     Raises:
@@ -58,6 +61,7 @@ class GradientStore:
         url: str | os.PathLike[str],
         *,
         sync: Literal["power", "process"] = "power",
+        shared: bool = False,
         **storage_options: Any,
     ) -> None:
         if sync not in ("power", "process"):
@@ -67,9 +71,12 @@ class GradientStore:
             )
         self.url = os.fspath(url)
         self.sync = sync
+        self.shared = shared
         self.storage_options: Mapping[str, Any] = MappingProxyType(dict(storage_options))
         """What the fsspec filesystem is given; it may hold secrets."""
-        self.blobs: Blobs = open_blobs(self.url, fsync=sync == "power", **storage_options)
+        self.blobs: Blobs = open_blobs(
+            self.url, fsync=sync == "power", shared=shared, **storage_options
+        )
         self._lineages: Bounded[str, tuple[Lineage, Pile]] = Bounded(KEPT_LINEAGES)
         self._registry: Clients | None = None
         self._rounds: Rounds | None = None

@@ -48,6 +48,7 @@ class Setup:
 
     url: str
     sync: Any
+    shared: bool
     storage_options: Mapping[str, Any]
     plans: Plans
     config: ClientConfig
@@ -314,7 +315,9 @@ class _ClientHost:
         torch.set_float32_matmul_precision(setup.matmul)
         torch.use_deterministic_algorithms(setup.deterministic)
         self._setup = setup
-        store = GradientStore(setup.url, sync=setup.sync, **setup.storage_options)
+        store = GradientStore(
+            setup.url, sync=setup.sync, shared=setup.shared, **setup.storage_options
+        )
         self._assembly = Assembly(setup.plans, store, sorted(setup.clients), None)
         self._suspended: dict[str, Generator[None, None, TaskResult]] = {}
 
@@ -365,6 +368,7 @@ def pickled_setup(
     setup = Setup(
         url=store.url,
         sync=store.sync,
+        shared=store.shared,
         storage_options=dict(store.storage_options),
         plans=plans,
         config=config,
