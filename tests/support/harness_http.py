@@ -66,10 +66,11 @@ def listener(port: int = 0) -> socket.socket:
 
 
 @contextmanager
-def running(app: Any, limits: Limits | None = None) -> Iterator[Service]:
+def running(app: Any, limits: Limits | None = None, **settings: Any) -> Iterator[Service]:
     """Serve an app while the block runs."""
+    usual: dict[str, Any] = {"log_config": None, "timeout_graceful_shutdown": 5}
     with listener() as bound:
-        server = uvicorn.Server(GuardedConfig(app, limits or Limits(), log_config=None, timeout_graceful_shutdown=5))
+        server = uvicorn.Server(GuardedConfig(app, limits or Limits(), **usual, **settings))
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         host, port = bound.getsockname()
@@ -124,10 +125,13 @@ def answer(status: int, body: bytes, **headers: Any) -> bytes:
 
 
 def read_request(stream: socket.socket) -> bytes:
-    """One request, headers and body."""
+    """One request, headers and body; what there is of one that breaks off."""
     data = b""
     while b"\r\n\r\n" not in data:
-        data += stream.recv(1 << 16)
+        chunk = stream.recv(1 << 16)
+        if not chunk:
+            return data
+        data += chunk
     head, _, body = data.partition(b"\r\n\r\n")
     length = next((int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if b"content-length" in line), 0)
     while len(body) < length:

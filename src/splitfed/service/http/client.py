@@ -18,7 +18,7 @@ import threading
 from typing import Any
 
 import urllib3
-from urllib3.exceptions import HTTPError, LocationParseError
+from urllib3.exceptions import HTTPError, LocationParseError, ProtocolError
 from urllib3.util import Retry, Timeout, parse_url
 
 from splitfed._version import __version__
@@ -37,6 +37,7 @@ from splitfed.service.http.connection import (
     retry_after,
 )
 from splitfed.service.http.contract import BINARY, PREFIX, RETRIED, decode_error
+from splitfed.service.http.route import advice, pool_of, proxy_of, speaks_tls, trusted
 
 VARIABLE = "SPLITFED_TOKEN"
 _TOKEN = re.compile(r"[\x21-\x7e]+")
@@ -44,6 +45,8 @@ _ONCE = Retry(False, redirect=False)  # urllib3 tries once: `_request` retries, 
 _FIRST_PAUSE = 0.05  # seconds, as are all of these
 _LAST_PAUSE = 5.0
 _CONNECT_SECONDS = 10.0
+_CONNECTIONS = 16
+_ABORTED = 3  # first requests that were cut off, after which TLS is tried: a hint, so not at once
 
 
 def connect(url: str, *, client_id: str, token: str | None = None, **options: Any) -> HttpTransport:
@@ -63,11 +66,16 @@ class HttpTransport(Sender):
             variable SPLITFED_TOKEN.
         timeout: Longest silence while waiting for an answer, in seconds.
         patience: How long a request is retried after transient failures, in seconds.
-        ca_certs: File with the certificates to trust, instead of the system's.
+        ca_certs: File with the certificates of the authorities to trust, or a directory of such
+            files by hash, instead of the system's and those in the environment variable
+            SSL_CERT_FILE.
+
+    A proxy is taken from HTTPS_PROXY or HTTP_PROXY, by the URL's scheme, unless NO_PROXY names the
+    host (`route`).
 
     Raises:
-        InputError: the URL isn't a service's, the token can't be part of a header, or a time isn't
-            a number of seconds.
+        InputError: the URL isn't a service's, the token can't be part of a header, a time isn't
+            a number of seconds, or there are no certificates in `ca_certs`.
     """
 
     def __init__(
@@ -77,11 +85,16 @@ class HttpTransport(Sender):
         token: str | None = None,
         timeout: float = 300.0,
         patience: float = 60.0,
-        ca_certs: str | None = None,
+        ca_certs: str | os.PathLike[str] | None = None,
     ) -> None:
         self.url = _checked_url(url)
         parsed = parse_url(self.url)
+        self._place = parsed
+        self._proxy = proxy_of(parsed)
         self._path = parsed.path or ""
+        if self._proxy is not None and parsed.scheme == "http":
+            # A proxy is asked for the whole URL; only through a tunnel the path is enough.
+            self._path = self.url
         self._headers = {
             # The zone of an IPv6 address names an interface of this machine: gateways refuse it.
             "host": re.sub(r"%[^\]]*", "", parsed.netloc or ""),
@@ -98,7 +111,7 @@ class HttpTransport(Sender):
             raise InputError(f"patience is {patience!r}: expected seconds, 0 for a single try")
         self._timeout = Timeout(connect=min(_CONNECT_SECONDS, timeout), read=timeout)
         self._patience = patience
-        self._ca_certs = ca_certs
+        self._trusted = trusted(ca_certs)
         self._lock = threading.Lock()
         self._pool: urllib3.HTTPConnectionPool | None = None
         self._process = 0
@@ -156,14 +169,16 @@ class HttpTransport(Sender):
     def _request(self, method: str, path: str, parts: Body | None, patience: float) -> memoryview:
         """Return the body of the answer, after as many tries as the patience allows."""
         tries = Backoff(growing(_FIRST_PAUSE, 2.0), most=_LAST_PAUSE, within=patience, jitter=True)
+        aborted = 0
         while True:
             asked: float | None = None
             try:
                 answer = self._exchange(method, path, parts)
             except (HTTPError, OSError) as error:
-                failure: Exception = UnreachableError(
-                    f"{self.url} can't be reached: {reason(error)}"
-                )
+                aborted += isinstance(error, ProtocolError) and not self._met
+                if aborted == _ABORTED and self._speaks_tls():
+                    raise self._wants_tls() from error
+                failure: Exception = self._unreached(error)
                 if not is_transient(error, met=self._met):
                     raise failure from error
             else:
@@ -176,13 +191,40 @@ class HttpTransport(Sender):
                     raise failure
                 asked = retry_after(answer.headers.get("retry-after"))
             if not tries.wait(asked):
+                if 0 < aborted < _ABORTED and self._speaks_tls():
+                    raise self._wants_tls()
                 raise failure
 
     def _failure(self, path: str, answer: Answer) -> Exception:
         """The error in an answer; one without an error of ours comes from something else."""
-        return decode_error(bytes(answer.memory)) or UnreachableError(
-            f"{self.url}{path} answered {answer.status} without being a splitfed server: "
-            "is the URL right?"
+        found = decode_error(bytes(answer.memory))
+        if found is not None:
+            return found
+        text = f"{self.url}{path} answered {answer.status} without being a splitfed server"
+        if answer.status == 407 and self._proxy is not None:
+            return UnreachableError(
+                f"{text}: {self._proxy} asks who you are: http://user:password@host:port"
+            )
+        if answer.status == 400 and self._speaks_tls():
+            return self._wants_tls()
+        through = "" if self._proxy is None else f" (it was asked through {self._proxy})"
+        return UnreachableError(f"{text}: is the URL right?{through}")
+
+    def _unreached(self, error: Exception) -> UnreachableError:
+        """The error of a request that nobody has answered."""
+        through = "" if self._proxy is None else f" through {self._proxy}"
+        more = advice(error, self._place, self._proxy)
+        return UnreachableError(f"{self.url} can't be reached{through}: {reason(error)}{more}")
+
+    def _speaks_tls(self) -> bool:
+        """Whether TLS is spoken where plain HTTP wasn't understood."""
+        is_plain = self._proxy is None and self._place.scheme == "http"
+        return is_plain and speaks_tls(self._place)
+
+    def _wants_tls(self) -> UnreachableError:
+        return UnreachableError(
+            f"{self.url} doesn't answer plain HTTP, and speaks TLS: "
+            f"expected https{self.url[len('http') :]}"
         )
 
     def _check_encoding(self, path: str, answer: Answer) -> None:
@@ -211,6 +253,7 @@ class HttpTransport(Sender):
             retries=_ONCE,
             redirect=False,
             release_conn=True,
+            assert_same_host=False,  # that of a proxy's pool is the proxy
         )
         return answer
 
@@ -218,10 +261,10 @@ class HttpTransport(Sender):
         """The pool of this process: a forked child must not write into its parent's sockets."""
         with self._lock:
             if self._pool is None or self._process != os.getpid():
-                secure = self.url.lower().startswith("https")
-                options = {"ca_certs": self._ca_certs} if secure else {}
-                self._pool = urllib3.connection_from_url(self.url, maxsize=16, **options)
-                self._pool.ConnectionCls = SecureExchange if secure else PlainExchange
+                pool = pool_of(self.url, self._proxy, _CONNECTIONS, self._trusted)
+                secure = isinstance(pool, urllib3.HTTPSConnectionPool)
+                pool.ConnectionCls = SecureExchange if secure else PlainExchange
+                self._pool = pool
                 self._process = os.getpid()
             return self._pool
 

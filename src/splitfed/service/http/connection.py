@@ -23,7 +23,13 @@ from http.client import HTTPException, HTTPResponse, IncompleteRead
 from typing import Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, SSLError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NewConnectionError,
+    ProxyError,
+    SSLError,
+)
 from urllib3.response import BaseHTTPResponse
 from urllib3.util import Retry
 
@@ -177,6 +183,11 @@ def is_transient(error: BaseException, *, met: bool) -> bool:
         error: The failure.
         met: Whether the server has answered before.
     """
+    if isinstance(error, ProxyError):
+        error = error.original_error
+        # What a proxy refuses, it refuses again; that it finds nobody may pass.
+        if "Tunnel connection failed: 4" in str(error):
+            return False
     if isinstance(error, SSLError):
         return False
     return met or not isinstance(error, NewConnectionError | ConnectTimeoutError)
