@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from bodies import Calls, noisy
 from cases import Inputs
 from harness import Split, adam, assert_equal, assert_same, assert_step, gradients, pair, replay_rng, step
+from processes import CONTEXT
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -167,3 +169,26 @@ def test_a_default_device_of_the_users_own(how: str, tmp_path: Path) -> None:
         assert commit.version == 2
     finally:
         torch.set_default_device(None)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+def test_a_client_of_each_rank_under_distributed_data_parallel(tmp_path: Path) -> None:
+    """Ranks average the half's gradients, each counts its own batch, and both end as one model with all examples."""
+    processes = [CONTEXT.Process(target=ranks.rank, args=(number, tmp_path)) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    one, other = (torch.load(tmp_path / f"{number}.pt") for number in range(2))
+    assert one["counted"] == [(2, 8.0)] * ranks.STEPS
+    unsplit = ranks.model()
+    optimizer = torch.optim.SGD(unsplit.parameters(), lr=0.1)
+    inputs, targets = ranks.examples()
+    for _ in range(ranks.STEPS):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(unsplit(inputs.flatten(0, 1)), targets.flatten(0, 1)).backward()
+        optimizer.step()
+    for name, expected in unsplit.state_dict().items():
+        assert torch.equal(one["weights"][name], other["weights"][name])
+        assert torch.allclose(one["weights"][name], expected, atol=1e-6)
