@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import secrets
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ def attacks(rounds: int) -> list[list[str]]:
     known = digits()
     finds: dict[str, tuple[Run, Callable[[list[Seen]], float]]] = {
         "labels, head averaged": (averaged, lambda seen: labels.by_known_head(seen, DEMO)),
+        "labels, by the model's own prediction": (averaged, lambda seen: labels.by_prediction(seen, DEMO)),
         "labels, head personal": (personal, labels.by_clusters),
         "counts of labels in a batch, gradient of the half pushed": (pushed, labels.by_histogram),
         "inputs, bottom averaged": (averaged, lambda seen: inputs.by_known_half(seen, known, DEMO)[0]),
@@ -52,13 +54,19 @@ def attacks(rounds: int) -> list[list[str]]:
 
 
 def protections(rounds: int) -> list[list[str]]:
-    """Rows of what protections leave to find in the last round, and of what they cost."""
+    """Rows of what protections leave to find, in the last round unless said otherwise, and of what they cost."""
     rows = []
     for name, setting in PROTECTIONS.items():
-        run = train(Setting(**{**vars(setting), "rounds": rounds}))
+        run = train(replace(setting, rounds=rounds))
         seen = run.of_round(rounds)
-        right, explained = inputs.by_known_half(seen, digits(), setting.cut, setting.on_activations)
-        shares = [labels.by_known_head(seen, setting.cut), labels.by_clusters(seen), right, explained, run.accuracy]
+        shares = [
+            labels.by_known_head(seen, setting.cut),
+            labels.by_clusters(run.of_round(1)),
+            labels.by_clusters(seen),
+            labels.by_prediction(seen, setting.cut),
+            *inputs.by_known_half(seen, digits(), setting.cut, setting.on_activations),
+            run.accuracy,
+        ]
         rows.append([name, *(f"{share:.1%}" for share in shares)])
     return rows
 
@@ -88,7 +96,16 @@ def main() -> None:
         "attacks": table(["what is found", "round 1", f"round {args.rounds}"], attacks(args.rounds)),
         "seeds": table(["the search for a seed", ""], search.rows()),
         "protections": table(
-            ["protection", "labels", "labels by clusters", "inputs", "pixels explained", "accuracy"],
+            [
+                "protection",
+                "labels",
+                "clusters, round 1",
+                f"clusters, round {args.rounds}",
+                "prediction",
+                "inputs",
+                "pixels",
+                "accuracy",
+            ],
             protections(args.rounds),
         ),
     }

@@ -41,6 +41,10 @@ class Body(Protocol):
         """Whether this is how a mode wants the body's batches committed."""
         ...
 
+    def lineages(self) -> list[str]:
+        """The lineages on which the calls of clients run."""
+        ...
+
     def stream(self, clients: Iterable[str]) -> bool:
         """Commit the pending batches of clients that needn't wait for the end of the round.
 
@@ -74,6 +78,10 @@ class SharedBody:
     def suits(self, mode: Mode) -> bool:
         """Whether this is how a mode wants the body's batches committed."""
         return "body" in mode.shared_lineages
+
+    def lineages(self) -> list[str]:
+        """The lineages on which the calls of clients run: one that all share."""
+        return ["body"]
 
     def stream(self, clients: Iterable[str]) -> bool:
         """Commit the pending batches, if they are enough and the mode commits within rounds."""
@@ -362,18 +370,12 @@ class Federation:
         They are listed before the look at the rounds: what the clients of a next round record
         meanwhile isn't on the list.
         """
-        piles = [self._store.pile(lineage) for lineage in self._lines()]
+        piles = [self._store.pile(lineage) for lineage in self._body.lineages()]
         listed = [(pile, pile.open_calls()) for pile in piles]
         if self.rounds.ending(number) is None or self.rounds.newest() > number:
             return
         for pile, keys in listed:
             pile.drop_calls(keys)
-
-    def _lines(self) -> list[str]:
-        """The lineages on which clients' calls run."""
-        if self.mode.per_client:
-            return [f"body@{client_id}" for client_id in self._store.clients()]
-        return ["body"]
 
     def _stream(self, plan: Plan) -> None:
         """Commit what needn't wait for the round's end."""
