@@ -1,4 +1,4 @@
-"""A Hugging Face BERT whose middle layer runs on the server; embeddings, head and labels stay with the owner.
+"""A Hugging Face BERT whose middle layer runs on the server; embeddings and head are the owner's.
 
 The model is made from a config with random weights: nothing is downloaded. Its class, loss, masks and dropout aren't
 changed. The task is synthetic: which of two marker tokens comes first? Run it:

@@ -1,8 +1,9 @@
-"""Two hospitals learn to tell malignant from benign tumours; records and diagnoses stay with them.
+"""Two hospitals learn to tell malignant from benign tumours; records and diagnoses are not sent.
 
 One is a referral centre with mostly malignant cases, the other screens and sees mostly benign ones. In each round both
 train their halves through the server, then the halves are averaged by number of patients (FedAvg). The joint model is
-compared with training at each hospital alone, and with training on all records in one place. Run it:
+compared with training at each hospital alone, and with training on all records in one place. What is sent can reveal
+both: see docs/privacy.md. Run it:
 
     python examples/hospitals.py
 
@@ -69,7 +70,7 @@ def train_alone(model: nn.Module, records: Records, rounds: int) -> nn.Module:
 
 
 def train_together(model: nn.Module, hospitals: list[Records], rounds: int, store_url: str) -> nn.Module:
-    """The split model over all hospitals: activations, gradients and averaged halves leave them, nothing else."""
+    """The split model over all hospitals: they send activations, gradients and updates of halves, nothing else."""
     half, body = splitfed.split(model, "2:4")
     store = splitfed.GradientStore(store_url, sync="process")
     server = splitfed.SplitServer(body, store)

@@ -1,6 +1,7 @@
-"""Two owners train one digit classifier; neither images nor labels leave them.
+"""Two owners train one digit classifier; neither images nor labels are sent.
 
-The model is cut in U-shape: each owner keeps the first and the last layer, the server runs the layers between. Run it:
+The model is cut in U-shape: each owner keeps the first and the last layer, the server runs the layers between. What
+they send can reveal both all the same: see docs/privacy.md. Run it:
 
     python examples/quickstart.py
     python examples/quickstart.py --store runs/quickstart    # keep the files
@@ -32,7 +33,7 @@ def make_model() -> nn.Module:
         nn.BatchNorm1d(128),
         nn.ReLU(),
         nn.Dropout(0.2),
-        nn.Linear(128, 10),  # 6: the head, at the owner, who computes the loss: labels stay there
+        nn.Linear(128, 10),  # 6: the head, at the owner, who computes the loss: labels are not sent
     )
 
 

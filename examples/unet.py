@@ -1,4 +1,4 @@
-"""A MONAI UNet whose inner levels run on the server; images, masks and the outer levels stay with the clinic.
+"""A MONAI UNet whose inner levels run on the server; the clinic has the outer ones, and sends neither images nor masks.
 
 The cut is a submodule in the middle of the network: the skip connection around it stays at the clinic, so only the
 small inner feature maps cross. The images are synthetic: a disc under heavy noise, to be marked pixel by pixel. Run it:
@@ -69,7 +69,7 @@ def main() -> None:
         client = splitfed.SplitClient(half, splitfed.SplitServer(body, store), client_id="clinic-a")
         accumulator = splitfed.Accumulator(body, store, optimizer=lambda params: torch.optim.Adam(params, lr=5e-3))
         optimizer = torch.optim.Adam(client.parameters(), lr=5e-3)
-        loss_fn = DiceLoss(sigmoid=True)  # computed at the clinic: masks don't leave it
+        loss_fn = DiceLoss(sigmoid=True)  # computed at the clinic: masks aren't sent
 
         client.train()
         for step in range(1, arguments.steps + 1):

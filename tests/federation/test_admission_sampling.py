@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
 
 import pytest
+from coalition import Coalition
 
 from splitfed import InputError
 from splitfed.federation.admission import check_sample_size, sample, sample_size
@@ -51,3 +53,36 @@ def test_what_is_refused(wrong: object) -> None:
     """A number below the minimum (2 here), a share out of (0, 1], and what is neither."""
     with pytest.raises(InputError, match="clients_per_round"):
         check_sample_size(wrong, 2)  # type: ignore[arg-type]
+
+
+def test_a_number_above_the_known_clients_is_said_once() -> None:
+    """Clients may come later, so it is no error: the round has all that are known; one warning names both numbers."""
+    run = Coalition(f"memory://{uuid.uuid4()}", clients=["a", "b"], clients_per_round=3)
+    with pytest.warns(
+        UserWarning, match=r"clients_per_round is 3, but only 2 clients are known.*min_clients=3"
+    ) as given:
+        plan = run.federation.open()
+    assert plan is not None
+    assert plan.sampled == ("a", "b")
+    assert len(given) == 1
+    assert given[0].filename == __file__
+    run.federation.close()
+    run.federation.open()  # said already: here a warning would be an error
+
+
+def test_a_number_that_later_clients_make_good_is_not_said() -> None:
+    """With as many known by the time that a round opens, and with a minimum to wait for, there is nothing to say."""
+    run = Coalition(f"memory://{uuid.uuid4()}", clients=["a"], clients_per_round=2, min_clients=2)
+    assert run.federation.open() is None
+    run.pull("b")
+    plan = run.federation.open()
+    assert plan is not None
+    assert plan.sampled == ("a", "b")
+
+
+def test_the_warning_can_be_an_error() -> None:
+    """Then no round is opened, by which clients would be bound."""
+    run = Coalition(f"memory://{uuid.uuid4()}", clients=["a"], clients_per_round=2)
+    with pytest.raises(UserWarning, match="clients_per_round is 2"):
+        run.federation.open()
+    assert run.store.rounds().newest() == 0

@@ -168,7 +168,7 @@ def test_one_trip_calls_that_nobody_confirmed_are_counted_when_they_expire(store
     accumulator = Accumulator(Point(), store, sgd(), keep_versions=2)
     expired = []
     for seq in range(4):
-        assert store.pile().pin(batch(seq), seq) == seq
+        assert store.pile().pin(batch(seq), seq) == (seq, True)
         store.pile().create(batch(seq), record(base_version=seq))
         expired.append([commit.num_expired for commit in drain(accumulator)])
     assert expired == [[0], [0], [1], [1]]

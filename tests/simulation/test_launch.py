@@ -240,6 +240,7 @@ def test_a_store_that_was_not_given_goes_with_its_run() -> None:
         ({"replicas": 0}, InputError, "replicas is 0"),
         ({"min_updates": 0}, InputError, "min_updates is 0"),
         ({"clients_per_round": 0}, InputError, "clients_per_round"),
+        ({"clients_per_round": 4}, InputError, "clients_per_round is 4, but there are 3 clients: expected at most 3"),
         ({"mode": "rounds"}, InputError, "mode 'rounds' isn't known"),
         ({"deadline": 3.0}, InputError, "deadline=3.0 needs a clock"),
         ({"workers": 2, "barrier": False}, InputError, "worker processes train in rounds: leave barrier=False out"),

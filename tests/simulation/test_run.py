@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from splitfed.simulation.client import LocalMetrics, sum_by_client
 from splitfed.simulation.data import evaluate
 from splitfed.simulation.virtual_time import VirtualTime
+from splitfed.store.layout import TRANSIENT
 from splitfed.store.store import GradientStore
 from splitfed.tracking.history import History
 
@@ -169,3 +170,27 @@ def test_going_on_without_what_clients_kept_is_said(settings: dict[str, Any]) ->
     assert len(told) == 1
     assert told[0].filename == __file__
     assert list(toy.run(**settings, store=store, rounds=4)) == []
+
+
+@pytest.mark.parametrize("mode", ["round", "buffered", "synchronous", "sflv1"])
+def test_no_activations_stay_when_it_has_finished(mode: str) -> None:
+    """Between rounds the last batch of each client is on record, for a round may follow; at the end none is."""
+    simulation = toy.run(mode=mode)
+    next(simulation)
+    assert _open_calls(simulation.store)
+    list(simulation)
+    assert _open_calls(simulation.store) == []
+
+
+def test_nor_those_of_clients_that_never_came_to_an_end() -> None:
+    """Stragglers that no deadline waited for had a forward on record; a longer run on that store goes on."""
+    store = GradientStore("memory://splitfed-tests-stragglers")
+    settings: dict[str, Any] = {"virtual": VirtualTime(compute=3.0, latency=0.5), "deadline": 5.0, "store": store}
+    list(toy.run(rounds=1, **settings))
+    assert _open_calls(store) == []
+    assert [row["round"] for row in toy.run(rounds=2, **settings)] == [2]
+    assert _open_calls(store) == []
+
+
+def _open_calls(store: GradientStore) -> list[str]:
+    return [key for key in store.blobs.list("") if set(TRANSIENT) & set(key.split("/"))]

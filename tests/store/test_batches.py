@@ -182,11 +182,11 @@ def test_a_part_sent_with_other_content_is_refused(pile: Pile) -> None:
 
 def test_a_one_trip_batch_keeps_the_version_of_its_first_try(pile: Pile) -> None:
     """A retry at a newer head runs at the old version, so that it gives the same bits; once dropped it is forgotten."""
-    assert pile.pin(batch(0), 4) == 4
-    assert pile.pin(batch(0), 9) == 4
-    assert pile.pin(batch(1), 9) == 9
+    assert pile.pin(batch(0), 4) == (4, True)
+    assert pile.pin(batch(0), 9) == (4, False)
+    assert pile.pin(batch(1), 9) == (9, True)
     pile.drop_pin(batch(0))
-    assert pile.pin(batch(0), 10) == 10
+    assert pile.pin(batch(0), 10) == (10, True)
 
 
 def test_sixteen_threads_create_one_batch_once(pile: Pile) -> None:

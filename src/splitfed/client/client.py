@@ -163,9 +163,8 @@ class SplitClient(StandIn):
         loss_scale: What the loss is multiplied by before `backward()`, as a number or a function:
             `scaler.get_scale`, `1 / k` under gradient accumulation, the batch size for a summed
             loss. Stored parameter gradients are divided by it.
-        personal: Patterns (`fnmatch`) of parameters and buffers that never leave this client: what
-            it neither pushes nor pulls, such as `("head.*",)`. Whoever averages the halves names
-            the same.
+        personal: Patterns (`fnmatch`) of parameters and buffers that this client neither pushes nor
+            pulls, such as `("head.*",)`. Whoever averages the halves names the same.
         token: What the service at the URL asks for; the environment variable SPLITFED_TOKEN if not
             given.
         options: Of the way to that URL, such as `timeout` in seconds (`transports`).

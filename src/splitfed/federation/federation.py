@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, Protocol
 
@@ -38,6 +39,10 @@ class Body(Protocol):
 
     def suits(self, mode: Mode) -> bool:
         """Whether this is how a mode wants the body's batches committed."""
+        ...
+
+    def lineages(self) -> list[str]:
+        """The lineages on which the calls of clients run."""
         ...
 
     def stream(self, clients: Iterable[str]) -> bool:
@@ -73,6 +78,10 @@ class SharedBody:
     def suits(self, mode: Mode) -> bool:
         """Whether this is how a mode wants the body's batches committed."""
         return "body" in mode.shared_lineages
+
+    def lineages(self) -> list[str]:
+        """The lineages on which the calls of clients run: one that all share."""
+        return ["body"]
 
     def stream(self, clients: Iterable[str]) -> bool:
         """Commit the pending batches, if they are enough and the mode commits within rounds."""
@@ -123,7 +132,7 @@ class Federation:
         mode: How the body is updated: the name of a mode, or a `Mode` of `splitfed.policies`.
         clients: Ids that are known beforehand; besides them, whoever ever pulled or trained.
         clients_per_round: How many are sampled for a round: a number, a share such as 0.1, or
-            `None` for all.
+            `None` for all. A round for which fewer are known asks all of them, and warns once.
         min_clients: Below so many clients with an update nothing is averaged.
         deadline: How long a round lasts at most, in seconds of the clock; `None` for as long as it
             takes.
@@ -186,6 +195,7 @@ class Federation:
         self._barrier = barrier
         self._seed = seed
         self._clock = clock
+        self._has_noted_few = False
 
     def open(self) -> Plan | None:
         """The round under way, or the next.
@@ -216,6 +226,7 @@ class Federation:
             # A round begins where the report of the one before ends: each commit is in one report.
             body_version = before["version"]
             client_version = before["client_version"]
+        self._note_few(number, len(known))
         count = sample_size(self._per_round, len(known), self._min_clients)
         plan = Plan(
             number=number,
@@ -231,6 +242,19 @@ class Federation:
             started=time.time(),
         )
         return self.rounds.begin(plan)
+
+    def _note_few(self, number: int, known: int) -> None:
+        """Warn, once, of a round for which fewer clients are known than are to be sampled."""
+        wanted = self._per_round
+        if self._has_noted_few or not isinstance(wanted, int) or wanted <= known:
+            return
+        self._has_noted_few = True
+        warnings.warn(
+            f"clients_per_round is {wanted}, but only {known} clients are known as round {number} "
+            "opens, and all of them are asked. Others can be sampled once they have pulled: "
+            f"to wait for them, give min_clients={wanted}",
+            stacklevel=4,  # the caller of open()
+        )
 
     def poll(self) -> Row | None:
         """Do what is due: commit what streams, and end the round if it is over or its time is.
@@ -271,7 +295,10 @@ class Federation:
             decided = Judge(self._store, plan).decide(self._clock(), self.mode.streams)
             ending = self.rounds.end(decided)
         self._carry_out(plan, ending)
-        return self.rounds.close(plan.number, make_report(self._store, plan, ending))
+        report = self.rounds.close(plan.number, make_report(self._store, plan, ending))
+        if self.rounds.is_finished(plan.number):  # said before the round was over
+            self._remove_calls(plan.number)
+        return report
 
     def run(
         self, rounds: int, *, poll: float = 0.1, stop: threading.Event | None = None
@@ -308,7 +335,7 @@ class Federation:
                 yield report
                 report = self._report_of(done + 1, last)
         if done >= last:
-            self.finish()
+            self._finish(done)  # not a round that a longer run may have opened since
 
     def _num_done(self) -> int:
         """The number of rounds that are over."""
@@ -321,10 +348,34 @@ class Federation:
         return self.rounds.report(number) if number <= last else None
 
     def finish(self) -> None:
-        """Tell the clients that no round follows; `open()` takes it back."""
+        """Tell the clients that no round follows; `open()` takes it back.
+
+        Once the last round is over, the records of open calls are removed: activations of batches
+        that nobody will ask for again. A client that is late, and whose graph no replica has at
+        hand, gets `ExpiredError` from its `backward()`; that batch counts nowhere. What it sends
+        after that is recorded again, until it confirms it or `finish()` is called again.
+        """
         number = self.rounds.newest()
         if number:
-            self.rounds.finish(number)
+            self._finish(number)
+
+    def _finish(self, number: int) -> None:
+        """Say that no round follows this one, and remove what open calls have left."""
+        self.rounds.finish(number)
+        self._remove_calls(number)
+
+    def _remove_calls(self, number: int) -> None:
+        """Remove the records of open calls, if a round is over and none was opened after it.
+
+        They are listed before the look at the rounds: what the clients of a next round record
+        meanwhile isn't on the list.
+        """
+        piles = [self._store.pile(lineage) for lineage in self._body.lineages()]
+        listed = [(pile, pile.open_calls()) for pile in piles]
+        if self.rounds.ending(number) is None or self.rounds.newest() > number:
+            return
+        for pile, keys in listed:
+            pile.drop_calls(keys)
 
     def _stream(self, plan: Plan) -> None:
         """Commit what needn't wait for the round's end."""

@@ -186,6 +186,10 @@ class PerClient:
         """Whether this is how a mode wants the body's batches committed."""
         return mode.per_client
 
+    def lineages(self) -> list[str]:
+        """The lineages on which the calls of clients run: one for each."""
+        return [f"body@{client_id}" for client_id in self.clients()]
+
     def stream(self, clients: Iterable[str]) -> bool:
         """Commit the pending batches of clients on their lines; `body` stays as it is."""
         self.step(clients)

@@ -1,7 +1,9 @@
 """Randomness across the cut: who draws the seed, and how a body runs under it.
 
 The client draws 64 bits from torch's default CPU generator for each call and sends the first 8
-bytes of their SHA-256: one-way, so that a server can't predict the client's stream. The body runs
+bytes of their SHA-256, so that a server can't read the generator's state off them. It can still
+search: that generator uses 32 bits of a seed, and whoever finds it has the client's stream, with
+all noise in it. Noise for privacy is drawn from the system's randomness. The body runs
 with every generator seeded by them, and the generators are put back after it. A body that drew
 nothing costs the client's stream nothing, so that a seeded run goes on as the unsplit one would,
 and `torch.utils.checkpoint`, which restores the generator before it recomputes, meets the same

@@ -179,6 +179,8 @@ class SplitServer:
         """Forward, loss and backward in one trip.
 
         Raises:
+            AlreadyAppliedError: the batch is counted, and the version that it ran at isn't on
+                record any more: its answer can't be given again.
             InputError: this server has no `loss_fn`, or it doesn't return a scalar.
             BodyError: the body or the loss raised.
         """
@@ -190,6 +192,7 @@ class SplitServer:
         ahead = request.forward
         incarnation = ahead.incarnation
         counts = ahead.grad and ahead.training
+        is_first = False
         line = self._lines.of(check_client_id(ahead.client_id), ahead.process)
         if counts and incarnation is None:
             incarnation = self.store.open_client(ahead.client_id, ahead.process)
@@ -200,7 +203,7 @@ class SplitServer:
             self._clients.check(batch.client_id, batch.incarnation)
             # A retry runs at the version of the first try: at another one it would answer another
             # loss, and its digest would be refused.
-            version = line.pile.pin(batch, version)
+            version, is_first = line.pile.pin(batch, version)
         spec, tensors = pytree.flatten(request.target)
         target = pytree.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
         score = self.loss_fn
@@ -212,7 +215,7 @@ class SplitServer:
         if counts:
             digest = request.digest(batch, version)
             share = line.runner.share(done, gradients, digest, request.num_samples)
-            status = line.sealer.store(batch, share)
+            status = line.sealer.store(batch, share, is_first=is_first)
         return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)
 
     def pull(self, request: PullRequest, /) -> PullAnswer:
@@ -253,7 +256,7 @@ def _lost(line: Line, batch: BatchId, request: BackwardRequest) -> SplitFedError
         )
     return ExpiredError(
         f"call {request.call} of client {batch.client_id!r} at version {request.version} "
-        "isn't in the store: its graph was released, "
+        "isn't in the store: its graph was released, the run was finished, "
         "or its version has left the retention window (keep_versions). "
         "This batch is lost and counts nowhere; the loop may go on"
     )

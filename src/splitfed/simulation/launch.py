@@ -116,6 +116,7 @@ def simulate(
     ids = localdata.check_clients(clients)
     half, body = split(model, at)
     policy = mode_of(mode)
+    _check_enough(schedule, len(ids))
     active = sample_size(schedule.clients_per_round, len(ids), schedule.min_clients)
     plans = Plans(
         half=half,
@@ -167,6 +168,16 @@ def simulate(
         history=history,
         callbacks=others,
     )
+
+
+def _check_enough(schedule: RoundSchedule, known: int) -> None:
+    """Refuse a number of sampled clients that no round can have: none joins a simulation later."""
+    wanted = schedule.clients_per_round
+    if isinstance(wanted, int) and wanted > known:
+        raise InputError(
+            f"clients_per_round is {wanted}, but there are {known} clients: "
+            f"expected at most {known}, a share such as 0.1, or None for all"
+        )
 
 
 def _has_barrier(mode: Mode, schedule: RoundSchedule, engine: Engine | None) -> bool:

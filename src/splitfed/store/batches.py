@@ -20,7 +20,14 @@ from torch import Tensor
 
 from splitfed.blobs.contract import Blobs
 from splitfed.checks import positive
-from splitfed.errors import BusyError, DigestError, ExpiredError, FormatError, InputError
+from splitfed.errors import (
+    AlreadyAppliedError,
+    BusyError,
+    DigestError,
+    ExpiredError,
+    FormatError,
+    InputError,
+)
 from splitfed.model.numerics import all_finite
 from splitfed.protocol.ids import BatchId, check_client_id
 from splitfed.protocol.messages import (
@@ -33,7 +40,7 @@ from splitfed.protocol.messages import (
 )
 from splitfed.protocol.packing import pack, peek, unpack
 from splitfed.store.batchset import MAX_GAPS, Outcome
-from splitfed.store.layout import Keys
+from splitfed.store.layout import TRANSIENT, Keys
 from splitfed.store.lineage import Lineage
 
 OUTCOMES = {
@@ -74,15 +81,19 @@ class Pile:
         """Delete a forward."""
         self.blobs.delete(self.keys.forward(version, client_id, incarnation, call))
 
-    def pin(self, batch: BatchId, version: int) -> int:
-        """The version that a one-trip batch runs at: `version`, or that of an earlier try of it."""
+    def pin(self, batch: BatchId, version: int) -> tuple[int, bool]:
+        """Note the version that a one-trip batch runs at.
+
+        Returns:
+            `version`, or that of an earlier try of the batch; and whether no earlier one is known.
+        """
         key = self.keys.pin(batch)
         if self.blobs.create(key, [str(version).encode()], durable=False):
-            return version
+            return version, True
         found = self.blobs.get(key)
         if found is None:  # dropped meanwhile
-            return version
-        return int(bytes(found))
+            return version, True
+        return int(bytes(found)), False
 
     def drop_pin(self, batch: BatchId) -> None:
         """Delete the version of a one-trip batch."""
@@ -105,6 +116,15 @@ class Pile:
     def drop_part(self, version: int, batch: BatchId, part: int) -> None:
         """Delete a share."""
         self.blobs.delete(self.keys.part(version, batch, part))
+
+    def open_calls(self) -> list[str]:
+        """The keys of what calls need until they are answered: forwards, parts and pins."""
+        return [key for kind in TRANSIENT for key in self.blobs.list(f"{self.keys.root}/{kind}")]
+
+    def drop_calls(self, keys: Iterable[str]) -> None:
+        """Delete some of `open_calls()`: what is answered later raises, and counts nowhere."""
+        for key in keys:
+            self.blobs.delete(key)
 
     def create(self, batch: BatchId, record: GradientRecord) -> str:
         """Add a pending batch, once.
@@ -189,13 +209,20 @@ class Sealer:
         """Whether a batch is counted or pending."""
         return self._is_counted(batch) or self._pile.peek(batch) is not None
 
-    def store(self, batch: BatchId, record: GradientRecord) -> str:
+    def store(self, batch: BatchId, record: GradientRecord, *, is_first: bool = False) -> str:
         """Add a pending batch, as rejected if it isn't finite; a repeated call changes nothing.
+
+        Args:
+            batch: Its id.
+            record: What it contributes.
+            is_first: Whether the store knows of no earlier try; then a batch that is counted was
+                computed at another version than this record may be.
 
         Returns:
             'stored' or 'rejected'.
 
         Raises:
+            AlreadyAppliedError: the batch is counted, though this is the first try that is known.
             DigestError: the batch was sent before with other content.
             BusyError: too many of the client's earlier batches are missing.
         """
@@ -206,6 +233,11 @@ class Sealer:
                 "expected a finite number other than 0"
             )
         if self._is_counted(batch):
+            if is_first:
+                raise AlreadyAppliedError(
+                    f"batch {batch} is counted already, and the version that it ran at is no "
+                    "longer on record, so its answer can't be repeated: go on with the next one"
+                )
             return self._lineage.outcome(batch).status
         if not all(all_finite(gradient) for gradient in record.gradients.values()):
             record = replace(record, kind="rejected", gradients={}, buffers=[])

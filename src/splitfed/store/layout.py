@@ -49,6 +49,8 @@ _VERSIONED = re.compile(
 _HISTORY = re.compile(r"history/(\d{10,12})\.jsonl")
 POST = "post"
 _POST = re.compile(r"post/([^/]+)/([0-9a-f]{32}-\d{10,12})\.(request|answer|claim-\d{4})")
+TRANSIENT = ("forward", "part", "pin")
+"""The folders of a lineage whose files are needed until calls are answered, and not after."""
 _TRANSIENT = re.compile(r"(forward|part)/(\d{10,12})/")
 
 

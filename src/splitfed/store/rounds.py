@@ -179,6 +179,10 @@ class Rounds:
         """Say that no round follows, for the clients that wait; opening another takes it back."""
         self._create(number, "finished", {"after": number})
 
+    def is_finished(self, number: int) -> bool:
+        """Whether it was said that no round follows this one."""
+        return self._blobs.get(layout.round_file(number, "finished")) is not None
+
     def started_at(self, lineage: str, base: int) -> list[Plan]:
         """The rounds in which a client may have begun from a version, newest first.
 
@@ -205,8 +209,7 @@ class Rounds:
             barrier=plan.barrier,
             arrived=plan.barrier and has_update,
             closed=closed,
-            finished=closed
-            and self._blobs.get(layout.round_file(plan.number, "finished")) is not None,
+            finished=closed and self.is_finished(plan.number),
         )
 
     def _exists(self, number: int) -> bool:

@@ -87,8 +87,9 @@ class DigitNet(nn.Module):
     """A small convolutional network whose body has all that makes an exact split hard.
 
     In U-shape the client keeps the first layers (`bottom`) and the last (`head`), so that neither
-    pixels nor labels leave it. The `body` has BatchNorm, whose statistics a recompute must not
-    count again, and dropout, whose mask it must draw again.
+    pixels nor labels are sent; what is sent reveals them all the same (docs/privacy.md). The `body`
+    has BatchNorm, whose statistics a recompute must not count again, and dropout, whose mask it
+    must draw again.
     """
 
     def __init__(self) -> None:

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from splitfed.tracking.callbacks import AnyCallback
 
 _DESCRIPTION = """\
-Train a convolutional model on real handwritten digits that several owners keep to themselves. Each
-owner runs the first layers and the last; the layers between (BatchNorm and dropout among them) run
-on stateless server replicas: a batch's forward and backward are served by different ones, with only
-files between them. Then the same model is trained unsplit on all digits in one place, with the same
-optimizer and as many passes.
+Train a convolutional model on real handwritten digits of several owners, who send none of them.
+Each owner runs the first layers and the last; the layers between (BatchNorm and dropout among them)
+run on stateless server replicas: a batch's forward and backward are served by different ones, with
+only files between them. Then the same model is trained unsplit on all digits in one place, with the
+same optimizer and as many passes.
 
 Writes history.jsonl (a row per round), report.html, curves.png and summary.json, and replaces an
 older demo's there."""

@@ -1,0 +1,1 @@
+"""What a server can learn: attacks on what crosses the cut, measured."""
