@@ -122,6 +122,8 @@ class SplitServer:
             drew=done.drew,
             changed={place: fresh(tensor) for place, tensor in done.changed.items()},
             crcs=done.crcs,
+            moved=done.moved,
+            written=line.runner.written(),
         )
 
     def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
@@ -164,7 +166,9 @@ class SplitServer:
             raise _lost(line, batch, request)
         _check_gradients(record, request.grad_outputs)
         done = line.runner.take(key, record)
-        grad_inputs, gradients = execution.backward(done, request.grad_outputs)
+        sent = request.grad_outputs
+        grad_inputs, gradients = execution.backward(done, sent)
+        line.runner.check_kept(record, done, sent, (grad_inputs, gradients))
         if not record.training:  # a call in eval mode belongs to no batch
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
         # Acknowledged only once it is on file: whatever dies after this answer, the batch counts.
@@ -204,10 +208,16 @@ class SplitServer:
         spec, tensors = pytree.flatten(request.target)
         target = pytree.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
         score = self.loss_fn
-        _, done = line.runner.run(ahead, version, finish=lambda outputs: score(outputs, target))
+
+        def finish(outputs: Any) -> Tensor:
+            return score(outputs, target)
+
+        call, done = line.runner.run(ahead, version, finish=finish)
         value = _scalar(done)
         one = torch.ones_like(value) if value.requires_grad else None
         grad_inputs, gradients = execution.backward(done, [one])
+        if one is not None:
+            line.runner.check_kept(call, done, [one], (grad_inputs, gradients), finish)
         status = "uncounted"
         if counts:
             digest = request.digest(batch, version)
