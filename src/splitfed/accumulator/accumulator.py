@@ -229,9 +229,7 @@ class Accumulator:
         pending = self._pending(applied, only)
         if len(pending) < least:
             return None
-        verdict, older = sort_batches(
-            pending, self._header, head, self.settings, only, self._unfit
-        )
+        verdict, older = sort_batches(pending, self._header, head, self.settings, only, self._unfit)
         # Too few: but nobody would ever take away what can't be read, if nothing else comes.
         if len(verdict.folded) < least and (verdict.folded or self._unfit.isdisjoint(pending)):
             return None

@@ -45,6 +45,8 @@ class Habits:
         """The attributes that they set, by module and name."""
         self.within: set[str] = set()
         """Those whose object stays and changes from within, where no cheap look finds it."""
+        self.late: set[str] = set()
+        """Those that were found otherwise before a run: hooks set them in the backward before."""
         self._runs = 0
 
     def is_time_to_walk(self) -> bool:
@@ -328,9 +330,7 @@ def is_power_of_two(number: int) -> bool:
     return number & (number - 1) == 0
 
 
-def _transient_slots(
-    owners: Mapping[str, nn.Module], blueprint: nn.Module
-) -> list[_TransientSlot]:
+def _transient_slots(owners: Mapping[str, nn.Module], blueprint: nn.Module) -> list[_TransientSlot]:
     """The transient buffers of a module that was built from a blueprint."""
     slots = []
     names = {id(owner): name for name, owner in owners.items()}
@@ -339,7 +339,5 @@ def _transient_slots(
         buffer = owner._buffers[leaf]
         counter = None if buffer is None else buffer._version
         path = path_of(names[id(owner)], leaf)
-        slots.append(
-            _TransientSlot(path, owner, leaf, original._buffers[leaf], buffer, counter)
-        )
+        slots.append(_TransientSlot(path, owner, leaf, original._buffers[leaf], buffer, counter))
     return slots

@@ -82,6 +82,8 @@ class Model:
         self._copies: dict[str, tuple[Tensor, int]] = {}
         """What the run under way began with, and the version counter of each."""
         self.attributes = Attributes(self.module, template.blueprint, template.modes)
+        """What the body keeps in Python."""
+        self._is_tidy = True
         self._pinned = [
             (owner._parameters, leaf, parameter, parameter._version)
             for owner in self.module.modules()
@@ -110,8 +112,9 @@ class Model:
         Raises:
             InputError: a setting that the body doesn't have.
         """
-        if afresh and self.attributes.left():
-            self.restore()
+        if afresh:
+            self._start_afresh()
+        self._is_tidy = False
         modes = self._template.modes[training]
         for module, mode in zip(self.attributes.owners.values(), modes, strict=True):
             # One by one: train() would set a frozen submodule to train, too. And only where it
@@ -133,14 +136,22 @@ class Model:
         """Put the attributes back as the body was built."""
         if self.habits.within or not self.attributes.restore(self.device):
             self._build()
+        self._is_tidy = True
 
     def walk(self) -> dict[str, list[Any]] | None:
         """What can change from within an attribute; `None` where it isn't time to look."""
         if not self.habits.is_time_to_walk():
             return None
-        if self.attributes.left():
-            self.restore()
+        self._start_afresh()
         return self.attributes.walk()
+
+    def _start_afresh(self) -> None:
+        """Put back what hooks of a backward have left, or a run that failed."""
+        left = self.attributes.left()
+        if self._is_tidy:
+            self.habits.late.update(left)
+        if left or (self.habits.within and not self._is_tidy):
+            self.restore()
 
     def tidy(
         self, written: Sequence[str], settings: Mapping[str, Any], walked: dict[str, Any] | None
@@ -153,7 +164,7 @@ class Model:
             walked: What was in them before it.
 
         Returns:
-            The names of further ones, whose object changes from within.
+            The names of further ones: objects that change from within, and what backwards set.
         """
         module = self.module
         if written or settings:
@@ -162,10 +173,13 @@ class Model:
             now = self.attributes.walk()
             within = (name for name, found in walked.items() if now.get(name) != found)
             self.habits.within.update(within)
-        self.habits.written.update(written, self.habits.within)
+        self.habits.written.update(written)
         if self.habits.within and module is self.module:
             self.restore()
-        return sorted(self.habits.within.difference(written))
+        self._is_tidy = True
+        others = self.habits.within | self.habits.late
+        self.habits.written.update(others)
+        return sorted(others.difference(written))
 
     def end_buffers(self, training: bool) -> tuple[dict[str, Tensor], bool]:
         """The buffers as the last run left them, and whether it wrote to any.
@@ -271,7 +285,6 @@ def run(
         ContainerError: the body returned something that can't cross the cut.
         UnsupportedError: the body changes its parameters, or the kind of a buffer.
     """
-    parts = _parts(model.module, call.cut)
     spec, tensors = pytree.flatten(call.inputs)
     # A thread that never asked computes with OpenMP's number of threads, not with torch's, and
     # another number may give other bits. Asking makes torch set it.
@@ -283,6 +296,10 @@ def run(
     with compute_lock, torch.inference_mode(False), torch.set_grad_enabled(grad):
         walked = None if leave else model.walk()
         model.prepare(call.training, call.buffers, call.settings, afresh=afresh)
+        # Only now, and before the model is tidied: both may build its module anew.
+        parts = _parts(model.module, call.cut)
+        parameters = model.parameters
+        bases = model.buffers
         leaves = _leaves(tensors, call.requires_grad, model.device)
         # In the grad mode of the call: what enters must hang on the leaves and be none itself.
         entered = list(map(enter, leaves))
@@ -307,9 +324,9 @@ def run(
         spec=spec,
         tensors=live,
         leaves=leaves,
-        parameters=model.parameters,
+        parameters=parameters,
         buffers=buffers,
-        bases=model.buffers,
+        bases=bases,
         drew=draws.drew,
         changed={i: t for i, t in enumerate(entered) if t._version != versions[i]},
         crcs=tuple(map(safetensors.crc32, live)),

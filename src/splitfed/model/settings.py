@@ -23,9 +23,7 @@ from splitfed.model.attributes import of_every_module
 _PLAIN = frozenset((type(None), bool, int, float, str))
 
 
-def apply_settings(
-    owners: Mapping[str, nn.Module], settings: Mapping[str, Any]
-) -> list[nn.Module]:
+def apply_settings(owners: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> list[nn.Module]:
     """Set attributes of submodules.
 
     Args:

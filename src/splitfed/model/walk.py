@@ -98,11 +98,12 @@ def of_identity(tensor: Tensor) -> tuple[object, ...]:
 
 
 def of_content(tensor: Tensor) -> tuple[object, ...]:
-    """What tells whether two tensors hold the same."""
+    """What tells whether two tensors hold the same, as plain JSON: shape, dtype and CRC-32."""
+    kind = [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
     try:
-        return tuple(tensor.shape), tensor.dtype, safetensors.crc32(tensor.detach())
+        return (*kind, safetensors.crc32(tensor.detach()))
     except ContainerError:  # sparse, or on the meta device
-        return tuple(tensor.shape), tensor.dtype
+        return tuple(kind)
 
 
 def is_atom(value: Any) -> bool:
@@ -124,6 +125,6 @@ def _held_by(value: Any) -> Iterable[Any]:
     try:
         # As a copy would be made: an object says by itself what it is made of.
         reduced = value.__reduce_ex__(4)
-    except Exception:  # code of the user's own, or what can't be told
+    except Exception:  # noqa: BLE001 -- code of the user's own, or what can't be told
         return [getattr(value, "__dict__", id(value))]
     return reduced if isinstance(reduced, tuple) else [reduced]

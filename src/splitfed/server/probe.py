@@ -111,7 +111,7 @@ class Probe:
             return
         if expected.crcs != done.crcs:  # it depends on something else: a replay will tell
             return
-        names = sorted({*before.written, *model.habits.within})
+        names = sorted({*before.written, *model.habits.within, *model.habits.late})
         left = model.attributes.values(names)
         try:
             found = _outcome(second, model, afresh=False)

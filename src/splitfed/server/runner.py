@@ -128,9 +128,10 @@ class Runner:
             UnsupportedError: the body's answers depend on what earlier calls left.
         """
         call = request.record(self._continued_buffers(request, version), self._numerics)
-        done = self._run(call, version, grad=request.grad, finish=finish)
+        model = self._model(version)
+        done = self._run(model, call, grad=request.grad, finish=finish)
         made = Call(call, request.grad, finish)
-        self._settings.probe.examine(self._model(version), made, done, request.client_id)
+        self._settings.probe.examine(model, made, done, request.client_id)
         return call, done
 
     def written(self) -> tuple[str, ...]:
@@ -237,20 +238,19 @@ class Runner:
 
     def _run(
         self,
+        model: Model,
         call: ForwardRecord,
-        version: int,
         *,
         grad: bool,
         finish: Callable[[Any], Any] | None = None,
     ) -> Run:
-        model = self._model(version)
         try:
             return execution.run(model, call, grad=grad, finish=finish)
         finally:
             if model.is_spoilt():
                 # It shares memory with the version's tensors: nobody may read what it wrote there.
-                self._models.pop(version)
-                self._lineage.forget(version)
+                self._models.pop(model.version)
+                self._lineage.forget(model.version)
 
     def _continued_buffers(self, request: ForwardRequest, version: int) -> dict[str, Tensor] | None:
         """The buffers that an earlier call of the same `client(...)` changed, as it left them."""
@@ -271,7 +271,7 @@ class Runner:
     def _replay(
         self, record: ForwardRecord, version: int, finish: Callable[[Any], Any] | None = None
     ) -> Run:
-        again = self._run(record, version, grad=True, finish=finish)
+        again = self._run(self._model(version), record, grad=True, finish=finish)
         kind = "the same" if record.numerics == self._numerics else "another"
         execution.check_replay(record, again, f"the forward was computed in {kind} numerics class")
         again.replayed = True
