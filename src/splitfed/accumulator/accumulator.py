@@ -3,7 +3,8 @@
 One commit folds the pending gradients into their sample-weighted mean, in an order that is a
 function of their ids alone, takes one optimizer step, and publishes weights, buffers, optimizer
 state and the applied table as the next version. Which gradients are folded, and what staleness
-costs, is policy; the mechanism is the same for every mode.
+costs, is policy; the mechanism is the same for every mode. Where nothing that waits can be folded,
+as it proved unfit, a commit closes it all the same: the optimizer takes no step then.
 
 Accumulators may race: each computes, one wins, and a loser begins again from the winner's version.
 Any of them may die at any moment; a new one continues from the store alone.
@@ -49,7 +50,8 @@ class Accumulator:
             if the store is new.
         store: The store of the run.
         optimizer: Makes a torch optimizer from the trainable parameters, in `named_parameters()`
-            order, each tied one once.
+            order, each tied one once. Of a body that is wholly frozen only buffers move: then it
+            isn't called.
         lr_scheduler: Makes a scheduler from the optimizer; it steps once per commit.
         param_groups: Makes parameter groups from the module, in place of the plain list.
         lineage: `body`, `client` (FedAvg: SGD with rate 1) or `body@<id>`.
@@ -128,6 +130,8 @@ class Accumulator:
         self._unreported: Counter[str] = Counter()
         """What was cleaned up since the last commit of this accumulator, for the next record."""
         self._headers: dict[BatchId, dict[str, object]] = {}
+        self._unfit: set[BatchId] = set()
+        """Pending batches that were found unfit, and warned of."""
 
     @property
     def min_batches(self) -> int:
@@ -158,7 +162,8 @@ class Accumulator:
             only: What was decided on these batches; others stay pending. A round ends so.
 
         Returns:
-            The commit, or `None` while fewer than `min_batches` are pending.
+            The commit, or `None` while fewer than `min_batches` are pending. If all that would have
+            been folded proved unfit, it closes them, with `num_batches` 0 and the same weights.
 
         Raises:
             StoreError: the storage failed; nothing is lost, and a later step continues.
@@ -224,14 +229,13 @@ class Accumulator:
         pending = self._pending(applied, only)
         if len(pending) < least:
             return None
-        verdict, older = sort_batches(pending, self._header, head, self.settings, only)
-        if len(verdict.folded) < least:
+        verdict, older = sort_batches(pending, self._header, head, self.settings, only, self._unfit)
+        # Too few: but nobody would ever take away what can't be read, if nothing else comes.
+        if len(verdict.folded) < least and (verdict.folded or self._unfit.isdisjoint(pending)):
             return None
         fingerprint = self._versions.fingerprint()
         numerics = self.store.numerics()
-        folded = fold(verdict, self._pile, fingerprint, head, self.settings, numerics)
-        if not folded.verdict.folded:
-            return None
+        folded = fold(verdict, self._pile, fingerprint, head, self.settings, numerics, self._unfit)
         commit = self._publish(head, folded, older, applied)
         self._clean(list(folded.verdict))
         return commit
@@ -251,7 +255,8 @@ class Accumulator:
         parent = self._versions.commit(head)
         self._unreported["expired"] += self._versions.sweep(self.settings.window)
         live = self._stepper.take(self._versions, head)
-        self._stepper.step(live, folded.mean.mean())
+        if folded.verdict.folded:
+            self._stepper.step(live, folded.mean.mean())
         state = self._template.state(live.module)
         # Buffers come from the store's state of the head, not from the module: it may live on
         # another device, and nothing but this merge changes them.
@@ -270,7 +275,7 @@ class Accumulator:
             num_expired=self._unreported["expired"],
             num_foreign=folded.num_foreign,
         )
-        optimizer = capture(live.optimizer, live.scheduler)
+        optimizer = None if live.optimizer is None else capture(live.optimizer, live.scheduler)
         closed = applied.union(folded.verdict)
         made = self._versions.publish(commit, state, optimizer, closed)
         if made is None:
@@ -291,6 +296,7 @@ class Accumulator:
         """
         for batch in closed:
             self._headers.pop(batch, None)
+            self._unfit.discard(batch)
         # The table is read again and not taken from the commit: a batch may be deleted only if the
         # head of now has it as counted.
         with contextlib.suppress(StoreError, MissingError):

@@ -6,7 +6,8 @@ canonical order. Nothing is left out silently: every batch ends in one set of th
 
 The trap: a gradient file may come from anywhere, and it must never block the others. Whatever is
 wrong with a file rejects that batch; an error of the settings, or a file that is gone because
-another accumulator folded it, is no batch's fault and ends the attempt.
+another accumulator folded it, is no batch's fault and ends the attempt. And it is warned of once,
+though it may be looked at many times before a commit closes it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def sort_batches(
     head: int,
     settings: CommitSettings,
     judged: Verdict | None = None,
+    unfit: set[BatchId] | None = None,
 ) -> tuple[Verdict, Older]:
     """Tell pending batches apart by their headers.
 
@@ -52,10 +54,12 @@ def sort_batches(
         head: The version that the commit builds upon.
         settings: How old a base may be.
         judged: What was decided before; it can close a batch that would count.
+        unfit: Batches that were found unfit and warned of before; those found here join them.
 
     Returns:
         What becomes of each batch, and those of another version than the head.
     """
+    unfit = set() if unfit is None else unfit
     outcomes: dict[BatchId, Outcome] = {}
     older: dict[int, list[BatchId]] = {}
     for batch in batches:
@@ -65,7 +69,7 @@ def sort_batches(
             age = head - check_number("base version", header["base_version"])
         except (FormatError, IdError, KeyError) as error:
             outcomes[batch] = Outcome.REJECTED
-            _warn_rejected(batch, f"its file is unreadable ({error})")
+            _warn_rejected(batch, f"its file is unreadable ({error})", unfit)
             continue
         if age > 0 and kind != "skip":
             older.setdefault(head - age, []).append(batch)
@@ -74,7 +78,7 @@ def sort_batches(
             outcome = Outcome.REJECTED
             shown = str(kind)[:40]
             reason = f"its kind is {shown!r} and its base version {head - age} of {head}"
-            _warn_rejected(batch, reason)
+            _warn_rejected(batch, reason, unfit)
         outcomes[batch] = outcome
     return Verdict.of(outcomes), {version: BatchSet(ids) for version, ids in sorted(older.items())}
 
@@ -115,6 +119,7 @@ def fold(
     head: int,
     settings: CommitSettings,
     numerics: str,
+    unfit: set[BatchId] | None = None,
 ) -> Folded:
     """Read the batches to fold and add them up; one that proves unfit is rejected.
 
@@ -125,14 +130,16 @@ def fold(
         head: The version that the commit builds upon.
         settings: The weight s(τ).
         numerics: The class of version 0; batches of another are counted.
+        unfit: As for `sort_batches`.
 
     Raises:
         MissingError: a batch has gone meanwhile; ordinarily another accumulator has won this
             version.
         InputError: the weight isn't one.
     """
+    warned = set() if unfit is None else unfit
     folded = Folded(verdict, StreamingMean(), [], Counter(), 0)
-    unfit: list[BatchId] = []
+    rejected: dict[BatchId, Outcome] = {}
     for batch in verdict.folded:
         try:
             record = pile.read(batch)
@@ -141,8 +148,8 @@ def fold(
             age = head - record.base_version
             updates = _checked(record, fingerprint)
         except _UNFIT as error:
-            unfit.append(batch)
-            _warn_rejected(batch, f"it doesn't fit ({error})")
+            rejected[batch] = Outcome.REJECTED
+            _warn_rejected(batch, f"it doesn't fit ({error})", warned)
             continue
         # Outside of both try blocks: a function that is wrong is no batch's fault.
         weight = _weight(settings.staleness_weight, age)
@@ -155,14 +162,13 @@ def fold(
                 loss_scale=record.loss_scale,
             )
         except _UNFIT as error:
-            unfit.append(batch)
-            _warn_rejected(batch, f"it doesn't fit ({error})")
+            rejected[batch] = Outcome.REJECTED
+            _warn_rejected(batch, f"it doesn't fit ({error})", warned)
             continue
         folded.updates.extend(updates)
         folded.staleness[age] += 1
         folded.num_foreign += record.numerics != numerics
-    if unfit:
-        rejected = dict.fromkeys(unfit, Outcome.REJECTED)
+    if rejected:
         folded.verdict = Verdict.of({**dict(verdict.items()), **rejected})
     return folded
 
@@ -206,5 +212,8 @@ def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpd
     return list(record.buffers)
 
 
-def _warn_rejected(batch: BatchId, reason: str) -> None:
+def _warn_rejected(batch: BatchId, reason: str, warned: set[BatchId]) -> None:
+    if batch in warned:
+        return
+    warned.add(batch)
     warnings.warn(f"batch {batch} is rejected: {reason}. It counts nowhere", stacklevel=2)

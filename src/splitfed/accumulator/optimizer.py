@@ -57,7 +57,8 @@ class Live:
 
     nonce: str
     module: nn.Module
-    optimizer: Optimizer
+    optimizer: Optimizer | None
+    """`None` where nothing trains."""
     scheduler: LRScheduler | None
 
 
@@ -89,7 +90,8 @@ class Stepper:
         self._clip_norm = settings.clip_norm
         self._device = device
         self._kept: Live | None = None
-        build(template.blueprint, *self._factories)
+        if template.trainable:
+            build(template.blueprint, *self._factories)
 
     def take(self, lineage: Lineage, head: int) -> Live:
         """The state at the head, for the caller to change: from memory or else from the store."""
@@ -101,6 +103,8 @@ class Stepper:
             return kept
         state = {name: tensor.clone() for name, tensor in lineage.checked_state(head).items()}
         module = self._template.build(state, self._device)
+        if not self._template.trainable:
+            return Live(nonce, module, None, None)
         optimizer, scheduler = build(module, *self._factories)
         saved = lineage.optimizer(head)
         if saved is not None:
@@ -124,6 +128,8 @@ class Stepper:
 
     def step(self, live: Live, mean: Mapping[str, Tensor]) -> None:
         """One step of optimizer and scheduler; a parameter not in `mean` has no gradient."""
+        if live.optimizer is None:
+            return
         for name, parameter in live.module.named_parameters():
             # A compiled submodule calls its parameters otherwise than the checkpoint does.
             gradient = mean.get(name.replace("_orig_mod.", ""))

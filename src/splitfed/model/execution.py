@@ -1,13 +1,14 @@
 """Execution of a body, so that it can be run again, anywhere, with the same bits.
 
 A run depends on nothing but what is written down: the version's weights, the inputs, the seed, the
-train/eval and grad mode, the autocast dtype and the buffers it starts from. Each run gets buffers
-of its own, so a recompute never counts BatchNorm twice, and two runs of one version don't see each
-other. Parameters do share memory with the version, so a body that writes to them is refused.
-`torch.autograd.grad` writes no `.grad`.
+train/eval and grad mode, the autocast dtype, the settings and the buffers it starts from. Each run
+gets buffers of its own, so a recompute never counts BatchNorm twice, and two runs of one version
+don't see each other; what it leaves in plain attributes is put back (`attributes`). Parameters do
+share memory with the version, so a body that writes to them is refused. `torch.autograd.grad`
+writes no `.grad`.
 
-The trap: a body that keeps state in Python can't be pinned; it shows as a recompute whose outputs
-have another CRC.
+The trap: a body that keeps state elsewhere, in its class or module or in generators of its own,
+can't be pinned; it shows as a recompute whose outputs have another CRC.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 
 from splitfed.errors import BodyError, InputError, ReplayError, SplitFedError, UnsupportedError
 from splitfed.model.arguments import check_fit, check_unchanged, description, may_change
+from splitfed.model.attributes import Attributes, Habits
 from splitfed.model.boundary import enter, fresh, uncached, unhooked
 from splitfed.model.rng import compute_lock, seeded
-from splitfed.model.skeleton import Template, transient_buffers
+from splitfed.model.settings import apply_settings
+from splitfed.model.skeleton import Template
 from splitfed.protocol import pytree, safetensors
 from splitfed.protocol.messages import ForwardRecord
 
@@ -34,22 +37,36 @@ AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": tor
 class Model:
     """A body at one version, ready to run, any number of times.
 
-    Immutable in effect: every run starts from the version's own buffers, in memory of its own, so
-    a model that is kept for many runs is as good as a new one.
+    Immutable in effect: every run starts from the version's own buffers, in memory of its own, and
+    from the attributes that the body was built with, so a model that is kept for many runs is as
+    good as a new one.
 
     Args:
         template: The body's structure.
         state: Its tensors by first name; they aren't copied.
         version: What they are the state of.
         device: Where it computes.
+        habits: What is known of the body's forwards; shared by its models.
     """
 
     def __init__(
-        self, template: Template, state: Mapping[str, Tensor], version: int, device: torch.device
+        self,
+        template: Template,
+        state: Mapping[str, Tensor],
+        version: int,
+        device: torch.device,
+        habits: Habits | None = None,
     ) -> None:
         self.version = version
         self.device = device
-        self.module = template.build(state, device)
+        self.habits = Habits() if habits is None else habits
+        self._template = template
+        self._state = state
+        self._build()
+
+    def _build(self) -> None:
+        template = self._template
+        self.module = template.build(self._state, self.device)
         parameters = {
             name.replace("_orig_mod.", ""): parameter
             for name, parameter in self.module.named_parameters()
@@ -63,43 +80,119 @@ class Model:
             buffer = owner._buffers[leaf]
             if buffer is not None:
                 self.buffers.setdefault(name, buffer)
-        self._transient = _transient_slots(self.module, template)
+        self._copies: dict[str, tuple[Tensor, int]] = {}
+        """What the run under way began with, and the version counter of each."""
+        self.attributes = Attributes(self.module, template.blueprint, template.modes)
+        """What the body keeps in Python."""
+        self._is_tidy = True
         self._pinned = [
             (owner._parameters, leaf, parameter, parameter._version)
             for owner in self.module.modules()
             for leaf, parameter in owner._parameters.items()
             if parameter is not None
         ]
-        self._modes = template.modes
 
-    def prepare(self, training: bool, buffers: Mapping[str, Tensor] | None) -> None:
+    def prepare(
+        self,
+        training: bool,
+        buffers: Mapping[str, Tensor] | None,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        afresh: bool = True,
+    ) -> None:
         """Set the mode and give the coming run buffers of its own.
 
         Args:
             training: Train or eval mode.
             buffers: What an earlier call of the same `client(...)` left in those that it changed;
                 the others, and all if there is none, start as the version has them.
-        """
-        for module, mode in zip(self.module.modules(), self._modes[training], strict=True):
-            # One by one: train() would set a frozen submodule to train, too.
-            module.training = mode
-        start = buffers or {}
-        # One copy for each distinct buffer, so that tied buffers stay tied.
-        copies: dict[str, Tensor] = {}
-        for name, base in self.buffers.items():
-            copies[name] = fresh(start.get(name, base), self.device)
-        for name, owner, leaf in self._slots:
-            owner._buffers[leaf] = copies[name]
-        for slot in self._transient:
-            slot.restore(self.device)
-
-    def end_buffers(self) -> dict[str, Tensor]:
-        """The buffers as the last run left them.
+            settings: What the half has changed of the part.
+            afresh: Whether attributes start as the body was built; if not, as the last run left
+                them.
 
         Raises:
-            UnsupportedError: the body took one away.
+            InputError: a setting that the body doesn't have.
+        """
+        if afresh:
+            self._start_afresh()
+        self._is_tidy = False
+        modes = self._template.modes[training]
+        for module, mode in zip(self.attributes.owners.values(), modes, strict=True):
+            # One by one: train() would set a frozen submodule to train, too. And only where it
+            # differs: a module takes long to set an attribute.
+            if module.training is not mode:
+                module.training = mode
+        start = buffers or {}
+        # One copy for each distinct buffer, so that tied buffers stay tied.
+        self._copies = {}
+        for name, base in self.buffers.items():
+            copy = fresh(start.get(name, base), self.device)
+            self._copies[name] = (copy, copy._version)
+        for name, owner, leaf in self._slots:
+            owner._buffers[leaf] = self._copies[name][0]
+        changed = apply_settings(self.attributes.owners, settings) if settings else ()
+        self.attributes.begin(training, changed)
+
+    def restore(self) -> None:
+        """Put the attributes back as the body was built."""
+        if self.habits.within or not self.attributes.restore(self.device):
+            self._build()
+        self._is_tidy = True
+
+    def walk(self) -> dict[str, list[Any]] | None:
+        """What can change from within an attribute; `None` where it isn't time to look."""
+        if not self.habits.is_time_to_walk():
+            return None
+        self._start_afresh()
+        return self.attributes.walk()
+
+    def _start_afresh(self) -> None:
+        """Put back what hooks of a backward have left, or a run that failed."""
+        left = self.attributes.left()
+        if self._is_tidy:
+            self.habits.late.update(left)
+        if left or (self.habits.within and not self._is_tidy):
+            self.restore()
+
+    def tidy(
+        self, written: Sequence[str], settings: Mapping[str, Any], walked: dict[str, Any] | None
+    ) -> list[str]:
+        """Put the attributes back after a run.
+
+        Args:
+            written: Those that are known to be otherwise.
+            settings: What was set for the run.
+            walked: What was in them before it.
+
+        Returns:
+            The names of further ones: objects that change from within, and what backwards set.
+        """
+        module = self.module
+        if written or settings:
+            self.restore()
+        if walked is not None and module is self.module:
+            now = self.attributes.walk()
+            within = (name for name, found in walked.items() if now.get(name) != found)
+            self.habits.within.update(within)
+        self.habits.written.update(written)
+        if self.habits.within and module is self.module:
+            self.restore()
+        self._is_tidy = True
+        others = self.habits.within | self.habits.late
+        self.habits.written.update(others)
+        return sorted(others.difference(written))
+
+    def end_buffers(self, training: bool) -> tuple[dict[str, Tensor], bool]:
+        """The buffers as the last run left them, and whether it wrote to any.
+
+        Args:
+            training: Whether they are to count.
+
+        Raises:
+            UnsupportedError: the body took one away, or gave it another shape or dtype.
         """
         found: dict[str, Tensor] = {}
+        moved = False
         for name, owner, leaf in self._slots:
             buffer = owner._buffers.get(leaf)
             if buffer is None:
@@ -107,8 +200,13 @@ class Model:
                     f"the body takes its buffer {name!r} away in forward: "
                     "it must have a value at the end"
                 )
+            begun, version = self._copies[name]
+            if buffer is not begun or buffer._version != version:
+                moved = True
+                if training:
+                    _check_kind(name, self.buffers[name], buffer)
             found[name] = buffer.detach()
-        return found
+        return found, moved
 
     def is_spoilt(self) -> bool:
         """Whether the body wrote to its own parameters."""
@@ -155,6 +253,12 @@ class Run:
     """The inputs that the body changed in place, by index."""
     crcs: tuple[int, ...]
     """Of `tensors`."""
+    moved: bool
+    """Whether it wrote to persistent buffers."""
+    written: tuple[str, ...]
+    """The plain attributes that it left otherwise than they were, by module and name."""
+    replayed: bool = False
+    """Whether it is a recompute, whose outputs were compared."""
 
 
 def run(
@@ -163,21 +267,25 @@ def run(
     *,
     grad: bool,
     finish: Callable[[Any], Any] | None = None,
+    afresh: bool = True,
+    leave: bool = False,
 ) -> Run:
     """Run a body on what `call` has written down; its `outputs` and `crcs` aren't read.
 
     Args:
         model: The version.
-        call: Inputs, seed, modes, buffers.
+        call: Inputs, seed, modes, settings, buffers.
         grad: The client's grad mode.
         finish: Applied to the outputs under the same seed and autocast (the loss on the server).
+        afresh: False for a run on the attributes that the last one left; see `probe`.
+        leave: True for leaving the attributes as they are at the end, for the next.
 
     Raises:
         BodyError: the body's own code raised.
         InputError: the call doesn't fit the body.
         ContainerError: the body returned something that can't cross the cut.
+        UnsupportedError: the body changes its parameters, or the kind of a buffer.
     """
-    parts = _parts(model.module, call.cut)
     spec, tensors = pytree.flatten(call.inputs)
     # A thread that never asked computes with OpenMP's number of threads, not with torch's, and
     # another number may give other bits. Asking makes torch set it.
@@ -187,7 +295,12 @@ def run(
     # the module that all runs of a version share. Inference mode off, or what is made under the
     # caller's could never be part of a graph.
     with compute_lock, torch.inference_mode(False), torch.set_grad_enabled(grad):
-        model.prepare(call.training, call.buffers)
+        walked = None if leave else model.walk()
+        model.prepare(call.training, call.buffers, call.settings, afresh=afresh)
+        # Only now, and before the model is tidied: both may build its module anew.
+        parts = _parts(model.module, call.cut)
+        parameters = model.parameters
+        bases = model.buffers
         leaves = _leaves(tensors, call.requires_grad, model.device)
         # In the grad mode of the call: what enters must hang on the leaves and be none itself.
         entered = list(map(enter, leaves))
@@ -203,8 +316,11 @@ def run(
             if finish is not None:
                 outputs = finish(outputs)
         # Still under the lock: the next run puts its own buffers into the module.
-        buffers = model.end_buffers()
-    model.check_parameters()
+        buffers, moved = model.end_buffers(call.training)
+        written = model.attributes.changed()
+        model.check_parameters()
+        if not leave:
+            written += model.tidy(written, call.settings, walked)
     spec, live = pytree.flatten(outputs)
     check_fit("the body's output", outputs, live)
     return Run(
@@ -213,12 +329,14 @@ def run(
         spec=spec,
         tensors=live,
         leaves=leaves,
-        parameters=model.parameters,
+        parameters=parameters,
         buffers=buffers,
-        bases=model.buffers,
+        bases=bases,
         drew=draws.drew,
         changed={i: t for i, t in enumerate(entered) if t._version != versions[i]},
         crcs=tuple(map(safetensors.crc32, live)),
+        moved=moved,
+        written=tuple(written),
     )
 
 
@@ -319,6 +437,20 @@ def _seeds(done: Run, grad_outputs: Sequence[Tensor | None]) -> tuple[list[Tenso
     return outputs, gradients
 
 
+def _check_kind(name: str, base: Tensor, buffer: Tensor) -> None:
+    """Refuse another shape or dtype of a buffer: no commit could take it."""
+    before = f"{base.dtype} {tuple(base.shape)}".removeprefix("torch.")
+    after = f"{buffer.dtype} {tuple(buffer.shape)}".removeprefix("torch.")
+    if before != after:
+        raise UnsupportedError(
+            f"the body's buffer {name!r} is {before} at the start of forward and {after} at its "
+            "end, and a version's buffers keep their shape and dtype: give it its full size from "
+            "the beginning, with a buffer that counts how much of it is in use; "
+            "or, if it finds its shape by itself (quantization observers), "
+            "run the model once before split()"
+        )
+
+
 def _check_dense(names: Sequence[str], gradients: Sequence[Tensor | None]) -> None:
     """Refuse sparse gradients: the format has no place for them."""
     for name, gradient in zip(names, gradients, strict=True):
@@ -366,41 +498,6 @@ class _BodyErrors:
             if self._parts:
                 text += f" ({description(self._parts, self._tensors)})"
             raise BodyError(text) from error
-
-
-@dataclass(slots=True, eq=False)
-class _TransientSlot:
-    """The place of a buffer that `state_dict()` leaves out, so that no version has it."""
-
-    owner: nn.Module
-    leaf: str
-    pristine: Tensor | None
-    """What was there when the template was made."""
-    buffer: Tensor | None
-    """What the next run should find there: equal to `pristine`."""
-    counter: int | None
-    """The version counter of `buffer` as long as nobody writes to it."""
-
-    def restore(self, device: torch.device) -> None:
-        """Put a copy of the pristine buffer there, if a run has changed or exchanged it."""
-        found = self.owner._buffers.get(self.leaf)
-        if found is self.buffer and (found is None or found._version == self.counter):
-            return
-        self.buffer = None if self.pristine is None else fresh(self.pristine, device)
-        self.counter = None if self.buffer is None else self.buffer._version
-        self.owner._buffers[self.leaf] = self.buffer
-
-
-def _transient_slots(module: nn.Module, template: Template) -> list[_TransientSlot]:
-    """The transient buffers of a module that was built from a template."""
-    slots = []
-    built = transient_buffers(module)
-    originals = transient_buffers(template.blueprint)
-    for (owner, leaf), (original, _) in zip(built, originals, strict=True):
-        buffer = owner._buffers[leaf]
-        counter = None if buffer is None else buffer._version
-        slots.append(_TransientSlot(owner, leaf, original._buffers[leaf], buffer, counter))
-    return slots
 
 
 def _buffer_slots(module: nn.Module, template: Template) -> list[tuple[str, nn.Module, str]]:

@@ -17,12 +17,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from splitfed.errors import ArchitectureError, InputError
+from splitfed.errors import ArchitectureError, InputError, UnsupportedError
 from splitfed.model.skeleton import Fingerprint, named_state, unwrap
+from splitfed.model.walk import of_content
 
 _SHOWN = 8
 """So many differing tensors stand in a message."""
@@ -95,6 +96,37 @@ def check_tensors(fingerprint: Fingerprint, tensors: Mapping[str, Tensor], role:
                 f"tensor {name[:80]!r} doesn't fit the store: "
                 f"it has {_description(fingerprint, name)}, got {_description({name: got}, name)}"
             )
+
+
+def values_beside(blueprint: nn.Module) -> dict[str, dict[str, Any]]:
+    """What tells the tensors that no version has: transient buffers, and plain attributes.
+
+    Args:
+        blueprint: A template's module: only such tensors have values there.
+
+    Returns:
+        By name: the kind, shape, dtype and CRC-32 of each; plain JSON.
+
+    Raises:
+        UnsupportedError: one is on the meta device, so that it has no value anywhere.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for prefix, owner in blueprint.named_modules():
+        buffers = {n: owner._buffers[n] for n in owner._non_persistent_buffers_set}
+        for kind, held in (("buffer", buffers), ("attribute", owner.__dict__)):
+            for leaf, tensor in held.items():
+                if not isinstance(tensor, Tensor) or (tensor.is_meta and kind != "buffer"):
+                    continue
+                name = f"{prefix}.{leaf}".lstrip(".").replace("_orig_mod.", "")
+                if tensor.is_meta:
+                    raise UnsupportedError(
+                        f"buffer {name!r} of the body is on the meta device and in no state_dict, "
+                        "so that no store could bring its value: build the body on a real device, "
+                        "or register it as persistent"
+                    )
+                shape, dtype, *crc = of_content(tensor.detach().cpu())
+                found[name] = {"kind": kind, "shape": shape, "dtype": dtype, "crc": crc}
+    return found
 
 
 def personal_names(half: nn.Module, patterns: Iterable[str]) -> frozenset[str]:

@@ -39,6 +39,11 @@ def class_id(numerics: dict[str, str | int | bool]) -> str:
     return hashlib.sha256(json.dumps(numerics, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def is_repeatable(device: torch.device) -> bool:
+    """Whether the same operations on the same device give the same bits each time."""
+    return device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite."""
     tensor = tensor.detach()

@@ -233,8 +233,12 @@ def _check_storable(name: str, tensor: Tensor) -> None:
 def device_of(
     state: Mapping[str, Tensor], device: torch.device | str | None = None
 ) -> torch.device:
-    """The device that was asked for, or the one that a module's tensors are on."""
-    first = next((tensor.device for tensor in state.values()), torch.device("cpu"))
+    """The device that was asked for, or the one that a module's tensors are on.
+
+    A module on the meta device is nowhere: its weights come from a store, to the CPU.
+    """
+    devices = (tensor.device for tensor in state.values() if not tensor.is_meta)
+    first = next(devices, torch.device("cpu"))
     return first if device is None else torch.device(device)
 
 

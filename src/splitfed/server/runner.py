@@ -15,17 +15,20 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from splitfed.errors import ExpiredError, MissingError, StoreError
+from splitfed.errors import ExpiredError, MissingError, ReplayError, StoreError
 from splitfed.model import execution
+from splitfed.model.attributes import Habits, is_power_of_two
 from splitfed.model.execution import Model, Run
-from splitfed.model.numerics import same_bits
+from splitfed.model.numerics import is_repeatable, same_bits
 from splitfed.model.skeleton import Template
 from splitfed.protocol.ids import check_client_id
 from splitfed.protocol.messages import (
@@ -34,12 +37,15 @@ from splitfed.protocol.messages import (
     ForwardRequest,
     GradientRecord,
 )
+from splitfed.server.probe import Call, Probe, same_gradients, seeded_backward
 from splitfed.store.batches import Pile, Sealer
 from splitfed.store.cache import Bounded
 from splitfed.store.lineage import Lineage
 from splitfed.store.store import GradientStore
 
 KEPT_LINES = 16
+WRITTEN = 256
+"""Of so many attributes that a body sets a client is told."""
 
 CallKey = tuple[int, str, int, int]
 """(version, client id, incarnation, number of the call)"""
@@ -59,6 +65,12 @@ class RunnerSettings:
     """How many versions of a line stay loaded."""
     keep_graphs: int
     """How many forwards of a line keep their graph."""
+    habits: Habits = field(default_factory=Habits)
+    """What the body's forwards were seen to do."""
+    probe: Probe = field(default_factory=Probe)
+    """Tries bodies that set attributes."""
+    kept: Iterator[int] = field(default_factory=partial(count, 1))
+    """The numbers of the backwards through kept graphs."""
 
 
 class Runner:
@@ -73,6 +85,7 @@ class Runner:
     def __init__(self, lineage: Lineage, pile: Pile, settings: RunnerSettings) -> None:
         self._lineage = lineage
         self._pile = pile
+        self._settings = settings
         self._template = settings.template
         self._numerics = settings.numerics
         self._device = settings.device
@@ -109,9 +122,21 @@ class Runner:
     def run(
         self, request: ForwardRequest, version: int, finish: Callable[[Any], Any] | None = None
     ) -> tuple[ForwardRecord, Run]:
-        """Run a call at a version; nothing is stored."""
+        """Run a call at a version; nothing is stored.
+
+        Raises:
+            UnsupportedError: the body's answers depend on what earlier calls left.
+        """
         call = request.record(self._continued_buffers(request, version), self._numerics)
-        return call, self._run(call, version, grad=request.grad, finish=finish)
+        model = self._model(version)
+        done = self._run(model, call, grad=request.grad, finish=finish)
+        made = Call(call, request.grad, finish)
+        self._settings.probe.examine(model, made, done, request.client_id)
+        return call, done
+
+    def written(self) -> tuple[str, ...]:
+        """The plain attributes that forwards of this body were seen to set, by module and name."""
+        return tuple(sorted(self._settings.habits.written)[:WRITTEN])
 
     def keep(self, key: CallKey, call: ForwardRecord, done: Run) -> None:
         """Record a call that has run, and keep its graph at hand."""
@@ -137,6 +162,47 @@ class Runner:
         """
         held = self._graphs.pop(key)
         return held[1] if held else self._replay(record, key[0])
+
+    def check_kept(
+        self,
+        record: ForwardRecord,
+        done: Run,
+        grad_outputs: Sequence[Tensor | None],
+        answered: tuple[Sequence[Tensor | None], Mapping[str, Tensor]],
+        finish: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Recompute a backward that went through a kept graph: the first, then ever more seldom.
+
+        So a body that can't be run again with the same bits is found where nothing else would.
+
+        Args:
+            record: The call.
+            done: Its run, whose graph is used up.
+            grad_outputs: The gradient of each of its outputs.
+            answered: Those of its inputs and, by name, of the parameters.
+            finish: What was applied to its outputs.
+
+        Raises:
+            ReplayError: outputs or gradients differ.
+        """
+        if done.replayed or not _is_first(next(self._settings.kept)):
+            return
+        if not is_repeatable(self._device):
+            return
+        try:
+            again = self._replay(replace(record, crcs=done.crcs), done.version, finish)
+        except MissingError:  # its weights are gone, and the graph was all that there was
+            return
+        found, drew = seeded_backward(record, again, self._device, grad_outputs)
+        of_inputs, of_parameters = answered
+        expected = [*of_inputs, *(of_parameters.get(name) for name in done.parameters)]
+        # What a hook of the body draws in a backward is under no seed.
+        if not drew and not same_gradients(found, expected):
+            raise ReplayError(
+                f"recomputing a backward at version {done.version} gave other gradients from the "
+                "same outputs. A body must not keep state in Python that its backward uses, nor "
+                "use generators other than torch's defaults there"
+            )
 
     def forget(self, key: CallKey) -> None:
         """Drop a graph."""
@@ -165,26 +231,26 @@ class Runner:
             # Built under inference mode, its parameters could never record a graph.
             with torch.inference_mode(False):
                 state = self._lineage.state(version)
-                model = Model(self._template, state, version, self._device)
+                habits = self._settings.habits
+                model = Model(self._template, state, version, self._device, habits)
                 found = self._models.put(version, model)
         return found
 
     def _run(
         self,
+        model: Model,
         call: ForwardRecord,
-        version: int,
         *,
         grad: bool,
         finish: Callable[[Any], Any] | None = None,
     ) -> Run:
-        model = self._model(version)
         try:
             return execution.run(model, call, grad=grad, finish=finish)
         finally:
             if model.is_spoilt():
                 # It shares memory with the version's tensors: nobody may read what it wrote there.
-                self._models.pop(version)
-                self._lineage.forget(version)
+                self._models.pop(model.version)
+                self._lineage.forget(model.version)
 
     def _continued_buffers(self, request: ForwardRequest, version: int) -> dict[str, Tensor] | None:
         """The buffers that an earlier call of the same `client(...)` changed, as it left them."""
@@ -202,10 +268,13 @@ class Runner:
             held = self._graphs.put(key, (record, self._replay(record, version)))
         return _changed(held[1])
 
-    def _replay(self, record: ForwardRecord, version: int) -> Run:
-        again = self._run(record, version, grad=True)
+    def _replay(
+        self, record: ForwardRecord, version: int, finish: Callable[[Any], Any] | None = None
+    ) -> Run:
+        again = self._run(self._model(version), record, grad=True, finish=finish)
         kind = "the same" if record.numerics == self._numerics else "another"
         execution.check_replay(record, again, f"the forward was computed in {kind} numerics class")
+        again.replayed = True
         return again
 
 
@@ -271,6 +340,11 @@ class Lines:
         pile = self._store.pile(name)
         sealer = Sealer(lineage, pile, self._settings.numerics)
         return Line(pile, sealer, Runner(lineage, pile, self._settings))
+
+
+def _is_first(number: int) -> bool:
+    """Whether a backward is to be checked: numbers 1, 4, 16, 64 and so on."""
+    return is_power_of_two(number) and number.bit_length() % 2 == 1
 
 
 def _changed(done: Run) -> dict[str, Tensor]:

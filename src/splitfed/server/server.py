@@ -17,11 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitfed.errors import AlreadyAppliedError, ExpiredError, InputError, SplitFedError
+from splitfed.errors import (
+    AlreadyAppliedError,
+    ExpiredError,
+    InputError,
+    SplitFedError,
+    UnsupportedError,
+)
 from splitfed.model import execution
 from splitfed.model.boundary import fresh
+from splitfed.model.cutpoint import CutPoint
 from splitfed.model.execution import Run
-from splitfed.model.skeleton import Template, device_of
+from splitfed.model.fingerprint import values_beside
+from splitfed.model.skeleton import Template, device_of, unwrap
 from splitfed.protocol import pytree
 from splitfed.protocol.fields import check_types
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
@@ -53,7 +61,8 @@ class SplitServer:
         body: The server's part of the network. Its weights become version 0 if the store is new;
             after that only its structure counts. It isn't kept and isn't changed.
         store: The store of the run.
-        device: Where to compute; the device of the body's parameters if it isn't given.
+        device: Where to compute; the device of the body's parameters if it isn't given, and the CPU
+            if that is the meta device.
         lineage: Which line of versions to serve.
         per_client: Whether each client trains against a body of its own, `body@<id>`, which begins
             as the newest `body` (SFLV1; a `PerClient` commits and averages them).
@@ -63,8 +72,10 @@ class SplitServer:
         keep_models: How many versions stay loaded.
 
     Raises:
-        ArchitectureError: the store was begun with another body.
-        UnsupportedError: the body is lazy, wrapped or can't be copied.
+        ArchitectureError: the store was begun with another body, or with other values in buffers
+            that no version has.
+        UnsupportedError: the body is lazy, wrapped, itself split, or can't be copied; or it is on
+            the meta device, and the store is new.
     """
 
     def __init__(
@@ -87,11 +98,14 @@ class SplitServer:
         self.store = store
         self.lineage = lineage
         self.loss_fn = loss_fn
+        _check_whole(body)
         self._template = Template(body)
+        beside = values_beside(self._template.blueprint)
         state = self._template.state(body)
         self.device = device_of(state, device)
         numerics = store.begin(self.device)
         store.lineage(lineage).initialise(self._template.fingerprint(), state)
+        store.check_beside(lineage, beside, numerics)
         self._halves = Halves(store, numerics)
         self._clients = store.registry()
         settings = RunnerSettings(self._template, numerics, self.device, keep_models, keep_graphs)
@@ -122,6 +136,8 @@ class SplitServer:
             drew=done.drew,
             changed={place: fresh(tensor) for place, tensor in done.changed.items()},
             crcs=done.crcs,
+            moved=done.moved,
+            written=line.runner.written(),
         )
 
     def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
@@ -164,7 +180,9 @@ class SplitServer:
             raise _lost(line, batch, request)
         _check_gradients(record, request.grad_outputs)
         done = line.runner.take(key, record)
-        grad_inputs, gradients = execution.backward(done, request.grad_outputs)
+        sent = request.grad_outputs
+        grad_inputs, gradients = execution.backward(done, sent)
+        line.runner.check_kept(record, done, sent, (grad_inputs, gradients))
         if not record.training:  # a call in eval mode belongs to no batch
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
         # Acknowledged only once it is on file: whatever dies after this answer, the batch counts.
@@ -207,10 +225,16 @@ class SplitServer:
         spec, tensors = pytree.flatten(request.target)
         target = pytree.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
         score = self.loss_fn
-        _, done = line.runner.run(ahead, version, finish=lambda outputs: score(outputs, target))
+
+        def finish(outputs: Any) -> Tensor:
+            return score(outputs, target)
+
+        call, done = line.runner.run(ahead, version, finish=finish)
         value = _scalar(done)
         one = torch.ones_like(value) if value.requires_grad else None
         grad_inputs, gradients = execution.backward(done, [one])
+        if one is not None:
+            line.runner.check_kept(call, done, [one], (grad_inputs, gradients), finish)
         status = "uncounted"
         if counts:
             digest = request.digest(batch, version)
@@ -230,6 +254,17 @@ class SplitServer:
             SupersededError: the client has a newer process.
         """
         return self._halves.push(check_types(request))
+
+
+def _check_whole(body: nn.Module) -> None:
+    """Refuse a body that is itself split: its versions would move while a call is under way."""
+    for name, part in unwrap(body).named_modules():
+        if isinstance(part, CutPoint):
+            raise UnsupportedError(
+                f"the body holds a client half, with a cut point at {name!r}: a recompute would "
+                "run it at a newer version of the other server. Let the owner's process call the "
+                "two servers one after the other, with a SplitClient for each"
+            )
 
 
 def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:

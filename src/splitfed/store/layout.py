@@ -15,6 +15,7 @@
       <process>-<number>.answer                create-once: its answer
     <lineage>/                               body | client | body@<id>
       fingerprint.json                         create-once: names, shapes, dtypes, ties, roles
+      beside.json                              create-once: CRCs of what no version has
       frozen-<sha256>.safetensors              create-once: parameters that never train
       forward/<version>/<id>/<incarnation>-<call>   the record of a forward; transient
       part/<version>/<id>/<incarnation>-<seq>-<k>   one call's share of an open batch; transient
@@ -112,6 +113,7 @@ class Keys:
     def __init__(self, lineage: str) -> None:
         self.root = check_lineage(lineage)
         self.fingerprint = f"{lineage}/fingerprint.json"
+        self.beside = f"{lineage}/beside.json"
         self.head = f"{lineage}/head"
         self.gradients = f"{lineage}/grad"
         self.lock = f"{lineage}/commit"

@@ -35,6 +35,7 @@ from splitfed.errors import (
     InputError,
     MissingError,
     StoreError,
+    UnsupportedError,
 )
 from splitfed.model.fingerprint import compare, is_entry
 from splitfed.model.skeleton import Fingerprint
@@ -216,7 +217,15 @@ class Lineage:
 
         Raises:
             ArchitectureError: the lineage was begun with another architecture.
+            UnsupportedError: nobody has begun it, and the tensors are on the meta device.
         """
+        empty = next((name for name, tensor in state.items() if tensor.is_meta), None)
+        if empty is not None and self.head() < 0:
+            raise UnsupportedError(
+                f"{empty!r} is on the meta device, so it has no value, and lineage {self.name!r} "
+                "has no version yet to take one from: "
+                "begin the store with a module that has its weights"
+            )
         if self.blobs.get(self.keys.fingerprint) is None:
             self.blobs.create(self.keys.fingerprint, [json.dumps(fingerprint, indent=1).encode()])
         module = "the client half" if self.name == "client" else "the body"

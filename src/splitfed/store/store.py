@@ -20,7 +20,13 @@ from torch import Tensor
 
 from splitfed.blobs.contract import Blobs
 from splitfed.blobs.url import open_blobs
-from splitfed.errors import FormatError, InputError, MissingError, UnsupportedError
+from splitfed.errors import (
+    ArchitectureError,
+    FormatError,
+    InputError,
+    MissingError,
+    UnsupportedError,
+)
 from splitfed.model.numerics import class_id, numerics_class
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.packing import read_json
@@ -203,6 +209,41 @@ class GradientStore:
             )
         return found
 
+    def check_beside(self, lineage: str, values: Mapping[str, Any], numerics: str) -> None:
+        """Compare the tensors that no version has with those of the first server.
+
+        Args:
+            lineage: Whose body it is.
+            values: What tells them, as `values_beside` finds it; nothing happens if there are none.
+            numerics: The short name of this process's numerics class.
+
+        Raises:
+            ArchitectureError: a transient buffer has other values, so answers would differ from
+                replica to replica.
+        """
+        if not values:
+            return
+        key = self.lineage(lineage).keys.beside
+        if self.blobs.get(key) is None:
+            self.blobs.create(key, [json.dumps(values, indent=1).encode()])
+        expected = read_json(self.blobs.get(key), key)
+        differing = [name for name, found in values.items() if expected.get(name) != found]
+        if not differing:
+            return
+        # In another shape, a table may just have grown in use; in another numerics class, a cosine
+        # may be rounded otherwise; and an attribute may hold what a forward left. Random features
+        # in a buffer are neither.
+        is_same_class = numerics == self.numerics()
+        refused = [n for n in differing if is_same_class and _differs(expected.get(n), values[n])]
+        said = (
+            f"{(refused or differing)[:5]} of the body isn't as it was when the store was begun, "
+            "and it is in no version: register it as a persistent buffer, "
+            "or make it the same on each replica, with a seed of its own"
+        )
+        if refused:
+            raise ArchitectureError(said)
+        warnings.warn(said, stacklevel=3)
+
     def numerics(self) -> str:
         """The short name of version 0's numerics class."""
         return class_id(self._format["numerics"]) if self._format else ""
@@ -252,6 +293,13 @@ class GradientStore:
                 lineage = Lineage(self.blobs, name)
                 found = self._lineages.put(name, (lineage, Pile(self.blobs, lineage.keys)))
             return found
+
+
+def _differs(expected: Any, found: Mapping[str, Any]) -> bool:
+    """Whether a transient buffer has other values in the same shape."""
+    if not isinstance(expected, dict) or found["kind"] != "buffer":
+        return False
+    return all(expected.get(key) == found[key] for key in ("kind", "shape", "dtype"))
 
 
 def check_store(store: object) -> None:
