@@ -26,7 +26,7 @@ from splitfed.client.connection import Connection
 from splitfed.client.inplace import guard
 from splitfed.errors import ReplayError, UnsupportedError
 from splitfed.model.boundary import uncached
-from splitfed.model.cutpoint import Caller, CutPoint, active_caller
+from splitfed.model.cutpoint import Caller, CutPoint, active_caller, hole_of
 from splitfed.model.rng import Seed
 from splitfed.protocol import pytree
 from splitfed.protocol.messages import ForwardAnswer, ForwardRequest, Housekeeping
@@ -95,6 +95,7 @@ class Session:
             request, tensors = self.request(point, args, kwargs, seed, before, notes)
             answer = self.connection.transport.forward(request)
         self._note(answer, seed)
+        hole_of(point).note(answer.written)
         self._made.append(
             _Made(request.seed, answer.crcs, before, request.call if request.grad else None)
         )
@@ -148,6 +149,7 @@ class Session:
         notes: Housekeeping = Housekeeping(),  # noqa: B008 -- frozen
     ) -> tuple[ForwardRequest, list[Tensor]]:
         """The request for a cut call, and its distinct input tensors."""
+        hole = hole_of(point)
         _, tensors = pytree.flatten((args, kwargs))
         device = tensors[0].device.type if tensors else "cpu"
         autocast = None
@@ -158,7 +160,7 @@ class Session:
             incarnation=self.connection.incarnation,
             process=self.connection.process,
             call=self.connection.number("call"),
-            cut=point.name,
+            cut=hole.name,
             inputs=(args, kwargs),
             requires_grad=tuple(tensor.requires_grad for tensor in tensors),
             training=point.training,
@@ -169,6 +171,7 @@ class Session:
             seen=self.connection.seen,
             previous=None if before is None else before.number,
             housekeeping=notes,
+            settings=hole.settings(point.training),
         ), tensors
 
     def _note(self, answer: ForwardAnswer, seed: Seed) -> None:

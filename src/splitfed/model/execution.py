@@ -70,18 +70,33 @@ class Model:
             if parameter is not None
         ]
         self._modes = template.modes
+        self._set: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
-    def prepare(self, training: bool, buffers: Mapping[str, Tensor] | None) -> None:
+    def prepare(
+        self,
+        training: bool,
+        buffers: Mapping[str, Tensor] | None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         """Set the mode and give the coming run buffers of its own.
 
         Args:
             training: Train or eval mode.
             buffers: What an earlier call of the same `client(...)` left in those that it changed;
                 the others, and all if there is none, start as the version has them.
+            settings: What the half has changed of the part.
         """
+        while self._set:
+            now, before = self._set.pop()
+            now.clear()
+            now.update(before)
         for module, mode in zip(self.module.modules(), self._modes[training], strict=True):
             # One by one: train() would set a frozen submodule to train, too.
             module.training = mode
+        for path, value in (settings or {}).items():
+            owner = self.module.get_submodule(path.rpartition(".")[0])
+            self._set.append((vars(owner), dict(vars(owner))))
+            setattr(owner, path.rpartition(".")[2], value)
         start = buffers or {}
         # One copy for each distinct buffer, so that tied buffers stay tied.
         copies: dict[str, Tensor] = {}
@@ -186,7 +201,7 @@ def run(
     # the module that all runs of a version share. Inference mode off, or what is made under the
     # caller's could never be part of a graph.
     with compute_lock, torch.inference_mode(False), torch.set_grad_enabled(grad):
-        model.prepare(call.training, call.buffers)
+        model.prepare(call.training, call.buffers, call.settings)
         leaves = _leaves(tensors, call.requires_grad, model.device)
         # In the grad mode of the call: what enters must hang on the leaves and be none itself.
         entered = list(map(enter, leaves))
