@@ -115,12 +115,14 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
     _check_apart(half, body)
     template = Template(body)
     places = [cut.places(alone=alone) for cut in cuts]
+    modes = [point.training for point in points]
     parts = {own[0][1]: point for own, point in zip(places, points, strict=True)}
     mirrors = reflect(half, body, template, parts)
-    for own, point in zip(places, points, strict=True):
+    for own, point, training in zip(places, points, modes, strict=True):
         name = own[0][1]
         hole = hole_of(point)
-        hole.origin = Origin(template, own, point.training)
+        hole.origin = Origin(template, own, training)
+        point.training = training
         hole.mirror = mirrors[name]
         if hole.is_of_one_part():
             identify(point, unwrap(body).get_submodule(name))

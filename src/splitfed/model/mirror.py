@@ -147,7 +147,7 @@ def reflect(
         for path, module in body.get_submodule(name).named_modules():
             if id(module) not in made:
                 twin = empty(AbsentModule, _kind(module)) if path else point
-                place = Place(f"{name}.{path}".strip("."), path, indices[id(module)], ledger)
+                place = Place(f"{name}.{path}".strip("."), path, indices[id(module)], ledger, twin is half)
                 _begin(twin, module, place, memo)
                 made[id(module)] = (module, twin)
             members.append(made[id(module)][1])

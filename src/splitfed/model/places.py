@@ -85,6 +85,8 @@ class Place:
     index: int
     """Its number among the body's modules."""
     ledger: Ledger
+    is_half: bool = False
+    """Whether all of the model was cut out: then the cut point is the half, too."""
     parameters: dict[str, Absent | None] = field(default_factory=dict)
     buffers: dict[str, Absent | None] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

@@ -97,8 +97,8 @@ class AbsentModule(nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Any]]:
         """Those of the part, without their values; none while a loop over the half is here."""
-        place = place_of(self)
-        if place is None or place.ledger.visited is self:
+        place = _place_to_ask(self)
+        if place is None:
             return nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
         return nn.Module._named_members(
             self,
@@ -112,8 +112,8 @@ class AbsentModule(nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Any]]:
         """As `named_parameters`."""
-        place = place_of(self)
-        if place is None or place.ledger.visited is self:
+        place = _place_to_ask(self)
+        if place is None:
             return nn.Module.named_buffers(self, prefix, recurse, remove_duplicate)
         return nn.Module._named_members(
             self,
@@ -157,7 +157,7 @@ class AbsentModule(nn.Module):
             AbsentError: asked for by itself.
         """
         place = place_of(self)
-        if place is None:
+        if place is None or place.is_half:
             return nn.Module.state_dict(self, *args, **kwargs)
         destination = kwargs.get("destination", args[0] if args else None)
         if destination is None:
@@ -176,7 +176,7 @@ class AbsentModule(nn.Module):
             AbsentError: as said.
         """
         place = place_of(self)
-        if place is None:
+        if place is None or place.is_half:
             return nn.Module.load_state_dict(self, *args, **kwargs)
         raise AbsentError(
             f"load_state_dict() of {_said(place)}, which was cut out: load weights into the model "
@@ -309,6 +309,14 @@ class AbsentModule(nn.Module):
 def place_of(module: nn.Module) -> Place | None:
     """What a stand-in knows of its module; `None` for a cut point that was placed by hand."""
     return vars(module).get("_absent_place")
+
+
+def _place_to_ask(module: nn.Module) -> Place | None:
+    """The same, but `None` for whoever asks for the tensors of the half, which it has none of."""
+    place = place_of(module)
+    if place is None or place.is_half or place.ledger.visited is module:
+        return None
+    return place
 
 
 def class_of(module: nn.Module) -> Any:
