@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from splitfed.errors import AbsentError
 from splitfed.model import recording
 from splitfed.model.absent import Absent, shell_of
 from splitfed.model.places import Holding, Ledger, Place, is_plain, set_error
@@ -115,7 +116,9 @@ class Mirror:
             path, _, leaf = name.rpartition(".")
             if path and not is_read(leaf, classes):
                 continue
-            if path or not is_plain(value):
+            if path:
+                raise _held_error(place.at(name))
+            if not is_plain(value):
                 raise set_error(place.at(name), value)
             found[place.key(name)] = copy.deepcopy(value)
         return found
@@ -160,6 +163,14 @@ def reflect(
 def identify(point: AbsentModule, part: nn.Module) -> None:
     """Make a cut point an instance of its part's class, too."""
     become(point, _kind(unwrap(part)))
+
+
+def _held_error(name: str) -> AbsentError:
+    return AbsentError(
+        f"{name!r} has changed since split(), and the part that was cut out reads it: what is "
+        "within an object doesn't travel with a call. Put it back, or change it before split() "
+        "and in the server's body"
+    )
 
 
 def _place(member: nn.Module) -> Place:

@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import nn
 
+_BY_TEXT = frozenset(("getattr", "hasattr", "attrgetter"))
+
 
 def is_read(name: str, classes: Iterable[type]) -> bool:
     """Whether the code of one of these classes mentions an attribute."""
@@ -28,7 +30,7 @@ def is_read(name: str, classes: Iterable[type]) -> bool:
 
 @lru_cache(maxsize=1024)
 def _mentioned(cls: type) -> frozenset[str]:
-    """All names and texts in the methods of a class, and in the functions that they call."""
+    """All attributes in the methods of a class, and in the functions that they call."""
     bases = [base for base in cls.__mro__ if base not in nn.Module.__mro__]
     waiting = [value for base in bases for value in vars(base).values()]
     found: set[str] = set()
@@ -59,8 +61,9 @@ def _function(value: Any) -> FunctionType | None:
 
 def _names(code: CodeType) -> Iterable[str]:
     yield from code.co_names
+    by_text = not _BY_TEXT.isdisjoint(code.co_names)
     for constant in code.co_consts:
-        if isinstance(constant, str):
+        if by_text and isinstance(constant, str):
             yield constant
         elif isinstance(constant, CodeType):
             yield from _names(constant)

@@ -10,8 +10,9 @@ Order matters in `backward`: a batch is acknowledged only after its gradient is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -61,6 +62,11 @@ class SplitServer:
         keep_graphs: How many forwards keep their autograd graph in memory, so that a backward that
             comes to this replica needn't recompute; 0 for always recomputing.
         keep_models: How many versions stay loaded.
+        settings: What clients may set of the body for their calls, as `client.layer.beta = 0.5`
+            does: everything plain, or patterns (`fnmatch`) of names in the body, such as
+            `("*.p", "layer.beta")`. `train()` and `eval()` of its parts they may always. A setting
+            is for the run of one call, but a body that adds up what it gets may be led astray by
+            one: name them where clients aren't trusted.
 
     Raises:
         ArchitectureError: the store was begun with another body.
@@ -78,6 +84,7 @@ class SplitServer:
         loss_fn: Loss | None = None,
         keep_graphs: int = 8,
         keep_models: int = 2,
+        settings: bool | Iterable[str] = True,
     ) -> None:
         check_store(store)
         if per_client and lineage != "body":
@@ -87,6 +94,7 @@ class SplitServer:
         self.store = store
         self.lineage = lineage
         self.loss_fn = loss_fn
+        self._settable = _patterns(settings)
         self._template = Template(body)
         state = self._template.state(body)
         self.device = device_of(state, device)
@@ -94,8 +102,8 @@ class SplitServer:
         store.lineage(lineage).initialise(self._template.fingerprint(), state)
         self._halves = Halves(store, numerics)
         self._clients = store.registry()
-        settings = RunnerSettings(self._template, numerics, self.device, keep_models, keep_graphs)
-        self._lines = Lines(store, None if per_client else lineage, settings)
+        runners = RunnerSettings(self._template, numerics, self.device, keep_models, keep_graphs)
+        self._lines = Lines(store, None if per_client else lineage, runners)
 
     def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
         """Run one call of the body; with the client's grad mode on, record it.
@@ -106,6 +114,7 @@ class SplitServer:
             InputError: the call doesn't fit the body.
         """
         check_types(request)
+        self._check_settings(request)
         line = self._lines.of(check_client_id(request.client_id), request.process)
         incarnation = request.incarnation
         if request.grad and incarnation is None:
@@ -188,6 +197,7 @@ class SplitServer:
             )
         check_types(request)
         ahead = request.forward
+        self._check_settings(ahead)
         incarnation = ahead.incarnation
         counts = ahead.grad and ahead.training
         line = self._lines.of(check_client_id(ahead.client_id), ahead.process)
@@ -215,6 +225,17 @@ class SplitServer:
             status = line.sealer.store(batch, share)
         return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)
 
+    def _check_settings(self, request: ForwardRequest) -> None:
+        for name in request.settings:
+            if f".{name}".endswith(".training"):
+                continue
+            if not any(fnmatchcase(name, pattern) for pattern in self._settable):
+                raise InputError(
+                    f"the client has set {name[:80]!r} of the body, which this server doesn't take "
+                    f"from clients: allow it there, SplitServer(..., settings=({name[:80]!r},)) or "
+                    f"--settings {name[:80]!r}, or leave it as it was"
+                )
+
     def pull(self, request: PullRequest, /) -> PullAnswer:
         """The client half, newest or at a version; version -1 if nobody has published one."""
         return self._halves.pull(check_types(request))
@@ -227,6 +248,13 @@ class SplitServer:
             SupersededError: the client has a newer process.
         """
         return self._halves.push(check_types(request))
+
+
+def _patterns(settings: bool | Iterable[str]) -> tuple[str, ...]:
+    """The patterns of what clients may set."""
+    if isinstance(settings, bool):
+        return ("*",) if settings else ()
+    return (settings,) if isinstance(settings, str) else tuple(settings)
 
 
 def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:
