@@ -1,8 +1,13 @@
-"""A tensor on the other side of the cut: its name, shape and dtype are here, its values aren't.
+"""What is absent: a tensor of the part that was cut out, and what is known of the module it is in.
 
-The parameters and buffers of the part that was cut out are asked for in many ways: to count them,
+Parameters and buffers are asked for in many ways: to count them,
 for a device or dtype, to freeze them, for a penalty. What is structure is answered. Whatever needs
 values raises an error that names the tensor: an operator, a method, a function of torch.
+
+Plain attributes are noticed as they are assigned. A list, a dict or an object such as a config can
+change without that, so it is compared before each call with a copy of what it had. An object that
+the half holds too is the same object in both, as in the unsplit model: whoever changes it, changes
+it for the part.
 
 The trap: torch computes garbage with some tensors on the meta device instead of raising, so none is
 ever handed out. And an `Absent` can't pass for a `Tensor`: what `isinstance` takes for one, torch
@@ -12,16 +17,19 @@ reads as one, and there is no memory to read.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from splitfed.errors import AbsentError, UnsupportedError
+from splitfed.model.skeleton import Template
 
-if TYPE_CHECKING:
-    from splitfed.model.places import Place
-
+MISSING = object()
+_ATOMS = (type(None), bool, int, float, str)
+_CONTAINERS = (list, dict, set)
 _ANSWERED = frozenset(
     "dtype shape ndim layout requires_grad is_leaf grad_fn is_sparse is_quantized itemsize nbytes "
     "size dim ndimension numel nelement stride storage_offset is_contiguous element_size "
@@ -128,7 +136,7 @@ class Absent:
         return id(self)
 
     def __repr__(self) -> str:
-        kind = "parameter" if isinstance(self.like, torch.nn.Parameter) else "tensor"
+        kind = "parameter" if isinstance(self.like, nn.Parameter) else "tensor"
         return f"<{self._name}, {kind} {tuple(self.shape)} on the other side of the cut>"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Absent:
@@ -140,7 +148,9 @@ class Absent:
         """A tensor on the meta device of its shape, and of the dtype that `to()` has given it."""
         dtype = self._place.dtypes.get(self.like.dtype, self.like.dtype)
         like = self.like
-        return like if like.dtype == dtype else like.to(dtype).requires_grad_(like.requires_grad)
+        if like.dtype == dtype:
+            return like
+        return like.to(dtype).requires_grad_(like.requires_grad)
 
     @classmethod
     def __torch_function__(
@@ -159,8 +169,8 @@ def shell_of(tensor: Tensor) -> Tensor:
         )
     else:
         shell = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    if isinstance(tensor, torch.nn.Parameter):
-        return torch.nn.Parameter(shell, tensor.requires_grad)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(shell, tensor.requires_grad)
     return shell.requires_grad_(tensor.requires_grad)
 
 
@@ -192,3 +202,162 @@ def _refuse(operator: str) -> Any:
 
 for _operator in _REFUSED:
     setattr(Absent, _operator, _refuse(_operator))
+
+
+# ---------------------------------------------------------------------------- where it is absent
+
+
+class Ledger:
+    """What the stand-ins of one half share."""
+
+    __slots__ = ("moves", "recorded", "template", "visited")
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        self.moves = 0
+        """Counts what is set on any of them: what was found holds for as long as it stays."""
+        self.visited: nn.Module | None = None
+        """The one at which a loop over the half's modules is."""
+        self.recorded: dict[str, str] = {}
+        """Flags that ask for what a module within a part gives, with the name of that."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
+        twin = Ledger(self.template)
+        twin.recorded = dict(self.recorded)
+        return twin
+
+
+class Holding:
+    """Something that changes without being assigned: a list, a dict, a config.
+
+    Args:
+        name: The attributes that lead to it.
+        value: It.
+        before: A copy of what it has.
+    """
+
+    __slots__ = ("before", "name", "now", "value")
+
+    def __init__(self, name: str, value: Any, before: Any) -> None:
+        self.name = name
+        self.value = value
+        self.before = before
+        self.now = value if isinstance(value, _CONTAINERS) else vars(value)
+
+    def __reduce__(self) -> Any:
+        return Holding, (self.name, self.value, self.before)
+
+    def changes(self) -> Iterator[tuple[str, Any]]:
+        """What has changed, by the attributes that lead to it."""
+        if self.now is self.value:
+            yield self.name, self.value
+            return
+        now = vars(self.value)
+        for leaf in {**self.before, **now}:
+            value = now.get(leaf, MISSING)
+            if value is not self.before.get(leaf, MISSING):
+                yield f"{self.name}.{leaf}", value
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Where the module of a stand-in is, and what that has."""
+
+    name: str
+    """Its name in the body."""
+    path: str
+    """Its name in the part that was cut out, for messages; '' for the part itself."""
+    index: int
+    """Its number among the body's modules."""
+    ledger: Ledger
+    is_half: bool = False
+    """Whether all of the model was cut out: then the cut point is the half, too."""
+    parameters: dict[str, Absent | None] = field(default_factory=dict)
+    buffers: dict[str, Absent | None] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtypes: dict[torch.dtype, torch.dtype] = field(default_factory=dict)
+    """Those that `to()` has given to tensors of a dtype."""
+    originals: dict[str, Any] = field(default_factory=dict)
+    """By name, what an attribute was before it was set."""
+    held: list[Holding] = field(default_factory=list)
+    local: set[str] = field(default_factory=set)
+    """Attributes that are a tool's own."""
+    written: set[str] = field(default_factory=set)
+    """Attributes that the part's forward sets."""
+
+    def at(self, name: str) -> str:
+        """The name of an attribute, for messages."""
+        return f"{self.path}.{name}".lstrip(".")
+
+    def key(self, name: str) -> str:
+        """The name of an attribute, for the server."""
+        return f"{self.name}.{name}".lstrip(".")
+
+    def hold(self, name: str, value: Any) -> None:
+        """Watch what an attribute has now, if that can change without being assigned."""
+        self.held = [held for held in self.held if held.name.partition(".")[0] != name]
+        self.held += _holdings(name, value)
+
+    def move(self, fn: Any) -> None:
+        """Follow the half to another device or dtype."""
+        dtypes = {absent.like.dtype for absent in self._tensors()}
+        for dtype in dtypes or {torch.get_default_dtype()}:
+            now = self.dtypes.get(dtype, dtype)
+            moved = fn(torch.empty(0, dtype=now, device=self.device))
+            if dtypes:
+                self.dtypes[dtype] = moved.dtype
+            # Nothing is ever on the meta device: what has no values there has none anywhere.
+            if moved.device.type != "meta":
+                self.device = moved.device
+
+    def _tensors(self) -> list[Absent]:
+        found = [*self.parameters.values(), *self.buffers.values()]
+        return [absent for absent in found if absent is not None]
+
+
+def changed(held: Sequence[tuple[Place, Holding]]) -> list[tuple[Place, Holding]]:
+    """Those that aren't as they were."""
+    try:
+        # In one go, and before each call: what is still the same object is found equal at once.
+        return [pair for pair in held if pair[1].now != pair[1].before]
+    except Exception:  # noqa: BLE001 -- whatever an array or another class makes of `!=`
+        return [pair for pair in held if not _is_same(pair[1].now, pair[1].before)]
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value can travel with a call."""
+    if type(value) is dict:
+        return all(type(key) is str for key in value) and is_plain(list(value.values()))
+    if type(value) in (tuple, list):
+        return all(map(is_plain, value))
+    return type(value) in _ATOMS
+
+
+def set_error(name: str, value: Any) -> AbsentError:
+    """The error for an assignment that can't travel."""
+    return AbsentError(
+        f"the client half sets {name!r} of the part that was cut out to a {type(value).__name__}: "
+        "a call carries only attributes that the part has, as plain values (None, bool, int, "
+        "float, str, and tuples, lists and dicts of them). "
+        "Make this change before split(), or in the server's body"
+    )
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    """Whether containers hold the same objects."""
+    if isinstance(now, dict):
+        return list(map(id, now)) == list(map(id, before)) and _is_same(
+            list(now.values()), list(before.values())
+        )
+    return list(map(id, now)) == list(map(id, before))
+
+
+def _holdings(name: str, value: Any, depth: int = 2) -> Iterator[Holding]:
+    """A value, and what it holds, as far as it can be changed."""
+    if isinstance(value, _CONTAINERS):
+        yield Holding(name, value, value.copy())
+    elif hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Tensor):
+        before = dict(vars(value))
+        yield Holding(name, value, before)
+        for leaf, held in before.items() if depth else ():
+            yield from _holdings(f"{name}.{leaf}", held, depth - 1)

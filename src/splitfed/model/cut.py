@@ -25,6 +25,7 @@ from splitfed.model.copying import check_hooks, deep_copy
 from splitfed.model.cutpoint import CutPoint, Origin, hole_of
 from splitfed.model.mirror import identify, reflect
 from splitfed.model.skeleton import Template, check_initialised, unwrap
+from splitfed.model.standin import AbsentModule
 
 
 class CutBody(nn.Module):
@@ -211,6 +212,8 @@ def _find_cut(model: nn.Module, at: str) -> Cut:
 def _submodule(model: nn.Module, name: str) -> nn.Module:
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if name in modules:
+        if isinstance(modules[name], AbsentModule) and not isinstance(modules[name], CutPoint):
+            raise CutError(f"{name!r} is within a part that was cut out already: cut the model")
         return modules[name]
     known = [known for known in modules if known]
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.3)

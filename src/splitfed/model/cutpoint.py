@@ -23,9 +23,10 @@ import torch
 from torch import nn
 
 from splitfed.errors import AbsentError, NotConnectedError, UnsupportedError
+from splitfed.model.assigning import class_of
 from splitfed.model.mirror import Mirror
 from splitfed.model.skeleton import Template
-from splitfed.model.standin import AbsentModule, class_of
+from splitfed.model.standin import AbsentModule
 
 REMEMBERED_CALLERS = 32
 """So many `client(...)` calls may be recomputed at a time; for an older one nobody answers."""
@@ -147,7 +148,7 @@ class CutPoint(AbsentModule):
             raise
         except AttributeError as error:
             if name.startswith("_") or "_absent_place" in vars(self):
-                raise
+                raise AttributeError(f"'CutPoint' object has no attribute {name!r}") from error
             raise AbsentError(
                 f"the client half asks its cut point for {name!r}, "
                 "and this one was placed by hand: set that attribute on it, as the body has it"

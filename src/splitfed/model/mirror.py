@@ -20,11 +20,19 @@ from torch import Tensor, nn
 
 from splitfed.errors import AbsentError
 from splitfed.model import recording
-from splitfed.model.absent import Absent, shell_of
-from splitfed.model.places import Holding, Ledger, Place, is_plain, set_error
-from splitfed.model.reading import is_read
+from splitfed.model.absent import (
+    Absent,
+    Holding,
+    Ledger,
+    Place,
+    changed,
+    is_plain,
+    set_error,
+    shell_of,
+)
+from splitfed.model.assigning import OF_TORCH, class_of, give_up, is_read
 from splitfed.model.skeleton import Template, unwrap
-from splitfed.model.standin import OF_TORCH, AbsentModule, become, class_of, empty, give_up
+from splitfed.model.standin import AbsentModule, become, empty
 
 _OWN = frozenset(name for name in vars(AbsentModule) if not name.startswith("__"))
 
@@ -53,14 +61,14 @@ class Mirror:
         ledger = _place(self.members[0]).ledger
         if ledger.recorded:
             recording.check(ledger.recorded)
-        changed = self._changed_holdings(ledger)
+        moved = self._changed_holdings(ledger)
         found = self._found
-        if found is None or changed or found[0] != ledger.moves or found[1] != training:
+        if found is None or moved or found[0] != ledger.moves or found[1] != training:
             settings = self._flags(ledger, training, alone) | self._attributes()
-            for place, holding in changed:
+            for place, holding in moved:
                 settings |= self._travelling(place, holding)
             # What a list has become isn't counted, so it is looked at again.
-            found = self._found = (-1 if changed else ledger.moves, training, settings)
+            found = self._found = (-1 if moved else ledger.moves, training, settings)
         return found[2]
 
     def note_written(self, names: Sequence[str]) -> None:
@@ -106,7 +114,7 @@ class Mirror:
             places = [_place(member) for member in self.members]
             unique = {id(held.value): (place, held) for place in places for held in place.held}
             self._held = (ledger.moves, list(unique.values()))
-        return [found for found in self._held[1] if found[1].has_changed()]
+        return changed(self._held[1])
 
     def _travelling(self, place: Place, holding: Holding) -> dict[str, Any]:
         """What has changed without being assigned."""
@@ -150,7 +158,9 @@ def reflect(
         for path, module in body.get_submodule(name).named_modules():
             if id(module) not in made:
                 twin = empty(AbsentModule, _kind(module)) if path else point
-                place = Place(f"{name}.{path}".strip("."), path, indices[id(module)], ledger, twin is half)
+                place = Place(
+                    f"{name}.{path}".strip("."), path, indices[id(module)], ledger, twin is half
+                )
                 _begin(twin, module, place, memo)
                 made[id(module)] = (module, twin)
             members.append(made[id(module)][1])
@@ -205,7 +215,8 @@ def _fill(twin: AbsentModule, module: nn.Module, memo: dict[int, Any]) -> None:
     own["training"] = bool(module.training)
     for name, child in module._modules.items():
         own["_modules"][name] = None if child is None else memo[id(child)]
-    if own["_modules"]:
+    # A container's methods change it past any assignment.
+    if hasattr(module, "__setitem__"):
         place.hold("_modules", own["_modules"])
     # Tiers: a body may hold a client, whose affairs are its own.
     if isinstance(module, AbsentModule) or "client_half" in vars(module):

@@ -21,19 +21,22 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from splitfed.errors import AbsentError
 from splitfed.model import recording
-from splitfed.model.absent import Absent, absent_error, shell_of
-from splitfed.model.places import MISSING, Place, is_plain, set_error
-from splitfed.model.reading import is_read
+from splitfed.model.absent import Absent, Place, absent_error, set_error
+from splitfed.model.assigning import (
+    assign,
+    class_attribute,
+    class_of,
+    computed,
+    is_local,
+    place_of,
+    written_error,
+)
 
 Self = TypeVar("Self", bound="AbsentModule")
-OF_TORCH = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
-"""What every module has in its `__dict__`."""
-_SERVERS_OWN = frozenset(("gradient_checkpointing",))
-"""How the server saves memory is its own affair: it changes no value."""
 
 
 class AbsentModule(nn.Module):
@@ -49,13 +52,13 @@ class AbsentModule(nn.Module):
         if place is None:
             return super().__getattr__(name)
         if name in place.written:
-            raise _written_error(place.at(name))
+            raise written_error(place.at(name))
         for members in (place.parameters, place.buffers, vars(self)["_modules"]):
             if name in members:
                 return members[name]
-        found = _class_attribute(type(self), name)
+        found = class_attribute(type(self), name)
         if hasattr(type(found), "__get__"):
-            return _computed(self, place, name, found)
+            return computed(self, place, name, found)
         try:
             return super().__getattr__(name)
         except AbsentError:
@@ -71,16 +74,16 @@ class AbsentModule(nn.Module):
         place = place_of(self)
         if place is None:
             super().__setattr__(name, value)
-        elif hasattr(type(_class_attribute(type(self), name)), "__set__"):
+        elif hasattr(type(class_attribute(type(self), name)), "__set__"):
             object.__setattr__(self, name, value)
         elif name == "training":
             vars(self)["training"] = bool(value)
             place.ledger.moves += 1
-        elif _is_local(self, place, name):
+        elif is_local(self, place, name):
             place.local.add(name)
             vars(self)[name] = value
         else:
-            _set(self, place, name, value)
+            assign(self, place, name, value)
 
     def __delattr__(self, name: str) -> None:
         place = place_of(self)
@@ -100,13 +103,14 @@ class AbsentModule(nn.Module):
         place = _place_to_ask(self)
         if place is None:
             return nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
-        return nn.Module._named_members(
+        found: Iterator[tuple[str, Any]] = nn.Module._named_members(
             self,
             lambda module: vars(module)["_absent_place"].parameters.items(),
             prefix=prefix,
             recurse=recurse,
             remove_duplicate=remove_duplicate,
         )
+        return found
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -115,13 +119,14 @@ class AbsentModule(nn.Module):
         place = _place_to_ask(self)
         if place is None:
             return nn.Module.named_buffers(self, prefix, recurse, remove_duplicate)
-        return nn.Module._named_members(
+        found: Iterator[tuple[str, Any]] = nn.Module._named_members(
             self,
             lambda module: vars(module)["_absent_place"].buffers.items(),
             prefix=prefix,
             recurse=recurse,
             remove_duplicate=remove_duplicate,
         )
+        return found
 
     def get_parameter(self, target: str) -> Any:
         """A parameter of the part, without its values."""
@@ -279,9 +284,8 @@ class AbsentModule(nn.Module):
     # ------------------------------------------------------------------------- names and copies
 
     def __repr__(self) -> str:
-        place = place_of(self)
-        kind = class_of(self).__name__
-        return f"<{_said(place)}, {kind} on the other side of the cut>" if place else f"<{kind}>"
+        place: Place = vars(self)["_absent_place"]
+        return f"<{_said(place)}, {class_of(self).__name__} on the other side of the cut>"
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         twin = memo[id(self)] = object.__new__(type(self))
@@ -303,103 +307,12 @@ class AbsentModule(nn.Module):
         vars(self).update(state)
 
 
-# ------------------------------------------------------------------------ a stand-in's attributes
-
-
-def place_of(module: nn.Module) -> Place | None:
-    """What a stand-in knows of its module; `None` for a cut point that was placed by hand."""
-    return vars(module).get("_absent_place")
-
-
 def _place_to_ask(module: nn.Module) -> Place | None:
     """The same, but `None` for whoever asks for the tensors of the half, which it has none of."""
     place = place_of(module)
     if place is None or place.is_half or place.ledger.visited is module:
         return None
     return place
-
-
-def class_of(module: nn.Module) -> Any:
-    """The class of the module that a stand-in stands for."""
-    return getattr(type(module), "_absent_class", nn.Module)
-
-
-def give_up(member: AbsentModule, name: str) -> None:
-    """Forget the value of an attribute that the part's forward has set."""
-    place: Place = vars(member)["_absent_place"]
-    if name in vars(member):
-        place.originals.setdefault(name, vars(member).pop(name))
-        vars(member).pop(name, None)
-        place.hold(name, None)
-        place.ledger.moves += 1
-    if name not in place.written:
-        place.written.add(name)
-        cls = type(member)
-        if "_absent_class" in vars(cls) and hasattr(cls, name):
-            setattr(cls, name, _Written(name))
-
-
-class _Written:
-    """In front of a class's own value for an attribute that the part's forward sets."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, module: Any, owner: Any) -> Any:
-        part = owner._absent_class
-        if module is None:
-            return getattr(part, self.name)
-        place: Place = vars(module)["_absent_place"]
-        if self.name in place.written:
-            raise _written_error(place.at(self.name))
-        found = _class_attribute(part, self.name)
-        return found.__get__(module, owner) if hasattr(type(found), "__get__") else found
-
-
-def _computed(module: AbsentModule, place: Place, name: str, found: Any) -> Any:
-    """A property again, whose error was an AttributeError, which Python has dropped."""
-    try:
-        return found.__get__(module, type(module))
-    except AbsentError:
-        value = None
-        with suppress(Exception):  # a property of the user's may raise anything
-            value = getattr(place.ledger.template.blueprint.get_submodule(place.name), name)
-        # One that computes a tensor, such as a parametrization: that has a shape, too.
-        if not isinstance(value, Tensor):
-            raise
-        return Absent(shell_of(value), place.at(name), place)
-
-
-def _is_local(module: AbsentModule, place: Place, name: str) -> bool:
-    """Whether an attribute is a tool's mark, or else nothing that the part looks at."""
-    if name in OF_TORCH or name in place.local or name in _SERVERS_OWN:
-        return True
-    # The half's own call of the part may be wrapped: that is where it is made.
-    if name == "forward" and not place.path:
-        return True
-    known = (vars(module), vars(module)["_modules"], place.parameters, place.buffers)
-    if name in place.originals or any(name in names for names in known):
-        return False
-    if name.startswith("_"):
-        return not name.startswith("__")
-    return not hasattr(type(module), name) and not is_read(name, [class_of(module)])
-
-
-def _set(module: AbsentModule, place: Place, name: str, value: Any) -> None:
-    """Keep a plain value, to travel with each call."""
-    known = place.originals.get(name, MISSING)
-    current = getattr(module, name, known)
-    if isinstance(value, float):
-        value = float(value)  # NumPy's is a subclass
-    elif value is current:
-        return
-    fits = current is not MISSING and not callable(current) and not isinstance(current, Absent)
-    if not fits or not is_plain(value):
-        raise set_error(place.at(name), value)
-    place.originals.setdefault(name, current)
-    vars(module)[name] = value
-    place.hold(name, value)
-    place.ledger.moves += 1
 
 
 def _member(module: nn.Module, target: str) -> Any:
@@ -427,13 +340,6 @@ def _said(place: Place) -> str:
     return repr(place.path) if place.path else "the part"
 
 
-def _written_error(name: str) -> AbsentError:
-    return AbsentError(
-        f"{name!r} is set by the forward of the part that was cut out, so its value is the "
-        "server's: return it from that forward, beside the outputs"
-    )
-
-
 def _walk(
     module: nn.Module, memo: set[nn.Module], prefix: str, remove_duplicate: bool
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -451,20 +357,14 @@ def _walk(
             yield from child.named_modules(memo, name, remove_duplicate)
 
 
-def _class_attribute(cls: type, name: str) -> Any:
-    """What a class has under a name, as it is."""
-    for base in cls.__mro__:
-        if name in vars(base):
-            return vars(base)[name]
-    return None
-
-
 # ------------------------------------------------------------------------------ a stand-in's class
 
 
 def empty(kind: type[AbsentModule], part: type) -> AbsentModule:
     """A stand-in in which there is nothing yet."""
-    twin = object.__new__(_stand_in_class(kind, part))
+    # Any, as mypy takes a class that has an __eq__ in its metaclass for one that has no hash.
+    cls: Any = kind
+    twin: AbsentModule = object.__new__(_stand_in_class(cls, part))
     vars(twin).update(vars(nn.Module()))
     return twin
 
@@ -472,7 +372,8 @@ def empty(kind: type[AbsentModule], part: type) -> AbsentModule:
 def become(point: AbsentModule, part: type) -> None:
     """Make a cut point an instance of the class of its part, too."""
     # Past the property that answers the part's class.
-    vars(object)["__class__"].__set__(point, _stand_in_class(type(point), part))
+    cls: Any = type(point)
+    vars(object)["__class__"].__set__(point, _stand_in_class(cls, part))
 
 
 class _PartType(type):
@@ -489,7 +390,7 @@ class _PartType(type):
 
 
 @lru_cache(maxsize=1024)
-def _stand_in_class(kind: type[AbsentModule], part: Any) -> type[AbsentModule]:
+def _stand_in_class(kind: Any, part: Any) -> Any:
     """A subclass of `kind` and of the class of a module.
 
     Made past what a class runs when it gets a subclass, which may enter that in a list. A class
@@ -509,11 +410,10 @@ def _stand_in_class(kind: type[AbsentModule], part: Any) -> type[AbsentModule]:
         namespace["__getitem__"] = _item
     if hasattr(part, "__del__"):
         namespace["__del__"] = lambda self: None
-    meta = _PartType if type(part) is type else type(part)
-    try:
-        made: type[AbsentModule] = type.__new__(meta, part.__name__, (kind, part), namespace)
-    except TypeError:
-        return kind
+    meta: Any = _PartType if type(part) is type else type(part)
+    made = kind
+    with suppress(TypeError):
+        made = type.__new__(meta, part.__name__, (kind, part), namespace)
     return made
 
 
