@@ -233,6 +233,14 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         help="forwards whose graph stays in memory, which saves their recompute; 0 for none "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--settings",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="what clients may set of the body for their calls, beside train and eval mode, such "
+        "as '*.p' or layer.beta; may be repeated (default: nothing)",
+    )
 
 
 def set_threads(arguments: argparse.Namespace) -> None:
@@ -306,6 +314,7 @@ def open_server(arguments: argparse.Namespace) -> SplitServer:
         device=check_device(arguments.device),
         loss_fn=loss,
         keep_graphs=arguments.keep_graphs,
+        settings=arguments.settings,
     )
 
 

@@ -27,7 +27,7 @@ from splitfed.client.inplace import guard
 from splitfed.errors import ReplayError, UnsupportedError
 from splitfed.model.arguments import carried, check_gradients
 from splitfed.model.boundary import uncached
-from splitfed.model.cutpoint import Caller, CutPoint, active_caller
+from splitfed.model.cutpoint import Caller, CutPoint, active_caller, hole_of
 from splitfed.model.rng import Seed
 from splitfed.protocol import pytree
 from splitfed.protocol.messages import ForwardAnswer, ForwardRequest, Housekeeping
@@ -96,6 +96,7 @@ class Session:
             request, tensors = self.request(point, args, kwargs, seed, before, notes)
             answer = self.connection.transport.forward(request)
         self._note(answer, seed)
+        hole_of(point).note(answer.written)
         self._made.append(
             _Made(request.seed, answer.crcs, before, request.call if request.grad else None)
         )
@@ -149,6 +150,7 @@ class Session:
         notes: Housekeeping = Housekeeping(),  # noqa: B008 -- frozen
     ) -> tuple[ForwardRequest, list[Tensor]]:
         """The request for a cut call, and its distinct input tensors."""
+        hole = hole_of(point)
         args, kwargs, tensors = carried(args, kwargs, self.connection.warn_once)
         device = tensors[0].device.type if tensors else "cpu"
         autocast = None
@@ -159,7 +161,7 @@ class Session:
             incarnation=self.connection.incarnation,
             process=self.connection.process,
             call=self.connection.number("call"),
-            cut=point.name,
+            cut=hole.name,
             inputs=(args, kwargs),
             requires_grad=tuple(tensor.requires_grad for tensor in tensors),
             training=point.training,
@@ -170,6 +172,7 @@ class Session:
             seen=self.connection.seen,
             previous=None if before is None else before.number,
             housekeeping=notes,
+            settings=hole.settings(point.training),
         ), tensors
 
     def _note(self, answer: ForwardAnswer, seed: Seed) -> None:

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from splitfed.errors import ArchitectureError, CutError, SharedParameterError, UnknownCutError
 from splitfed.model.copying import check_hooks, deep_copy
-from splitfed.model.cutpoint import CutPoint, Origin
+from splitfed.model.cutpoint import CutPoint, Origin, hole_of
+from splitfed.model.mirror import identify, reflect
 from splitfed.model.skeleton import Template, check_copyable, check_initialised, unwrap
+from splitfed.model.standin import AbsentModule
 
 
 class CutBody(nn.Module):
@@ -114,8 +116,18 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
         half = _with_hole(half, cut, point)
     _check_apart(half, body)
     template = Template(body)
-    for cut, point in zip(cuts, points, strict=True):
-        point.origin = Origin(template, cut.places(alone=alone), point.training)
+    places = [cut.places(alone=alone) for cut in cuts]
+    modes = [point.training for point in points]
+    parts = {own[0][1]: point for own, point in zip(places, points, strict=True)}
+    mirrors = reflect(half, body, template, parts)
+    for own, point, training in zip(places, points, modes, strict=True):
+        name = own[0][1]
+        hole = hole_of(point)
+        hole.origin = Origin(template, own, training)
+        point.training = training
+        hole.mirror = mirrors[name]
+        if hole.is_of_one_part():
+            identify(point, unwrap(body).get_submodule(name))
     return half, body
 
 
@@ -201,6 +213,8 @@ def _find_cut(model: nn.Module, at: str) -> Cut:
 def _submodule(model: nn.Module, name: str) -> nn.Module:
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if name in modules:
+        if isinstance(modules[name], AbsentModule) and not isinstance(modules[name], CutPoint):
+            raise CutError(f"{name!r} is within a part that was cut out already: cut the model")
         return modules[name]
     known = [known for known in modules if known]
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.3)
@@ -274,14 +288,17 @@ def _with_hole(half: nn.Module, cut: Cut, point: CutPoint) -> nn.Module:
 def _filled(whole: nn.Module, point: CutPoint, body: nn.Module) -> nn.Module:
     """The model with parts of the body in the place of a cut point."""
     registrations = _registrations(whole, point)
-    places = point.origin.places if point.origin else (("", point.name),)
+    hole = hole_of(point)
+    places = hole.origin.places if hole.origin else (("", hole.name),)
     for position, name in places:
         part = body.get_submodule(name)
         # In the mode of the cut, parts keep their own modes: one of them may be frozen. The half
         # may have been set to the other mode since, and then the parts are, too.
-        mode_of_parts = point.origin.training if point.origin else part.training
+        mode_of_parts = hole.origin.training if hole.origin else part.training
         if point.training != mode_of_parts:
             part.train(point.training)
+        if hole.mirror is not None and name == places[0][1]:
+            hole.mirror.restore(part, alone=hole.is_of_one_part())
         for owner, leaf in registrations:
             owner._modules[position or leaf] = part
         if whole is point:
@@ -345,12 +362,13 @@ def _contents(values: Mapping[str, Any], depth: int = 4) -> Iterator[tuple[str, 
 
 def _built_body(points: Sequence[CutPoint], weights: Mapping[str, Tensor]) -> nn.Module:
     """The body that the cut points were cut from, with these weights in it."""
-    if points[0].origin is None:
+    origin = hole_of(points[0]).origin
+    if origin is None:
         raise CutError(
             "this cut point was placed by hand, so its body isn't known: "
             "join(client_half, body) with the module"
         )
-    template = points[0].origin.template
+    template = origin.template
     needed: dict[str, Tensor] = {**template.parameters, **template.buffers}
     wrong = [name for name, tensor in needed.items() if not _is_like(tensor, weights.get(name))]
     unknown = [name for name in weights if name not in template.names]

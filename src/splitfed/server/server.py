@@ -10,8 +10,9 @@ Order matters in `backward`: a batch is acknowledged only after its gradient is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -70,6 +71,11 @@ class SplitServer:
         keep_graphs: How many forwards keep their autograd graph in memory, so that a backward that
             comes to this replica needn't recompute; 0 for always recomputing.
         keep_models: How many versions stay loaded.
+        settings: What clients may set of the body for their calls, as `client.layer.beta = 0.5`
+            does: everything plain, or patterns (`fnmatch`) of names in the body, such as
+            `("*.p", "layer.beta")`. `train()` and `eval()` of its parts they may always. A setting
+            is for the run of one call, but a body that adds up what it gets may be led astray by
+            one: name them where clients aren't trusted.
 
     Raises:
         ArchitectureError: the store was begun with another body, or with other values in buffers
@@ -89,6 +95,7 @@ class SplitServer:
         loss_fn: Loss | None = None,
         keep_graphs: int = 8,
         keep_models: int = 2,
+        settings: bool | Iterable[str] = True,
     ) -> None:
         check_store(store)
         if per_client and lineage != "body":
@@ -99,6 +106,7 @@ class SplitServer:
         self.lineage = lineage
         self.loss_fn = loss_fn
         _check_whole(body)
+        self._settable = _patterns(settings)
         self._template = Template(body)
         beside = values_beside(self._template.blueprint)
         state = self._template.state(body)
@@ -108,8 +116,8 @@ class SplitServer:
         store.check_beside(lineage, beside, numerics)
         self._halves = Halves(store, numerics)
         self._clients = store.registry()
-        settings = RunnerSettings(self._template, numerics, self.device, keep_models, keep_graphs)
-        self._lines = Lines(store, None if per_client else lineage, settings)
+        runners = RunnerSettings(self._template, numerics, self.device, keep_models, keep_graphs)
+        self._lines = Lines(store, None if per_client else lineage, runners)
 
     def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
         """Run one call of the body; with the client's grad mode on, record it.
@@ -120,6 +128,7 @@ class SplitServer:
             InputError: the call doesn't fit the body.
         """
         check_types(request)
+        self._check_settings(request)
         line = self._lines.of(check_client_id(request.client_id), request.process)
         incarnation = request.incarnation
         if request.grad and incarnation is None:
@@ -208,6 +217,7 @@ class SplitServer:
             )
         check_types(request)
         ahead = request.forward
+        self._check_settings(ahead)
         incarnation = ahead.incarnation
         counts = ahead.grad and ahead.training
         is_first = False
@@ -242,6 +252,17 @@ class SplitServer:
             status = line.sealer.store(batch, share, is_first=is_first)
         return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)
 
+    def _check_settings(self, request: ForwardRequest) -> None:
+        for name in request.settings:
+            if f".{name}".endswith(".training"):
+                continue
+            if not any(fnmatchcase(name, pattern) for pattern in self._settable):
+                raise InputError(
+                    f"the client has set {name[:80]!r} of the body, which this server doesn't take "
+                    f"from clients: allow it there, SplitServer(..., settings=({name[:80]!r},)) or "
+                    f"--settings {name[:80]!r}, or leave it as it was"
+                )
+
     def pull(self, request: PullRequest, /) -> PullAnswer:
         """The client half, newest or at a version; version -1 if nobody has published one."""
         return self._halves.pull(check_types(request))
@@ -265,6 +286,11 @@ def _check_whole(body: nn.Module) -> None:
                 "run it at a newer version of the other server. Let the owner's process call the "
                 "two servers one after the other, with a SplitClient for each"
             )
+def _patterns(settings: bool | Iterable[str]) -> tuple[str, ...]:
+    """The patterns of what clients may set."""
+    if isinstance(settings, bool):
+        return ("*",) if settings else ()
+    return (settings,) if isinstance(settings, str) else tuple(settings)
 
 
 def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:
