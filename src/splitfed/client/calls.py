@@ -26,7 +26,7 @@ from splitfed.client.connection import Connection
 from splitfed.client.inplace import guard
 from splitfed.errors import ReplayError, UnsupportedError
 from splitfed.model.boundary import uncached
-from splitfed.model.cutpoint import Caller, CutPoint, active_caller
+from splitfed.model.cutpoint import Called, Caller, active_caller
 from splitfed.model.rng import Seed
 from splitfed.protocol import pytree
 from splitfed.protocol.messages import ForwardAnswer, ForwardRequest, Housekeeping
@@ -85,7 +85,7 @@ class Session:
         if token is not None:
             active_caller.reset(token)
 
-    def call(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, point: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a cut call of this session."""
         if torch._C._current_graph_task_id() == -1:
             self.passes.give_up()
@@ -102,7 +102,7 @@ class Session:
 
     def recompute(
         self,
-        point: CutPoint,
+        point: Called,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         earlier: Sequence[Any],
@@ -140,7 +140,7 @@ class Session:
 
     def request(
         self,
-        point: CutPoint,
+        point: Called,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         seed: Seed,
@@ -169,6 +169,7 @@ class Session:
             seen=self.connection.seen,
             previous=None if before is None else before.number,
             housekeeping=notes,
+            part=point.part,
         ), tensors
 
     def _note(self, answer: ForwardAnswer, seed: Seed) -> None:

@@ -4,6 +4,10 @@
 10 ms for a ResNet-18, at each new version. A submodule whose class doesn't customise its copies is
 copied by hand here, with the same result. One whose class does, and every attribute that is more
 than a flag, is left to `copy.deepcopy` under the same memo.
+
+The trap: torch refuses to copy a tensor that has a graph. A module has such, as plain attributes,
+where its forward makes them anew each time (the weight of weight_norm, spectral_norm and pruning; a
+cached attention map), so there the copy has the values alone.
 """
 
 from __future__ import annotations
@@ -11,11 +15,13 @@ from __future__ import annotations
 import copy
 import copyreg
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from splitfed.errors import UnsupportedError
+from splitfed.model.reach import reached
 
 _COPY_METHODS = (
     "__deepcopy__",
@@ -28,23 +34,53 @@ _COPY_METHODS = (
 )
 _ATOMS = frozenset((type(None), bool, int, float, str, type))
 _TABLES = (dict, OrderedDict)
+_MEMBER_KINDS = (Tensor, nn.Module)
 _MEMBERS = ("_parameters", "_buffers", "_modules")
 
 
 def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy; what `memo` holds by id is put in place of the original.
 
+    Tensors with a graph are copied without it.
+
     Raises:
         UnsupportedError: something in the module can't be copied.
     """
+    given = {} if memo is None else memo
     try:
-        copied: nn.Module = _copy(module, {} if memo is None else memo)
+        copied: nn.Module = _copy(module, dict(given))
         return copied
     except Exception as error:
+        values = _values_of_graphs(module, given)
+        if values:
+            return deep_copy(module, {**given, **values})
+        place, cause = _uncopyable(module, given) or ("it", error)
         raise UnsupportedError(
-            f"{type(module).__name__} can't be copied ({error}): keep what can't be deep-copied "
-            "out of the module, and tensors as parameters or buffers"
+            f"{type(module).__name__} can't be copied, because of {place} ({cause}): keep what "
+            "can't be deep-copied out of the module, and tensors as parameters or buffers"
         ) from error
+
+
+def _values_of_graphs(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Tensor]:
+    """Copies of the tensors that have a graph, by the ids of those; none that the memo has."""
+    return {
+        id(value): value.detach().clone()
+        for _, value in reached(module)
+        if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo
+    }
+
+
+def _uncopyable(module: nn.Module, memo: Mapping[int, Any]) -> tuple[str, Exception] | None:
+    """The first attribute that can't be copied by itself, as a message names it, and why."""
+    # Each member stands for itself, so that none is copied for the sake of another's attribute.
+    kept = {id(value): value for _, value in reached(module) if isinstance(value, _MEMBER_KINDS)}
+    for prefix, owner in module.named_modules():
+        for name, value in vars(owner).items():
+            try:
+                _copy(value, {**kept, **memo, id(owner): owner})
+            except Exception as error:
+                return f"the attribute {name!r} of {prefix or 'the module itself'!r}", error
+    return None
 
 
 def check_hooks(module: nn.Module) -> None:
@@ -71,6 +107,9 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
     twin = memo[id(value)] = object.__new__(type(value))
     state = twin.__dict__
     for name, held in value.__dict__.items():
+        # What torch.compile made of the original's call; torch leaves it out of copies, too.
+        if name == "_compiled_call_impl":
+            continue
         if _is_atomic(held):
             state[name] = held
         elif _is_plain_table(name, held) and id(held) not in memo:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from splitfed.errors import AbsentError, NotConnectedError, UnsupportedError
 from splitfed.model.skeleton import Template
+from splitfed.model.slices import Slice
 
 REMEMBERED_CALLERS = 32
 """So many `client(...)` calls may be recomputed at a time; for an older one nobody answers."""
@@ -39,16 +40,29 @@ _TENSOR_SETTINGS = frozenset(
 )
 
 
+class Called(Protocol):
+    """What a caller is told of whose call it is: of a cut point, or of several as one."""
+
+    name: str
+    part: str | None
+    training: bool
+
+    @property
+    def points(self) -> tuple[CutPoint, ...]:
+        """The cut points whose parts are run, one after another."""
+        ...
+
+
 class Caller(Protocol):
     """One `client(...)` call under way."""
 
-    def call(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, point: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call of the cut point."""
         ...
 
     def recompute(
         self,
-        point: CutPoint,
+        point: Called,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         earlier: Sequence[Caller],
@@ -75,6 +89,16 @@ class Origin:
     """The mode that the cut was in; in that mode its parts keep modes of their own."""
 
 
+@dataclass(slots=True, eq=False)
+class Several:
+    """The cut points of a slice, called as one."""
+
+    name: str
+    part: str | None
+    training: bool
+    points: tuple[CutPoint, ...]
+
+
 class CutPoint(nn.Module):
     """Stands in the client half where the body was; calling it sends the call to the server.
 
@@ -82,6 +106,9 @@ class CutPoint(nn.Module):
         name: Which part of the body belongs here: '' for the body itself, else the name of a
             submodule of it.
     """
+
+    part: str | None = None
+    """The stamp of its cut, which travels with each call; `None` if it was placed by hand."""
 
     def __init__(self, name: str = "") -> None:
         super().__init__()
@@ -96,13 +123,23 @@ class CutPoint(nn.Module):
             NotConnectedError: the half wasn't called through a `SplitClient`.
             UnsupportedError: called inside of a functorch transform.
         """
-        # The mark below breaks the graph of torch.compile here. All beneath must not be traced
+        return self.call_for(self, args, kwargs)
+
+    def call_for(self, called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the body returns for a call of this one, or of several that it begins."""
+        # The marks below break the graph of torch.compile here. All beneath must not be traced
         # either, for which its module is asked where it is loaded: importing it takes seconds.
         dynamo = sys.modules.get("torch._dynamo")
         call = CutPoint._call if dynamo is None else dynamo.disable(CutPoint._call)
-        return call(self, args, kwargs)
+        return call(self, args, kwargs, called)
 
     forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+    call_for._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    @property
+    def points(self) -> tuple[CutPoint, ...]:
+        """Itself, as it is called alone."""
+        return (self,)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -120,7 +157,7 @@ class CutPoint(nn.Module):
         part = origin.template.blueprint.get_submodule(origin.places[0][1])
         return _setting(part, name)
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], called: Called) -> Any:
         if torch._C._are_functorch_transforms_active():
             raise UnsupportedError(
                 "a cut point can't run inside of torch.func transforms (vmap, grad, jvp ...): "
@@ -131,13 +168,13 @@ class CutPoint(nn.Module):
         # or without, and only the callers so far can tell it from a new call.
         if torch._C._current_graph_task_id() != -1 and self._callers:
             newest_first = list(reversed(self._callers))
-            found = newest_first[0].recompute(self, args, kwargs, newest_first, caller is None)
+            found = newest_first[0].recompute(called, args, kwargs, newest_first, caller is None)
             if found is not NotImplemented:
                 return found
         if caller is not None:
             if caller not in self._callers:
                 self._callers.append(caller)
-            return caller.call(self, args, kwargs)
+            return caller.call(called, args, kwargs)
         raise NotConnectedError(
             "this client half was called by itself, so its cut point has no server: wrap it, "
             "client = SplitClient(client_half, server, client_id=...), and call client(...); "
@@ -151,6 +188,28 @@ class CutPoint(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without the callers: a copy has made no calls."""
         return {**self.__dict__, "_callers": deque(maxlen=REMEMBERED_CALLERS)}
+
+
+def call_as_one(piece: Slice, value: Any, training: bool) -> Any:
+    """Call the cut points of a slice as one; with hooks on them, which see each, one by one."""
+    points: tuple[Any, ...] = piece.members
+    if any(map(_is_watched, points)):
+        for point in points:
+            value = point(value)
+        return value
+    first: CutPoint = points[0]
+    return first.call_for(Several(piece.name, first.part, training, points), (value,), {})
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calls of a module run hooks."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch.nn.modules.module._has_any_global_hook()
+    )
 
 
 class Absent:

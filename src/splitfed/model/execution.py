@@ -24,6 +24,7 @@ from splitfed.errors import BodyError, InputError, ReplayError, SplitFedError, U
 from splitfed.model.boundary import enter, fresh, uncached, unhooked
 from splitfed.model.rng import compute_lock, seeded
 from splitfed.model.skeleton import Template, transient_buffers
+from splitfed.model.slices import split_names
 from splitfed.protocol import pytree, safetensors
 from splitfed.protocol.messages import ForwardRecord
 
@@ -270,8 +271,11 @@ def backward(
 def _parts(module: nn.Module, cut: str) -> list[nn.Module]:
     """The submodules that a cut runs, one after another."""
     try:
-        return [module.get_submodule(name) for name in cut.split(",")]
+        return [module.get_submodule(name) for name in split_names(cut)]
     except AttributeError:
+        # A cut point that was placed by hand has the name as it is, commas and all.
+        if cut in dict(module.named_modules()):
+            return [module.get_submodule(cut)]
         known = [name for name, _ in module.named_children()]
         raise InputError(
             f"the body has no part {cut[:80]!r}, which a cut point asks for; it has {known[:10]}"

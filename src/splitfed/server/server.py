@@ -22,6 +22,7 @@ from splitfed.model import execution
 from splitfed.model.boundary import fresh
 from splitfed.model.execution import Run
 from splitfed.model.skeleton import Template, device_of
+from splitfed.model.stamp import check_stamp, stamp_of
 from splitfed.protocol import pytree
 from splitfed.protocol.fields import check_types
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
@@ -63,7 +64,7 @@ class SplitServer:
         keep_models: How many versions stay loaded.
 
     Raises:
-        ArchitectureError: the store was begun with another body.
+        ArchitectureError: the store was begun with another body, or one that was cut elsewhere.
         UnsupportedError: the body is lazy, wrapped or can't be copied.
     """
 
@@ -88,10 +89,13 @@ class SplitServer:
         self.lineage = lineage
         self.loss_fn = loss_fn
         self._template = Template(body)
+        self._part = stamp_of(body)
         state = self._template.state(body)
         self.device = device_of(state, device)
         numerics = store.begin(self.device)
-        store.lineage(lineage).initialise(self._template.fingerprint(), state)
+        store.lineage(lineage).initialise(
+            self._template.fingerprint(), state, part=self._part
+        )
         self._halves = Halves(store, numerics)
         self._clients = store.registry()
         settings = RunnerSettings(self._template, numerics, self.device, keep_models, keep_graphs)
@@ -104,8 +108,10 @@ class SplitServer:
             ExpiredError: the pinned version has left the retention window.
             BodyError: the body raised.
             InputError: the call doesn't fit the body.
+            ArchitectureError: the client half was cut elsewhere than the body.
         """
         check_types(request)
+        self._check_part(request)
         line = self._lines.of(check_client_id(request.client_id), request.process)
         incarnation = request.incarnation
         if request.grad and incarnation is None:
@@ -181,6 +187,7 @@ class SplitServer:
         Raises:
             InputError: this server has no `loss_fn`, or it doesn't return a scalar.
             BodyError: the body or the loss raised.
+            ArchitectureError: the client half was cut elsewhere than the body.
         """
         if self.loss_fn is None:
             raise InputError(
@@ -188,6 +195,7 @@ class SplitServer:
             )
         check_types(request)
         ahead = request.forward
+        self._check_part(ahead)
         incarnation = ahead.incarnation
         counts = ahead.grad and ahead.training
         line = self._lines.of(check_client_id(ahead.client_id), ahead.process)
@@ -227,6 +235,11 @@ class SplitServer:
             SupersededError: the client has a newer process.
         """
         return self._halves.push(check_types(request))
+
+    def _check_part(self, request: ForwardRequest) -> None:
+        # Before all that a call may leave in the store.
+        who = f"the half of client {request.client_id!r}"
+        check_stamp(self._part, request.part, who, "the body here")
 
 
 def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:
