@@ -57,7 +57,7 @@ def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
             return deep_copy(module, {**given, **values})
         place, cause = _uncopyable(module, given) or ("something in it", error)
         raise UnsupportedError(
-            f"{type(module).__name__} can't be copied for {place} ({cause}): keep what can't be "
+            f"{type(module).__name__} can't be copied for {place} ({cause!s:.120}): keep what can't be "
             "deep-copied out of the module, and tensors as parameters or buffers. "
             "What a forward makes anew may be set to None before"
         ) from error
