@@ -24,7 +24,7 @@ from torch import Tensor
 from splitfed.client.backward import Passes, Scope
 from splitfed.client.connection import Connection
 from splitfed.client.inplace import guard
-from splitfed.errors import ReplayError, UnsupportedError
+from splitfed.errors import ExpiredError, ReplayError, UnsupportedError
 from splitfed.model.boundary import uncached
 from splitfed.model.cutpoint import Called, Caller, active_caller
 from splitfed.model.rng import Seed
@@ -36,6 +36,7 @@ from splitfed.protocol.messages import ForwardAnswer, ForwardRequest, Housekeepi
 class _Made:
     """A cut call that was made in a session, as far as a recompute must know it."""
 
+    cut: str
     seed: int
     crcs: tuple[int, ...]
     before: _Made | None
@@ -96,7 +97,13 @@ class Session:
             answer = self.connection.transport.forward(request)
         self._note(answer, seed)
         self._made.append(
-            _Made(request.seed, answer.crcs, before, request.call if request.grad else None)
+            _Made(
+                request.cut,
+                request.seed,
+                answer.crcs,
+                before,
+                request.call if request.grad else None,
+            )
         )
         return self._connect(request, answer, tensors)
 
@@ -117,14 +124,18 @@ class Session:
             ReplayError: no earlier call gave these outputs.
         """
         seed = Seed()
-        candidates = _calls_with_seed(earlier, seed.value)
+        candidates = _calls_with_seed(earlier, point.name, seed.value)
         if not candidates and not alone:
             seed.put_back()
             return NotImplemented
         for session, made in candidates:
             request, tensors = session.request(point, args, kwargs, seed, made.before)
-            with uncached():
-                answer = session.connection.transport.forward(request)
+            try:
+                with uncached():
+                    answer = session.connection.transport.forward(request)
+            except ExpiredError:
+                # The call before it has had its backward, so it isn't this one that is recomputed.
+                continue
             if answer.crcs == made.crcs:
                 session._note(answer, seed)
                 if request.grad and made.number is None:
@@ -213,11 +224,15 @@ class Session:
         return pytree.unflatten(spec, outputs)
 
 
-def _calls_with_seed(earlier: Sequence[Session], seed: int) -> list[tuple[Session, _Made]]:
-    """The calls of earlier sessions that had this seed, newest first in each session."""
+def _calls_with_seed(
+    earlier: Sequence[Session], cut: str, seed: int
+) -> list[tuple[Session, _Made]]:
+    """The calls of a cut in earlier sessions that had this seed, newest first in each session."""
     found = []
     for session in earlier:
-        found += [(session, made) for made in reversed(session._made) if made.seed == seed]
+        for made in reversed(session._made):
+            if made.cut == cut and made.seed == seed:
+                found.append((session, made))
     return found
 
 
