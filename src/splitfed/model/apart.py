@@ -45,6 +45,15 @@ class Originals:
         return of_body or any(f"{part}.".startswith(name) or name == "." for part in self._parts)
 
 
+    def told(self, place: str, side_name: str, key: int) -> str:
+        """What a message says of an object that a side reaches."""
+        what = repr(self.names[key]) if self.names[key] else "the whole"
+        return (
+            f"{place!r} of {side_name} leads to {what} of the model given to split(): "
+            "functions, and what else a copy shares with its original, still have that one's parts"
+        )
+
+
 def check_apart(half: nn.Module, body: nn.Module, originals: Originals) -> None:
     """Refuse tensors and modules that both sides reach, and those of the model itself.
 
@@ -60,6 +69,7 @@ def _check_side(
     side: nn.Module, side_name: str, other: nn.Module, originals: Originals, *, of_body: bool
 ) -> None:
     held = _members(other)
+    outside: tuple[str, int] | None = None
     for place, value in reached(side, without=(CutPoint, SlicedForward)):
         key = id(value)
         if key in held:
@@ -68,27 +78,21 @@ def _check_side(
                 f"{side_name} as {place!r}: "
                 "move the cut so that both uses are on one side, or untie them"
             )
-        if key in originals.names:
-            raise _original_error(place, key, side_name, originals, of_body)
-
-
-def _original_error(
-    place: str, key: int, side_name: str, originals: Originals, of_body: bool
-) -> Exception:
-    what = repr(originals.names[key]) if originals.names[key] else "the whole"
-    held = (
-        f"{place!r} of {side_name} leads to {what} of the model given to split(): "
-        "functions, and what else a copy shares with its original, still have that one's parts"
-    )
-    if originals.is_across(key, of_body=of_body):
-        return SharedParameterError(
-            f"{held}. What of it lies on the other side of the cut would never train nor change "
-            "with the halves: do it in the forward of a module on one side, or move the cut"
+        if key in originals.names and originals.is_across(key, of_body=of_body):
+            raise SharedParameterError(
+                f"{originals.told(place, side_name, key)}. What of it lies on the other side of "
+                "the cut would never train nor change with the halves: do it in the forward of a "
+                "module on one side, or move the cut"
+            )
+        if key in originals.names and outside is None:
+            outside = place, key
+    # At last: what leads across the cut says more.
+    if outside is not None:
+        place, key = outside
+        raise UnsupportedError(
+            f"{originals.told(place, side_name, key)}. Use the module that a hook is given as an "
+            "argument, make the function a method, or register it on the halves after split()"
         )
-    return UnsupportedError(
-        f"{held}. Use the module that a hook is given as an argument, make the function a method, "
-        "or register it on the halves after split()"
-    )
 
 
 def _members(module: nn.Module) -> dict[int, str]:

@@ -172,6 +172,9 @@ def _reference_contents(place: str, reference: weakref.ref[Any]) -> Iterator[Fou
 
 def _object_contents(place: str, value: Any) -> Iterator[Found]:
     """The attributes of a plain object, and what its `__call__` holds."""
+    # A client within a model leads to its server, and that to a store: neither is the model's.
+    if type(value).__module__.startswith("splitfed."):
+        return
     names = [name for kind in type(value).__mro__ for name in _slots(kind)]
     # Past __getattr__, which may be the user's own.
     for name in ("__dict__", *names):
