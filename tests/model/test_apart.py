@@ -135,7 +135,7 @@ def uses_a_name(module: Any, given: Any, output: Tensor) -> Tensor:
 
 def calls_one_that_does(module: Any, given: Any, output: Tensor) -> Tensor:
     """Once removed, and within a function of its own."""
-    return [uses_a_name(module, given, out) for out in (output,)][0]
+    return next(uses_a_name(module, given, out) for out in (output,))
 
 
 class UsesAName(nn.Linear):
@@ -170,7 +170,9 @@ HARMLESS: dict[str, Callable[[Model], Any]] = {
     "spectral_norm": lambda m: nn.utils.spectral_norm(m.layer[0]),
     "parametrization": lambda m: nn.utils.parametrizations.weight_norm(m.layer[0]),
     "weak_reference_to_its_own": lambda m: vars(m.layer).update(first=weakref.ref(Model())),
-    "function_of_the_module_that_it_is_given": lambda m: m.layer.register_forward_hook(lambda own, i, o: o + own[0].bias),
+    "function_of_the_module_that_it_is_given": lambda m: m.layer.register_forward_hook(
+        lambda own, i, o: o + own[0].bias
+    ),
 }
 
 

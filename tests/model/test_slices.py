@@ -275,7 +275,5 @@ def test_a_cut_point_placed_by_hand_may_name_such_a_part() -> None:
     """The name as it is in the body."""
     body = Keyed()
     store = splitfed.GradientStore(f"memory://{uuid.uuid4().hex}", sync="process")
-    client = splitfed.SplitClient(
-        nn.Sequential(splitfed.CutPoint("parts.a,b")), splitfed.SplitServer(body, store), "a"
-    )
+    client = splitfed.SplitClient(nn.Sequential(splitfed.CutPoint("parts.a,b")), splitfed.SplitServer(body, store), "a")
     assert torch.equal(client(X), body.parts["a,b"](X))

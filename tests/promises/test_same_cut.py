@@ -158,9 +158,7 @@ def test_a_side_that_was_made_by_hand_fits_any() -> None:
     assert splitfed.SplitClient(half, splitfed.SplitServer(nn.Linear(6, 6), store), "a")(X).shape == (2, 6)
 
 
-@pytest.mark.parametrize(
-    "other", [("2", "1"), ("3:5", "1:3")], ids=["layer", "slice"]
-)
+@pytest.mark.parametrize("other", [("2", "1"), ("3:5", "1:3")], ids=["layer", "slice"])
 def test_a_store_keeps_to_the_cut_that_it_began_with(other: tuple[str, str]) -> None:
     """A server or an accumulator with a body of the same shapes from another place is refused."""
     at, begun = other

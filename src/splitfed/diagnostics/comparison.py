@@ -88,12 +88,12 @@ def check(model: nn.Module, at: str | Sequence[str], *example: Any, **kwargs: An
     | a function, hook or object that reaches over the cut | an error of `split` |
     | the model calls the positions of a slice itself | right; else 'outputs' |
     | a layer that is asked for its class, hidden states that a hook collects | 'outputs' |
-    | a body that keeps state in Python, or draws where torch doesn't know | `ReplayError`, or a row |
+    | a body that keeps state in Python, or draws past torch | `ReplayError`, or a row |
     | a value or setting that the half uses of the part cut out | `AbsentError`, or 'outputs' |
     | a buffer that a forward changes, in value or shape | 'buffers', or an error of the server |
     | an argument or output that can't cross the cut | `ContainerError` |
     | a batch whose weight isn't known | the warning that a client gives |
-    | halves of another cut or of another width than the server's; forked processes | not: one half |
+    | halves of another cut or width than the server's; forked processes | not: one half |
     | what counts as a batch; statistics over several calls; the optimizer's part | not: one pass |
     | train and eval mode other than the model is in | not: one mode |
     | tools around the client (trainers, averages, exporters), storage, the network | not |

@@ -44,7 +44,6 @@ class Originals:
             return not of_body
         return of_body or any(f"{part}.".startswith(name) or name == "." for part in self._parts)
 
-
     def told(self, place: str, side_name: str, key: int) -> str:
         """What a message says of an object that a side reaches."""
         what = repr(self.names[key]) if self.names[key] else "the whole"

@@ -57,8 +57,8 @@ def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
             return deep_copy(module, {**given, **values})
         place, cause = _uncopyable(module, given) or ("something in it", error)
         raise UnsupportedError(
-            f"{type(module).__name__} can't be copied for {place} ({cause!s:.120}): keep what can't be "
-            "deep-copied out of the module, and tensors as parameters or buffers. "
+            f"{type(module).__name__} can't be copied for {place} ({cause!s:.120}): keep what "
+            "can't be deep-copied out of the module, and tensors as parameters or buffers. "
             "What a forward makes anew may be set to None before"
         ) from error
 
@@ -97,8 +97,8 @@ def _names_made(module: nn.Module) -> Iterator[str]:
                 if isinstance(function, types.FunctionType) and function.__name__ != "__init__":
                     yield from _stored_names(function.__code__)
         for name, value in vars(owner).items():
-            hooks = value.values() if name.endswith("_hooks") and isinstance(value, dict) else ()
-            for hook in (value, *hooks):
+            is_table = name.endswith("_hooks") and isinstance(value, dict)
+            for hook in value.values() if is_table else (value,):
                 yield from _names_made_by(hook)
 
 
@@ -130,7 +130,7 @@ def _uncopyable(module: nn.Module, memo: Mapping[int, Any]) -> tuple[str, Except
         for name, value in vars(owner).items():
             try:
                 _copy(value, {**kept, **memo})
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 -- that of the user's own code
                 return f"the attribute {name!r} of {prefix or 'the module itself'!r}", error
     return None
 

@@ -89,13 +89,14 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
     Args:
         model: Any module that can be deep-copied.
         at: The name of a submodule at any depth (`"encoder.layer.1"`), a slice of an
-            `nn.Sequential` (`"2:5"`, `"features.3:8"`), or a list of such cuts, which gives one
-            body.
+            `nn.Sequential` (`"2:5"`, `"features.3:8"`, open or negative as in Python, but within
+            its length), or a list of such cuts, which gives one body.
 
     Returns:
-        The client half, with a `CutPoint` in each hole, and the body: the submodule itself, the
-        slice with its original positions as names, or for a list of cuts one module with the
-        original qualified names.
+        The client half, with a `CutPoint` in each hole (for a slice in each position, which the
+        model may call itself), and the body: the submodule itself, the slice with its original
+        positions as names, or for a list of cuts one module with the original qualified names.
+        Both bear a stamp by which a server knows a half of another cut.
 
     Raises:
         UnknownCutError: there is no such submodule; the message lists the nearest names.
@@ -226,7 +227,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 def _slice_positions(module: nn.Module, at: str) -> tuple[str, ...]:
     """The positions in a Sequential that a slice of it names."""
-    name, _, last = at.rpartition(".")
+    name = at.rpartition(".")[0]
     kind = type(module).__name__
     if not isinstance(module, nn.Sequential):
         raise UnknownCutError(

@@ -184,9 +184,10 @@ def _object_contents(place: str, value: Any) -> Iterator[Found]:
                 yield f"{place}.{name}", item
             else:
                 yield from ((f"{place}.{leaf}", held) for leaf, held in item.items())
-    call = getattr(type(value), "__call__", None)
-    if isinstance(call, types.FunctionType):
-        yield from _function_contents(place, call)
+    for kind in type(value).__mro__:
+        call = vars(kind).get("__call__")
+        if isinstance(call, types.FunctionType):
+            yield from _function_contents(place, call)
 
 
 def _slots(kind: type) -> Sequence[str]:

@@ -54,7 +54,7 @@ class SlicedForward:
         self.run = run
         self.slices: list[Slice] = []
 
-    def __call__(self, input: Any) -> Any:  # noqa: A002 -- as nn.Sequential names it
+    def __call__(self, input: Any) -> Any:
         """The output of the last position."""
         names = list(self.owner._modules)
         modules: list[Any] = list(self.owner._modules.values())
@@ -63,10 +63,10 @@ class SlicedForward:
         while index < len(modules):
             piece = starts.get(index)
             if piece is None:
-                input = modules[index](input)  # noqa: A001
+                input = modules[index](input)
                 index += 1
             else:
-                input = self.run(piece, input, self.owner.training)  # noqa: A001
+                input = self.run(piece, input, self.owner.training)
                 index += len(piece.positions)
         return input
 

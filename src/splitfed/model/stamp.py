@@ -49,7 +49,7 @@ def put_stamp(body: nn.Module, stamp: str) -> None:
 
 def stamp_of(body: nn.Module) -> str | None:
     """The stamp of a body, or of the one body within it; `None` if there is no such one."""
-    stamps = [vars(module).get(_ATTRIBUTE) for module in body.modules()]
+    stamps: list[str | None] = [vars(module).get(_ATTRIBUTE) for module in body.modules()]
     if stamps[0] is not None:
         return stamps[0]
     found = {stamp for stamp in stamps if stamp is not None}
