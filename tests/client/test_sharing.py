@@ -38,6 +38,12 @@ def train(client: splitfed.SplitClient, optimizer: torch.optim.Optimizer | None 
     (optimizer or sgd(client.parameters())).step()
 
 
+def turns(ways: list[Any]) -> None:
+    """One after another."""
+    for way in ways:
+        train(*way)
+
+
 @pytest.mark.parametrize("make", [sgd, lambda p: torch.optim.Adam(list(p)), lambda p: torch.optim.AdamW(list(p))])
 def test_a_second_client_that_goes_on_from_the_firsts_step_is_warned_of_once(make: Callable[[Any], Any]) -> None:
     """With an optimizer each, in turns, as a loop over clients does; what to do is said."""
@@ -45,8 +51,7 @@ def test_a_second_client_that_goes_on_from_the_firsts_step_is_warned_of_once(mak
     ways = [(client, make(client.parameters())) for client in (site.a, site.b)]
     train(*ways[0])
     with pytest.warns(UserWarning, match=r"'a' and 'b' train one client half.*copy.deepcopy\(half\)") as caught:
-        for way in ways[::-1] * 3:
-            train(*way)
+        turns(ways[::-1] * 3)
     assert len(caught) == 1
 
 

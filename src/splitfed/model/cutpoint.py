@@ -193,7 +193,7 @@ class CutPoint(nn.Module):
 def call_as_one(piece: Slice, value: Any, training: bool) -> Any:
     """Call the cut points of a slice as one; with hooks on them, which see each, one by one."""
     points: tuple[Any, ...] = piece.members
-    if any(map(_is_watched, points)):
+    if torch.nn.modules.module._has_any_global_hook() or any(map(_is_watched, points)):
         for point in points:
             value = point(value)
         return value
@@ -202,13 +202,12 @@ def call_as_one(piece: Slice, value: Any, training: bool) -> Any:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether calls of a module run hooks."""
+    """Whether calls of a module run hooks of its own."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or torch.nn.modules.module._has_any_global_hook()
     )
 
 

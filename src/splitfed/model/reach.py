@@ -101,7 +101,8 @@ def _module_contents(place: str, module: nn.Module) -> Iterator[Found]:
         yield f"{place}.{name}".lstrip("."), value
     forward = type(module).forward
     # A class that was made in a function, or in a notebook, may use the model by its name there.
-    if isinstance(forward, types.FunctionType) and not forward.__module__.startswith("torch."):
+    is_torchs = str(getattr(forward, "__module__", "")).startswith("torch.")
+    if isinstance(forward, types.FunctionType) and not is_torchs:
         yield from _function_values(f"{place}.forward".lstrip("."), forward)
 
 
@@ -173,7 +174,7 @@ def _reference_contents(place: str, reference: weakref.ref[Any]) -> Iterator[Fou
 def _object_contents(place: str, value: Any) -> Iterator[Found]:
     """The attributes of a plain object, and what its `__call__` holds."""
     # A client within a model leads to its server, and that to a store: neither is the model's.
-    if type(value).__module__.startswith("splitfed."):
+    if str(type(value).__module__).startswith("splitfed."):
         return
     names = [name for kind in type(value).__mro__ for name in _slots(kind)]
     # Past __getattr__, which may be the user's own.
@@ -192,7 +193,8 @@ def _object_contents(place: str, value: Any) -> Iterator[Found]:
 
 def _slots(kind: type) -> Sequence[str]:
     slots = vars(kind).get("__slots__", ())
-    return [slots] if isinstance(slots, str) else [name for name in slots if name != "__dict__"]
+    names = [slots] if isinstance(slots, str) else slots
+    return [name for name in names if name != "__dict__"]
 
 
 _LOOKS: Sequence[tuple[Any, Callable[[str, Any], Iterator[Found]]]] = (
