@@ -148,6 +148,45 @@ def test_a_difference_is_shown_with_its_size_and_place() -> None:
     assert not Check((("outputs", "equal", _compare(a, b)),)).ok
 
 
+def test_ok_is_never_true_of_other_outputs_than_the_raw_models() -> None:
+    """Unless the body drew: then its masks are others."""
+    same, off = ("inputs", "equal", "equal"), ("outputs", "up to 1.0e-01 at 0", "equal")
+    assert comparison.Check((same,)).ok
+    assert not comparison.Check((same, off)).ok
+    assert comparison.Check((same, off), drew=True).ok
+    assert check(sandwich(nn.Dropout(0.5))).drew
+    assert not check(sandwich(nn.Linear(8, 8))).drew
+
+
+def test_values_besides_tensors_are_compared_too() -> None:
+    """A class that a layer is asked for, and what the model says then."""
+    found = Calls(lambda m, x: {"out": m.body(x), "calls": state.append(0) or len(state)}, body=nn.Linear(6, 6))
+    state: list[int] = []
+    shown = check(found)
+    assert not shown.ok
+    assert "values besides tensors" in shown.rows[0][1]
+
+
+class FirstSeen(nn.Module):
+    """Keeps the first input that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.first: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds it."""
+        self.first = x.detach() if self.first is None else self.first
+        return self.layer(x) + self.first
+
+
+def test_a_body_that_keeps_what_it_first_saw_is_found_out() -> None:
+    """Another client's input differs from this one's."""
+    with pytest.raises((ReplayError, UnsupportedError)):
+        assert check(sandwich(FirstSeen())).ok
+
+
 def test_a_clients_own_embedding_may_have_sparse_gradients() -> None:
     """They never cross the cut, and are compared like any other."""
     embedded = Calls(

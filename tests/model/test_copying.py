@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import CASES, Case
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import splitfed
 from splitfed.errors import UnsupportedError
@@ -100,6 +101,89 @@ def test_what_cant_be_copied_is_said_to_the_user() -> None:
     model.lock = __import__("threading").Lock()
     with pytest.raises(UnsupportedError, match=r"Linear can't be copied .*lock.*keep what can't be deep-copied out"):
         deep_copy(model)
+
+
+class Attention(nn.Module):
+    """Keeps its last map, as many do for plots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weighs its input."""
+        self.map = self.layer(x).softmax(1)
+        self.maps = {"last": [self.map]}
+        return x * self.map
+
+
+def keep_output(module: Any, given: Any, output: Tensor) -> None:
+    """A hook that keeps what a layer gives."""
+    module.output = output
+
+
+def set_output(module: Any, given: Any, output: Tensor) -> None:
+    """The same by a name that is a string."""
+    setattr(module, "kept" if output.dim() else "none", output)
+
+
+def hooked(hook: Any) -> nn.Module:
+    """A layer with it."""
+    layer = nn.Linear(2, 2)
+    layer.register_forward_hook(hook)
+    return layer
+
+
+def pruned() -> nn.Module:
+    """A layer with half of its weights."""
+    layer = nn.Linear(2, 2)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+REMADE = {
+    "weight_norm": lambda: nn.utils.weight_norm(nn.Linear(2, 2)),
+    "spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(2, 2)),
+    "pruning": pruned,
+    "cached_map": Attention,
+    "hook": lambda: hooked(keep_output),
+    "hook_by_name": lambda: hooked(set_output),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+@pytest.mark.parametrize("at", ["0", "1", "2"])
+@pytest.mark.parametrize("kind", REMADE)
+def test_what_a_forward_makes_anew_doesnt_stand_in_the_way(kind: str, at: str, used: bool) -> None:
+    """The tensor has a graph, which no copy has: the model splits on either side, and check() is ok."""
+    model, x = nn.Sequential(nn.Linear(2, 2), REMADE[kind](), nn.Linear(2, 2)), torch.ones(3, 2)
+    if used:
+        model(x)
+    assert splitfed.check(model, at, x).ok
+    twin = deep_copy(model)
+    assert torch.equal(twin.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["lock", "made_once"])
+def test_the_attribute_that_cant_be_copied_is_named(name: str) -> None:
+    """With its submodule, wherever it is: what nobody makes anew would be trained once and then be stale."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    held: Any = model[1][0].weight * 2 if name == "made_once" else __import__("threading").Lock()
+    setattr(model[1][0], name, held)
+    said = rf"Sequential can't be copied for the attribute '{name}' of '1\.0' .*out of the module"
+    for at in ("0", "1"):
+        with pytest.raises(UnsupportedError, match=said):
+            splitfed.split(model, at)
+
+
+def test_a_compiled_call_isnt_shared_with_the_original() -> None:
+    """`module.compile()` makes a function that runs the original: torch's own copies have none, nor have ours."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].compile(backend="eager")
+    twin: Any = deep_copy(model)
+    assert "_compiled_call_impl" not in vars(twin[0])
+    assert "_compiled_call_impl" in vars(model[0])
 
 
 @pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])

@@ -43,7 +43,6 @@ NAMES = {
     "open_end": ("encoder.layer.3:", None, ["3", "4"]),
     "open_start": ("encoder.layer.:2", None, ["0", "1"]),
     "negative": ("encoder.layer.-3:-1", None, ["2", "3"]),
-    "beyond": ("encoder.layer.3:99", None, ["3", "4"]),
     "root": ("", [], None),
     "list": (["stem", "encoder.layer.1:3"], None, ["encoder.layer.1", "encoder.layer.2", "stem"]),
     "list_of_one": (["encoder.layer.4"], None, ["encoder.layer.4"]),
@@ -59,7 +58,8 @@ def test_names_stay(at: Any, half_keys: list[str] | None, body_keys: list[str] |
     assert half_keys is None or keys(half) == half_keys
     assert set(half.state_dict()) <= set(model.state_dict())
     assert len(half.state_dict()) + len(body.state_dict()) == len(model.state_dict())
-    assert sum(isinstance(m, CutPoint) for m in half.modules()) == (2 if len(at) == 2 else 1)
+    parts = [part for cut in find_cuts(model, at) for part in cut.parts]
+    assert [name for name, m in half.named_modules() if isinstance(m, CutPoint)] == parts
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -155,6 +155,9 @@ def test_a_module_under_two_names_is_cut_under_both() -> None:
         ("encoder.lay.1:3", "no submodule 'encoder.lay': the nearest are"),
         ("encoder.layer.2:2", r"the slice 'encoder.layer.2:2' is empty: 'encoder.layer' has 5 positions"),
         ("encoder.layer.4:1", "is empty"),
+        ("encoder.layer.3:99", "past the end: 'encoder.layer' has 5 positions, so its bounds are from 0 to 5, or open"),
+        ("encoder.layer.6:", "goes past the end"),
+        ("encoder.layer.-9:2", "goes past the end"),
         ("encoder.1:3", "'encoder', which is a Calls: only an nn.Sequential has slices"),
         ("encoder.layer.a:b", "isn't a slice: expected two positions, such as '2:5'"),
         ("encoder.layer.0:4:2", "isn't a slice"),

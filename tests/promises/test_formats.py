@@ -71,6 +71,7 @@ from splitfed import (
     split,
 )
 from splitfed.federation.reports import commit_rows
+from splitfed.model.stamp import remove_stamps
 from splitfed.protocol.messages import (
     BackwardAnswer,
     BackwardRequest,
@@ -1087,11 +1088,19 @@ class Tap:
         return self._server.pull(request)
 
 
+def unstamped() -> tuple[nn.Module, nn.Module]:
+    """The two sides as an earlier splitfed made them: without the stamp of their cut."""
+    half, body = split(Whole(), "body")
+    half.body.part = None
+    remove_stamps(body)
+    return half, body
+
+
 class Site:
     """The processes of a run over a folder; those of the clients come by their names."""
 
     def __init__(self, root: Path, clock: Clock) -> None:
-        self.half, self.body = split(Whole(), "body")
+        self.half, self.body = unstamped()
         self.clock = clock
         self.store = GradientStore(str(root), sync="process")
         self.server = SplitServer(self.body, self.store, loss_fn=squares)

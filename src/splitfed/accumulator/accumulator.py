@@ -35,6 +35,7 @@ from splitfed.checks import at_least
 from splitfed.errors import MissingError, StoreError
 from splitfed.model.fingerprint import personal_names
 from splitfed.model.skeleton import Template, device_of
+from splitfed.model.stamp import stamp_of
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import BufferUpdate
 from splitfed.store.batchset import BatchSet, Verdict
@@ -71,7 +72,7 @@ class Accumulator:
             duplicate work.
 
     Raises:
-        ArchitectureError: the store was begun with another body.
+        ArchitectureError: the store was begun with another body, or one that was cut elsewhere.
         UnsupportedError: the optimizer can't work from a stored mean (LBFGS, SparseAdam), or the
             scheduler (ReduceLROnPlateau).
         InputError: a setting out of its range.
@@ -126,7 +127,7 @@ class Accumulator:
         self._versions = store.lineage(lineage)
         self._pile = store.pile(lineage)
         store.begin(place)
-        self._versions.initialise(self._template.fingerprint(), state)
+        self._versions.initialise(self._template.fingerprint(), state, part=stamp_of(body))
         self._unreported: Counter[str] = Counter()
         """What was cleaned up since the last commit of this accumulator, for the next record."""
         self._headers: dict[BatchId, dict[str, object]] = {}

@@ -24,10 +24,10 @@ from torch import Tensor
 from splitfed.client.backward import Passes, Scope
 from splitfed.client.connection import Connection
 from splitfed.client.inplace import guard
-from splitfed.errors import ReplayError, UnsupportedError
+from splitfed.errors import ExpiredError, ReplayError, UnsupportedError
 from splitfed.model.arguments import carried, check_gradients
 from splitfed.model.boundary import uncached
-from splitfed.model.cutpoint import Caller, CutPoint, active_caller, hole_of
+from splitfed.model.cutpoint import Called, Caller, active_caller
 from splitfed.model.rng import Seed
 from splitfed.protocol import pytree
 from splitfed.protocol.messages import ForwardAnswer, ForwardRequest, Housekeeping
@@ -37,6 +37,7 @@ from splitfed.protocol.messages import ForwardAnswer, ForwardRequest, Housekeepi
 class _Made:
     """A cut call that was made in a session, as far as a recompute must know it."""
 
+    cut: str
     seed: int
     crcs: tuple[int, ...]
     before: _Made | None
@@ -86,7 +87,7 @@ class Session:
         if token is not None:
             active_caller.reset(token)
 
-    def call(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, point: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a cut call of this session."""
         if torch._C._current_graph_task_id() == -1:
             self.passes.give_up()
@@ -96,15 +97,21 @@ class Session:
             request, tensors = self.request(point, args, kwargs, seed, before, notes)
             answer = self.connection.transport.forward(request)
         self._note(answer, seed)
-        hole_of(point).note(answer.written)
+        point.note(answer.written)
         self._made.append(
-            _Made(request.seed, answer.crcs, before, request.call if request.grad else None)
+            _Made(
+                request.cut,
+                request.seed,
+                answer.crcs,
+                before,
+                request.call if request.grad else None,
+            )
         )
         return self._connect(request, answer, tensors)
 
     def recompute(
         self,
-        point: CutPoint,
+        point: Called,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         earlier: Sequence[Any],
@@ -119,14 +126,18 @@ class Session:
             ReplayError: no earlier call gave these outputs.
         """
         seed = Seed()
-        candidates = _calls_with_seed(earlier, seed.value)
+        candidates = _calls_with_seed(earlier, point.name, seed.value)
         if not candidates and not alone:
             seed.put_back()
             return NotImplemented
         for session, made in candidates:
             request, tensors = session.request(point, args, kwargs, seed, made.before)
-            with uncached():
-                answer = session.connection.transport.forward(request)
+            try:
+                with uncached():
+                    answer = session.connection.transport.forward(request)
+            except ExpiredError:
+                # The call before it has had its backward, so it isn't this one that is recomputed.
+                continue
             if answer.crcs == made.crcs:
                 session._note(answer, seed)
                 if request.grad and made.number is None:
@@ -142,7 +153,7 @@ class Session:
 
     def request(
         self,
-        point: CutPoint,
+        point: Called,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         seed: Seed,
@@ -150,7 +161,6 @@ class Session:
         notes: Housekeeping = Housekeeping(),  # noqa: B008 -- frozen
     ) -> tuple[ForwardRequest, list[Tensor]]:
         """The request for a cut call, and its distinct input tensors."""
-        hole = hole_of(point)
         args, kwargs, tensors = carried(args, kwargs, self.connection.warn_once)
         device = tensors[0].device.type if tensors else "cpu"
         autocast = None
@@ -172,7 +182,8 @@ class Session:
             seen=self.connection.seen,
             previous=None if before is None else before.number,
             housekeeping=notes,
-            settings=hole.settings(point.training),
+            part=point.part,
+            settings=point.settings(point.training),
         ), tensors
 
     def _note(self, answer: ForwardAnswer, seed: Seed) -> None:
@@ -216,11 +227,15 @@ class Session:
         return pytree.unflatten(spec, outputs)
 
 
-def _calls_with_seed(earlier: Sequence[Session], seed: int) -> list[tuple[Session, _Made]]:
-    """The calls of earlier sessions that had this seed, newest first in each session."""
+def _calls_with_seed(
+    earlier: Sequence[Session], cut: str, seed: int
+) -> list[tuple[Session, _Made]]:
+    """The calls of a cut in earlier sessions that had this seed, newest first in each session."""
     found = []
     for session in earlier:
-        found += [(session, made) for made in reversed(session._made) if made.seed == seed]
+        for made in reversed(session._made):
+            if made.cut == cut and made.seed == seed:
+                found.append((session, made))
     return found
 
 

@@ -26,6 +26,7 @@ from splitfed.client.calls import Session
 from splitfed.client.connection import Connection, LossScale
 from splitfed.client.half import HalfSync, take_part
 from splitfed.client.loss import LossSession
+from splitfed.client.sharing import Sharing
 from splitfed.client.transports import as_transport
 from splitfed.errors import CutError, InputError, SplitFedError, UnsupportedError
 from splitfed.model.arguments import explanation
@@ -212,6 +213,7 @@ class SplitClient(StandIn):
         transport = as_transport(server, client_id, token, options)
         # Past __setattr__: an attribute that is set on a client goes to its half.
         self.__dict__["_connection"] = Connection(transport, client_id, loss_scale)
+        self._connection.sharing = Sharing.of(client_half, client_id)
         self.__dict__["_passes"] = Passes(self._connection)
         self.__dict__["_sync"] = HalfSync(client_half, self._connection, personal)
         self.__dict__["_scope"] = None

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from splitfed.client.sharing import Sharing
 from splitfed.errors import InputError
 from splitfed.protocol.messages import Housekeeping
 from splitfed.protocol.transport import Transport
@@ -72,6 +73,8 @@ class Connection:
         self.seen = 0
         self.counted = Counted()
         """The batches stored since the last push or pull."""
+        self.sharing: Sharing | None = None
+        """Who else trains its half."""
         self._next = {"call": 0, "batch": 0, "push": 0}
         self._live: list[tuple[Recorded, weakref.ref[Any]]] = []
         self._abandoned: list[int] = []
@@ -171,6 +174,8 @@ class Connection:
                 self.counted = self.counted + Counted(num_samples, loss_scale)
             elif status == "rejected":
                 self.counted = self.counted + Counted(rejected=num_samples)
+        if status == "stored" and num_samples and self.sharing is not None:
+            self.sharing.counted(self.client_id)
         if status == "rejected":
             self.warn_once(
                 status,

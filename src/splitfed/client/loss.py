@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from splitfed.client.calls import Session, dummy, refuse_second_order
 from splitfed.errors import CutError, SplitFedError
 from splitfed.model.arguments import check_fit
-from splitfed.model.cutpoint import CutPoint
+from splitfed.model.cutpoint import Called
 from splitfed.model.rng import Seed
 from splitfed.protocol import pytree
 from splitfed.protocol.messages import LossAnswer, LossRequest
@@ -33,7 +33,7 @@ class LossSession(Session):
     target: Any = None
     _pending: tuple[LossRequest, list[Tensor], Seed] | None = None
 
-    def call(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, point: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make the request, and answer a stand-in for the loss.
 
         Raises:

@@ -9,9 +9,9 @@ of the first, copies of the arguments, which a model may change in place, and a 
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,19 @@ class Check:
 
     'equal', or the largest difference and where it is.
     """
+    drew: bool = False
+    """Whether the body drew random numbers: then its outputs are others than the raw model's."""
 
     @property
     def ok(self) -> bool:
-        """Whether the split model equals the reference in every bit: what is promised."""
-        return all(against_reference == "equal" for _, _, against_reference in self.rows)
+        """Whether the split model is what is promised.
+
+        It equals the reference in every bit, and unless the body drew random numbers its outputs
+        are the raw model's.
+        """
+        as_promised = all(against_reference == "equal" for _, _, against_reference in self.rows)
+        outputs = [against_raw for row, against_raw, _ in self.rows if row == "outputs"]
+        return as_promised and (self.drew or all(cell == "equal" for cell in outputs))
 
     def __str__(self) -> str:
         table = [("", "reference = raw model", "split = reference"), *self.rows]
@@ -72,6 +80,24 @@ def check(model: nn.Module, at: str | Sequence[str], *example: Any, **kwargs: An
         raw model wherever the body draws no random numbers and no activation fans out across the
         cut.
 
+    What one example can show, and what it can't:
+
+    | what may be wrong | how it shows |
+    |---|---|
+    | the model can't be cut there, or copied | an error of `split` |
+    | a function, hook or object that reaches over the cut | an error of `split` |
+    | the model calls the positions of a slice itself | right; else 'outputs' |
+    | a layer that is asked for its class, hidden states that a hook collects | 'outputs' |
+    | a body that keeps state in Python, or draws past torch | `ReplayError`, or a row |
+    | a value or setting that the half uses of the part cut out | `AbsentError`, or 'outputs' |
+    | a buffer that a forward changes, in value or shape | 'buffers', or an error of the server |
+    | an argument or output that can't cross the cut | `ContainerError` |
+    | a batch whose weight isn't known | the warning that a client gives |
+    | halves of another cut or width than the server's; forked processes | not: one half |
+    | what counts as a batch; statistics over several calls; the optimizer's part | not: one pass |
+    | train and eval mode other than the model is in | not: one mode |
+    | tools around the client (trainers, averages, exporters), storage, the network | not |
+
     Raises:
         UnknownCutError: as `split`.
         InputError: the model returns nothing that a gradient could come from.
@@ -84,7 +110,7 @@ def check(model: nn.Module, at: str | Sequence[str], *example: Any, **kwargs: An
         unsplit = reference(model, at)
         expected = _step(unsplit, unsplit, example, kwargs)
         torch.set_rng_state(state)
-        got = _split_step(model, at, example, kwargs)
+        got, drew = _split_step(model, at, example, kwargs)
     finally:
         torch.set_rng_state(state)
     if not whole.training:
@@ -99,11 +125,12 @@ def check(model: nn.Module, at: str | Sequence[str], *example: Any, **kwargs: An
         tuple(
             (row, _compare(raw[row], expected[row]), _compare(expected[row], got[row]))
             for row in ROWS
-        )
+        ),
+        drew,
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def memory_store(purpose: str) -> Iterator[GradientStore]:
     """A store in memory for one step, which leaves nothing behind.
 
@@ -134,16 +161,39 @@ def _step(
     """One forward and backward; everything that it gives, by row and name."""
     given = leaves_like((args, kwargs))
     args, kwargs = given
-    outputs = pytree.flatten(call(*args, **kwargs))[1]
+    returned = call(*args, **kwargs)
+    outputs = pytree.flatten(returned)[1]
     _loss(outputs).backward()
     leaves = pytree.flatten(given)[1]
     buffers = [(n, t) for n, t in named_state(module) if not isinstance(t, nn.Parameter)]
     return {
-        "outputs": {str(i): out.detach() for i, out in enumerate(outputs)},
+        "outputs": _occurrences(returned),
         "input gradients": {str(i): leaf.grad for i, leaf in enumerate(leaves)},
         "parameter gradients": {name: p.grad for name, p in module.named_parameters()},
         "buffers": {name: buffer.detach().clone() for name, buffer in buffers},
     }
+
+
+def _occurrences(returned: Any) -> Tensors:
+    """The tensors in what a model returned, by their places, and what else is there as a key."""
+    spec, tensors = pytree.flatten(returned)
+    # As often as they occur: a body that returns its input makes another tensor of it.
+    found: list[Tensor] = []
+    plain = _without_indices(spec, tensors, found)
+    outputs: Tensors = {str(place): tensor.detach() for place, tensor in enumerate(found)}
+    return {**outputs, f"the values besides tensors: {plain!r:.200}": torch.empty(0)}
+
+
+def _without_indices(spec: Any, tensors: Sequence[Tensor], found: list[Tensor]) -> Any:
+    """A tree's spec that doesn't say which of its tensors are one; `found` gets each occurrence."""
+    if isinstance(spec, dict) and "t" in spec:
+        found.append(tensors[spec["t"]])
+        return "t"
+    if isinstance(spec, dict):
+        return {kind: _without_indices(inner, tensors, found) for kind, inner in spec.items()}
+    if isinstance(spec, list):
+        return [_without_indices(inner, tensors, found) for inner in spec]
+    return spec
 
 
 def _loss(outputs: Sequence[Tensor]) -> Tensor:
@@ -159,20 +209,21 @@ def _loss(outputs: Sequence[Tensor]) -> Tensor:
 
 def _split_step(
     model: nn.Module, at: str | Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Tensors]:
-    """The same, of the half and, under the model's names, of the body."""
+) -> tuple[dict[str, Tensors], bool]:
+    """The same, of the half and, under the model's names, of the body; and whether that drew."""
     half, body = split(model, at)
     prefix = _body_prefix(model, at)
     with memory_store("check") as store:
         first = SplitServer(body, store, keep_graphs=0)
         second = SplitServer(body, store, keep_graphs=0)
-        client = SplitClient(half, _BackwardElsewhere(first, second), "check")
+        way = _BackwardElsewhere(first, second)
+        client = SplitClient(half, way, "check")
         _run_other_client(half, second, args, kwargs)
         found = _step(half, client, args, kwargs)
         gradients, buffers = _stored_step(store, body)
     found["parameter gradients"] |= {prefix + name: g for name, g in gradients.items()}
     found["buffers"] |= {prefix + name: buffer for name, buffer in buffers.items()}
-    return found
+    return found, way.drew
 
 
 def _stored_step(store: GradientStore, body: nn.Module) -> tuple[Tensors, Tensors]:
@@ -194,9 +245,16 @@ def _run_other_client(
 ) -> None:
     """Let a server run something before, so that a body that keeps state in Python is found out."""
     state = torch.get_rng_state()
+    spec, tensors = pytree.flatten((args, kwargs))
+    # Other values, or a body that keeps what it first saw would give the same. They may not be
+    # valid ones (sorted lengths, indices); then the given ones have to do.
+    other = [tensor.detach().flip(tuple(range(tensor.dim()))) for tensor in tensors]
     with torch.no_grad():
-        args, kwargs = leaves_like((args, kwargs))
-        SplitClient(deep_copy(half), server, "other")(*args, **kwargs)
+        for values in (other, tensors):
+            args, kwargs = leaves_like(pytree.unflatten(spec, values))
+            with contextlib.suppress(Exception):
+                SplitClient(deep_copy(half), server, "other")(*args, **kwargs)
+                break
     torch.set_rng_state(state)
 
 
@@ -206,12 +264,16 @@ class _BackwardElsewhere(Middleware):
     def __init__(self, first: SplitServer, second: SplitServer) -> None:
         super().__init__(first)
         self._second = second
+        self.drew = False
+        """Whether the body drew random numbers."""
 
     def send(self, verb: str, request: Any, /) -> Any:
         """The answer of the replica whose turn it is."""
         if verb == "backward":
             return self._second.backward(request)
-        return super().send(verb, request)
+        answer = super().send(verb, request)
+        self.drew = self.drew or getattr(answer, "drew", False)
+        return answer
 
 
 def _body_prefix(model: nn.Module, at: str | Sequence[str]) -> str:

@@ -2,29 +2,32 @@
 
 A cut takes the named submodule out and puts a `CutPoint` in its hole; the rest of the model, its
 own code included, stays as it is. (Tracing would lose control flow and dropout modes; swapping was
-bit-identical on every architecture tried.) A slice of an `nn.Sequential` leaves `nn.Identity` in
-its other positions, so that all names stay what they were.
+bit-identical on every architecture tried.) For a slice of an `nn.Sequential` there is one in each
+of its positions, so that all names stay what they were, and the slice is run as one (`slices`).
 
-The trap: a module or tensor may be reached by several ways, under two names, in a list or as a
-plain attribute. A module under two names is cut under both; what would be on both sides of the cut
-is refused, since each side would train a copy of its own.
+The trap: a module or tensor may be reached by several ways, under two names, in a list, as a plain
+attribute or out of a function. A module under two names is cut under both; what would be on both
+sides of the cut is refused, since each side would train a copy of its own (`apart`).
 """
 
 from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from splitfed.errors import ArchitectureError, CutError, SharedParameterError, UnknownCutError
+from splitfed.errors import ArchitectureError, CutError, UnknownCutError
+from splitfed.model.apart import Originals, check_apart
 from splitfed.model.copying import check_hooks, deep_copy
-from splitfed.model.cutpoint import CutPoint, Origin, hole_of
+from splitfed.model.cutpoint import CutPoint, Origin, call_as_one, hole_of
 from splitfed.model.mirror import identify, reflect
 from splitfed.model.skeleton import Template, check_copyable, check_initialised, unwrap
+from splitfed.model.slices import Slice, join_names, restore_forward, run_as_one
+from splitfed.model.stamp import make_stamp, put_stamp, remove_stamps
 from splitfed.model.standin import AbsentModule
 
 
@@ -54,6 +57,10 @@ class CutBody(nn.Module):
         )
 
 
+Holes = dict[int, tuple[CutPoint, str]]
+"""By the id of a module that goes: what stands in its places, and its name in the body."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """A cut, resolved on a model: one submodule, or some positions of an `nn.Sequential`."""
@@ -69,14 +76,13 @@ class Cut:
             return [self.owner]
         return [f"{self.owner}.{position}".lstrip(".") for position in self.positions]
 
-    def places(self, *, alone: bool) -> tuple[tuple[str, str], ...]:
-        """For each part, its position in `owner` ('' for `owner` itself) and its name in the body.
+    def names(self, *, alone: bool) -> list[str]:
+        """Their names in the body.
 
         Args:
             alone: Whether the body is this cut only: then it has its own names, else the model's.
         """
-        positions = self.positions or ("",)
-        return tuple(zip(positions, positions if alone else self.parts, strict=True))
+        return list(self.positions or ("",)) if alone else self.parts
 
 
 def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Module]:
@@ -85,49 +91,53 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
     Args:
         model: Any module that can be deep-copied.
         at: The name of a submodule at any depth (`"encoder.layer.1"`), a slice of an
-            `nn.Sequential` (`"2:5"`, `"features.3:8"`), or a list of such cuts, which gives one
-            body.
+            `nn.Sequential` (`"2:5"`, `"features.3:8"`, open or negative as in Python, but within
+            its length), or a list of such cuts, which gives one body.
 
     Returns:
-        The client half, with a `CutPoint` in each hole, and the body: the submodule itself, the
-        slice with its original positions as names, or for a list of cuts one module with the
-        original qualified names.
+        The client half, with a `CutPoint` in each hole (for a slice in each position, which the
+        model may call itself), and the body: the submodule itself, the slice with its original
+        positions as names, or for a list of cuts one module with the original qualified names.
+        Both bear a stamp by which a server knows a half of another cut.
 
     Raises:
         UnknownCutError: there is no such submodule; the message lists the nearest names.
-        SharedParameterError: a parameter or buffer would be on both sides.
+        SharedParameterError: a parameter, buffer or module would be on both sides, also by way of
+            a function that holds it: a hook, a method, a patched forward.
         CutError: the cuts overlap or are empty.
-        UnsupportedError: lazy parameters, hooks on tensors, a data-parallel wrapper, or what can't
-            be copied.
+        UnsupportedError: lazy parameters, hooks on tensors, a data-parallel wrapper, what can't be
+            copied, or a function that a copy would share with `model`.
     """
+    model = unwrap(model)
     # Asked of the original, as a copy has lost them already.
-    check_hooks(unwrap(model))
-    check_copyable(unwrap(model))
-    whole = deep_copy(unwrap(model))
+    check_hooks(model)
+    check_copyable(model)
+    whole = deep_copy(model)
     for name, parameter in whole.named_parameters():
         check_initialised(name, parameter)
     cuts = find_cuts(whole, at)
     alone = isinstance(at, str)
+    originals = Originals(model, whole, [part for cut in cuts for part in cut.parts])
     # All that is read from the whole model comes before the first hole is made in it.
     body = _body(whole, cuts, alone)
-    points = [_cut_point(whole, cut, alone) for cut in cuts]
-    half = whole
-    for cut, point in zip(cuts, points, strict=True):
-        half = _with_hole(half, cut, point)
-    _check_apart(half, body)
+    holes = _holes(whole, cuts, alone)
+    sequentials = [whole.get_submodule(cut.owner) for cut in cuts]
+    for cut, owner in zip(cuts, sequentials, strict=True):
+        if cut.positions:
+            run_as_one(owner, _slice(owner, cut, holes, alone), call_as_one)
+    half = _with_points(whole, holes)
+    check_apart(half, body, originals)
     template = Template(body)
-    places = [cut.places(alone=alone) for cut in cuts]
-    modes = [point.training for point in points]
-    parts = {own[0][1]: point for own, point in zip(places, points, strict=True)}
-    mirrors = reflect(half, body, template, parts)
-    for own, point, training in zip(places, points, modes, strict=True):
-        name = own[0][1]
+    stamp = make_stamp(at, [part for cut in cuts for part in cut.parts], template)
+    mirrors = reflect(half, body, template, {name: point for point, name in holes.values()})
+    for point, name in holes.values():
         hole = hole_of(point)
-        hole.origin = Origin(template, own, training)
-        point.training = training
+        part = unwrap(body).get_submodule(name)
+        hole.origin = Origin(template, (("", name),), part.training)
+        hole.part = stamp
         hole.mirror = mirrors[name]
-        if hole.is_of_one_part():
-            identify(point, unwrap(body).get_submodule(name))
+        identify(point, part)
+    put_stamp(body, stamp)
     return half, body
 
 
@@ -156,6 +166,8 @@ def join(client_half: nn.Module, weights: Mapping[str, Tensor] | nn.Module) -> n
         body = _built_body(points, weights)
     for point in points:
         whole = _filled(whole, point, body)
+    restore_forward(whole)
+    remove_stamps(whole)
     return whole
 
 
@@ -194,7 +206,8 @@ def _check_disjoint(names: Sequence[str]) -> None:
 def _find_cut(model: nn.Module, at: str) -> Cut:
     """The cut that a name stands for: a submodule, or a slice if its last step has a colon."""
     owner, _, last = at.rpartition(".")
-    if ":" in last:
+    # The keys of an nn.ModuleDict may have a colon, too.
+    if ":" in last and at not in dict(model.named_modules(remove_duplicate=False)):
         module = _submodule(model, owner)
         return Cut(owner, _slice_positions(module, at))
     module = _submodule(model, at)
@@ -224,7 +237,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 def _slice_positions(module: nn.Module, at: str) -> tuple[str, ...]:
     """The positions in a Sequential that a slice of it names."""
-    name, _, last = at.rpartition(".")
+    name = at.rpartition(".")[0]
     kind = type(module).__name__
     if not isinstance(module, nn.Sequential):
         raise UnknownCutError(
@@ -236,13 +249,7 @@ def _slice_positions(module: nn.Module, at: str) -> tuple[str, ...]:
             f"{at!r} slices a {kind}, whose forward is its own: "
             "its layers may not run one after another"
         )
-    start, _, stop = last.partition(":")
-    try:
-        bounds = slice(int(start) if start else None, int(stop) if stop else None)
-    except ValueError:
-        raise UnknownCutError(
-            f"{at!r} isn't a slice: expected two positions, such as '2:5'"
-        ) from None
+    bounds = _bounds(at, len(module), name or "the model")
     positions = tuple(module._modules)[bounds]
     if not positions:
         raise UnknownCutError(
@@ -251,38 +258,75 @@ def _slice_positions(module: nn.Module, at: str) -> tuple[str, ...]:
     return positions
 
 
+def _bounds(at: str, count: int, owner: str) -> slice:
+    """The two ends of a slice of `count` positions."""
+    texts = at.rpartition(".")[2].split(":")
+    try:
+        start, stop = [int(text) if text else None for text in texts]
+    except ValueError:
+        raise UnknownCutError(
+            f"{at!r} isn't a slice: expected two positions, such as '2:5'"
+        ) from None
+    # Python would take what is there and say nothing, of what was meant as a longer model.
+    if any(end is not None and not -count <= end <= count for end in (start, stop)):
+        raise UnknownCutError(
+            f"the slice {at!r} goes past the end: {owner!r} has {count} positions, "
+            f"so its bounds are from 0 to {count}, or open, such as '2:'"
+        )
+    return slice(start, stop)
+
+
 def _body(whole: nn.Module, cuts: Sequence[Cut], alone: bool) -> nn.Module:
     """The parts that are cut out, as one module in the mode of the places that they come from."""
     if alone and not cuts[0].positions:
         return whole.get_submodule(cuts[0].owner)
-    places = [place for cut in cuts for place in cut.places(alone=alone)]
-    parts = [whole.get_submodule(name) for cut in cuts for name in cut.parts]
-    named = OrderedDict((name, part) for (_, name), part in zip(places, parts, strict=True))
+    named = OrderedDict(
+        (name, whole.get_submodule(part))
+        for cut in cuts
+        for name, part in zip(cut.names(alone=alone), cut.parts, strict=True)
+    )
     body = nn.Sequential(named) if alone else CutBody(named)
     body.training = any(whole.get_submodule(cut.owner).training for cut in cuts)
     return body
 
 
-def _cut_point(whole: nn.Module, cut: Cut, alone: bool) -> CutPoint:
-    """The cut point for a cut, in the mode of the place that it is for."""
-    point = CutPoint("" if alone else ",".join(cut.parts))
-    # Of the owner, which isn't always the mode of a slice's first layer: that may be frozen.
-    point.training = whole.get_submodule(cut.owner).training
-    return point
+def _holes(whole: nn.Module, cuts: Sequence[Cut], alone: bool) -> Holes:
+    """A cut point for each module that goes, in the mode of the place that it is for."""
+    holes: Holes = {}
+    for cut in cuts:
+        # Of the owner, which isn't always the mode of a slice's layer: that may be frozen.
+        training = whole.get_submodule(cut.owner).training
+        for part, name in zip(cut.parts, cut.names(alone=alone), strict=True):
+            # One for a module that is there several times, such as an activation.
+            point, _ = holes.setdefault(
+                id(whole.get_submodule(part)), (CutPoint(join_names([name])), name)
+            )
+            point.training = training
+    return holes
 
 
-def _with_hole(half: nn.Module, cut: Cut, point: CutPoint) -> nn.Module:
-    """The half with `point` in place of the cut's module, or of the first position of a slice."""
-    if cut.positions:
-        owner = half.get_submodule(cut.owner)
-        for position in cut.positions:
-            owner._modules[position] = nn.Identity()
-        owner._modules[cut.positions[0]] = point
-        return half
-    gone = half.get_submodule(cut.owner)
-    for owner, leaf in _registrations(half, gone):
-        owner._modules[leaf] = point
-    return point if gone is half else half
+def _slice(owner: nn.Module, cut: Cut, holes: Holes, alone: bool) -> Slice:
+    """What a slice is run by as one call."""
+    modules = [owner.get_submodule(position) for position in cut.positions]
+    members = tuple(holes[id(module)][0] for module in modules)
+    return Slice(cut.positions, members, "" if alone else join_names(cut.parts))
+
+
+def _with_points(whole: nn.Module, holes: Holes) -> nn.Module:
+    """The half: the cut points are in all places of what goes, but for those that go with it."""
+    if id(whole) in holes:
+        return holes[id(whole)][0]
+    seen: set[int] = set()
+    waiting = [whole]
+    while waiting:
+        owner = waiting.pop()
+        for leaf, child in owner._modules.items():
+            if id(child) in holes:
+                owner._modules[leaf] = holes[id(child)][0]
+            elif child is not None and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
+    return whole
 
 
 def _filled(whole: nn.Module, point: CutPoint, body: nn.Module) -> nn.Module:
@@ -298,7 +342,7 @@ def _filled(whole: nn.Module, point: CutPoint, body: nn.Module) -> nn.Module:
         if point.training != mode_of_parts:
             part.train(point.training)
         if hole.mirror is not None and name == places[0][1]:
-            hole.mirror.restore(part, alone=hole.is_of_one_part())
+            hole.mirror.restore(part)
         for owner, leaf in registrations:
             owner._modules[position or leaf] = part
         if whole is point:
@@ -314,50 +358,6 @@ def _registrations(model: nn.Module, child: nn.Module) -> list[tuple[nn.Module, 
         for leaf, module in owner._modules.items()
         if module is child
     ]
-
-
-def _check_apart(half: nn.Module, body: nn.Module) -> None:
-    """Refuse tensors and modules that both sides reach, registered or as plain attributes."""
-    _check_unreached(half, "the client half", body)
-    _check_unreached(body, "the body", half)
-
-
-def _check_unreached(side: nn.Module, side_name: str, other: nn.Module) -> None:
-    held: dict[int, str] = {id(tensor): name for name, tensor in other.named_parameters()}
-    held |= {id(tensor): name for name, tensor in other.named_buffers()}
-    for name, module in other.named_modules():
-        if not isinstance(module, CutPoint):
-            held[id(module)] = name or "it all"
-    for prefix, owner in side.named_modules():
-        for leaf, value in _attributes(owner):
-            if id(value) in held:
-                place = f"{prefix}.{leaf}".lstrip(".")
-                raise SharedParameterError(
-                    f"{held[id(value)]!r} of the other side of the cut is also reached from "
-                    f"{side_name} as {place!r}: "
-                    "move the cut so that both uses are on one side, or untie them"
-                )
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """A module's tensors and plain attributes by name, those in containers included."""
-    registries = ("_modules", "_parameters", "_buffers")
-    plain = {name: value for name, value in vars(module).items() if name not in registries}
-    return _contents({**module._parameters, **module._buffers, **plain})
-
-
-def _contents(values: Mapping[str, Any], depth: int = 4) -> Iterator[tuple[str, Any]]:
-    """Values, and those that they contain, down to some depth: a container may contain itself."""
-    for name, value in values.items():
-        yield name, value
-        inner: Mapping[Any, Any] = {}
-        if isinstance(value, dict):
-            inner = value
-        elif isinstance(value, list | tuple | set):
-            inner = dict(enumerate(value))
-        if depth:
-            for step, item in _contents(inner, depth - 1):
-                yield f"{name}.{step}", item
 
 
 def _built_body(points: Sequence[CutPoint], weights: Mapping[str, Tensor]) -> nn.Module:

@@ -26,22 +26,62 @@ from splitfed.errors import AbsentError, NotConnectedError, UnsupportedError
 from splitfed.model.assigning import class_of
 from splitfed.model.mirror import Mirror
 from splitfed.model.skeleton import Template
+from splitfed.model.slices import Slice
 from splitfed.model.standin import AbsentModule
 
 REMEMBERED_CALLERS = 32
 """So many `client(...)` calls may be recomputed at a time; for an older one nobody answers."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Called:
+    """Whose call it is: that of a cut point, or of several as one."""
+
+    points: tuple[CutPoint, ...]
+    """Those whose parts are run, one after another."""
+    name: str
+    """What they are of the body; a name for the wire."""
+    training: bool
+
+    @property
+    def part(self) -> str | None:
+        """The stamp of their cut; `None` if they were placed by hand."""
+        return hole_of(self.points[0]).part
+
+    def settings(self, training: bool) -> Mapping[str, Any]:
+        """What the half has changed of their parts.
+
+        Args:
+            training: The mode that the server sets the body to.
+
+        Raises:
+            AbsentError: what is changed can't travel with a call.
+        """
+        found: Mapping[str, Any] = {}
+        for point in self.points:
+            mirror = hole_of(point).mirror
+            changed = {} if mirror is None else mirror.settings(training)
+            found = {**found, **changed} if found and changed else changed or found
+        return found
+
+    def note(self, written: Sequence[str]) -> None:
+        """Take note of the attributes that the parts' forward sets."""
+        for point in self.points if written else ():
+            mirror = hole_of(point).mirror
+            if mirror is not None:
+                mirror.note_written(written)
+
+
 class Caller(Protocol):
     """One `client(...)` call under way."""
 
-    def call(self, point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, point: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call of the cut point."""
         ...
 
     def recompute(
         self,
-        point: CutPoint,
+        point: Called,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         earlier: Sequence[Caller],
@@ -76,36 +116,19 @@ class Hole:
     """What a cut point keeps of its own."""
 
     name: str
+    part: str | None = None
+    """The stamp of its cut, which travels with each call; `None` if it was placed by hand."""
     origin: Origin | None = None
     mirror: Mirror | None = None
     callers: deque[Caller] = field(default_factory=lambda: deque(maxlen=REMEMBERED_CALLERS))
 
     def __getstate__(self) -> list[Any]:
         """Without the callers: a copy has made no calls."""
-        return [self.name, self.origin, self.mirror]
+        return [self.name, self.part, self.origin, self.mirror]
 
     def __setstate__(self, state: list[Any]) -> None:
-        self.name, self.origin, self.mirror = state
+        self.name, self.part, self.origin, self.mirror = state
         self.callers = deque(maxlen=REMEMBERED_CALLERS)
-
-    def settings(self, training: bool) -> Mapping[str, Any]:
-        """What the half has changed of the part.
-
-        Raises:
-            AbsentError: what is changed can't travel with a call.
-        """
-        if self.mirror is None:
-            return {}
-        return self.mirror.settings(training, alone=self.is_of_one_part())
-
-    def note(self, written: Sequence[str]) -> None:
-        """Take note of the attributes that the part's forward sets."""
-        if written and self.mirror is not None:
-            self.mirror.note_written(written)
-
-    def is_of_one_part(self) -> bool:
-        """Whether it stands for one module of the body, and not for a slice."""
-        return self.origin is None or len(self.origin.places) == 1
 
 
 class CutPoint(AbsentModule):
@@ -128,11 +151,7 @@ class CutPoint(AbsentModule):
             NotConnectedError: the half wasn't called through a `SplitClient`.
             UnsupportedError: called inside of a functorch transform.
         """
-        # The mark below breaks the graph of torch.compile here. All beneath must not be traced
-        # either, for which its module is asked where it is loaded: importing it takes seconds.
-        dynamo = sys.modules.get("torch._dynamo")
-        call = _call if dynamo is None else dynamo.disable(_call)
-        return call(self, args, kwargs)
+        return call_for(Called((self,), hole_of(self).name, self.training), args, kwargs)
 
     forward._torchdynamo_disable = True  # type: ignore[attr-defined]
 
@@ -167,7 +186,40 @@ def hole_of(point: CutPoint) -> Hole:
     return hole
 
 
-def _call(point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_for(called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the body returns for a call of a cut point, or of several."""
+    # The mark below breaks the graph of torch.compile here. All beneath must not be traced
+    # either, for which its module is asked where it is loaded: importing it takes seconds.
+    dynamo = sys.modules.get("torch._dynamo")
+    call = _call if dynamo is None else dynamo.disable(_call)
+    return call(called, args, kwargs)
+
+
+call_for._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def call_as_one(piece: Slice, value: Any, training: bool) -> Any:
+    """Call the cut points of a slice as one; with hooks on them, which see each, one by one."""
+    points: tuple[Any, ...] = piece.members
+    if torch.nn.modules.module._has_any_global_hook() or any(map(_is_watched, points)):
+        for point in points:
+            value = point(value)
+        return value
+    return call_for(Called(points, piece.name, training), (value,), {})
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calls of a module run hooks of its own."""
+    own = vars(module)
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
+
+
+def _call(called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hand a call over to whoever has called the half."""
     if torch._C._are_functorch_transforms_active():
         raise UnsupportedError(
@@ -175,18 +227,18 @@ def _call(point: CutPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
             "its gradients cross a file. Use loss.backward() or torch.autograd.grad"
         )
     caller = active_caller.get()
-    callers = hole_of(point).callers
+    callers = hole_of(called.points[0]).callers
     # Inside of a backward pass a call may be a checkpoint's recompute, with a caller around it
     # or without, and only the callers so far can tell it from a new call.
     if torch._C._current_graph_task_id() != -1 and callers:
         newest_first = list(reversed(callers))
-        found = newest_first[0].recompute(point, args, kwargs, newest_first, caller is None)
+        found = newest_first[0].recompute(called, args, kwargs, newest_first, caller is None)
         if found is not NotImplemented:
             return found
     if caller is not None:
         if caller not in callers:
             callers.append(caller)
-        return caller.call(point, args, kwargs)
+        return caller.call(called, args, kwargs)
     raise NotConnectedError(
         "this client half was called by itself, so its cut point has no server: wrap it, "
         "client = SplitClient(client_half, server, client_id=...), and call client(...); "

@@ -28,6 +28,7 @@ from splitfed.model.boundary import enter, fresh, uncached, unhooked
 from splitfed.model.rng import compute_lock, seeded
 from splitfed.model.settings import apply_settings
 from splitfed.model.skeleton import Template
+from splitfed.model.slices import split_names
 from splitfed.protocol import pytree, safetensors
 from splitfed.protocol.messages import ForwardRecord
 
@@ -393,8 +394,11 @@ def backward(
 def _parts(module: nn.Module, cut: str) -> list[nn.Module]:
     """The submodules that a cut runs, one after another."""
     try:
-        return [module.get_submodule(name) for name in cut.split(",")]
+        return [module.get_submodule(name) for name in split_names(cut)]
     except AttributeError:
+        # A cut point that was placed by hand has the name as it is, commas and all.
+        if cut in dict(module.named_modules()):
+            return [module.get_submodule(cut)]
         known = [name for name, _ in module.named_children()]
         raise InputError(
             f"the body has no part {cut[:80]!r}, which a cut point asks for; it has {known[:10]}"

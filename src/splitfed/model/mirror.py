@@ -48,12 +48,11 @@ class Mirror:
         self._found: tuple[int, bool, Mapping[str, Any]] | None = None
         self._held: tuple[int, list[tuple[Place, Holding]]] | None = None
 
-    def settings(self, training: bool, *, alone: bool = True) -> Mapping[str, Any]:
+    def settings(self, training: bool) -> Mapping[str, Any]:
         """What is changed of the part.
 
         Args:
             training: The mode that the server sets the body to.
-            alone: Whether the cut point's flag is that of its part, and of no other.
 
         Raises:
             AbsentError: what is changed can't travel, or a call would give less than is asked for.
@@ -64,7 +63,7 @@ class Mirror:
         moved = self._changed_holdings(ledger)
         found = self._found
         if found is None or moved or found[0] != ledger.moves or found[1] != training:
-            settings = self._flags(ledger, training, alone) | self._attributes()
+            settings = self._flags(ledger, training) | self._attributes()
             for place, holding in moved:
                 settings |= self._travelling(place, holding)
             # What a list has become isn't counted, so it is looked at again.
@@ -79,10 +78,10 @@ class Mirror:
             if member is not None:
                 give_up(member, leaf)
 
-    def restore(self, part: nn.Module, *, alone: bool = True) -> None:
+    def restore(self, part: nn.Module) -> None:
         """Put modes and attributes into the part itself, as far as it has the same modules."""
         modules = dict(part.named_modules(remove_duplicate=False))
-        for member in self.members if alone else self.members[1:]:
+        for member in self.members:
             module = modules.get(_place(member).path)
             if module is None:
                 continue
@@ -90,10 +89,10 @@ class Mirror:
             for name in _place(member).originals.keys() & vars(member).keys():
                 setattr(module, name, copy.deepcopy(vars(member)[name]))
 
-    def _flags(self, ledger: Ledger, training: bool, alone: bool) -> dict[str, Any]:
+    def _flags(self, ledger: Ledger, training: bool) -> dict[str, Any]:
         modes = ledger.template.modes[training]
         found: dict[str, Any] = {}
-        for member in self.members if alone else self.members[1:]:
+        for member in self.members:
             place = _place(member)
             if member.training != modes[place.index]:
                 found[place.key("training")] = member.training

@@ -21,6 +21,7 @@ from splitfed.model.copying import deep_copy
 from splitfed.model.cut import find_cuts
 from splitfed.model.rng import Seed, compute_lock, seeded
 from splitfed.model.skeleton import unwrap
+from splitfed.model.slices import Slice, run_as_one
 from splitfed.protocol import pytree
 
 Call = Callable[..., Any]
@@ -42,14 +43,19 @@ def reference(model: nn.Module, at: str | Sequence[str]) -> nn.Module:
     """
     whole = deep_copy(unwrap(model))
     for cut in find_cuts(whole, at):
-        first, *rest = (whole.get_submodule(name) for name in cut.parts)
-        # The first part of a slice runs them all, and the others pass on what they are given. By
-        # way of __dict__ they are no submodules of the first, but are copied with it.
-        first.__dict__["_rest"] = rest
-        _replace_call(first, lambda part, *args, **kw: _run_parts([part, *part._rest], args, kw))
-        for part in rest:
-            _replace_call(part, lambda part, value: value)
+        parts = [whole.get_submodule(name) for name in cut.parts]
+        for part in parts:
+            # One that stands in several positions, such as an activation, has been here before.
+            if not hasattr(part, "_plain"):
+                _replace_call(part, lambda part, *args, **kw: _run_parts([part], args, kw))
+        if cut.positions:
+            piece = Slice(cut.positions, tuple(parts), "")
+            run_as_one(whole.get_submodule(cut.owner), piece, _run_slice)
     return whole
+
+
+def _run_slice(piece: Slice, value: Any, training: bool) -> Any:
+    return _run_parts(piece.members, (value,), {})
 
 
 def _replace_call(module: nn.Module, call: Call) -> None:

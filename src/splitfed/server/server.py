@@ -31,6 +31,7 @@ from splitfed.model.cutpoint import CutPoint
 from splitfed.model.execution import Run
 from splitfed.model.fingerprint import values_beside
 from splitfed.model.skeleton import Template, device_of, unwrap
+from splitfed.model.stamp import check_stamp, stamp_of
 from splitfed.protocol import pytree
 from splitfed.protocol.fields import check_types
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
@@ -78,8 +79,8 @@ class SplitServer:
             one: name them where clients aren't trusted.
 
     Raises:
-        ArchitectureError: the store was begun with another body, or with other values in buffers
-            that no version has.
+        ArchitectureError: the store was begun with another body, with one that was cut elsewhere,
+            or with other values in buffers that no version has.
         UnsupportedError: the body is lazy, wrapped, itself split, or can't be copied; or it is on
             the meta device, and the store is new.
     """
@@ -108,11 +109,12 @@ class SplitServer:
         _check_whole(body)
         self._settable = _patterns(settings)
         self._template = Template(body)
+        self._part = stamp_of(body)
         beside = values_beside(self._template.blueprint)
         state = self._template.state(body)
         self.device = device_of(state, device)
         numerics = store.begin(self.device)
-        store.lineage(lineage).initialise(self._template.fingerprint(), state)
+        store.lineage(lineage).initialise(self._template.fingerprint(), state, part=self._part)
         store.check_beside(lineage, beside, numerics)
         self._halves = Halves(store, numerics)
         self._clients = store.registry()
@@ -126,8 +128,10 @@ class SplitServer:
             ExpiredError: the pinned version has left the retention window.
             BodyError: the body raised.
             InputError: the call doesn't fit the body.
+            ArchitectureError: the client half was cut elsewhere than the body.
         """
         check_types(request)
+        self._check_part(request)
         self._check_settings(request)
         line = self._lines.of(check_client_id(request.client_id), request.process)
         incarnation = request.incarnation
@@ -210,6 +214,7 @@ class SplitServer:
                 record any more: its answer can't be given again.
             InputError: this server has no `loss_fn`, or it doesn't return a scalar.
             BodyError: the body or the loss raised.
+            ArchitectureError: the client half was cut elsewhere than the body.
         """
         if self.loss_fn is None:
             raise InputError(
@@ -217,6 +222,7 @@ class SplitServer:
             )
         check_types(request)
         ahead = request.forward
+        self._check_part(ahead)
         self._check_settings(ahead)
         incarnation = ahead.incarnation
         counts = ahead.grad and ahead.training
@@ -276,6 +282,11 @@ class SplitServer:
         """
         return self._halves.push(check_types(request))
 
+    def _check_part(self, request: ForwardRequest) -> None:
+        # Before all that a call may leave in the store.
+        who = f"the half of client {request.client_id!r}"
+        check_stamp(self._part, request.part, who, "the body here")
+
 
 def _check_whole(body: nn.Module) -> None:
     """Refuse a body that is itself split: its versions would move while a call is under way."""
@@ -286,6 +297,8 @@ def _check_whole(body: nn.Module) -> None:
                 "run it at a newer version of the other server. Let the owner's process call the "
                 "two servers one after the other, with a SplitClient for each"
             )
+
+
 def _patterns(settings: bool | Iterable[str]) -> tuple[str, ...]:
     """The patterns of what clients may set."""
     if isinstance(settings, bool):

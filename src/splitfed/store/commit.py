@@ -62,6 +62,9 @@ class Commit:
     """Folded batches computed in another numerics class than version 0's."""
     time: float = 0.0
     """When, in seconds since 1970."""
+    part: str | None = None
+    """Of version 0: which part of which model the body was cut out of, as `split` has marked it.
+    Not in the record if it isn't known."""
 
     @property
     def folded(self) -> BatchSet:
@@ -116,6 +119,8 @@ class Commit:
         for name in _KEYS:
             value = getattr(self, name)
             record[name] = value.to_json() if isinstance(value, BatchSet) else value
+        if self.part is not None:
+            record["part"] = self.part
         record["older"] = {version: batches.to_json() for version, batches in self.older.items()}
         return json.dumps(record, separators=(",", ":")).encode()
 
@@ -140,7 +145,7 @@ class Commit:
                 **record,
             )
             # What a reader relies on without a further look: two files, and names that are text.
-            texts = [found.kind, found.nonce, *found.files.values()]
+            texts = [found.kind, found.nonce, found.part or "", *found.files.values()]
             is_whole = {"weights", "applied"} <= set(found.files)
             if not is_whole or not all(type(text) is str for text in texts):
                 raise FormatError(

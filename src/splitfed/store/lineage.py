@@ -39,6 +39,7 @@ from splitfed.errors import (
 )
 from splitfed.model.fingerprint import compare, is_entry
 from splitfed.model.skeleton import Fingerprint
+from splitfed.model.stamp import check_stamp
 from splitfed.protocol import safetensors
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.packing import pack_tree, read_json, unpack_tree
@@ -206,7 +207,11 @@ class Lineage:
         self._frozen.clear()
 
     def initialise(
-        self, fingerprint: Fingerprint, state: Mapping[str, Tensor], source: int | None = None
+        self,
+        fingerprint: Fingerprint,
+        state: Mapping[str, Tensor],
+        source: int | None = None,
+        part: str | None = None,
     ) -> None:
         """Publish version 0, unless it exists; the first writer wins.
 
@@ -214,9 +219,11 @@ class Lineage:
             fingerprint: The module's architecture.
             state: Its tensors by first name.
             source: The version of `body` that they are, for the line of one client.
+            part: The stamp of the body's cut, if it has one.
 
         Raises:
-            ArchitectureError: the lineage was begun with another architecture.
+            ArchitectureError: the lineage was begun with another architecture, or for another part
+                of a model.
             UnsupportedError: nobody has begun it, and the tensors are on the meta device.
         """
         empty = next((name for name, tensor in state.items() if tensor.is_meta), None)
@@ -231,12 +238,20 @@ class Lineage:
         module = "the client half" if self.name == "client" else "the body"
         compare(self.fingerprint(), fingerprint, module)
         if self.head() >= 0:
+            self._check_part(part)
             return
         frozen = self._create_frozen(state)
-        commit = Commit(0, "initial", "", {}, frozen, source=source)
+        commit = Commit(0, "initial", "", {}, frozen, source=source, part=part)
         made = self.publish(commit, state, None, BatchSet())
         if made is None and frozen is not None and self.commit(0).frozen != frozen:
             self.blobs.delete(self.keys.frozen(frozen))
+        self._check_part(part)
+
+    def _check_part(self, part: str | None) -> None:
+        """Compare the stamp of a body with that of whoever began the lineage."""
+        if part is not None:
+            first = f"the one that {self.name!r} began with"
+            check_stamp(self.commit(0).part, part, "this body", first)
 
     def publish(
         self, commit: Commit, state: Mapping[str, Tensor], optimizer: Any, applied: BatchSet
