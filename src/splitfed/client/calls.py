@@ -171,7 +171,7 @@ class Session:
             incarnation=self.connection.incarnation,
             process=self.connection.process,
             call=self.connection.number("call"),
-            cut=hole.name,
+            cut=point.name,
             inputs=(args, kwargs),
             requires_grad=tuple(tensor.requires_grad for tensor in tensors),
             training=point.training,
