@@ -64,7 +64,7 @@ def split(part: nn.Module | None = None, at: Any = "body", **settings: Any) -> S
 
 def settings_of(point: Any, training: bool = True) -> dict[str, Any]:
     """What would travel with a call."""
-    return dict(hole_of(point).settings(training))
+    return dict(hole_of(point).mirror.settings(training))
 
 
 def change(part: Any) -> None:

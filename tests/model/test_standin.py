@@ -277,7 +277,7 @@ def test_what_changes_nothing_is_no_error() -> None:
     part[0].gradient_checkpointing = True
     assert (part[0]._mark, part[0].my_note) == (print, "a note that no code reads")
     del part[0].my_note
-    assert vars(part)["_absent_hole"].settings(True) == {}
+    assert vars(part)["_absent_hole"].mirror.settings(True) == {}
     assert half.load_state_dict(half.state_dict()).missing_keys == []
 
 
@@ -303,11 +303,11 @@ def test_copies_and_pickles(tmp_path: Any) -> None:
     torch.save(half, file)
     file.seek(0)
     for twin in (copy.deepcopy(half).body, torch.load(file, weights_only=False).body, copy.deepcopy(part)):
-        settings = vars(twin)["_absent_hole"].settings(True)
+        settings = vars(twin)["_absent_hole"].mirror.settings(True)
         assert settings == {"drop.p": 0.1, "lin.training": False}
         assert isinstance(twin, nn.Sequential)
         twin.drop.p = 0.9
-        assert vars(twin)["_absent_hole"].settings(True)["drop.p"] == 0.9
+        assert vars(twin)["_absent_hole"].mirror.settings(True)["drop.p"] == 0.9
         assert (twin[1].weight.shape, part.drop.p, twin[0] is part[0]) == ((8, 8), 0.1, False)
     assert vars(copy.deepcopy(part))["_absent_hole"].origin is vars(part)["_absent_hole"].origin
 
