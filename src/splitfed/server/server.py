@@ -40,7 +40,7 @@ from splitfed.protocol.messages import (
     PushRequest,
 )
 from splitfed.server.halves import Halves
-from splitfed.server.runner import Line, Lines, RunnerSettings
+from splitfed.server.runner import Line, Lines, RunnerSettings, changed_buffers
 from splitfed.store.store import GradientStore, check_store
 
 Loss = Callable[[Any, Any], Tensor]
@@ -122,6 +122,7 @@ class SplitServer:
             drew=done.drew,
             changed={place: fresh(tensor) for place, tensor in done.changed.items()},
             crcs=done.crcs,
+            moved=request.training and bool(changed_buffers(done)),
         )
 
     def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
@@ -164,11 +165,13 @@ class SplitServer:
             raise _lost(line, batch, request)
         _check_gradients(record, request.grad_outputs)
         done = line.runner.take(key, record)
-        grad_inputs, gradients = execution.backward(done, request.grad_outputs)
-        if not record.training:  # a call in eval mode belongs to no batch
+        counted = request.counted
+        grad_inputs, gradients = execution.backward(done, request.grad_outputs, counted=counted)
+        # A call in eval mode belongs to no batch.
+        if not record.training or not counted:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
         # Acknowledged only once it is on file: whatever dies after this answer, the batch counts.
-        share = line.runner.share(done, gradients, request.digest())
+        share = line.runner.share(done, gradients, request.digest(), start=record.buffers)
         if request.seal is not None:
             status = line.sealer.seal(batch, request.part, request.seal, share)
             return BackwardAnswer(tuple(grad_inputs), status)
@@ -189,7 +192,7 @@ class SplitServer:
         check_types(request)
         ahead = request.forward
         incarnation = ahead.incarnation
-        counts = ahead.grad and ahead.training
+        counts = ahead.grad and ahead.training and request.counted
         line = self._lines.of(check_client_id(ahead.client_id), ahead.process)
         if counts and incarnation is None:
             incarnation = self.store.open_client(ahead.client_id, ahead.process)
@@ -207,7 +210,8 @@ class SplitServer:
         _, done = line.runner.run(ahead, version, finish=lambda outputs: score(outputs, target))
         value = _scalar(done)
         one = torch.ones_like(value) if value.requires_grad else None
-        grad_inputs, gradients = execution.backward(done, [one])
+        counted = request.counted
+        grad_inputs, gradients = execution.backward(done, [one], counted=counted)
         status = "uncounted"
         if counts:
             digest = request.digest(batch, version)
@@ -218,6 +222,11 @@ class SplitServer:
     def pull(self, request: PullRequest, /) -> PullAnswer:
         """The client half, newest or at a version; version -1 if nobody has published one."""
         return self._halves.pull(check_types(request))
+
+    @property
+    def unattended(self) -> bool:
+        """Whether no accumulator of this process is on its store."""
+        return not self.store.attended
 
     def push(self, request: PushRequest, /) -> PushAnswer:
         """Take a client half's update in, or begin its lineage.

@@ -70,6 +70,8 @@ class GradientStore:
         self.storage_options: Mapping[str, Any] = MappingProxyType(dict(storage_options))
         """What the fsspec filesystem is given; it may hold secrets."""
         self.blobs: Blobs = open_blobs(self.url, fsync=sync == "power", **storage_options)
+        self.attended = False
+        """Whether this process has an accumulator on it."""
         self._lineages: Bounded[str, tuple[Lineage, Pile]] = Bounded(KEPT_LINEAGES)
         self._registry: Clients | None = None
         self._rounds: Rounds | None = None
