@@ -80,6 +80,8 @@ class Passes:
         self.scope: Scope | None = None
         """The `client.batch(...)` blocks that are open."""
         self.watch = watch
+        self.has_trainer = False
+        """Whether Accelerate has prepared the client."""
         self._connection = connection
         self._sum: Sum | None = None
         self._open: dict[int, Pass] = {}
@@ -127,7 +129,7 @@ class Passes:
                 return scope.count
         return accumulates and call.counts
 
-    # ------------------------------------------------------------------------ passes that are summed
+    # --------------------------------------------------------------------- passes that are summed
 
     def open_sum(self) -> Sum | None:
         """Sum the passes from here on; `None` if an outer block does so already."""
@@ -188,7 +190,12 @@ class Passes:
 
     def _held(self) -> Sum | None:
         held = self._sum
-        if held is None and is_accumulating() and not self._connection.scale_is_said(self.scope):
+        if (
+            held is None
+            and self.has_trainer
+            and is_accumulating()
+            and not self._connection.scale_is_said(self.scope)
+        ):
             held = self._sum = Sum(self._new(), automatic=True)
         return held
 
@@ -279,11 +286,10 @@ class Pass:
 
     def _has_others(self) -> bool:
         """Whether the task under way has still to reach another call that makes a part."""
+        outstanding: list[Any] = self._passes._connection.outstanding()
         return any(
-            id(call) not in self._done
-            and getattr(call, "training", False)
-            and self._passes.counts(call, True)
-            for call in self._passes._connection.outstanding()
+            id(call) not in self._done and call.training and self._passes.counts(call, True)
+            for call in outstanding
         )
 
 
@@ -325,9 +331,7 @@ class Batch:
         self._says_scale = self._connection.scale_is_said(scope)
         return scale
 
-    def add(
-        self, call: Reached, grads: tuple[Tensor | None, ...], *, seal: bool
-    ) -> BackwardAnswer:
+    def add(self, call: Reached, grads: tuple[Tensor | None, ...], *, seal: bool) -> BackwardAnswer:
         """Send a part, with the seal if it is the last one."""
         if self._seq is None:
             self._process = self._connection.process

@@ -5,8 +5,8 @@ without any holds the batch open: all passes that end within are summed, as torc
 gradients, and sealed at its end.
 
 Accelerate (and so Hugging Face's Trainer) has such a block of its own, around the batches of one
-optimizer step: while it accumulates, the passes are held open likewise. It keeps that in one state
-for the whole process.
+optimizer step: while it accumulates, the passes of a client that it has prepared are held open
+likewise. It keeps that in one state for the whole process.
 """
 
 from __future__ import annotations

@@ -97,6 +97,11 @@ class Continuation:
         """Calls that moved statistics, and will count in no batch."""
         self._closed = -1
 
+    @property
+    def num_unused(self) -> int:
+        """The calls so far, of those that continue each other, that have no graph any more."""
+        return 0 if self.tip is None else len(self.tip.origin.chain.unused)
+
     def before(self, version: int | None) -> Recorded | None:
         """The call that one continues which is asked for at this version; `None` for the newest."""
         tip = self.tip

@@ -308,9 +308,7 @@ class RecordedCall:
         self.origin.connection.check_process(self._process)
         outer = self.origin.passes.opened(self.task)
         under_way = outer or self.origin.passes.current(torch._C._current_graph_task_id())
-        answer = under_way.backward(
-            self, grads, may_seal=outer is None, accumulates=accumulates
-        )
+        answer = under_way.backward(self, grads, may_seal=outer is None, accumulates=accumulates)
         self._answered = () if answer is None else answer.grad_inputs
         return self._answered
 

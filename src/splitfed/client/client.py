@@ -116,6 +116,7 @@ class CutMethod:
         client._refuse_replica()
         passes, weight = client._passes, weigh(args, kwargs)
         counts = passes.watch.trains()
+        passes.has_trainer = "_is_accelerate_prepared" in client.__dict__
         with Session(client._connection, passes, weight, client._pinned, counts):
             return self._run(*args, **kwargs)
 
@@ -310,7 +311,7 @@ class SplitClient(StandIn):
     def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
         """Freeze the half, or train it again: passes over a frozen one count nothing."""
         self.client_half.requires_grad_(requires_grad)
-        self._passes.watch.is_frozen = not requires_grad  # type: ignore[attr-defined]
+        self._passes.watch.is_frozen = not requires_grad
         return self
 
     def pull(self) -> int:

@@ -29,6 +29,9 @@ from splitfed.client.buffers import Continuation
 MANY_BATCHES = 100
 """So many batches of one version, and nobody to commit them, are taken for an oversight."""
 
+MANY_UNUSED = 3
+"""So many forwards in train mode in a row, without a backward, gather statistics."""
+
 _armed: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
 """By id, those that a step is told to."""
 _hooks: list[Any] = []
@@ -154,6 +157,8 @@ class Watch:
         self._lost = buffers.lost
         if self._lost:
             self._arm()
+        if buffers.num_unused >= MANY_UNUSED and not self._since.uncounted:
+            self._tell_unmoved()
 
     def note_pull(self) -> None:
         """The half was loaded: that its parameters have moved means nothing."""

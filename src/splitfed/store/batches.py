@@ -387,9 +387,7 @@ def _asked(record: ForwardRecord) -> bytes:
     return b"".join(pack(replace(record, buffers=None, outputs=(), crcs=(), numerics="")))
 
 
-def _check_same(
-    found: Mapping[str, Tensor], computed: Mapping[str, Tensor], name: str
-) -> None:
+def _check_same(found: Mapping[str, Tensor], computed: Mapping[str, Tensor], name: str) -> None:
     """Refuse a gradient whose digest is on file with another gradient.
 
     A repeated backward may be computed by a kernel without a fixed order, or in another numerics
