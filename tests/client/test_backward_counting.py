@@ -148,7 +148,7 @@ def test_a_frozen_discriminator(freeze: Callable[[Any, bool], None], first: str)
 
 
 def test_nothing_requires_grad_in_a_frozen_half() -> None:
-    """As in a frozen model: outputs for an input without grad need none; a frozen bottom was never trained, and counts."""
+    """As in a frozen model: outputs for an input without grad need none; a bottom that never trained counts."""
     made, _ = split()
     made.client.requires_grad_(False)
     assert not made.client(x()).requires_grad

@@ -40,7 +40,7 @@ def in_a_fork(what: Any) -> Any:
     if child == 0:
         try:
             found = repr(what())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 -- the parent is told of any
             found = repr((type(error).__name__, str(error)))
         os.write(theirs, found.encode())
         os._exit(0)
@@ -68,7 +68,7 @@ def test_a_fork_goes_on_as_a_process_of_its_own(keep_graphs: int, tmp_path: Path
     given = torch.randn(4, 6).double()
     assert in_a_fork(lambda: error_of_a_pass(model, client, given)) < 1e-12
     assert [str(batch) for batch in store.waiting()] == ["a/1/0", "a/2/0"]
-    with pytest.raises(splitfed.ProtocolError, match="newer process than its number 1.*or a forked process this one"):
+    with pytest.raises(splitfed.ProtocolError, match=r"newer process than its number 1.*or a forked process this one"):
         error_of_a_pass(model, client, given)
 
 
@@ -89,7 +89,7 @@ def test_a_fork_that_trains_no_more_leaves_the_parent_alone(tmp_path: Path) -> N
 @pytest.mark.parametrize("in_block", [False, True])
 def test_a_forward_before_the_fork_has_no_backward_after_it(in_block: bool, tmp_path: Path) -> None:
     """Its record is the parent's, and so is the number of the batch: the child is told, the parent goes on."""
-    model, client, store = made(tmp_path)
+    _, client, store = made(tmp_path)
     given = torch.randn(4, 6).double()
     with client.batch(num_samples=None if in_block else 4):
         first = client(given).sum()

@@ -42,7 +42,7 @@ class Movable:
         return self
 
 
-Pair = namedtuple("Pair", "left right")  # noqa: PYI024 -- as users write it
+Pair = namedtuple("Pair", "left right")
 X = torch.ones(5, 2)
 IMAGES = [torch.ones(3, 4, 4 + number) for number in range(8)]
 

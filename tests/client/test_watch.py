@@ -1,4 +1,4 @@
-"""Warnings at an optimizer's step: of passes that mean another step of the body than of the half, and of newcomer's traps."""
+"""Warnings at an optimizer's step: passes that mean another step of the body than of the half, and newcomer's traps."""
 
 from __future__ import annotations
 
@@ -321,7 +321,7 @@ def test_a_model_of_the_same_shape_may_train_beside_it() -> None:
 
 @pytest.mark.parametrize("kind", ["alone", "accumulator", "rounds", "elsewhere"])
 def test_batches_that_nobody_commits_are_told_of(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """About a hundred, in the server's own process, without an accumulator; not in rounds, not through another transport."""
+    """About a hundred, in the server's process, without an accumulator; not in rounds, nor by another transport."""
     monkeypatch.setattr(watch, "MANY_BATCHES", 5)
     half, body = splitfed.split(sandwich(nn.Linear(8, 8)), "body")
     store = splitfed.GradientStore(f"memory://{uuid.uuid4()}")

@@ -337,6 +337,7 @@ class Batch:
             self._process = self._connection.process
             self._seq = self._connection.number("batch")
         self.parts.append(call)
+        call.origin.in_batch = True
         ahead = len(self.parts) - 1
         return self.send(call, grads, ahead, self._seal(ahead) if seal else None)
 
@@ -409,8 +410,6 @@ class Batch:
             if origin.chain is not None and not origin.buffers_counted:
                 origin.chain.note(origin.place, chain.after)
             origin.buffers_counted = True
-        for call in parts:
-            call.origin.in_batch = True
         version = max(call.version for call in parts)
         self._connection.buffers.close(version, stored=stored)
         self._passes.watch.note_batch(status, parts[0].version, says_scale=self._says_scale)

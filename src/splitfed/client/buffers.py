@@ -67,7 +67,7 @@ class Continued(Protocol):
     buffers_counted: bool
     """Whether a batch has what it left, if it continues no call and none continues it."""
     in_batch: bool
-    """Whether a batch of it was closed, maybe as rejected."""
+    """Whether a batch has it as a part, be it rejected in the end."""
 
 
 class Recorded(Protocol):
