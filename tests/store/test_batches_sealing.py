@@ -13,7 +13,7 @@ from harness import Split
 from harness_requests import ONES, SEAL, Site, X, ahead, back
 from torch import Tensor, nn
 
-from splitfed.errors import DigestError, ExpiredError, SplitFedError
+from splitfed.errors import DigestError, ExpiredError, InputError, SplitFedError
 from splitfed.protocol import packing
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import Chain, GradientRecord, Housekeeping, Seal
@@ -143,3 +143,71 @@ def test_a_part_that_was_changed(field: str, value: Any) -> None:
     with pytest.raises(SplitFedError):
         made.client(torch.randn(4, 6)).sum().backward()
     assert made.waiting() == []
+
+
+@pytest.mark.parametrize("changes", [{"seed": 8}, {"inputs": ((X + 1,), {})}, {"training": False}], ids=str)
+def test_a_call_isnt_overwritten_by_another_of_its_number(changes: dict[str, Any]) -> None:
+    """As two copies of one running process would make them: the second is told, the first gets its own gradient."""
+    site = Site(f"memory://{uuid.uuid4()}")
+    site.forward()
+    with pytest.raises(DigestError, match=r"call 0 of client 'a' was made before with other content.*new SplitClient"):
+        site.forward(site.other, incarnation=1, **changes)
+    assert site.other.backward(back()).status == "stored"
+    assert waiting(site).gradients["weight"].tolist() == [[4, 2], [4, 2]]
+
+
+def test_a_repeated_forward_is_answered_again() -> None:
+    """On any replica; the record of one that was computed with other bits gives way, as the client gets the later."""
+    site = Site(f"memory://{uuid.uuid4()}")
+    first = site.forward()
+    (key,) = site.store.blobs.list("body/forward")
+    before = bytes(site.store.blobs.get(key) or b"")
+    again = site.forward(site.other, incarnation=1)
+    assert again.crcs == first.crcs
+    assert bytes(site.store.blobs.get(key) or b"") == before
+    record = site.store.pile().forward(0, "a", 1, 0)
+    assert record is not None
+    site.store.blobs.put(key, packing.pack(replace(record, crcs=(1,), numerics="another")))
+    site.forward(site.other, incarnation=1)
+    assert bytes(site.store.blobs.get(key) or b"") == before
+
+
+def test_equal_gradients_at_the_cut_of_other_inputs_are_another_batch() -> None:
+    """A plain sum has the same gradient whatever the inputs: the parameter gradients tell the two apart."""
+    site = Site(f"memory://{uuid.uuid4()}")
+    site.forward()
+    site.server.backward(back())
+    site.forward(incarnation=1, call=1, housekeeping=Housekeeping(released=((0, 0),)))
+    site.forward(incarnation=1, call=0, inputs=((X + 1,), {}))
+    with pytest.raises(DigestError, match=r"batch a/1/0 was sent before for other inputs.*new SplitClient"):
+        site.other.backward(back())
+    assert waiting(site).gradients["weight"].tolist() == [[4, 2], [4, 2]]
+
+
+def test_what_isnt_counted_is_answered_and_not_stored() -> None:
+    """The gradients of the inputs, and nothing on file; the same call may count after it."""
+    site = Site(f"memory://{uuid.uuid4()}")
+    site.forward()
+    answer = site.server.backward(back(counted=False, seal=None))
+    assert answer.status == "uncounted"
+    assert answer.grad_inputs[0].tolist() == [[2, 2], [2, 2]]  # type: ignore[union-attr]
+    assert site.store.waiting() == []
+    assert site.server.backward(back()).status == "stored"
+
+
+@pytest.mark.parametrize("after", [0, 5], ids=["itself", "none"])
+def test_a_chain_after_none_is_refused(after: int) -> None:
+    """What it continues must be an earlier chain of the seal."""
+    site = Site(f"memory://{uuid.uuid4()}")
+    site.forward()
+    with pytest.raises(InputError, match=f"chain after part {after}: expected the last part of an earlier chain"):
+        site.server.backward(back(seal=replace(SEAL, chains=(Chain(2.0, 0, after),))))
+    assert site.store.waiting() == []
+
+
+def test_chains_that_continue_each_other_are_one_update() -> None:
+    """From what the first began with to what the last ended with, in the weight of both."""
+    site = two_parts()
+    seal = replace(CLOSE, chains=(Chain(2.0, 0), Chain(3.0, 1, 0)))
+    site.other.backward(back(part=2, call=None, grad_outputs=(), seal=seal))
+    assert [update.num_samples for update in waiting(site).buffers] == [5]

@@ -127,6 +127,7 @@ class Accumulator:
         self._versions = store.lineage(lineage)
         self._pile = store.pile(lineage)
         store.begin(place)
+        store.attended = True
         self._versions.initialise(self._template.fingerprint(), state, part=stamp_of(body))
         self._unreported: Counter[str] = Counter()
         """What was cleaned up since the last commit of this accumulator, for the next record."""

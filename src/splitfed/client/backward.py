@@ -3,7 +3,8 @@
 Autograd runs a pass as a graph task. The first call that a task reaches opens the pass and queues a
 callback for its end (as DDP does); each call is one part. When no other call of the client is to be
 run in the task, the seal rides in the last part's request, so the ordinary batch costs no request
-more. A pass that fails leaves a number that the next request gives up.
+more. A pass that fails leaves a number that the next request gives up. Passes that a block sums
+leave their parts in one batch, which the end of the block seals.
 
 The trap: a reentrant checkpoint runs a task inside of a task. Its calls were made while the outer
 one was running, and belong to that one; then only the callback at the outer end may seal.
@@ -11,31 +12,35 @@ one was running, and belong to that one; then only the callback at the outer end
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterable, Mapping
+import warnings
+import weakref
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from splitfed.client.blocks import Scope, Sum, is_accumulating
+from splitfed.client.buffers import BufferChain, is_counted
 from splitfed.client.connection import Connection
+from splitfed.client.watch import Watch
+from splitfed.errors import InputError
 from splitfed.protocol.messages import BackwardAnswer, BackwardRequest, Chain, Seal
-
-
-class Scope:
-    """A `client.batch(...)` block: its calls count `num_samples` together."""
-
-    def __init__(self, num_samples: float | None, loss_scale: float | None) -> None:
-        self.num_samples = num_samples
-        self.loss_scale = loss_scale
 
 
 class Origin(Protocol):
     """One `client(...)` call, as a batch sees it."""
 
+    chain: BufferChain | None
+    """The calls that it continues, and those that continue it."""
+    place: int
     buffers_counted: bool
     """Whether an earlier pass has taken its buffers: a retained graph passes again, but ran forward
     once."""
+    in_batch: bool
+    doubt: str | None
+    """Why what it counts may be another number."""
 
     @property
     def num_samples(self) -> float:
@@ -44,7 +49,7 @@ class Origin(Protocol):
 
     @property
     def scope(self) -> Scope | None:
-        """The `client.batch(...)` block around it."""
+        """The `client.batch(...)` blocks around it."""
         ...
 
 
@@ -54,6 +59,8 @@ class Reached(Protocol):
     version: int
     number: int
     training: bool
+    counts: bool
+    """Whether a pass that accumulates parameter gradients counts here: not in a frozen half."""
 
     @property
     def origin(self) -> Origin:
@@ -62,12 +69,25 @@ class Reached(Protocol):
 
 
 class Passes:
-    """The backward passes under way over one client's calls."""
+    """The backward passes under way over one client's calls, and the batch that a block holds open.
 
-    def __init__(self, connection: Connection) -> None:
+    Args:
+        connection: The client's process.
+        watch: What is told of the passes.
+    """
+
+    def __init__(self, connection: Connection, watch: Watch) -> None:
+        self.scope: Scope | None = None
+        """The `client.batch(...)` blocks that are open."""
+        self.watch = watch
+        self.has_trainer = False
+        """Whether Accelerate has prepared the client."""
         self._connection = connection
+        self._sum: Sum | None = None
         self._open: dict[int, Pass] = {}
         self._lock = threading.Lock()
+        # Weakly: the watch is told of, and is no reason to keep a client.
+        watch.settle = weakref.WeakMethod(self.settle)
 
     def current(self, task: int) -> Pass:
         """The pass of a graph task; to be called inside of that task.
@@ -77,7 +97,7 @@ class Passes:
         with self._lock:
             found = self._open.get(task)
             if found is None:
-                found = self._open[task] = Pass(self._connection)
+                found = self._open[task] = Pass(self, self._held())
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
         return found
 
@@ -96,27 +116,125 @@ class Passes:
             for task in dead:
                 self._open.pop(task).fail()
 
+    def counts(self, call: Reached, accumulates: bool) -> bool:
+        """Whether the pass under way counts at a call.
+
+        Args:
+            call: The call.
+            accumulates: Whether it accumulates parameter gradients, as `loss.backward()` does.
+        """
+        # What is said at the backward comes first, then what was said at the forward.
+        for scope in (self.scope, call.origin.scope):
+            if scope is not None and scope.count is not None:
+                return scope.count
+        return accumulates and call.counts
+
+    # --------------------------------------------------------------------- passes that are summed
+
+    def open_sum(self) -> Sum | None:
+        """Sum the passes from here on; `None` if an outer block does so already."""
+        if self._sum is not None and not self._sum.automatic:
+            return None
+        self.settle()
+        self._sum = self.watch.block = Sum(self._new(), automatic=False)
+        return self._sum
+
+    def close_sum(self, opened: Sum) -> None:
+        """Seal what the block has summed."""
+        self._sum = self.watch.block = None
+        self.give_up()
+        if opened.is_broken:
+            opened.batch.fail()
+            warnings.warn(
+                f"a backward pass within client.batch() of client {self._connection.client_id!r} "
+                "has failed, so nothing that the block has summed counts: "
+                "the body gets no gradient of it",
+                stacklevel=5,
+            )
+        opened.batch.seal()
+
+    def drop_sum(self, opened: Sum, error: BaseException) -> None:
+        """Give up what the block has summed, and say so on the error that ends it."""
+        self._sum = self.watch.block = None
+        self.give_up()
+        if opened.num_passes and opened.batch.parts:
+            said = (
+                f"{opened.num_passes} backward passes that client.batch() had summed were dropped: "
+                "nothing of them counts for the body"
+            )
+            if sys.version_info >= (3, 11):
+                error.add_note(said)
+            else:
+                warnings.warn(said, stacklevel=5)
+        opened.batch.fail()
+
+    def settle(self) -> None:
+        """Seal what a trainer has accumulated so far: its optimizer steps now."""
+        held = self._sum
+        if held is not None and held.automatic:
+            self._sum = None
+            held.batch.seal()
+
+    def note_loss(self) -> None:
+        """A `client.loss(...)` is about to count, by itself.
+
+        Raises:
+            InputError: it is in a block that sums.
+        """
+        held = self._sum
+        if held is None or held.automatic:
+            return
+        if held.has_loss or held.batch.parts:
+            raise _not_summed()
+        held.has_loss = True
+
+    def _held(self) -> Sum | None:
+        held = self._sum
+        if (
+            held is None
+            and self.has_trainer
+            and is_accumulating()
+            and not self._connection.scale_is_said(self.scope)
+        ):
+            held = self._sum = Sum(self._new(), automatic=True)
+        return held
+
+    def _new(self) -> Batch:
+        return Batch(self._connection, self)
+
     def _end(self, task: int) -> None:
         with self._lock:
             ended = self._open.pop(task, None)
-        if ended is not None:
-            ended.finish()
+        if ended is None:
+            return
+        ended.finish()
+        if self._sum is not None and not self._sum.is_held:
+            self._sum = None
 
 
 class Pass:
-    """One backward pass: its parts so far, and its seal."""
+    """One backward pass over the calls of a client.
 
-    def __init__(self, connection: Connection) -> None:
+    Args:
+        passes: Those of its client.
+        held: The sum that it is part of, if there is one.
+    """
+
+    def __init__(self, passes: Passes, held: Sum | None) -> None:
         self.thread = threading.get_ident()
-        self._connection = connection
-        self._seq: int | None = None
-        self._scale = 1.0
-        self._parts: list[Reached] = []
-        self._skipped: list[Reached] = []
-        self._sealed = False
+        self._passes = passes
+        self._held = held
+        self._batch: Batch = passes._new() if held is None else held.batch
+        self._done: set[int] = set()
+        self._begun = False
 
     def backward(
-        self, call: Reached, grads: tuple[Tensor | None, ...], *, may_seal: bool
+        self,
+        call: Reached,
+        grads: tuple[Tensor | None, ...],
+        *,
+        may_seal: bool,
+        accumulates: bool = True,
     ) -> BackwardAnswer | None:
         """Send one call's gradients; `None` if there are none to send.
 
@@ -124,69 +242,144 @@ class Pass:
             call: The recorded call.
             grads: The gradients of its outputs.
             may_seal: Whether the seal may ride along if no other call is outstanding.
+            accumulates: Whether the pass accumulates parameter gradients.
         """
+        self._done.add(id(call))
         if all(grad is None for grad in grads):
-            self._skipped.append(call)
             return None
         if not call.training:
             # In eval mode nothing counts: the inputs get their gradients, and there is no part.
-            return self._send(call, grads, -1, None)
-        if self._sealed or self._seq is None:
-            self._begin(call)
-        self._parts.append(call)
-        seal = None
-        # The last part takes the seal along: the ordinary batch costs two requests and not three.
-        if may_seal and not self._has_others():
-            seal = self._seal(ahead=len(self._parts) - 1)
+            return self._batch.send(call, grads)
+        if not self._passes.counts(call, accumulates):
+            self._passes.watch.note_uncounted()
+            return self._batch.send(call, grads, counted=False)
         try:
-            return self._send(call, grads, len(self._parts) - 1, seal)
+            self._begin(call)
+            # The last part takes the seal along: the ordinary batch costs two requests and not
+            # three.
+            ends = self._held is None or not self._held.is_held
+            return self._batch.add(call, grads, seal=may_seal and ends and not self._has_others())
         except BaseException:
             self.fail()
             raise
 
     def finish(self) -> None:
         """Seal what the end of the pass finds open."""
-        if self._seq is None or self._sealed or not self._parts:
+        if self._held is not None:
+            self._held.num_passes += self._begun
+            if self._held.is_held:
+                return
+        self._batch.seal()
+
+    def fail(self) -> None:
+        """Give the batch up: nothing of it counts."""
+        if self._held is not None and self._held.num_passes:
+            self._held.is_broken = True
+        self._batch.fail()
+
+    def _begin(self, call: Reached) -> None:
+        if self._held is not None and self._held.has_loss:
+            raise _not_summed()
+        if not self._begun:
+            self._begun = True
+            self._passes.watch.note_pass(self._batch.join(call))
+
+    def _has_others(self) -> bool:
+        """Whether the task under way has still to reach another call that makes a part."""
+        outstanding: list[Any] = self._passes._connection.outstanding()
+        return any(
+            id(call) not in self._done and call.training and self._passes.counts(call, True)
+            for call in outstanding
+        )
+
+
+class Batch:
+    """One batch: its number, its parts so far, and its seal.
+
+    Args:
+        connection: The client's process.
+        passes: Those of its client.
+    """
+
+    def __init__(self, connection: Connection, passes: Passes) -> None:
+        self.parts: list[Any] = []
+        self._connection = connection
+        self._passes = passes
+        self._process = ""
+        self._seq: int | None = None
+        self._scale: float | None = None
+        self._says_scale = False
+
+    def join(self, call: Reached) -> float:
+        """A pass that begins at a call is to be part of it.
+
+        Returns:
+            What its loss is multiplied by.
+
+        Raises:
+            InputError: the loss scale isn't that of the passes before, or is no number.
+        """
+        scope = call.origin.scope
+        own = None if scope is None else scope.loss_scale
+        scale = self._connection.scale() if own is None else own
+        if self.parts and scale != self._scale:
+            raise InputError(
+                f"client.batch() sums passes of one loss scale: expected {self._scale} "
+                f"as in the first, got {scale}"
+            )
+        self._scale = scale
+        self._says_scale = self._connection.scale_is_said(scope)
+        return scale
+
+    def add(self, call: Reached, grads: tuple[Tensor | None, ...], *, seal: bool) -> BackwardAnswer:
+        """Send a part, with the seal if it is the last one."""
+        if self._seq is None:
+            self._process = self._connection.process
+            self._seq = self._connection.number("batch")
+        self.parts.append(call)
+        call.origin.in_batch = True
+        ahead = len(self.parts) - 1
+        return self.send(call, grads, ahead, self._seal(ahead) if seal else None)
+
+    def seal(self) -> None:
+        """Seal it, if it has parts."""
+        if self._seq is None or not self.parts:
             return
         try:
-            self._send(None, (), len(self._parts), self._seal(ahead=len(self._parts)))
+            ahead = len(self.parts)
+            self.send(None, (), ahead, self._seal(ahead))
         except BaseException:
             self.fail()
             raise
 
     def fail(self) -> None:
-        """Give the batch up: nothing of it counts."""
-        if self._seq is not None and not self._sealed:
+        """Give it up: nothing of it counts."""
+        # The numbers of a forked process are its own.
+        if self._seq is not None and self._process == self._connection.process:
             self._connection.abandon(self._seq)
+        self._reset()
+
+    def _reset(self) -> None:
         self._seq = None
-        self._parts = []
-        self._sealed = False
-
-    def _begin(self, call: Reached) -> None:
-        scope = call.origin.scope
-        own = None if scope is None else scope.loss_scale
-        self._scale = self._connection.scale() if own is None else own
-        # After a seal the same pass may go on: what it reaches from here is the next batch.
-        self._seq = self._connection.number("batch")
-        self._parts = []
-        self._sealed = False
-
-    def _has_others(self) -> bool:
-        """Whether the task under way has still to reach another call that makes a part."""
-        done = {id(call) for call in [*self._parts, *self._skipped]}
-        return any(
-            id(call) not in done and getattr(call, "training", False)
-            for call in self._connection.outstanding()
-        )
+        self.parts = []
 
     def _seal(self, ahead: int) -> Seal:
-        chains, total = _chains(self._parts)
-        parts = tuple((call.version, number) for number, call in enumerate(self._parts[:ahead]))
-        return Seal(parts, total, self._scale, chains)
+        chains, total = _chains(self.parts)
+        for call in self.parts:
+            self._connection.doubt(call.origin)
+        parts = tuple((call.version, number) for number, call in enumerate(self.parts[:ahead]))
+        return Seal(parts, total, 1.0 if self._scale is None else self._scale, chains)
 
-    def _send(
-        self, call: Reached | None, grads: tuple[Tensor | None, ...], part: int, seal: Seal | None
+    def send(
+        self,
+        call: Reached | None,
+        grads: tuple[Tensor | None, ...],
+        part: int = 0,
+        seal: Seal | None = None,
+        *,
+        counted: bool = True,
     ) -> BackwardAnswer:
+        """Send the gradients of a call, the seal, or both."""
         connection = self._connection
         with connection.housekeeping() as notes:
             answer = connection.transport.backward(
@@ -194,42 +387,76 @@ class Pass:
                     client_id=connection.client_id,
                     incarnation=connection.incarnation or 0,
                     seq=self._seq or 0,
-                    part=max(part, 0),
-                    version=self._parts[0].version if call is None else call.version,
+                    part=part,
+                    version=self.parts[0].version if call is None else call.version,
                     call=None if call is None else call.number,
                     grad_outputs=grads,
                     seal=seal,
                     housekeeping=notes,
+                    counted=counted,
                 )
             )
         if seal is not None:
-            self._sealed = True
-            if answer.status == "stored":
-                for counted in self._parts:
-                    counted.origin.buffers_counted = True
-            connection.note_status(answer.status, seal.num_samples, seal.loss_scale)
+            self._note(seal, answer.status)
         return answer
+
+    def _note(self, seal: Seal, status: str) -> None:
+        """Take note of what became of it. The pass may go on: then the next batch begins."""
+        parts = self.parts
+        self._reset()
+        stored = status == "stored"
+        for chain in seal.chains if stored else ():
+            origin = parts[chain.last_part].origin
+            if origin.chain is not None and not origin.buffers_counted:
+                origin.chain.note(origin.place, chain.after)
+            origin.buffers_counted = True
+        version = max(call.version for call in parts)
+        self._connection.buffers.close(version, stored=stored)
+        self._passes.watch.note_batch(status, parts[0].version, says_scale=self._says_scale)
+        self._connection.note_status(status, seal.num_samples, seal.loss_scale)
 
 
 def _chains(parts: list[Any]) -> tuple[tuple[Chain, ...], float]:
     """The chains of a batch, one for each `client(...)` call that it reaches, and its weight."""
     last = _last_parts(parts)
     by_scope = _samples_by_scope(last)
+    places: dict[int, dict[int, int]] = {}
+    for origin, number in last:
+        if origin.chain is not None and not is_counted(origin):
+            places.setdefault(id(origin.chain), {})[origin.place] = number
+    # Those that continue others come after them.
+    if any(len(others) > 1 for others in places.values()):
+        last.sort(key=lambda pair: pair[0].place)
     chains = []
     for origin, number in last:
         share = origin.num_samples
-        scope = origin.scope
-        if scope is not None and scope.num_samples is not None:
+        scope = _weigher(origin)
+        if scope is not None:
             # A block says what its calls count together: each gets its part of that.
-            share = scope.num_samples * origin.num_samples / by_scope[id(scope)]
+            share = scope.said * origin.num_samples / by_scope[id(scope)]
         # A retained graph passes again, but its forward moved the buffers only once.
-        if not origin.buffers_counted:
-            chains.append(Chain(share, number))
+        if not is_counted(origin):
+            after = None
+            if origin.chain is not None:
+                after = origin.chain.after(origin.place, places[id(origin.chain)])
+            chains += _chain(parts, origin, share, number, after)
     total = 0.0
-    for key, scope in {id(origin.scope): origin.scope for origin, _ in last}.items():
-        natural = scope is None or scope.num_samples is None
-        total += by_scope[key] if natural else scope.num_samples
+    for key, scope in {id(_weigher(origin)): _weigher(origin) for origin, _ in last}.items():
+        total += by_scope[key] if scope is None else scope.said
     return tuple(chains), total
+
+
+def _chain(
+    parts: list[Any], origin: Any, share: float, number: int, after: int | None
+) -> list[Chain]:
+    first = min(
+        (place for place, call in enumerate(parts) if call.origin is origin),
+        key=lambda place: parts[place].number,
+    )
+    if after != -1 or first == number:
+        return [Chain(share, number, after)]
+    # What the last of its calls began with is the first one's end.
+    return [Chain(share / 2, first, after), Chain(share / 2, number, first)]
 
 
 def _last_parts(parts: list[Any]) -> list[tuple[Any, int]]:
@@ -243,32 +470,23 @@ def _last_parts(parts: list[Any]) -> list[tuple[Any, int]]:
     return list(last.values())
 
 
+def _weigher(origin: Any) -> Any:
+    """The block that says what a call counts; `None` if it counts by itself."""
+    return None if origin.scope is None else origin.scope.weigher
+
+
 def _samples_by_scope(last: list[tuple[Any, int]]) -> dict[int, float]:
     """What the calls of each `client.batch(...)` block count by themselves, by the block's id."""
     samples: dict[int, float] = {}
     for origin, _ in last:
-        key = id(origin.scope)
+        key = id(_weigher(origin))
         samples[key] = samples.get(key, 0.0) + origin.num_samples
     return samples
 
 
-def count_samples(*given: Any) -> float:
-    """The default weight of a call: the first dimension of the first tensor among its arguments."""
-    tensor = _first_tensor(given)
-    return float(tensor.shape[0]) if tensor is not None and tensor.dim() else 1.0
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, torch.Tensor):
-        return value
-    if isinstance(value, Mapping):
-        children: Iterable[Any] = value.values()
-    elif isinstance(value, list | tuple):
-        children = value
-    else:
-        return None
-    for child in children:
-        found = _first_tensor(child)
-        if found is not None:
-            return found
-    return None
+def _not_summed() -> InputError:
+    return InputError(
+        "client.loss() counts by itself, at the forward, so client.batch() can't sum it with other "
+        "passes: call client(x) and compute the loss here, or put each client.loss() into a block "
+        "of its own"
+    )

@@ -12,18 +12,22 @@ version is that call's, and the CRC of the outputs proves it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextvars import Token
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from splitfed.client.backward import Passes, Scope
+from splitfed.client.backward import Passes
+from splitfed.client.buffers import BufferChain
 from splitfed.client.connection import Connection
 from splitfed.client.inplace import guard
+from splitfed.client.samples import Weight
 from splitfed.errors import ExpiredError, ReplayError, UnsupportedError
 from splitfed.model.arguments import carried, check_gradients
 from splitfed.model.boundary import uncached
@@ -53,25 +57,29 @@ class Session:
     Args:
         connection: The client's process.
         passes: Its backward passes.
-        num_samples: What the call counts, in examples.
-        scope: The `client.batch(...)` block around it.
+        weight: What the call counts.
         version: Pinned version; `None` for the newest at the first cut call.
+        counts: Whether passes over it may count: not in a frozen half.
     """
 
     def __init__(
         self,
         connection: Connection,
         passes: Passes,
-        num_samples: float,
-        scope: Scope | None,
+        weight: Weight,
         version: int | None,
+        counts: bool = True,
     ) -> None:
         self.connection = connection
         self.passes = passes
-        self.num_samples = num_samples
-        self.scope = scope
+        self.num_samples, self.doubt = weight
+        self.scope = passes.scope
         self.version = version
+        self.counts = counts
+        self.chain: BufferChain | None = None
+        self.place = -1
         self.buffers_counted = False
+        self.in_batch = False
         self._made: list[_Made] = []
         self._token: Token[Caller | None] | None = None
 
@@ -92,12 +100,19 @@ class Session:
         if torch._C._current_graph_task_id() == -1:
             self.passes.give_up()
         seed = Seed()
-        before = self._made[-1] if self._made else None
         with self.connection.housekeeping() as notes, uncached():
+            before, continued = self._before(point)
             request, tensors = self.request(point, args, kwargs, seed, before, notes)
+            if continued is not None:
+                request = replace(request, previous_version=continued.version)
             answer = self.connection.transport.forward(request)
         self._note(answer, seed)
         point.note(answer.written)
+        if continued is not None:
+            if continued.version == answer.version:
+                self.connection.buffers.follow(self, continued)
+            else:
+                before = continued = None
         self._made.append(
             _Made(
                 request.cut,
@@ -107,7 +122,32 @@ class Session:
                 request.call if request.grad else None,
             )
         )
-        return self._connect(request, answer, tensors)
+        outputs, recorded = self._connect(request, answer, tensors)
+        if answer.moved:
+            self._note_moved(recorded, continued)
+        return outputs
+
+    def _before(self, point: Called) -> tuple[_Made | None, RecordedCall | None]:
+        """The call whose buffers the next one continues; if it is another session's, its record."""
+        if self._made:
+            return self._made[-1], None
+        if not point.training or not torch.is_grad_enabled():
+            return None, None
+        tip: Any = self.connection.buffers.before(self.version)
+        return (None, None) if tip is None else (tip.made, tip)
+
+    def _note_moved(self, recorded: RecordedCall | None, before: RecordedCall | None) -> None:
+        """A call in train mode has moved buffers."""
+        if recorded is None:
+            if not _is_checkpointed():
+                self.passes.watch.note_without_grad()
+            return
+        recorded.moved = True
+        recorded.made = replace(self._made[-1], before=None)
+        recorded.before = before
+        buffers = self.connection.buffers
+        buffers.moved(recorded)
+        self.passes.watch.note_buffers(buffers)
 
     def recompute(
         self,
@@ -142,7 +182,7 @@ class Session:
                 session._note(answer, seed)
                 if request.grad and made.number is None:
                     made.number = request.call
-                return session._connect(request, answer, tensors)
+                return session._connect(request, answer, tensors)[0]
             if request.grad:
                 session.connection.release(RecordedCall(session, request, answer.version))
         raise ReplayError(
@@ -212,19 +252,37 @@ class Session:
 
     def _connect(
         self, request: ForwardRequest, answer: ForwardAnswer, tensors: list[Tensor]
-    ) -> Any:
-        """The outputs, as autograd should see them."""
+    ) -> tuple[Any, RecordedCall | None]:
+        """The outputs, as autograd should see them, and the call if it may have a backward."""
         spec, outputs = pytree.flatten(answer.outputs)
         if tensors:
             outputs = [output.to(tensors[0].device) for output in outputs]
         recorded = RecordedCall(self, request, answer.version) if request.grad else None
-        if recorded is not None and any(answer.requires_grad):
+        # In a frozen half nothing requires grad that doesn't come in with it.
+        live = any(answer.requires_grad) and (self.counts or any(request.requires_grad))
+        if recorded is not None and live:
             crossing = (recorded, answer.requires_grad, outputs, dummy(), *tensors)
             outputs = list(_Cross.apply(*crossing))  # type: ignore[no-untyped-call]
-        elif recorded is not None:
+        elif recorded is not None and not (answer.moved and request.training):
             self.connection.release(recorded)
+        elif recorded is not None:
+            self.connection.keep(recorded)
         self._apply_changes(answer.changed, tensors, recorded)
-        return pytree.unflatten(spec, outputs)
+        return pytree.unflatten(spec, outputs), recorded
+
+
+def _is_checkpointed() -> bool:
+    """Whether a reentrant checkpoint runs this call: it is made again, with grad, at the backward.
+
+    That is asked of the stack, as nothing else tells it from `no_grad` around an evaluation.
+    """
+    module = sys.modules.get("torch.utils.checkpoint")
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if module is not None and frame.f_code.co_filename == module.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _calls_with_seed(
@@ -247,15 +305,29 @@ class RecordedCall:
         self.version = version
         self.number = request.call
         self.training = request.training
+        self.counts = origin.counts
+        self.moved = False
+        """Whether it has moved buffers, so that another call may continue it ..."""
+        self.made: _Made | None = None
+        self.before: RecordedCall | None = None
+        """... and the call of an earlier session that it continues."""
+        self._process = origin.connection.process
         self.task = torch._C._current_graph_task_id()
         """The graph task that the call was made in, if it is a recompute; else -1."""
         self._answered: tuple[Tensor | None, ...] = ()
 
-    def backward(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """The gradients of the inputs, from the server; empty if there are none."""
+    def backward(
+        self, grads: tuple[Tensor | None, ...], accumulates: bool
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of the inputs, from the server; empty if there are none.
+
+        Raises:
+            UnsupportedError: the process was forked since the forward.
+        """
+        self.origin.connection.check_process(self._process)
         outer = self.origin.passes.opened(self.task)
         under_way = outer or self.origin.passes.current(torch._C._current_graph_task_id())
-        answer = under_way.backward(self, grads, may_seal=outer is None)
+        answer = under_way.backward(self, grads, may_seal=outer is None, accumulates=accumulates)
         self._answered = () if answer is None else answer.grad_inputs
         return self._answered
 
@@ -295,7 +367,10 @@ class _Cross(torch.autograd.Function):
         # Asked for because it raises, as a local model would, if the graph was freed.
         ctx._raw_saved_tensors  # noqa: B018
         check_gradients(grads)
-        found = ctx.call.backward(grads) or [None] * len(ctx.devices)
+        # The node after the dummy accumulates its gradient, empty as it is, exactly where a pass
+        # accumulates those of parameters: not under torch.autograd.grad or backward(inputs=...).
+        accumulates = torch._C._will_engine_execute_node(ctx.next_functions[0][0])
+        found = ctx.call.backward(grads, accumulates) or [None] * len(ctx.devices)
         moved = [
             None if grad is None else grad.to(device)
             for grad, device in zip(found, ctx.devices, strict=False)

@@ -21,13 +21,16 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
-from splitfed.client.backward import Passes, Scope, count_samples
+from splitfed.client.backward import Passes
+from splitfed.client.blocks import Scope
 from splitfed.client.calls import Session
 from splitfed.client.connection import Connection, LossScale
 from splitfed.client.half import HalfSync, take_part
 from splitfed.client.loss import LossSession
+from splitfed.client.samples import weigh
 from splitfed.client.sharing import Sharing
 from splitfed.client.transports import as_transport
+from splitfed.client.watch import Watch
 from splitfed.errors import CutError, InputError, SplitFedError, UnsupportedError
 from splitfed.model.arguments import explanation
 from splitfed.model.cutpoint import CutPoint
@@ -113,8 +116,10 @@ class CutMethod:
         """Run it across the cut."""
         client = self._client
         client._refuse_replica()
-        samples = count_samples(args, kwargs)
-        with Session(client._connection, client._passes, samples, client._scope, client._pinned):
+        passes, weight = client._passes, weigh(args, kwargs)
+        counts = passes.watch.trains()
+        passes.has_trainer = "_is_accelerate_prepared" in client.__dict__
+        with Session(client._connection, passes, weight, client._pinned, counts):
             try:
                 return self._run(*args, **kwargs)
             except (TypeError, RuntimeError, AttributeError) as error:
@@ -179,7 +184,6 @@ class SplitClient(StandIn):
     _connection: Connection
     _passes: Passes
     _sync: HalfSync
-    _scope: Scope | None
     _pinned: int | None
 
     def __init__(
@@ -214,9 +218,14 @@ class SplitClient(StandIn):
         # Past __setattr__: an attribute that is set on a client goes to its half.
         self.__dict__["_connection"] = Connection(transport, client_id, loss_scale)
         self._connection.sharing = Sharing.of(client_half, client_id)
-        self.__dict__["_passes"] = Passes(self._connection)
-        self.__dict__["_sync"] = HalfSync(client_half, self._connection, personal)
-        self.__dict__["_scope"] = None
+        sync = self.__dict__["_sync"] = HalfSync(client_half, self._connection, personal)
+        # In rounds many batches of one version wait, and their coordinator commits them.
+        watch = Watch(
+            client_half,
+            client_id,
+            lambda: sync.version is None and getattr(transport, "unattended", False),
+        )
+        self.__dict__["_passes"] = Passes(self._connection, watch)
         self.__dict__["_pinned"] = None
 
     @property
@@ -252,9 +261,9 @@ class SplitClient(StandIn):
                 f"expected at least 2 arguments, got {len(args)}"
             )
         *inputs, target = args
-        session = LossSession(
-            self._connection, self._passes, count_samples(inputs, kwargs), self._scope, self._pinned
-        )
+        counts = self._passes.watch.trains(since_made=False)
+        weight = weigh(tuple(inputs), kwargs)
+        session = LossSession(self._connection, self._passes, weight, self._pinned, counts)
         session.target = target
         self._refuse_replica()
         return session.finish(self.client_half, tuple(inputs), kwargs)
@@ -271,21 +280,50 @@ class SplitClient(StandIn):
 
     @contextmanager
     def batch(
-        self, num_samples: float | None = None, *, loss_scale: float | None = None
+        self,
+        num_samples: float | None = None,
+        *,
+        loss_scale: float | None = None,
+        count: bool | None = None,
     ) -> Iterator[SplitClient]:
-        """Set the weight of the calls within: for tokens, nodes, or sequence-first tensors.
+        """Make one batch of the passes within, or say what the calls within count.
+
+        Without a weight and a scale, all backward passes that end within the block make one batch,
+        whose gradient is their sum, as torch accumulates. It is sealed at the end of the block. If
+        an exception ends the block, nothing of it counts.
+
+        With them, they are set for the calls within: for tokens, nodes, or sequence-first tensors.
 
         Args:
             num_samples: Weight of the batch, in whatever unit all clients use; by default the
-                leading dimension of the first tensor given to `client(...)`, summed over the calls.
+                leading dimension of the first tensor given to `client(...)`, or the length of a
+                list of tensors, summed over the calls.
             loss_scale: Overrides the client's own.
+            count: Whether the passes count, of the calls within and of those that end within.
+                By default `loss.backward()` does, and `torch.autograd.grad`, `backward(inputs=...)`
+                and passes over a frozen half don't. In eval mode none does.
         """
-        before = self._scope
-        self.__dict__["_scope"] = Scope(num_samples, loss_scale)
+        passes = self._passes
+        before = passes.scope
+        plain = num_samples is None and loss_scale is None and count is not False
+        summed = passes.open_sum() if plain else None
+        passes.scope = Scope(num_samples, loss_scale, count, before)
         try:
             yield self
-        finally:
-            self.__dict__["_scope"] = before
+        except BaseException as error:
+            passes.scope = before
+            if summed is not None:
+                passes.drop_sum(summed, error)
+            raise
+        passes.scope = before
+        if summed is not None:
+            passes.close_sum(summed)
+
+    def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
+        """Freeze the half, or train it again: passes over a frozen one count nothing."""
+        self.client_half.requires_grad_(requires_grad)
+        self._passes.watch.is_frozen = not requires_grad
+        return self
 
     def pull(self) -> int:
         """Copy the newest client half into this one, in place; the user's optimizer isn't touched.
@@ -295,7 +333,10 @@ class SplitClient(StandIn):
         Returns:
             The version.
         """
-        return self._sync.pull()
+        self._passes.settle()
+        version = self._sync.pull()
+        self._passes.watch.note_pull()
+        return version
 
     def push(self, num_samples: float | None = None, *, gradient: bool = False) -> None:
         """Publish what this half has learned since the last pull or push.
@@ -311,6 +352,7 @@ class SplitClient(StandIn):
             InputError: nothing was pulled, there are no samples, or no gradient or one of a half
                 that has moved.
         """
+        self._passes.settle()
         self._sync.push(num_samples, gradient=gradient)
 
     def rounds(

@@ -3,6 +3,10 @@
 Calls are numbered at the forward, batches at the backward. What a request confirms rides along with
 it: graphs that are gone (their records may go too) and numbers that were given up. A request that
 fails hands that back, to ride with the next.
+
+The trap: a fork inherits all of this, and both processes would number alike under one incarnation.
+So whoever asks for a number is asked for its process id first, and a fork begins anew: what it
+inherited is the parent's.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ from typing import Any, Protocol
 
 import torch
 
+from splitfed.client.blocks import Scope
+from splitfed.client.buffers import Continuation
 from splitfed.client.sharing import Sharing
-from splitfed.errors import InputError
+from splitfed.errors import InputError, UnsupportedError
 from splitfed.protocol.messages import Housekeeping
 from splitfed.protocol.transport import Transport
 
@@ -68,23 +74,61 @@ class Connection:
         self.transport = transport
         self.client_id = client_id
         self.loss_scale = loss_scale
-        self.incarnation: int | None = None
-        self.process = os.urandom(16).hex()
         self.seen = 0
         self.counted = Counted()
         """The batches stored since the last push or pull."""
         self.sharing: Sharing | None = None
         """Who else trains its half."""
+        self._warned: set[str] = set()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin as a process of its own."""
+        # A lock that another thread held at the fork would stay locked in the child.
+        self._lock = threading.RLock()
+        self._incarnation: int | None = None
+        self._process = os.urandom(16).hex()
+        self.buffers = Continuation()
+        """Which call continues whose buffers."""
         self._next = {"call": 0, "batch": 0, "push": 0}
-        self._live: list[tuple[Recorded, weakref.ref[Any]]] = []
+        self._live: list[tuple[Recorded, Callable[[], Any]]] = []
         self._abandoned: list[int] = []
         self._answered: list[int] = []
         self._released: list[tuple[int, int]] = []
-        self._warned: set[str] = set()
-        self._lock = threading.RLock()
+        self._pid = os.getpid()
+
+    @property
+    def process(self) -> str:
+        """What this process calls itself."""
+        if self._pid != os.getpid():
+            self._begin()
+        return self._process
+
+    @property
+    def incarnation(self) -> int | None:
+        """The number of this process, once a server has opened it."""
+        if self._pid != os.getpid():
+            self._begin()
+        return self._incarnation
+
+    def check_process(self, process: str) -> None:
+        """Refuse the graph of a call that another process has made.
+
+        Raises:
+            UnsupportedError: it was forked after that call.
+        """
+        if process != self.process:
+            raise UnsupportedError(
+                f"client {self.client_id!r} made this forward before the process was forked, and "
+                "its record belongs to the parent: call client(...) and backward() in one process. "
+                "A fork is a process of its own; where several train, give each a SplitClient with "
+                "a client_id of its own"
+            )
 
     def number(self, kind: str) -> int:
         """The next number of a 'call', 'batch' or 'push'."""
+        if self._pid != os.getpid():
+            self._begin()
         with self._lock:
             self._next[kind] += 1
             return self._next[kind] - 1
@@ -92,13 +136,18 @@ class Connection:
     def opened(self, incarnation: int | None, version: int) -> None:
         """Take note of what an answer says."""
         with self._lock:
-            self.incarnation = incarnation if self.incarnation is None else self.incarnation
+            self._incarnation = incarnation if self._incarnation is None else self._incarnation
             self.seen = max(self.seen, version)
 
     def watch(self, call: Recorded, node: Any) -> None:
         """Keep a call on record for as long as its node of the graph can still be run."""
         with self._lock:
             self._live.append((call, weakref.ref(node)))
+
+    def keep(self, call: Recorded) -> None:
+        """Keep a call on record that has no graph, for as long as the next one may continue it."""
+        with self._lock:
+            self._live.append((call, lambda: None))
 
     def release(self, call: Recorded) -> None:
         """A recorded call that has no graph needs no record."""
@@ -128,14 +177,10 @@ class Connection:
     @contextmanager
     def housekeeping(self) -> Iterator[Housekeeping]:
         """What the request within confirms; handed back if it fails."""
+        if self._pid != os.getpid():
+            self._begin()
         with self._lock:
-            kept = []
-            for call, node in self._live:
-                if _can_run(node()):
-                    kept.append((call, node))
-                else:
-                    self._released.append((call.version, call.number))
-            self._live = kept
+            self._live = self._needed()
             held: tuple[list[Any], ...] = (self._released, self._abandoned, self._answered)
             notes = Housekeeping(*(tuple(numbers[:MOST_NOTES]) for numbers in held))
             for numbers in held:
@@ -148,6 +193,50 @@ class Connection:
                 self._abandoned += notes.abandoned
                 self._answered += notes.answered
             raise
+
+    def _needed(self) -> list[tuple[Recorded, Callable[[], Any]]]:
+        """The calls whose record is needed; the others are released."""
+        kept, gone = [], []
+        for call, node in self._live:
+            if _can_run(node()):
+                kept.append((call, node))
+            else:
+                gone.append((call, node))
+        if gone:
+            # A call continues another one's buffers: the next one, or one that is recomputed.
+            continued = {id(getattr(call, "before", None)) for call, _ in kept}
+            continued.add(id(self.buffers.tip))
+            for call, node in gone:
+                if getattr(call, "moved", False):
+                    self.buffers.gone(call)
+                if id(call) in continued:
+                    kept.append((call, node))
+                else:
+                    self._released.append((call.version, call.number))
+        return kept
+
+    def scale_is_said(self, scope: Scope | None) -> bool:
+        """Whether the user has said what losses are multiplied by, be it for accumulation.
+
+        The scale of GradScaler says nothing of how many passes a step has.
+        """
+        if scope is not None and scope.loss_scale is not None:
+            return True
+        if isinstance(getattr(self.loss_scale, "__self__", None), torch.amp.GradScaler):
+            return False
+        return callable(self.loss_scale) or self.loss_scale != 1
+
+    def doubt(self, origin: Any) -> None:
+        """Warn, once, that what a call counts is doubtful, if nobody has said it."""
+        scope = origin.scope
+        if origin.doubt is None or (scope is not None and scope.weigher is not None):
+            return
+        self.warn_once(
+            "weight",
+            f"a batch of client {self.client_id!r} counts {origin.num_samples:g} examples, "
+            f"and that may be wrong: {origin.doubt} among the arguments of the call. "
+            "Say the number of examples: with client.batch(num_samples=...)",
+        )
 
     def scale(self) -> float:
         """The loss scale now.

@@ -122,6 +122,9 @@ class HalfSync:
         if self._unanswered is None:
             return None
         request, state, counted = self._unanswered
+        if request.process != self._connection.process:  # forked since: it is the parent's
+            self._unanswered = None
+            return None
         try:
             answer = self._connection.transport.push(request)
         except (InputError, ArchitectureError, ProtocolError):  # refused for good

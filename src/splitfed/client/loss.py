@@ -49,9 +49,12 @@ class LossSession(Session):
         seed = Seed()
         ahead, tensors = self.request(point, args, kwargs, seed, None)
         samples = self.num_samples
-        if self.scope is not None and self.scope.num_samples is not None:
-            samples = self.scope.num_samples
-        self._pending = LossRequest(ahead, 0, self.target, samples), tensors, seed
+        if self.scope is not None and self.scope.weigher is not None:
+            samples = self.scope.weigher.said
+        said = None if self.scope is None else self.scope.count
+        counted = self.counts if said is None else said
+        request = LossRequest(ahead, 0, self.target, samples, counted)
+        self._pending = request, tensors, seed
         self._stand_in = torch.empty(0, device="cpu")
         return self._stand_in
 
@@ -82,7 +85,10 @@ class LossSession(Session):
     def _send(self, request: LossRequest) -> LossAnswer:
         """The server's answer; a batch that counts is numbered here, and given up if none comes."""
         ahead = request.forward
-        counts = ahead.grad and ahead.training
+        counts = ahead.grad and ahead.training and request.counted
+        if counts:
+            self.passes.note_loss()
+            self.connection.doubt(self)
         scale = None if self.scope is None else self.scope.loss_scale
         if scale is None:
             # Asked for before the request: a wrong one raises while nothing has counted yet.
@@ -99,6 +105,14 @@ class LossSession(Session):
         if counts:
             self.connection.answered(seq)
             self.connection.note_status(answer.status, request.num_samples, scale)
+            self.connection.buffers.close(answer.version, stored=answer.status == "stored")
+            watch = self.passes.watch
+            watch.note_pass(scale)
+            watch.note_batch(
+                answer.status,
+                answer.version,
+                says_scale=self.connection.scale_is_said(self.scope),
+            )
         return answer
 
     def _ends_at_cut(self, half: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

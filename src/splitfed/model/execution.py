@@ -358,13 +358,14 @@ def check_replay(record: ForwardRecord, replayed: Run, hint: str) -> None:
 
 
 def backward(
-    done: Run, grad_outputs: Sequence[Tensor | None]
+    done: Run, grad_outputs: Sequence[Tensor | None], *, counted: bool = True
 ) -> tuple[list[Tensor | None], dict[str, Tensor]]:
     """Gradients of a run's inputs and trainable parameters; frees its graph.
 
     Args:
         done: The run.
         grad_outputs: For each distinct output tensor, its gradient or `None`.
+        counted: Whether those of the parameters are wanted.
 
     Returns:
         The gradients of the inputs (`None` where there is none), and those of the parameters that
@@ -376,7 +377,8 @@ def backward(
     torch.get_num_threads()  # as in `run`
     outputs, gradients = _seeds(done, grad_outputs)
     inputs = [leaf for leaf in done.leaves if leaf.requires_grad]
-    targets = [*inputs, *done.parameters.values()]
+    parameters = done.parameters if counted else {}
+    targets = [*inputs, *parameters.values()]
     if not outputs or not targets:
         return [None] * len(done.leaves), {}
     device = outputs[0].device
@@ -384,10 +386,10 @@ def backward(
     # draws under its seed. Autocast off, as what surrounds this call is written down nowhere.
     with compute_lock, torch.inference_mode(False), _autocast(None, device), _BodyErrors():
         found = torch.autograd.grad(outputs, targets, gradients, allow_unused=True)
-    _check_dense([*["an input"] * len(inputs), *done.parameters], found)
+    _check_dense([*["an input"] * len(inputs), *parameters], found)
     of_inputs = iter(found)
     grad_inputs = [next(of_inputs) if leaf.requires_grad else None for leaf in done.leaves]
-    of_parameters = zip(done.parameters, found[len(inputs) :], strict=True)
+    of_parameters = zip(parameters, found[len(inputs) :], strict=True)
     return grad_inputs, {name: g for name, g in of_parameters if g is not None}
 
 

@@ -95,6 +95,9 @@ class ForwardRequest(Request):
     settings: Settings = field(default_factory=dict, metadata=ADDED)
     """What the half has changed of the part: by module and attribute (`layer.beta`,
     `1.training`)."""
+    previous_version: int | None = field(default=None, metadata=ADDED)
+    """The version that `previous` ran at, if it is a call of an earlier `client(...)`: at any other
+    this call begins with the version's own buffers."""
 
     def tensors(self) -> list[Tensor]:
         """The tensors that it carries, each distinct one once."""
@@ -161,6 +164,14 @@ class Chain:
     num_samples: float
     last_part: int
     """The part whose call came last in the forward order."""
+    after: int | None = field(default=None, metadata=ADDED)
+    """What its buffers are the change from: `None` for those of the version, -1 for what its call
+    began with, else the end of the chain whose last part this is."""
+
+    def plain(self) -> tuple[Any, ...]:
+        """Its content for a digest, in plain values."""
+        after = () if self.after is None else (self.after,)
+        return (self.num_samples, self.last_part, *after)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,7 +186,7 @@ class Seal:
 
     def plain(self) -> tuple[Any, ...]:
         """Its content for a digest, in plain values: their `repr` is ten times as fast."""
-        chains = [(chain.num_samples, chain.last_part) for chain in self.chains]
+        chains = [chain.plain() for chain in self.chains]
         return self.parts, self.num_samples, self.loss_scale, chains
 
     def digest(self, batch: BatchId) -> str:
@@ -248,6 +259,9 @@ class LossRequest(Request):
     seq: Number
     target: Any
     num_samples: float
+    counted: bool = field(default=True, metadata=ADDED)
+    """Whether the parameter gradients count; if not, the inputs get theirs, and nothing is
+    stored."""
 
     @property
     def client_id(self) -> str:

@@ -47,6 +47,8 @@ KEPT_LINES = 16
 WRITTEN = 256
 """Of so many attributes that a body sets a client is told."""
 
+Buffers = Mapping[str, Tensor]
+
 CallKey = tuple[int, str, int, int]
 """(version, client id, incarnation, number of the call)"""
 
@@ -91,6 +93,8 @@ class Runner:
         self._device = settings.device
         self._models: Bounded[int, Model] = Bounded(max(1, settings.keep_models))
         self._graphs: Bounded[CallKey, tuple[ForwardRecord, Run]] = Bounded(settings.keep_graphs)
+        self._ends: Bounded[CallKey, tuple[Buffers, Buffers]] = Bounded(settings.keep_graphs)
+        """The buffers of calls whose graph is used up: at their end, and their version's."""
 
     def version(self, request: ForwardRequest) -> int:
         """The version to run at: the pinned one, or the head, for which the store is asked.
@@ -161,6 +165,9 @@ class Runner:
             ExpiredError: the version's weights are gone.
         """
         held = self._graphs.pop(key)
+        if held is not None and record.training and held[1].buffers:
+            # The next call may begin with what this one left.
+            self._ends.put(key, (held[1].buffers, held[1].bases))
         return held[1] if held else self._replay(record, key[0])
 
     def check_kept(
@@ -209,11 +216,29 @@ class Runner:
         self._graphs.pop(key)
 
     def share(
-        self, done: Run, gradients: dict[str, Tensor], digest: str, num_samples: float = 1.0
+        self,
+        done: Run,
+        gradients: dict[str, Tensor],
+        digest: str,
+        num_samples: float = 1.0,
+        start: Mapping[str, Tensor] | None = None,
     ) -> GradientRecord:
-        """What a call contributes to its batch."""
-        values = _changed(done)
+        """What a call contributes to its batch.
+
+        Args:
+            done: The call.
+            gradients: Of its parameters.
+            digest: Of the request.
+            num_samples: Its weight.
+            start: The buffers that it began with, where they aren't the version's: then its update
+                is there twice, as the change from the version and as that from these.
+        """
+        values = changed_buffers(done)
         bases = {name: done.bases[name] for name in values}
+        buffers = [BufferUpdate(values, bases, num_samples)]
+        if start is not None:
+            own = {name: start.get(name, base) for name, base in bases.items()}
+            buffers.append(BufferUpdate(values, own, num_samples))
         return GradientRecord(
             kind="gradient",
             base_version=done.version,
@@ -222,7 +247,7 @@ class Runner:
             digest=digest,
             numerics=self._numerics,
             gradients=gradients,
-            buffers=[BufferUpdate(values, bases, num_samples)],
+            buffers=buffers,
         )
 
     def _model(self, version: int) -> Model:
@@ -253,10 +278,15 @@ class Runner:
                 self._lineage.forget(model.version)
 
     def _continued_buffers(self, request: ForwardRequest, version: int) -> dict[str, Tensor] | None:
-        """The buffers that an earlier call of the same `client(...)` changed, as it left them."""
+        """The buffers that an earlier call of the client changed, as it left them."""
         if request.previous is None or request.incarnation is None:
             return None
+        if request.previous_version not in (None, version):
+            return None
         key = (version, request.client_id, request.incarnation, request.previous)
+        ended = self._ends.get(key)
+        if ended is not None:
+            return _changed(*ended)
         held = self._graphs.get(key)
         if held is None:
             record = self._pile.forward(*key)
@@ -266,7 +296,7 @@ class Runner:
                     "whose buffers this one continues, is gone"
                 )
             held = self._graphs.put(key, (record, self._replay(record, version)))
-        return _changed(held[1])
+        return changed_buffers(held[1])
 
     def _replay(
         self, record: ForwardRecord, version: int, finish: Callable[[Any], Any] | None = None
@@ -347,13 +377,17 @@ def _is_first(number: int) -> bool:
     return is_power_of_two(number) and number.bit_length() % 2 == 1
 
 
-def _changed(done: Run) -> dict[str, Tensor]:
+def changed_buffers(done: Run) -> dict[str, Tensor]:
     """The buffers of each submodule that changed one of its own.
 
     A statistic may come out of an update as it was, and still count.
     """
+    return _changed(done.buffers, done.bases)
+
+
+def _changed(buffers: Buffers, bases: Buffers) -> dict[str, Tensor]:
     owners = set()
-    for name, value in done.buffers.items():
-        if not same_bits(value, done.bases[name]):
+    for name, value in buffers.items():
+        if not same_bits(value, bases[name]):
             owners.add(name.rpartition(".")[0])
-    return {name: v for name, v in done.buffers.items() if name.rpartition(".")[0] in owners}
+    return {name: v for name, v in buffers.items() if name.rpartition(".")[0] in owners}

@@ -194,12 +194,15 @@ class SplitServer:
         _check_gradients(record, request.grad_outputs)
         done = line.runner.take(key, record)
         sent = request.grad_outputs
-        grad_inputs, gradients = execution.backward(done, sent)
-        line.runner.check_kept(record, done, sent, (grad_inputs, gradients))
-        if not record.training:  # a call in eval mode belongs to no batch
+        counted = request.counted
+        grad_inputs, gradients = execution.backward(done, sent, counted=counted)
+        if counted:
+            line.runner.check_kept(record, done, sent, (grad_inputs, gradients))
+        # A call in eval mode belongs to no batch.
+        if not record.training or not counted:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
         # Acknowledged only once it is on file: whatever dies after this answer, the batch counts.
-        share = line.runner.share(done, gradients, request.digest())
+        share = line.runner.share(done, gradients, request.digest(), start=record.buffers)
         if request.seal is not None:
             status = line.sealer.seal(batch, request.part, request.seal, share)
             return BackwardAnswer(tuple(grad_inputs), status)
@@ -225,7 +228,7 @@ class SplitServer:
         self._check_part(ahead)
         self._check_settings(ahead)
         incarnation = ahead.incarnation
-        counts = ahead.grad and ahead.training
+        counts = ahead.grad and ahead.training and request.counted
         is_first = False
         line = self._lines.of(check_client_id(ahead.client_id), ahead.process)
         if counts and incarnation is None:
@@ -248,8 +251,9 @@ class SplitServer:
         call, done = line.runner.run(ahead, version, finish=finish)
         value = _scalar(done)
         one = torch.ones_like(value) if value.requires_grad else None
-        grad_inputs, gradients = execution.backward(done, [one])
-        if one is not None:
+        counted = request.counted
+        grad_inputs, gradients = execution.backward(done, [one], counted=counted)
+        if one is not None and counted:
             line.runner.check_kept(call, done, [one], (grad_inputs, gradients), finish)
         status = "uncounted"
         if counts:
@@ -272,6 +276,11 @@ class SplitServer:
     def pull(self, request: PullRequest, /) -> PullAnswer:
         """The client half, newest or at a version; version -1 if nobody has published one."""
         return self._halves.pull(check_types(request))
+
+    @property
+    def unattended(self) -> bool:
+        """Whether no accumulator of this process is on its store."""
+        return not self.store.attended
 
     def push(self, request: PushRequest, /) -> PushAnswer:
         """Take a client half's update in, or begin its lineage.

@@ -4,6 +4,11 @@ A gradient is created once under its batch id. A retry finds it there: with the 
 success, with another it is an error, and either way nothing is counted twice. Forwards and parts
 are transient: their loss costs one batch a retry, so they are never fsynced.
 
+The trap: two processes may bear one incarnation (a restored snapshot of a machine does) and number
+their calls alike. So a forward is created too and never overwritten by another; and as many losses
+have the same gradient at the cut (a plain sum), two batches with one digest are the same only if
+their parameter gradients are.
+
 A batch is closed by its seal: what its parts add up to becomes one gradient file. Parts add up in
 the order in which autograd reached the calls, in the gradients' own dtype, as autograd itself would
 have done it. A gradient that isn't finite is answered like any other (GradScaler makes Inf by
@@ -16,6 +21,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from splitfed.blobs.contract import Blobs
@@ -67,8 +73,26 @@ class Pile:
     def put_forward(
         self, version: int, client_id: str, incarnation: int, call: int, record: ForwardRecord
     ) -> None:
-        """Keep a forward until its backward is confirmed or its version expires."""
-        self.blobs.put(self.keys.forward(version, client_id, incarnation, call), pack(record))
+        """Keep a forward until its backward is confirmed or its version expires.
+
+        Raises:
+            DigestError: that call was made before with other content.
+        """
+        key = self.keys.forward(version, client_id, incarnation, call)
+        parts = pack(record)
+        if self.blobs.create(key, parts, durable=False):
+            return
+        data = self.blobs.get(key)
+        if data is not None and bytes(data) == b"".join(parts):
+            return
+        if data is not None and _asked(unpack(ForwardRecord, data)) != _asked(record):
+            raise DigestError(
+                f"call {call} of client {client_id!r} was made before with other content: two "
+                "processes bear its incarnation, as copies of a running one do. "
+                "Make a new SplitClient in each of them"
+            )
+        # A retry that was computed elsewhere: its bits are the ones that the client gets.
+        self.blobs.put(key, parts)
 
     def forward(
         self, version: int, client_id: str, incarnation: int, call: int
@@ -126,8 +150,13 @@ class Pile:
         for key in keys:
             self.blobs.delete(key)
 
-    def create(self, batch: BatchId, record: GradientRecord) -> str:
+    def create(self, batch: BatchId, record: GradientRecord, *, exactly: bool = False) -> str:
         """Add a pending batch, once.
+
+        Args:
+            batch: Its id.
+            record: Its content.
+            exactly: Whether one of that digest must have this gradient too.
 
         Returns:
             The kind of the file that holds it: this one's, or an earlier one's.
@@ -135,7 +164,15 @@ class Pile:
         Raises:
             DigestError: that id was used before with other content.
         """
-        return self._create(self.keys.gradient(batch), record, f"batch {batch}", durable=True)
+        key, name = self.keys.gradient(batch), f"batch {batch}"
+        kind = self._create(key, record, name, durable=True)
+        if kind is None:
+            return record.kind
+        if exactly and kind == record.kind:
+            found = self.read(batch)
+            if found is not None:
+                _check_same(found.gradients, record.gradients, name)
+        return kind
 
     def read(self, batch: BatchId) -> GradientRecord | None:
         """A pending batch, or `None`.
@@ -172,12 +209,13 @@ class Pile:
         for batch in batches:
             self.blobs.delete(self.keys.gradient(batch))
 
-    def _create(self, key: str, record: GradientRecord, name: str, *, durable: bool) -> str:
+    def _create(self, key: str, record: GradientRecord, name: str, *, durable: bool) -> str | None:
+        """Create a file; the kind of one that was there with this digest, else `None`."""
         if self.blobs.create(key, pack(record), durable=durable):
-            return record.kind
+            return None
         data = self.blobs.get(key)
         if data is None:  # folded and dropped meanwhile: it was there, and counted
-            return record.kind
+            return None
         found = peek(GradientRecord, data, ("kind", "digest"))
         if found["digest"] != record.digest:
             if found["kind"] == "skip":
@@ -241,7 +279,7 @@ class Sealer:
             return self._lineage.outcome(batch).status
         if not all(all_finite(gradient) for gradient in record.gradients.values()):
             record = replace(record, kind="rejected", gradients={}, buffers=[])
-        return OUTCOMES[self._pile.create(batch, record)].status
+        return OUTCOMES[self._pile.create(batch, record, exactly=True)].status
 
     def seal(self, batch: BatchId, own: int, seal: Seal, share: GradientRecord | None) -> str:
         """Make a batch of its parts.
@@ -273,7 +311,7 @@ class Sealer:
             digest=seal.digest(batch) if share is None else share.digest,
             numerics=self._numerics,
             gradients=_sum([part.gradients for part in parts.values()]),
-            buffers=[_last_update(chain, parts) for chain in seal.chains],
+            buffers=_updates(seal.chains, parts),
         )
         status = self.store(batch, record)
         # Only now: were the parts dropped first and the process killed, the retry would find
@@ -306,7 +344,7 @@ class Sealer:
                     f"part {number} of batch {batch} has left the store, "
                     "so the batch is lost and counts nowhere: go on with the next one"
                 )
-            if len(part.buffers) != 1:
+            if len(part.buffers) not in (1, 2):
                 raise FormatError(
                     f"part {number} of batch {batch} isn't one call's share: "
                     f"{len(part.buffers)} of them"
@@ -345,11 +383,62 @@ def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return total
 
 
+def _updates(chains: Sequence[Chain], parts: Mapping[int, GradientRecord]) -> list[BufferUpdate]:
+    """What the chains of a batch left in the buffers; those that continue each other are one."""
+    found: dict[int, BufferUpdate] = {}
+    for chain in chains:
+        update = _last_update(chain, parts)
+        if chain.after is not None and chain.after >= 0:
+            earlier = found.pop(chain.after, None)
+            if earlier is None:
+                raise InputError(
+                    f"a seal has a chain after part {chain.after}: "
+                    f"expected the last part of an earlier chain, {sorted(found)}"
+                )
+            bases = {**update.bases, **earlier.bases}
+            total = earlier.num_samples + update.num_samples
+            update = BufferUpdate(update.values, bases, total)
+        found[chain.last_part] = update
+    return list(found.values())
+
+
 def _last_update(chain: Chain, parts: Mapping[int, GradientRecord]) -> BufferUpdate:
     """What a chain of calls left in the buffers: its last call's update, weighted as the chain."""
     if chain.last_part not in parts:
         raise InputError(
             f"a seal names part {chain.last_part}, which isn't among its parts {sorted(parts)}"
         )
-    last = parts[chain.last_part].buffers[0]
+    # The first is the change from the version, the last that from what the call began with.
+    buffers = parts[chain.last_part].buffers
+    last = buffers[-1] if chain.after == -1 else buffers[0]
     return replace(last, num_samples=positive("num_samples", chain.num_samples))
+
+
+def _asked(record: ForwardRecord) -> bytes:
+    """What was asked for, without what came of it: another numerics class has other bits there."""
+    return b"".join(pack(replace(record, buffers=None, outputs=(), crcs=(), numerics="")))
+
+
+def _check_same(found: Mapping[str, Tensor], computed: Mapping[str, Tensor], name: str) -> None:
+    """Refuse a gradient whose digest is on file with another gradient.
+
+    A repeated backward may be computed by a kernel without a fixed order, or in another numerics
+    class: differences of rounding are none.
+
+    Raises:
+        DigestError: it is another one.
+    """
+    for parameter, gradient in computed.items():
+        other = found.get(parameter)
+        if other is not None and other.shape == gradient.shape:
+            wide = torch.complex128 if gradient.is_complex() else torch.float64
+            own = gradient.detach().to("cpu", wide)
+            distance = (own - other.to("cpu", wide)).norm()
+            if distance <= torch.finfo(gradient.dtype).eps ** 0.5 * own.norm():
+                continue
+            if not math.isfinite(float(distance)):
+                continue
+        raise DigestError(
+            f"{name} was sent before for other inputs: two processes bear the incarnation of its "
+            "client, as copies of a running one do. Make a new SplitClient in each of them"
+        )

@@ -72,7 +72,8 @@ class Clients:
         if self._blobs.get(layout.client(client_id, incarnation + 1)) is not None:
             raise SupersededError(
                 f"client {client_id!r} has begun a newer process than its number {incarnation}: "
-                "only the newest may count. Is a second SplitClient using the same client_id?"
+                "only the newest may count. Is a second SplitClient using the same client_id, or "
+                "a forked process this one? Give each a client_id of its own"
             )
         if (client_id, incarnation) not in self._opened:
             if self._blobs.get(layout.client(client_id, incarnation)) is None:

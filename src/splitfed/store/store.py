@@ -83,6 +83,8 @@ class GradientStore:
         self.blobs: Blobs = open_blobs(
             self.url, fsync=sync == "power", shared=shared, **storage_options
         )
+        self.attended = False
+        """Whether this process has an accumulator on it."""
         self._lineages: Bounded[str, tuple[Lineage, Pile]] = Bounded(KEPT_LINEAGES)
         self._registry: Clients | None = None
         self._rounds: Rounds | None = None
