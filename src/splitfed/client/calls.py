@@ -59,6 +59,7 @@ class Session:
         passes: Its backward passes.
         weight: What the call counts.
         version: Pinned version; `None` for the newest at the first cut call.
+        training: The client's mode.
         counts: Whether passes over it may count: not in a frozen half.
     """
 
@@ -68,6 +69,7 @@ class Session:
         passes: Passes,
         weight: Weight,
         version: int | None,
+        training: bool,
         counts: bool = True,
     ) -> None:
         self.connection = connection
@@ -75,6 +77,7 @@ class Session:
         self.num_samples, self.doubt = weight
         self.scope = passes.scope
         self.version = version
+        self.training = training
         self.counts = counts
         self.chain: BufferChain | None = None
         self.place = -1
@@ -131,7 +134,7 @@ class Session:
         """The call whose buffers the next one continues; if it is another session's, its record."""
         if self._made:
             return self._made[-1], None
-        if not point.training or not torch.is_grad_enabled():
+        if not point.mode_in(self.training) or not torch.is_grad_enabled():
             return None, None
         tip: Any = self.connection.buffers.before(self.version)
         return (None, None) if tip is None else (tip.made, tip)
@@ -206,6 +209,7 @@ class Session:
         autocast = None
         if torch.is_autocast_enabled(device):
             autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+        training = point.mode_in(self.training)
         return ForwardRequest(
             client_id=self.connection.client_id,
             incarnation=self.connection.incarnation,
@@ -214,7 +218,7 @@ class Session:
             cut=point.name,
             inputs=(args, kwargs),
             requires_grad=tuple(tensor.requires_grad for tensor in tensors),
-            training=point.training,
+            training=training,
             grad=torch.is_grad_enabled(),
             seed=seed.value,
             autocast=autocast,
@@ -223,7 +227,7 @@ class Session:
             previous=None if before is None else before.number,
             housekeeping=notes,
             part=point.part,
-            settings=point.settings(point.training),
+            settings=point.settings(training),
         ), tensors
 
     def _note(self, answer: ForwardAnswer, seed: Seed) -> None:

@@ -119,7 +119,8 @@ class CutMethod:
         passes, weight = client._passes, weigh(args, kwargs)
         counts = passes.watch.trains()
         passes.has_trainer = "_is_accelerate_prepared" in client.__dict__
-        with Session(client._connection, passes, weight, client._pinned, counts):
+        training = client.client_half.training
+        with Session(client._connection, passes, weight, client._pinned, training, counts):
             try:
                 return self._run(*args, **kwargs)
             except (TypeError, RuntimeError, AttributeError) as error:
@@ -263,7 +264,9 @@ class SplitClient(StandIn):
         *inputs, target = args
         counts = self._passes.watch.trains(since_made=False)
         weight = weigh(tuple(inputs), kwargs)
-        session = LossSession(self._connection, self._passes, weight, self._pinned, counts)
+        session = LossSession(
+            self._connection, self._passes, weight, self._pinned, self.training, counts
+        )
         session.target = target
         self._refuse_replica()
         return session.finish(self.client_half, tuple(inputs), kwargs)

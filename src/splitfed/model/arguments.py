@@ -112,7 +112,10 @@ def check_unchanged(spec: Any, entered: list[Tensor], given: Any, outputs: Any) 
         if found == spec and list(map(id, tensors)) == list(map(id, entered)):
             return
     returned = {id(value) for value in _containers(outputs)}
-    named = [dict(zip(("args", "kwargs"), tree, strict=True)) for tree in (pytree.unflatten(spec, entered), given)]
+    named = [
+        dict(zip(("args", "kwargs"), tree, strict=True))
+        for tree in (pytree.unflatten(spec, entered), given)
+    ]
     for place, before, after in _pairs(*named, ""):
         if id(after) not in returned and _has_more(before, after):
             raise ContainerError(

@@ -48,6 +48,14 @@ class Called:
         """The stamp of their cut; `None` if they were placed by hand."""
         return hole_of(self.points[0]).part
 
+    def mode_in(self, training: bool) -> bool:
+        """The mode to run in, within a client of this mode.
+
+        It is the client's, which decides what counts; a part that is in the other one, as a frozen
+        backbone may be, says so in its settings. One that was placed by hand can't.
+        """
+        return training if hole_of(self.points[0]).mirror is not None else self.training
+
     def settings(self, training: bool) -> Mapping[str, Any]:
         """What the half has changed of their parts.
 

@@ -351,7 +351,9 @@ def unfit(tensor: object, which: str) -> ContainerError:
         else:
             expected = f"at most {_most_dims(tensor)} dimensions that an address can count"
             hint = "reshape it first"
-    return ContainerError(f"{which} can't travel or be stored: expected {expected}, got {got}; {hint}")
+    return ContainerError(
+        f"{which} can't travel or be stored: expected {expected}, got {got}; {hint}"
+    )
 
 
 def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
