@@ -217,7 +217,8 @@ class Watch:
 
     def _check_foreign(self, optimizer: Any) -> None:
         """Warn of an optimizer that steps in place of the half's own: of the model it came from."""
-        if self._has_stepped or not self._since.batches or "optimizer" in self._told:
+        # In rounds halves are averaged: that steps by an optimizer too, and maybe without a gradient.
+        if self._has_stepped or self._is_in_rounds or not self._since.batches:
             return
         groups = optimizer.param_groups
         if any(p.grad is not None for group in groups for p in group["params"]):
