@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from splitfed.errors import AbsentError, NotConnectedError, UnsupportedError
 from splitfed.model.skeleton import Template
+from splitfed.model.tracing import UNBROKEN, refuse_script, refuse_tracing
 
 REMEMBERED_CALLERS = 32
 """So many `client(...)` calls may be recomputed at a time; for an older one nobody answers."""
@@ -103,6 +104,8 @@ class CutPoint(nn.Module):
         return call(self, args, kwargs)
 
     forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+    forward._torchdynamo_disable_msg = UNBROKEN  # type: ignore[attr-defined]
+    __prepare_scriptable__ = refuse_script
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -138,6 +141,7 @@ class CutPoint(nn.Module):
             if caller not in self._callers:
                 self._callers.append(caller)
             return caller.call(self, args, kwargs)
+        refuse_tracing()
         raise NotConnectedError(
             "this client half was called by itself, so its cut point has no server: wrap it, "
             "client = SplitClient(client_half, server, client_id=...), and call client(...); "

@@ -21,6 +21,7 @@ import json
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -68,6 +69,7 @@ class Lineage:
         self._states: Bounded[int, dict[str, Tensor]] = Bounded(CACHED)
         self._applied: Bounded[int, BatchSet] = Bounded(CACHED)
         self._frozen: dict[str, dict[str, Tensor]] = {}
+        self._noticed = False
         self._verified: dict[int, bool] = {}
         """Whether a version's cached weights have their commit's hash; absent until it is known."""
 
@@ -221,13 +223,45 @@ class Lineage:
             self.blobs.create(self.keys.fingerprint, [json.dumps(fingerprint, indent=1).encode()])
         module = "the client half" if self.name == "client" else "the body"
         compare(self.fingerprint(), fingerprint, module)
-        if self.head() >= 0:
+        head = self.head()
+        if head >= 0:
+            self._notice_unused(state, head)
             return
         frozen = self._create_frozen(state)
         commit = Commit(0, "initial", "", {}, frozen, source=source)
         made = self.publish(commit, state, None, BatchSet())
         if made is None and frozen is not None and self.commit(0).frozen != frozen:
             self.blobs.delete(self.keys.frozen(frozen))
+
+    def _notice_unused(self, state: Mapping[str, Tensor], head: int) -> None:
+        """Warn, once, of weights that come too late: a checkpoint for a run that has begun.
+
+        By the hashes that commits hold of their files: nothing is read.
+        """
+        given = next(iter(state.values()), None)
+        if self.name != "body" or self._noticed or given is None or given.is_meta:
+            return
+        if any(self._holds(version, state) for version in dict.fromkeys((0, head))):
+            return
+        self._noticed = True
+        warnings.warn(
+            f"the weights of this body are neither those that the store's lineage {self.name!r} "
+            f"began with nor those of its newest version {head}, and aren't used: the store's are. "
+            "A loaded checkpoint needs a new store, or store.rollback to a version. If only the "
+            'structure is meant, build the body under torch.device("meta"), or from the same seed',
+            stacklevel=4,
+        )
+
+    def _holds(self, version: int, state: Mapping[str, Tensor]) -> bool:
+        """Whether a version has the bits of `state`."""
+        commit = self.commit(version)
+        frozen = self._frozen_names()
+        if frozen and commit.frozen != sha256(
+            safetensors.encode({name: state[name] for name in frozen})
+        ):
+            return False
+        found = sha256(self._contents(version, state, None, BatchSet())["weights"])
+        return found == commit.files["weights"]
 
     def publish(
         self, commit: Commit, state: Mapping[str, Tensor], optimizer: Any, applied: BatchSet
