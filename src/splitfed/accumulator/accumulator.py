@@ -124,7 +124,7 @@ class Accumulator:
         self._versions = store.lineage(lineage)
         self._pile = store.pile(lineage)
         store.begin(place)
-        self._versions.initialise(self._template.fingerprint(), state)
+        self._versions.begin_with(self._template.fingerprint(), state)
         self._unreported: Counter[str] = Counter()
         """What was cleaned up since the last commit of this accumulator, for the next record."""
         self._headers: dict[BatchId, dict[str, object]] = {}

@@ -91,7 +91,7 @@ class SplitServer:
         state = self._template.state(body)
         self.device = device_of(state, device)
         numerics = store.begin(self.device)
-        store.lineage(lineage).initialise(self._template.fingerprint(), state)
+        store.lineage(lineage).begin_with(self._template.fingerprint(), state)
         self._halves = Halves(store, numerics)
         self._clients = store.registry()
         settings = RunnerSettings(self._template, numerics, self.device, keep_models, keep_graphs)

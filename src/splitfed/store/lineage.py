@@ -208,13 +208,16 @@ class Lineage:
 
     def initialise(
         self, fingerprint: Fingerprint, state: Mapping[str, Tensor], source: int | None = None
-    ) -> None:
+    ) -> bool:
         """Publish version 0, unless it exists; the first writer wins.
 
         Args:
             fingerprint: The module's architecture.
             state: Its tensors by first name.
             source: The version of `body` that they are, for the line of one client.
+
+        Returns:
+            Whether there was no version before.
 
         Raises:
             ArchitectureError: the lineage was begun with another architecture.
@@ -223,24 +226,34 @@ class Lineage:
             self.blobs.create(self.keys.fingerprint, [json.dumps(fingerprint, indent=1).encode()])
         module = "the client half" if self.name == "client" else "the body"
         compare(self.fingerprint(), fingerprint, module)
-        head = self.head()
-        if head >= 0:
-            self._notice_unused(state, head)
-            return
+        if self.head() >= 0:
+            return False
         frozen = self._create_frozen(state)
         commit = Commit(0, "initial", "", {}, frozen, source=source)
         made = self.publish(commit, state, None, BatchSet())
         if made is None and frozen is not None and self.commit(0).frozen != frozen:
             self.blobs.delete(self.keys.frozen(frozen))
+        return True
 
-    def _notice_unused(self, state: Mapping[str, Tensor], head: int) -> None:
-        """Warn, once, of weights that come too late: a checkpoint for a run that has begun.
+    def begin_with(self, fingerprint: Fingerprint, state: Mapping[str, Tensor]) -> None:
+        """Publish a module's weights as version 0, or warn, once, that a body's come too late.
 
-        By the hashes that commits hold of their files: nothing is read.
+        Such are those of a checkpoint for a run that has begun. They are told by the hashes that
+        commits hold of their files: nothing is read.
+
+        Args:
+            fingerprint: The module's architecture.
+            state: Its tensors by first name.
+
+        Raises:
+            ArchitectureError: the lineage was begun with another architecture.
         """
-        given = next(iter(state.values()), None)
-        if self.name != "body" or self._noticed or given is None or given.is_meta:
+        # Halves that will be averaged may well begin with weights of their own.
+        if self.initialise(fingerprint, state) or self._noticed or self.name == "client":
             return
+        if any(tensor.is_meta for tensor in state.values()):
+            return
+        head = self.head()
         if any(self._holds(version, state) for version in dict.fromkeys((0, head))):
             return
         self._noticed = True
@@ -249,7 +262,7 @@ class Lineage:
             f"began with nor those of its newest version {head}, and aren't used: the store's are. "
             "A loaded checkpoint needs a new store, or store.rollback to a version. If only the "
             'structure is meant, build the body under torch.device("meta"), or from the same seed',
-            stacklevel=4,
+            stacklevel=3,
         )
 
     def _holds(self, version: int, state: Mapping[str, Tensor]) -> bool:
