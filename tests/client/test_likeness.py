@@ -103,7 +103,9 @@ def test_a_wrapper_without_a_signature_shows_what_it_wraps() -> None:
     made = client(Wrapper(NetForQuestionAnswering()), "base.body")
     assert shown(made.client_half) is made.client_half.base
     assert inspect.signature(made.forward) == inspect.signature(made.client_half.base.forward)
-    assert list(inspect.signature(type(made).forward).parameters)[1:] == list(inspect.signature(made.forward).parameters)
+    assert list(inspect.signature(type(made).forward).parameters)[1:] == list(
+        inspect.signature(made.forward).parameters
+    )
     assert made(torch.ones(2, 4)).shape == (2, 4)
 
 

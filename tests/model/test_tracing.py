@@ -95,12 +95,13 @@ def test_quantization_is_told_to_take_the_whole_model(quantize: Callable[[Any], 
 def test_a_compiler_that_may_not_end_its_graph_says_why(compiled: str) -> None:
     """torch.compile(fullgraph=True) and a strict export raise torch's own error, with our reason in it."""
     split = made()
+    runs: dict[str, Callable[[], Any]] = {
+        "client": lambda: torch.compile(split.client, fullgraph=True, backend="eager")(X),
+        "half": lambda: torch.compile(split.half, fullgraph=True, backend="eager")(X),
+        "export": lambda: torch.export.export(split.client, (X,), strict=True),
+    }
     with pytest.raises(torch._dynamo.exc.Unsupported, match=f"runs on a server.*without fullgraph=True.*{JOIN}"):
-        if compiled == "export":
-            torch.export.export(split.client, (X,), strict=True)
-        else:
-            model = split.client if compiled == "client" else split.half
-            torch.compile(model, fullgraph=True, backend="eager")(X)
+        runs[compiled]()
 
 
 @pytest.mark.parametrize("tool", ["torch.jit.trace", "torch.export", "torch.fx.symbolic_trace", "make_fx"])

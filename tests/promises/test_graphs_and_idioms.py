@@ -257,7 +257,7 @@ def test_forward_in_two_steps() -> None:
 
 
 def test_another_classifier() -> None:
-    """client.reset_classifier exchanges the half's head, which the client's parameters, optimizer and joined model have."""
+    """client.reset_classifier exchanges the half's head, which optimizer and joined model have then."""
     split = Split(VisionTransformer(), "blocks.1", f"memory://{uuid.uuid4()}")
     assert split.client.get_classifier() is split.half.head
     split.client.reset_classifier(5)
@@ -283,3 +283,13 @@ def test_adapters_are_merged_after_the_join() -> None:
         merged = joined.merge_and_unload()
         assert torch.allclose(merged(x), expected, rtol=0, atol=1e-5)
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+
+
+def test_adapters_for_the_client_are_warned_of() -> None:
+    """PEFT puts them on the half alone, where the unsplit model would have some in the body too."""
+    import peft
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    split = Split(model, "1", f"memory://{uuid.uuid4()}")
+    with pytest.warns(UserWarning, match="put on the half alone.*before split"):
+        peft.get_peft_model(split.client, peft.LoraConfig(target_modules="all-linear", r=2))

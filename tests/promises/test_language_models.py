@@ -1,6 +1,6 @@
-"""Language models of Hugging Face, fine-tuned as people do it: twenty steps with commits have the bits of the unsplit model.
+"""Language models of Hugging Face, fine-tuned as people do it: twenty steps have the bits of the unsplit model.
 
-`FAMILIES` is the table: a row a family, with what it is trained with. A new family, or a new way to train one, is a row.
+`FAMILIES` is the table: a row a family, with what it is trained with. A new family, or a new way to train, is a row.
 """
 
 from __future__ import annotations
@@ -162,7 +162,9 @@ def batches() -> list[Inputs]:
     return found
 
 
-def train(net: nn.Module, update: Callable[[], None], read: Callable[[], dict[str, Tensor]]) -> tuple[list[Step], Tensor]:
+def train(
+    net: nn.Module, update: Callable[[], None], read: Callable[[], dict[str, Tensor]]
+) -> tuple[list[Step], Tensor]:
     """Twenty steps from the same generator: what each computed, and where the generator is at the end."""
     torch.manual_seed(1)
     steps = []

@@ -37,6 +37,7 @@ from splitfed.model.skeleton import Template, device_of
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import BufferUpdate
 from splitfed.store.batchset import BatchSet, Verdict
+from splitfed.store.beginning import begin_with
 from splitfed.store.commit import Commit
 from splitfed.store.store import GradientStore, check_store
 
@@ -124,7 +125,7 @@ class Accumulator:
         self._versions = store.lineage(lineage)
         self._pile = store.pile(lineage)
         store.begin(place)
-        self._versions.begin_with(self._template.fingerprint(), state)
+        begin_with(self._versions, self._template.fingerprint(), state)
         self._unreported: Counter[str] = Counter()
         """What was cleaned up since the last commit of this accumulator, for the next record."""
         self._headers: dict[BatchId, dict[str, object]] = {}

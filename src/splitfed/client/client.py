@@ -38,18 +38,26 @@ from splitfed.protocol.messages import RoundInfo
 from splitfed.protocol.transport import Transport
 
 Self = TypeVar("Self", bound="StandIn")
-_SET_BY_OPACUS = "autograd_grad_sample_hooks"
 _COPIED = (
-    "a copy of it copies the half alone. Its body is the server's, at the newest version: an average "
-    "(EMA, SWA) is of the half, and a frozen teacher's body goes on learning. For one version of the "
-    "body call within copy.at(version); for an average of the whole model average "
+    "a copy of it copies the half alone. Its body is the server's, at the newest version: an "
+    "average (EMA, SWA) is of the half, and a frozen teacher's body goes on learning. For one "
+    "version of the body call within copy.at(version); for an average of the whole model average "
     "splitfed.join(client, store.load_weights(version)) over the versions"
 )
 _PRIVATE = (
     "per-sample gradients (as of Opacus) are taken in the half alone: clipping, noise and epsilon "
-    "cover what the half learns. They cover neither the body's gradient, which the server makes and "
-    "stores as it is, nor what crosses the cut"
+    "cover what the half learns. They cover neither the body's gradient, which the server makes "
+    "and stores as it is, nor what crosses the cut"
 )
+_ADAPTERS = (
+    "adapters (of PEFT) are put on the half alone, and none on the part that was cut out. "
+    "To adapt the whole model call get_peft_model(model, ...) before split()"
+)
+_SET_BY = {
+    "autograd_grad_sample_hooks": ("private", _PRIVATE),  # Opacus
+    "peft_config": ("adapters", _ADAPTERS),  # PEFT
+}
+"""What a tool that takes the client for the model sets on it, and what it has to be told."""
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -154,7 +162,8 @@ class ClientForward:
 
     def __get__(self, client: Any, owner: type | None = None) -> Callable[..., Any]:
         if client is None:
-            of_the_class: Callable[..., Any] = getattr(owner, "_forward_of_the_class")
+            kind: Any = owner
+            of_the_class: Callable[..., Any] = kind._forward_of_the_class
             return of_the_class
         replaced: Callable[..., Any] | None = client.__dict__.get("_replaced_forward")
         if replaced is not None:
@@ -366,7 +375,9 @@ class SplitClient(StandIn):
         """Look, at the first call that trains, whether a tool takes per-sample gradients."""
         if not self._trains and torch.is_grad_enabled():
             self.__dict__["_trains"] = True
-            if any(hasattr(parameter, "grad_sample") for parameter in self.client_half.parameters()):
+            if any(
+                hasattr(parameter, "grad_sample") for parameter in self.client_half.parameters()
+            ):
                 self._say("private", _PRIVATE)
 
     def _refuse_replica(self) -> None:
@@ -381,12 +392,13 @@ class SplitClient(StandIn):
             raise no_whole_model(
                 "torch.ao.quantization", "; to train quantization-aware, prepare before split()"
             )
-        if name == _SET_BY_OPACUS:
-            self._say("private", _PRIVATE)
+        if name in _SET_BY:
+            self._say(*_SET_BY[name])
         super().__setattr__(name, value)
 
     def _get_name(self) -> str:
-        return shown(self.client_half)._get_name()
+        name: str = shown(self.client_half)._get_name()
+        return name
 
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), type(self).__name__, 1)

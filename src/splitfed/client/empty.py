@@ -59,9 +59,10 @@ def _on_meta(point: CutPoint, spec: pytree.Spec, given: list[Tensor]) -> Any:
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         try:
             args, kwargs = pytree.unflatten(spec, [tensor.to("meta") for tensor in given])
-            for number, (_, name) in enumerate(point.origin.places):
-                part = deep_copy(blueprint.get_submodule(name))
-                outputs = part(*args, **kwargs) if number == 0 else part(outputs)
+            first, *rest = (blueprint.get_submodule(name) for _, name in point.origin.places)
+            outputs = deep_copy(first)(*args, **kwargs)
+            for part in rest:
+                outputs = deep_copy(part)(outputs)
             return pytree.flatten(outputs)
         except Exception:  # noqa: BLE001 -- whatever the user's code makes of tensors without values
             return None

@@ -44,11 +44,14 @@ def shown(half: nn.Module) -> nn.Module:
 def class_like(client_class: type, half: nn.Module) -> type:
     """The subclass of a client's class that looks like a half's class."""
     plain = client_class.__dict__.get("_made_from", client_class)
-    return _class_like(plain, type(half), type(shown(half)))
+    kind: Any = type(half)
+    model: Any = type(shown(half))
+    made: type = _class_like(plain, kind, model)
+    return made
 
 
 @functools.lru_cache(64)
-def _class_like(client_class: type, half_class: type, model: type) -> type:
+def _class_like(client_class: Any, half_class: Any, model: Any) -> Any:
     members: dict[str, Any] = {
         "__doc__": client_class.__doc__,
         "__module__": client_class.__module__,

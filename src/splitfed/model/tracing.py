@@ -1,4 +1,4 @@
-"""Tools that record a model in place of running it: what they would miss is the part across the cut.
+"""Tools that record a model in place of running it would miss the part across the cut.
 
 A trace, a script or an exported program is made of what it saw, and what the server computes it
 can't see: it would be a model without its body, or one with this batch's outputs for constants. So

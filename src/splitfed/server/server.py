@@ -41,6 +41,7 @@ from splitfed.protocol.messages import (
 )
 from splitfed.server.halves import Halves
 from splitfed.server.runner import Line, Lines, RunnerSettings
+from splitfed.store.beginning import begin_with
 from splitfed.store.store import GradientStore, check_store
 
 Loss = Callable[[Any, Any], Tensor]
@@ -91,7 +92,7 @@ class SplitServer:
         state = self._template.state(body)
         self.device = device_of(state, device)
         numerics = store.begin(self.device)
-        store.lineage(lineage).begin_with(self._template.fingerprint(), state)
+        begin_with(store.lineage(lineage), self._template.fingerprint(), state)
         self._halves = Halves(store, numerics)
         self._clients = store.registry()
         settings = RunnerSettings(self._template, numerics, self.device, keep_models, keep_graphs)

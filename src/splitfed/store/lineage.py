@@ -21,7 +21,6 @@ import json
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -69,7 +68,8 @@ class Lineage:
         self._states: Bounded[int, dict[str, Tensor]] = Bounded(CACHED)
         self._applied: Bounded[int, BatchSet] = Bounded(CACHED)
         self._frozen: dict[str, dict[str, Tensor]] = {}
-        self._noticed = False
+        self.warned_of_unused = False
+        """Whether it was said that a body's weights came too late (`beginning`)."""
         self._verified: dict[int, bool] = {}
         """Whether a version's cached weights have their commit's hash; absent until it is known."""
 
@@ -235,38 +235,8 @@ class Lineage:
             self.blobs.delete(self.keys.frozen(frozen))
         return True
 
-    def begin_with(self, fingerprint: Fingerprint, state: Mapping[str, Tensor]) -> None:
-        """Publish a module's weights as version 0, or warn, once, that a body's come too late.
-
-        Such are those of a checkpoint for a run that has begun. They are told by the hashes that
-        commits hold of their files: nothing is read.
-
-        Args:
-            fingerprint: The module's architecture.
-            state: Its tensors by first name.
-
-        Raises:
-            ArchitectureError: the lineage was begun with another architecture.
-        """
-        # Halves that will be averaged may well begin with weights of their own.
-        if self.initialise(fingerprint, state) or self._noticed or self.name == "client":
-            return
-        if any(tensor.is_meta for tensor in state.values()):
-            return
-        head = self.head()
-        if any(self._holds(version, state) for version in dict.fromkeys((0, head))):
-            return
-        self._noticed = True
-        warnings.warn(
-            f"the weights of this body are neither those that the store's lineage {self.name!r} "
-            f"began with nor those of its newest version {head}, and aren't used: the store's are. "
-            "A loaded checkpoint needs a new store, or store.rollback to a version. If only the "
-            'structure is meant, build the body under torch.device("meta"), or from the same seed',
-            stacklevel=3,
-        )
-
-    def _holds(self, version: int, state: Mapping[str, Tensor]) -> bool:
-        """Whether a version has the bits of `state`."""
+    def holds(self, version: int, state: Mapping[str, Tensor]) -> bool:
+        """Whether a version has the bits of `state`, by the hashes in its commit."""
         commit = self.commit(version)
         frozen = self._frozen_names()
         if frozen and commit.frozen != sha256(
