@@ -154,7 +154,9 @@ class CutMethod:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._method)
+        run = self._run
+        method = shown(run).forward if isinstance(run, nn.Module) else self._method
+        return inspect.signature(method)
 
 
 class ClientForward:
@@ -169,7 +171,7 @@ class ClientForward:
         if replaced is not None:
             return replaced
         half = client.client_half
-        return CutMethod(client, half, shown(half).forward)
+        return CutMethod(client, half, half.forward)
 
     def __set__(self, client: Any, value: Callable[..., Any]) -> None:
         client.__dict__["_replaced_forward"] = value
