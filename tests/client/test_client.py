@@ -161,7 +161,9 @@ def test_one_half_may_serve_many_clients() -> None:
 def test_a_copy_is_another_process_of_the_same_client() -> None:
     """Its half is its own, and once it trains, the older one is superseded."""
     made = split(loss_scale=2.0)
-    other = copy.deepcopy(made.client)
+    with pytest.warns(UserWarning, match="client 'a': a copy of it copies the half alone"):
+        other = copy.deepcopy(made.client)
+    copy.deepcopy(made.client)  # said once
     assert other.client_half is not made.client.client_half
     assert other.client_id == "a"
     made.client(x()).sum().backward()
@@ -170,6 +172,35 @@ def test_a_copy_is_another_process_of_the_same_client() -> None:
     with pytest.raises(SupersededError, match="same client_id"):
         loss.backward()
     assert [record.loss_scale for record in made.waiting()] == [2, 2]
+
+
+@pytest.mark.filterwarnings("ignore:client 'a'. a copy of it:UserWarning")
+def test_a_copy_that_evaluates_is_no_newer_process() -> None:
+    """In eval mode a copy, or a copy of a copy, answers in any grad mode, and the original trains on."""
+    made = split()
+    copied = copy.deepcopy(copy.deepcopy(made.client)).eval()
+    given = x()
+    for client in (made.client, copied, made.client):
+        output = client(given)
+        output.sum().backward()
+    assert [str(batch) for batch in made.store.waiting()] == ["a/1/0", "a/1/1"]
+    with made.client.at(0), torch.no_grad():
+        assert torch.equal(copied(given), made.client.eval()(given))
+
+
+@pytest.mark.filterwarnings("ignore:client 'a'. a copy of it:UserWarning")
+def test_a_copy_keeps_what_was_set_on_the_client() -> None:
+    """Hooks on the client itself and a forward that was replaced go along, and belong to the copy."""
+    made = split()
+    seen: list[nn.Module] = []
+    made.client.register_forward_hook(lambda module, args, output: seen.append(module))
+    forward = made.client.forward
+    made.client.forward = lambda given: forward(given) + 1
+    copied = copy.deepcopy(made.client)
+    copied.eval()(x())
+    assert len(seen) == 1
+    assert seen[0] is copied
+    assert type(copied) is type(made.client)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def inputs(size: int = 8) -> Inputs:
 def test_a_copy_for_evaluation(tmp_path: Path) -> None:
     """A deep copy of the client, as a moving average keeps one, evaluates by itself and leaves the training alone."""
     split, reference = pair(noisy(), tmp_path)
-    averaged = AveragedModel(split.client, multi_avg_fn=get_ema_multi_avg_fn(0.5)).eval()
+    with pytest.warns(UserWarning, match="copies the half alone"):
+        averaged = AveragedModel(split.client, multi_avg_fn=get_ema_multi_avg_fn(0.5)).eval()
     local, plain = adam(split.client.parameters()), adam(reference.parameters())
     for _ in range(3):
         given = inputs()
@@ -68,7 +69,7 @@ def test_forward_has_the_signature_of_the_half(tmp_path: Path) -> None:
     signature = inspect.signature(client.forward)
     assert signature == inspect.signature(client.client_half.forward)
     assert list(signature.parameters) == ["input_ids", "mask", "labels"]
-    assert list(inspect.signature(type(client).forward).parameters) == ["self", "args", "kwargs"]
+    assert inspect.signature(type(client).forward) == inspect.signature(Classifier.forward)
     assert client.temperature == 2.0
     with pytest.raises(AttributeError, match="nowhere"):
         _ = client.nowhere

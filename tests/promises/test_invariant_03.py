@@ -81,6 +81,7 @@ def train(url: str, *, rebuilt: bool) -> tuple[dict[str, torch.Tensor], Any]:
     return split.store.load_weights() | halves_state, split.wire
 
 
+@pytest.mark.filterwarnings("ignore:the weights of this body:UserWarning")
 def test_servers_and_accumulators_can_be_thrown_away_at_any_time(store_url: str, tmp_path: Path) -> None:
     """Objects rebuilt from the store before every request and every commit end in the bits of those that live on."""
     expected, _ = train(f"memory://{tmp_path.name}-long", rebuilt=False)

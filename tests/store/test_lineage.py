@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import harness_store as h
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.errors import ArchitectureError, ExpiredError, InputError, StoreError
 from splitfed.model.skeleton import Template
+from splitfed.server.server import SplitServer
 from splitfed.store.batchset import BatchSet
 from splitfed.store.commit import Commit
 from splitfed.store.lineage import Lineage
@@ -247,3 +250,19 @@ def test_a_rollback_that_loses_the_race_says_try_again(store_url: str) -> None:
     with hook.armed(), pytest.raises(StoreError, match="try the rollback again"):
         slow.rollback(0)
     assert [commit.kind for commit in commits(slow)] == ["initial", "fold", "fold"]
+
+
+@pytest.mark.parametrize("kind", [Accumulator, SplitServer])
+def test_weights_that_come_too_late_are_warned_of_once(kind: Any, store_url: str) -> None:
+    """A checkpoint that is loaded into the body of a begun store isn't used; the first weights and the newest pass."""
+    store = GradientStore(store_url, sync="process")
+    settings = [sgd()] if kind is Accumulator else []
+    kind(h.net(1), store, *settings)
+    newest, template = h.net(2), Template(h.net(2))
+    store.lineage().restate(replace(store.lineage().commit(0), version=1, kind="fold"), template.state(newest))
+    for body in (h.net(1), newest):
+        kind(body, store, *settings)
+    with pytest.warns(UserWarning, match="neither those.*began with nor those of its newest version 1.*store's are"):
+        kind(h.net(3), store, *settings)
+    kind(h.net(4), store, *settings)
+    assert bits(store.load_weights()) == bits(template.state(newest))

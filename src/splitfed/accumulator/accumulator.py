@@ -39,6 +39,7 @@ from splitfed.model.stamp import stamp_of
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import BufferUpdate
 from splitfed.store.batchset import BatchSet, Verdict
+from splitfed.store.beginning import begin_with
 from splitfed.store.commit import Commit
 from splitfed.store.store import GradientStore, check_store
 
@@ -128,7 +129,7 @@ class Accumulator:
         self._pile = store.pile(lineage)
         store.begin(place)
         store.attended = True
-        self._versions.initialise(self._template.fingerprint(), state, part=stamp_of(body))
+        begin_with(self._versions, self._template.fingerprint(), state, part=stamp_of(body))
         self._unreported: Counter[str] = Counter()
         """What was cleaned up since the last commit of this accumulator, for the next record."""
         self._headers: dict[BatchId, dict[str, object]] = {}

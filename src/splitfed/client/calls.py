@@ -26,6 +26,7 @@ from torch import Tensor
 from splitfed.client.backward import Passes
 from splitfed.client.buffers import BufferChain
 from splitfed.client.connection import Connection
+from splitfed.client.empty import answer_empty
 from splitfed.client.inplace import guard
 from splitfed.client.samples import Weight
 from splitfed.errors import ExpiredError, ReplayError, UnsupportedError
@@ -33,6 +34,7 @@ from splitfed.model.arguments import carried, check_gradients
 from splitfed.model.boundary import uncached
 from splitfed.model.cutpoint import Called, Caller, active_caller
 from splitfed.model.rng import Seed
+from splitfed.model.tracing import UNBROKEN, no_whole_model
 from splitfed.protocol import pytree
 from splitfed.protocol.messages import ForwardAnswer, ForwardRequest, Housekeeping
 
@@ -91,6 +93,10 @@ class Session:
         self._token = active_caller.set(self)
         return self
 
+    # Where torch.compile ends a graph in any case; under fullgraph=True this says why.
+    __enter__._torchdynamo_disable = True  # type: ignore[attr-defined]
+    __enter__._torchdynamo_disable_msg = UNBROKEN  # type: ignore[attr-defined]
+
     def __exit__(self, *exception: object) -> None:
         token = self._token
         # A token holds the whole context that it was made in, and graphs hold sessions for long.
@@ -100,6 +106,13 @@ class Session:
 
     def call(self, point: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a cut call of this session."""
+        if self.num_samples == 0 and torch.is_grad_enabled():
+            found = answer_empty(point, args, kwargs, lambda: self._call(point, args, kwargs))
+            if found is not NotImplemented:
+                return found
+        return self._call(point, args, kwargs)
+
+    def _call(self, point: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch._C._current_graph_task_id() == -1:
             self.passes.give_up()
         seed = Seed()
@@ -168,6 +181,10 @@ class Session:
         Raises:
             ReplayError: no earlier call gave these outputs.
         """
+        if any(session.num_samples == 0 for session in earlier):  # which leaves no record to find
+            found = answer_empty(point, args, kwargs, lambda: self._call(point, args, kwargs))
+            if found is not NotImplemented:
+                return found
         seed = Seed()
         candidates = _calls_with_seed(earlier, point.name, seed.value)
         if not candidates and not alone:
@@ -206,6 +223,8 @@ class Session:
         """The request for a cut call, and its distinct input tensors."""
         args, kwargs, tensors = carried(args, kwargs, self.connection.warn_once)
         device = tensors[0].device.type if tensors else "cpu"
+        if device == "meta":
+            raise no_whole_model("a run on the meta device")
         autocast = None
         if torch.is_autocast_enabled(device):
             autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")

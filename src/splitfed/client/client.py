@@ -7,18 +7,20 @@ Where a call goes is decided by the call, not by the half: one half may serve ma
 The traps: nn.Module keeps its tensors in dicts of the instance, and `nn.Module.__init__` sets
 attributes before there is anything to stand in for; hence the shared dicts, and a `training` that
 may be asked for too early. And trainers look at the class too: Hugging Face's Trainer reads the
-signature of `type(model).forward`, so there it is a plain function; only a client has a half whose
-signature it could show.
+signature of `type(model).forward`, so the class of a client is one that looks like its half's
+(`likeness`).
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from splitfed.client.backward import Passes
@@ -26,6 +28,7 @@ from splitfed.client.blocks import Scope
 from splitfed.client.calls import Session
 from splitfed.client.connection import Connection, LossScale
 from splitfed.client.half import HalfSync, take_part
+from splitfed.client.likeness import class_like, forward_with, shown
 from splitfed.client.loss import LossSession
 from splitfed.client.samples import weigh
 from splitfed.client.sharing import Sharing
@@ -34,11 +37,32 @@ from splitfed.client.watch import Watch
 from splitfed.errors import CutError, InputError, SplitFedError, UnsupportedError
 from splitfed.model.arguments import explanation
 from splitfed.model.cutpoint import CutPoint
+from splitfed.model.tracing import no_whole_model, refuse_script, refuse_tracing
 from splitfed.protocol.ids import check_client_id, check_number
 from splitfed.protocol.messages import RoundInfo
 from splitfed.protocol.transport import Transport
 
 Self = TypeVar("Self", bound="StandIn")
+_COPIED = (
+    "a copy of it copies the half alone. Its body is the server's, at the newest version: an "
+    "average (EMA, SWA) is of the half, and a frozen teacher's body goes on learning. For one "
+    "version of the body call within copy.at(version); for an average of the whole model average "
+    "splitfed.join(client, store.load_weights(version)) over the versions"
+)
+_PRIVATE = (
+    "per-sample gradients (as of Opacus) are taken in the half alone: clipping, noise and epsilon "
+    "cover what the half learns. They cover neither the body's gradient, which the server makes "
+    "and stores as it is, nor what crosses the cut"
+)
+_ADAPTERS = (
+    "adapters (of PEFT) are put on the half alone, and none on the part that was cut out. "
+    "To adapt the whole model call get_peft_model(model, ...) before split()"
+)
+_SET_BY = {
+    "autograd_grad_sample_hooks": ("private", _PRIVATE),  # Opacus
+    "peft_config": ("adapters", _ADAPTERS),  # PEFT
+}
+"""What a tool that takes the client for the model sets on it, and what it has to be told."""
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -92,6 +116,12 @@ class StandIn(nn.Module):
         else:
             setattr(self.client_half, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or name.startswith("_"):
+            super().__delattr__(name)
+        else:
+            delattr(self.client_half, name)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -115,12 +145,14 @@ class CutMethod:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it across the cut."""
         client = self._client
+        refuse_tracing()
         client._refuse_replica()
-        passes, weight = client._passes, weigh(args, kwargs)
-        counts = passes.watch.trains()
+        client._notice_privacy()
+        connection, passes = client._line()
+        weight, counts = weigh(args, kwargs), passes.watch.trains()
         passes.has_trainer = "_is_accelerate_prepared" in client.__dict__
         training = client.client_half.training
-        with Session(client._connection, passes, weight, client._pinned, training, counts):
+        with Session(connection, passes, weight, client._pinned, training, counts):
             try:
                 return self._run(*args, **kwargs)
             except (TypeError, RuntimeError, AttributeError) as error:
@@ -133,8 +165,15 @@ class CutMethod:
                 raise ours from error
 
     @property
+    def __code__(self) -> Any:
+        """The method's own, for tools that look where it comes from."""
+        return getattr(self._method, "__code__", None)
+
+    @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._method)
+        run = self._run
+        method = shown(run).forward if isinstance(run, nn.Module) else self._method
+        return inspect.signature(method)
 
 
 class ClientForward:
@@ -142,18 +181,17 @@ class ClientForward:
 
     def __get__(self, client: Any, owner: type | None = None) -> Callable[..., Any]:
         if client is None:
-            return _forward_of_the_class
+            kind: Any = owner
+            of_the_class: Callable[..., Any] = kind._forward_of_the_class
+            return of_the_class
         replaced: Callable[..., Any] | None = client.__dict__.get("_replaced_forward")
         if replaced is not None:
             return replaced
-        return CutMethod(client, client.client_half, client.client_half.forward)
+        half = client.client_half
+        return CutMethod(client, half, half.forward)
 
     def __set__(self, client: Any, value: Callable[..., Any]) -> None:
         client.__dict__["_replaced_forward"] = value
-
-
-def _forward_of_the_class(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return self.forward(*args, **kwargs)
 
 
 class SplitClient(StandIn):
@@ -186,6 +224,12 @@ class SplitClient(StandIn):
     _passes: Passes
     _sync: HalfSync
     _pinned: int | None
+    _original: SplitClient | None
+    """What this is a deep copy of."""
+    _said: set[str]
+    """What was warned of, by this client or a copy."""
+    _trains: bool
+    """Whether a call in grad mode was made."""
 
     def __init__(
         self,
@@ -228,6 +272,10 @@ class SplitClient(StandIn):
         )
         self.__dict__["_passes"] = Passes(self._connection, watch)
         self.__dict__["_pinned"] = None
+        self.__dict__["_original"] = None
+        self.__dict__["_said"] = set()
+        self.__dict__["_trains"] = False
+        self.__class__ = class_like(type(self), client_half)
 
     @property
     def client_id(self) -> str:
@@ -245,6 +293,8 @@ class SplitClient(StandIn):
         return self._sync.round
 
     forward = ClientForward()
+    _forward_of_the_class = staticmethod(forward_with(None))
+    __prepare_scriptable__ = refuse_script
 
     def loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """Loss of `(*inputs, target)`, computed by the server in one trip; has a `.backward()`.
@@ -379,6 +429,15 @@ class SplitClient(StandIn):
             return CutMethod(self, found, found)
         return found
 
+    def _notice_privacy(self) -> None:
+        """Look, at the first call that trains, whether a tool takes per-sample gradients."""
+        if not self._trains and torch.is_grad_enabled():
+            self.__dict__["_trains"] = True
+            if any(
+                hasattr(parameter, "grad_sample") for parameter in self.client_half.parameters()
+            ):
+                self._say("private", _PRIVATE)
+
     def _refuse_replica(self) -> None:
         if "_is_replica" in self.__dict__:
             raise UnsupportedError(
@@ -386,14 +445,61 @@ class SplitClient(StandIn):
                 "the server scales by replicas"
             )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":
+            raise no_whole_model(
+                "torch.ao.quantization", "; to train quantization-aware, prepare before split()"
+            )
+        if name in _SET_BY:
+            self._say(*_SET_BY[name])
+        super().__setattr__(name, value)
+
+    def _get_name(self) -> str:
+        name: str = shown(self.client_half)._get_name()
+        return name
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
+
+    def _say(self, subject: str, text: str) -> None:
+        """Warn of something that this client, or a copy of it, hasn't warned of yet."""
+        if subject not in self._said:
+            self._said.add(subject)
+            warnings.warn(f"client {self.client_id!r}: {text}", stacklevel=3)
+
+    def _line(self) -> tuple[Connection, Passes]:
+        """Whose calls these are: in eval mode a copy's are those of its original.
+
+        An average that is evaluated, in whatever grad mode, is no newer process that would
+        supersede the one that trains.
+        """
+        client = self
+        while client._original is not None and not self.training:
+            client = client._original
+        return client._connection, client._passes
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitClient:
+        self._say("copied", _COPIED)
+        twin = object.__new__(type(self))
+        # Before the half: its hooks may hold this client, as those of Opacus do.
+        memo[id(self)] = twin
         connection = self._connection
-        half = copy.deepcopy(self.client_half, memo)
-        settings: dict[str, Any] = {
-            "loss_scale": connection.loss_scale,
-            "personal": self._sync.patterns,
-        }
-        return SplitClient(half, connection.transport, connection.client_id, **settings)
+        SplitClient.__init__(
+            twin,
+            copy.deepcopy(self.client_half, memo),
+            connection.transport,
+            connection.client_id,
+            loss_scale=connection.loss_scale,
+            personal=self._sync.patterns,
+        )
+        twin.__dict__["_original"] = self
+        twin.__dict__["_said"] = self._said
+        # Hooks on the client itself, and a forward that was replaced (as Accelerate does).
+        on_itself = vars(nn.Module()).keys() - {"training", *_SHARED}
+        for name, value in self.__dict__.items():
+            if name in on_itself or name not in twin.__dict__:
+                twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
 
     def __copy__(self) -> SplitClient:
         twin = object.__new__(type(self))

@@ -25,7 +25,7 @@ from splitfed.checks import positive
 from splitfed.client.connection import Connection, Counted
 from splitfed.errors import ArchitectureError, InputError, ProtocolError
 from splitfed.model.fingerprint import compare, personal_names
-from splitfed.model.skeleton import Template, named_state, unwrap
+from splitfed.model.skeleton import Inventory, named_state, unwrap
 from splitfed.protocol.backoff import Backoff
 from splitfed.protocol.messages import PullAnswer, PullRequest, PushRequest, RoundInfo
 
@@ -52,7 +52,7 @@ class HalfSync:
         self._connection = connection
         self.patterns = personal if isinstance(personal, str) else tuple(personal)
         self._personal = personal_names(half, self.patterns)
-        self._template: Template | None = None
+        self._inventory: Inventory | None = None
         self._start: dict[str, Tensor] = {}
         self._unanswered: tuple[PushRequest, dict[str, Tensor], Counted] | None = None
         """A push whose reply was lost, the half as it was then, and its samples; the next pull or
@@ -64,7 +64,7 @@ class HalfSync:
         Raises:
             ArchitectureError: the lineage's half isn't this one.
         """
-        template = self._template = self._template or Template(self._half, self._personal)
+        inventory = self._inventory = self._inventory or Inventory(self._half, self._personal)
         self._settle()
         answer = self._ask()
         if answer.version < 0:
@@ -75,7 +75,7 @@ class HalfSync:
                     process=self._connection.process,
                     seq=0,
                     base_version=-1,
-                    fingerprint=template.fingerprint(),
+                    fingerprint=inventory.fingerprint(),
                     gradients=self._state(),
                     values={},
                     bases={},
@@ -84,7 +84,7 @@ class HalfSync:
                 )
             )
             answer = self._ask()
-        compare(answer.fingerprint, template.fingerprint(), "the client half")
+        compare(answer.fingerprint, inventory.fingerprint(), "the client half")
         for name, tensor in self._state().items():
             tensor.copy_(answer.weights[name])
         self.version = answer.version
@@ -103,7 +103,7 @@ class HalfSync:
             InputError: nothing was pulled, there are no samples, or a gradient is asked for and
                 isn't there.
         """
-        if self._template is None or self.version is None:
+        if self._inventory is None or self.version is None:
             raise InputError(
                 "this half has no version yet: call client.pull() "
                 "before training and client.push() after it"
@@ -111,7 +111,7 @@ class HalfSync:
         settled = self._settle()
         if settled is not None and not self._has_news(settled, gradient):
             return  # the user repeats a push that failed
-        self._unanswered = self._update(self._template, num_samples, gradient)
+        self._unanswered = self._update(self._inventory, num_samples, gradient)
         self._settle()
 
     def _settle(self) -> PushRequest | None:
@@ -151,7 +151,7 @@ class HalfSync:
         return any(not state[name].equal(self._start[name]) for name in names)
 
     def _update(
-        self, names: Template, num_samples: float | None, gradient: bool
+        self, names: Inventory, num_samples: float | None, gradient: bool
     ) -> tuple[PushRequest, dict[str, Tensor], Counted]:
         counted = self._connection.counted
         samples = _weight(num_samples, counted)
@@ -179,7 +179,7 @@ class HalfSync:
         )
         return request, state, counted
 
-    def _check_gradients(self, names: Template, gradients: dict[str, Tensor]) -> None:
+    def _check_gradients(self, names: Inventory, gradients: dict[str, Tensor]) -> None:
         if not gradients:
             raise InputError(
                 "no shared parameter has a gradient: call loss.backward() "
@@ -194,7 +194,7 @@ class HalfSync:
 
     def _gradients(self) -> dict[str, Tensor]:
         """Copies of the gradients of the shared parameters that have one."""
-        names = self._template.parameters if self._template else {}
+        names = self._inventory.parameters if self._inventory else {}
         found = {
             name: tensor.grad for name, tensor in named_state(unwrap(self._half)) if name in names
         }
@@ -209,7 +209,7 @@ class HalfSync:
 
     def _state(self) -> dict[str, Tensor]:
         """The half's distinct tensors, by first name; sharing memory with it."""
-        names = self._template.names if self._template else {}
+        names = self._inventory.names if self._inventory else {}
         return {
             name: t.detach()
             for name, t in named_state(unwrap(self._half))

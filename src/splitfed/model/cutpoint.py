@@ -28,6 +28,7 @@ from splitfed.model.mirror import Mirror
 from splitfed.model.skeleton import Template
 from splitfed.model.slices import Slice
 from splitfed.model.standin import AbsentModule
+from splitfed.model.tracing import UNBROKEN, refuse_script, refuse_tracing
 
 REMEMBERED_CALLERS = 32
 """So many `client(...)` calls may be recomputed at a time; for an older one nobody answers."""
@@ -162,6 +163,8 @@ class CutPoint(AbsentModule):
         return call_for(Called((self,), hole_of(self).name, self.training), args, kwargs)
 
     forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+    forward._torchdynamo_disable_msg = UNBROKEN  # type: ignore[attr-defined]
+    __prepare_scriptable__ = refuse_script
 
     # As torch has them, whatever the part's class makes of being called: that is for the server.
     __call__ = nn.Module.__call__
@@ -204,6 +207,7 @@ def call_for(called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 call_for._torchdynamo_disable = True  # type: ignore[attr-defined]
+call_for._torchdynamo_disable_msg = UNBROKEN  # type: ignore[attr-defined]
 
 
 def call_as_one(piece: Slice, value: Any, training: bool) -> Any:
@@ -247,6 +251,7 @@ def _call(called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if caller not in callers:
             callers.append(caller)
         return caller.call(called, args, kwargs)
+    refuse_tracing()
     raise NotConnectedError(
         "this client half was called by itself, so its cut point has no server: wrap it, "
         "client = SplitClient(client_half, server, client_id=...), and call client(...); "

@@ -27,21 +27,22 @@ Fingerprint = dict[str, dict[str, Any]]
 """By name: role, shape and dtype of a tensor, or the first name of a tied one; plain JSON."""
 
 
-class Template:
-    """Names, shapes, dtypes, ties and structure of a module.
+class Inventory:
+    """Names, shapes, dtypes and ties of a module's tensors: all that an exchange of them needs.
 
     Args:
-        module: The body, or a client half. It isn't kept and isn't changed.
-        without: Names that are left out of all but the structure: what is personal to a client.
+        module: The body, or a client half. It isn't kept, copied or changed.
+        without: Names that are left out: what is personal to a client.
 
     Raises:
-        UnsupportedError: the module is wrapped (DataParallel), lazy, holds extra state, or can't
-            be copied.
+        UnsupportedError: the module is wrapped (DataParallel), lazy, or holds extra state.
     """
 
     def __init__(self, module: nn.Module, without: Collection[str] = ()) -> None:
-        module = unwrap(module)
-        check_copyable(module)
+        self._take(unwrap(module), without)
+
+    def _take(self, module: nn.Module, without: Collection[str]) -> dict[int, Any]:
+        """Note down the tensors of a module; returns what stands for each, by its id."""
         self.names: dict[str, str] = {}
         """Every name of `state_dict()`, in its order, with the first name of the same tensor."""
         self.parameters: dict[str, nn.Parameter] = {}
@@ -68,11 +69,7 @@ class Template:
                     self.parameters[name] = parameter
             elif included:
                 self.buffers[name] = shell
-        # A deep copy takes what its memo has in place of an original: here, shells for tensors.
-        self.blueprint = deep_copy(module, shells)
-        # A copy of the copy, since asking for the modes calls train(), the user's own code.
-        self.modes = _modes(deep_copy(self.blueprint))
-        """For train and eval mode, the `training` flag of each submodule in `modules()` order."""
+        return shells
 
     @property
     def trainable(self) -> list[str]:
@@ -107,6 +104,28 @@ class Template:
             if self.names.get(name) == name:
                 found[name] = tensor.detach()
         return found
+
+
+class Template(Inventory):
+    """The inventory of a module, and its structure, of which instances can be built.
+
+    Args:
+        module: The body, or a client half. It isn't kept and isn't changed.
+        without: Names that are left out of all but the structure: what is personal to a client.
+
+    Raises:
+        UnsupportedError: the module is wrapped (DataParallel), lazy, holds extra state, or can't
+            be copied.
+    """
+
+    def __init__(self, module: nn.Module, without: Collection[str] = ()) -> None:
+        module = unwrap(module)
+        check_copyable(module)
+        # A deep copy takes what its memo has in place of an original: here, shells for tensors.
+        self.blueprint = deep_copy(module, self._take(module, without))
+        # A copy of the copy, since asking for the modes calls train(), the user's own code.
+        self.modes = _modes(deep_copy(self.blueprint))
+        """For train and eval mode, the `training` flag of each submodule in `modules()` order."""
 
     def expand(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`state` under all its names, tied ones included, in `state_dict()` order."""

@@ -51,6 +51,7 @@ from splitfed.protocol.messages import (
 )
 from splitfed.server.halves import Halves
 from splitfed.server.runner import Line, Lines, RunnerSettings
+from splitfed.store.beginning import begin_with
 from splitfed.store.store import GradientStore, check_store
 
 Loss = Callable[[Any, Any], Tensor]
@@ -114,7 +115,9 @@ class SplitServer:
         state = self._template.state(body)
         self.device = device_of(state, device)
         numerics = store.begin(self.device)
-        store.lineage(lineage).initialise(self._template.fingerprint(), state, part=self._part)
+        begin_with(
+            store.lineage(lineage), self._template.fingerprint(), state, part=self._part
+        )
         store.check_beside(lineage, beside, numerics)
         self._halves = Halves(store, numerics)
         self._clients = store.registry()

@@ -70,6 +70,8 @@ class Lineage:
         self._states: Bounded[int, dict[str, Tensor]] = Bounded(CACHED)
         self._applied: Bounded[int, BatchSet] = Bounded(CACHED)
         self._frozen: dict[str, dict[str, Tensor]] = {}
+        self.warned_of_unused = False
+        """Whether it was said that a body's weights came too late (`beginning`)."""
         self._verified: dict[int, bool] = {}
         """Whether a version's cached weights have their commit's hash; absent until it is known."""
 
@@ -212,7 +214,7 @@ class Lineage:
         state: Mapping[str, Tensor],
         source: int | None = None,
         part: str | None = None,
-    ) -> None:
+    ) -> bool:
         """Publish version 0, unless it exists; the first writer wins.
 
         Args:
@@ -220,6 +222,9 @@ class Lineage:
             state: Its tensors by first name.
             source: The version of `body` that they are, for the line of one client.
             part: The stamp of the body's cut, if it has one.
+
+        Returns:
+            Whether there was no version before.
 
         Raises:
             ArchitectureError: the lineage was begun with another architecture, or for another part
@@ -239,19 +244,31 @@ class Lineage:
         compare(self.fingerprint(), fingerprint, module)
         if self.head() >= 0:
             self._check_part(part)
-            return
+            return False
         frozen = self._create_frozen(state)
         commit = Commit(0, "initial", "", {}, frozen, source=source, part=part)
         made = self.publish(commit, state, None, BatchSet())
         if made is None and frozen is not None and self.commit(0).frozen != frozen:
             self.blobs.delete(self.keys.frozen(frozen))
         self._check_part(part)
+        return True
 
     def _check_part(self, part: str | None) -> None:
         """Compare the stamp of a body with that of whoever began the lineage."""
         if part is not None:
             first = f"the one that {self.name!r} began with"
             check_stamp(self.commit(0).part, part, "this body", first)
+
+    def holds(self, version: int, state: Mapping[str, Tensor]) -> bool:
+        """Whether a version has the bits of `state`, by the hashes in its commit."""
+        commit = self.commit(version)
+        frozen = self._frozen_names()
+        if frozen and commit.frozen != sha256(
+            safetensors.encode({name: state[name] for name in frozen})
+        ):
+            return False
+        found = sha256(self._contents(version, state, None, BatchSet())["weights"])
+        return found == commit.files["weights"]
 
     def publish(
         self, commit: Commit, state: Mapping[str, Tensor], optimizer: Any, applied: BatchSet

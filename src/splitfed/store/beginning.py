@@ -1,0 +1,55 @@
+"""How a lineage begins: with the weights of the first module that comes, and of no later one.
+
+After that a server or an accumulator needs the structure alone, and most are made again and again
+from a body with its first weights. Other weights may be meant: a checkpoint that was loaded into
+the body of a run that has begun. They aren't used, which is said once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from splitfed.model.skeleton import Fingerprint
+from splitfed.store.lineage import Lineage
+
+
+def begin_with(
+    versions: Lineage,
+    fingerprint: Fingerprint,
+    state: Mapping[str, Tensor],
+    part: str | None = None,
+) -> None:
+    """Publish a module's weights as version 0, or warn, once, that a body's come too late.
+
+    They are told by the hashes that commits have of their files: nothing is read.
+
+    Args:
+        versions: The lineage.
+        fingerprint: The module's architecture.
+        state: Its tensors by first name.
+        part: The stamp of the body's cut, if it has one.
+
+    Raises:
+        ArchitectureError: the lineage was begun with another architecture, or for another part of a
+            model.
+    """
+    begun = versions.initialise(fingerprint, state, part=part)
+    # Halves that will be averaged may well begin with weights of their own.
+    if begun or versions.warned_of_unused or versions.name == "client":
+        return
+    if any(tensor.is_meta for tensor in state.values()):
+        return
+    head = versions.head()
+    if any(versions.holds(version, state) for version in dict.fromkeys((0, head))):
+        return
+    versions.warned_of_unused = True
+    warnings.warn(
+        f"the weights of this body are neither those that the store's lineage {versions.name!r} "
+        f"began with nor those of its newest version {head}, and aren't used: the store's are. "
+        "A loaded checkpoint needs a new store, or store.rollback to a version. If only the "
+        'structure is meant, build the body under torch.device("meta"), or from the same seed',
+        stacklevel=3,
+    )
