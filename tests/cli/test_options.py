@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
-from splitfed.cli.options import add_store, load_body, load_object, open_store
+import splitfed
+from splitfed.cli.options import add_server, add_store, load_body, load_object, open_server, open_store
 from splitfed.errors import InputError
 
 SOURCE = """
@@ -127,3 +130,22 @@ def test_durability_is_asked_of_writers_only() -> None:
     assert open_store(parsed("--store", "memory://x", "--sync", "process")).sync == "process"
     with pytest.raises(SystemExit):
         parsed("--sync", "process", writes=False)
+
+
+def test_clients_set_modes_and_what_is_named() -> None:
+    """By default a service takes train and eval mode alone from a client's half."""
+    half, _ = splitfed.split(nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 3)), "1")
+    half[1].eval()
+    parser = argparse.ArgumentParser()
+    add_server(parser)
+    for words, takes in (([], False), (["--settings", "nothing", "--settings", "in_*"], True)):
+        server = open_server(parser.parse_args(["my_site:body", "--store", f"memory://{uuid.uuid4().hex}", *words]))
+        client = splitfed.SplitClient(half, server, "a")
+        half[1].in_features = 2
+        assert client(torch.ones(1, 1)).shape == (1, 3)
+        half[1].in_features = 5
+        if takes:
+            assert client(torch.ones(1, 1)).shape == (1, 3)
+        else:
+            with pytest.raises(InputError, match="--settings 'in_features'"):
+                client(torch.ones(1, 1))

@@ -14,6 +14,7 @@ from torch import nn
 
 import splitfed
 from splitfed.errors import AbsentError, UnsupportedError
+from splitfed.model.cutpoint import hole_of
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_what_shape_and_dtype_say(weight: Any) -> None:
 )
 def test_no_use_of_values(weight: Any, use: Any) -> None:
     """Operators, methods, functions of torch: each names the tensor."""
-    with pytest.raises(AbsentError, match="'weight.*the server's"):
+    with pytest.raises(AbsentError, match=r"'weight.*the server's"):
         use(weight)
 
 
@@ -88,6 +89,21 @@ def test_freezing_is_refused_and_what_is_so_already_isnt(weight: Any) -> None:
         weight.requires_grad = False
     with pytest.raises(AbsentError, match="requires_grad of 'weight'"):
         weight.requires_grad_(False)
+
+
+def test_freezing_for_calls_without_gradients() -> None:
+    """As PEFT's `disable_adapter` does: it matters to no such call, and is refused in one with gradients."""
+    half: Any = splitfed.split(sandwich(nn.Sequential(nn.Linear(8, 8))), "body")[0]
+    part = half.body
+    with torch.no_grad():
+        part.requires_grad_(False)
+        hole_of(part).settings(True)
+    for twin in (part, copy.deepcopy(half).body):
+        assert [p.requires_grad for p in twin.parameters()] == [False, False]
+        with pytest.raises(AbsentError, match=r"requires_grad of '0.weight'"):
+            hole_of(twin).settings(True)
+        twin.requires_grad_(True)
+        assert hole_of(twin).settings(True) == {}
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])

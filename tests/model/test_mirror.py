@@ -128,7 +128,7 @@ def test_plain_values(value: Any, travels: Any) -> None:
 @pytest.mark.parametrize("value", [torch.tensor(1.0), print, object(), {1: 2}, torch.float32, np.ones(2), [object()]])
 def test_other_values_are_refused(value: Any) -> None:
     """At the assignment."""
-    with pytest.raises(AbsentError, match="sets 'beta' of the part.*plain values.*before split"):
+    with pytest.raises(AbsentError, match=r"sets 'beta' of the part.*plain values.*before split"):
         split().half.body.beta = value
 
 
@@ -188,7 +188,7 @@ def test_an_object_that_the_part_reads_cant_change(alter: Any) -> None:
     half.config.note = "which no code of the part reads"
     assert settings_of(half.body) == {}
     alter(half.config)
-    with pytest.raises(AbsentError, match="'config.scale' has changed since split"):
+    with pytest.raises(AbsentError, match=r"'config.scale' has changed since split"):
         settings_of(half.body)
 
 
@@ -208,9 +208,9 @@ def test_values_that_the_forward_sets_are_the_servers() -> None:
     made.wire.written = ("kl", "linear.seen", "elsewhere.kl")
     made.client(torch.randn(4, 6))
     for twin in (part, copy.deepcopy(made.half).body):
-        with pytest.raises(AbsentError, match="'kl' is set by the forward.*return it"):
+        with pytest.raises(AbsentError, match=r"'kl' is set by the forward.*return it"):
             _ = twin.kl
-        with pytest.raises(AbsentError, match="'linear.seen' is set by the forward"):
+        with pytest.raises(AbsentError, match=r"'linear.seen' is set by the forward"):
             _ = twin.linear.seen
     part.kl = 1.0
     assert part.kl == 1.0

@@ -95,7 +95,7 @@ def test_a_config_is_shared_by_half_and_part(ids: torch.Tensor) -> None:
     split.config.use_cache = True
     split(ids)
     split.client_half.set_attn_implementation("sdpa")
-    with pytest.raises(AbsentError, match="config._attn_implementation_internal' has changed since split"):
+    with pytest.raises(AbsentError, match=r"config._attn_implementation_internal' has changed since split"):
         split(ids)
 
 

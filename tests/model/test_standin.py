@@ -7,7 +7,7 @@ import inspect
 import io
 from abc import ABC, ABCMeta, abstractmethod
 from collections import OrderedDict
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ T = TypeVar("T")
 class Registry(type):
     """A metaclass that enters each class in a list."""
 
-    names: list[str] = []
+    names: ClassVar[list[str]] = []
 
     def __init__(cls, name: str, bases: Any, namespace: Any) -> None:
         super().__init__(name, bases, namespace)
@@ -39,7 +39,7 @@ class Registered(nn.Linear, metaclass=Registry):
 class Counted(nn.Linear):
     """Enters its subclasses in a list, which must name a number."""
 
-    numbers: list[int] = []
+    numbers: ClassVar[list[int]] = []
 
     def __init_subclass__(cls, number: int, **settings: Any) -> None:
         Counted.numbers.append(number)
@@ -69,6 +69,7 @@ class Called(nn.Linear):
     """Does something of its own when called, which is for the server."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse."""
         raise RuntimeError("called at the client")
 
 
@@ -163,7 +164,7 @@ def test_properties_and_methods_run_on_it() -> None:
     point.activate("b")
     assert point._active == "b"
     assert point.norm.shape == ()
-    with pytest.raises(AbsentError, match="'norm.__float__'"):
+    with pytest.raises(AbsentError, match=r"'norm.__float__'"):
         float(point.norm)
     assert point_of(Concrete(8, 8)).name() == "concrete 8"
 
@@ -172,7 +173,7 @@ def test_a_property_that_computes_a_tensor_has_its_shape() -> None:
     """As a parametrized weight; its values are absent like all."""
     point = point_of(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
     assert (point.weight.shape, point.weight.dtype) == ((8, 8), torch.float32)
-    with pytest.raises(AbsentError, match="'weight.sum'"):
+    with pytest.raises(AbsentError, match=r"'weight.sum'"):
         point.weight.sum()
 
 
@@ -292,9 +293,10 @@ def test_hooks_and_a_forward_around_the_call_of_the_part_itself() -> None:
         part(torch.ones(1, 8))
 
 
-def test_copies_and_pickles(tmp_path: Any) -> None:
+def test_copies_and_pickles() -> None:
     """Each has stand-ins of its own, with what was set; where it came from is shared."""
-    half, body = splitfed.split(sandwich(nn.Sequential(OrderedDict(drop=nn.Dropout(0.5), lin=nn.Linear(8, 8)))), "body")
+    layers = OrderedDict(drop=nn.Dropout(0.5), lin=nn.Linear(8, 8))
+    half, _ = splitfed.split(sandwich(nn.Sequential(layers)), "body")
     part: Any = half.body
     part.drop.p = 0.1
     part.lin.eval()

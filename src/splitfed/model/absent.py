@@ -31,7 +31,7 @@ MISSING = object()
 _ATOMS = (type(None), bool, int, float, str)
 _CONTAINERS = (list, dict, set)
 _ANSWERED = frozenset(
-    "dtype shape ndim layout requires_grad is_leaf grad_fn is_sparse is_quantized itemsize nbytes "
+    "dtype shape ndim layout is_leaf grad_fn is_sparse is_quantized itemsize nbytes "
     "size dim ndimension numel nelement stride storage_offset is_contiguous element_size "
     "is_floating_point is_complex is_signed".split()
 )
@@ -53,6 +53,15 @@ def absent_error(place: str) -> AbsentError:
         f"the client half uses {place!r} of the part that was cut out: only its settings, dtypes "
         "and shapes are here, its values and what computes with them are the server's. "
         "Cut at a module that has this use within, or beside this part"
+    )
+
+
+def requires_grad_error(name: str) -> AbsentError:
+    """The error for a `requires_grad` that isn't the server's."""
+    return AbsentError(
+        f"requires_grad of {name!r} can't be changed for calls with gradients, as it belongs to "
+        "the part that was cut out: freeze or unfreeze it before split(). For passes that train "
+        "nothing of the part, use client.batch(count=False), or client.requires_grad_(False)"
     )
 
 
@@ -85,6 +94,8 @@ class Absent:
         # is empty still: answered, they would come here for ever.
         if name.startswith("_"):
             raise AttributeError(name)
+        if name == "requires_grad":
+            return self.like.requires_grad != (self in self._place.ledger.frozen)
         if name in _ANSWERED:
             return getattr(self._now(), name)
         if name in ("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu"):
@@ -108,17 +119,17 @@ class Absent:
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Absent:
-        """Itself, if it is so already.
+        """Itself, if it is so already, or for calls without gradients, to which it is all one.
 
         Raises:
             AbsentError: the server trains it, and would go on, or the other way round.
         """
+        frozen = self._place.ledger.frozen
+        frozen.pop(self, None)
         if bool(requires_grad) != self.like.requires_grad:
-            raise AbsentError(
-                f"requires_grad of {self._name!r} can't be changed here, as it belongs to the part "
-                "that was cut out: freeze or unfreeze it before split(). For passes that train "
-                "nothing of it, use client.batch(count=False), or client.requires_grad_(False)"
-            )
+            if torch.is_grad_enabled():
+                raise requires_grad_error(self._name)
+            frozen[self] = self._name
         return self
 
     def __len__(self) -> int:
@@ -210,7 +221,7 @@ for _operator in _REFUSED:
 class Ledger:
     """What the stand-ins of one half share."""
 
-    __slots__ = ("moves", "recorded", "template", "visited")
+    __slots__ = ("frozen", "moves", "recorded", "template", "visited")
 
     def __init__(self, template: Template) -> None:
         self.template = template
@@ -220,10 +231,13 @@ class Ledger:
         """The one at which a loop over the half's modules is."""
         self.recorded: dict[str, str] = {}
         """Flags that ask for what a module within a part gives, with the name of that."""
+        self.frozen: dict[Absent, str] = {}
+        """Parameters with another `requires_grad` than the server's, by name."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
-        twin = Ledger(self.template)
+        twin = memo[id(self)] = Ledger(self.template)
         twin.recorded = dict(self.recorded)
+        twin.frozen = copy.deepcopy(self.frozen, memo)
         return twin
 
 

@@ -16,6 +16,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from splitfed.errors import AbsentError
@@ -27,6 +28,7 @@ from splitfed.model.absent import (
     Place,
     changed,
     is_plain,
+    requires_grad_error,
     set_error,
     shell_of,
 )
@@ -60,6 +62,8 @@ class Mirror:
         ledger = _place(self.members[0]).ledger
         if ledger.recorded:
             recording.check(ledger.recorded)
+        if ledger.frozen and torch.is_grad_enabled():
+            raise requires_grad_error(next(iter(ledger.frozen.values())))
         moved = self._changed_holdings(ledger)
         found = self._found
         if found is None or moved or found[0] != ledger.moves or found[1] != training:
