@@ -185,7 +185,7 @@ def test_a_user_who_is_not_let_in_hears_whose_it_is(place: Path) -> None:
     assert as_user(1001, 0o002, lambda: train(root)) == "version 1"
     said = as_user(1002, 0o002, lambda: train(root))
     assert f"'{root}' is of mode 0700 and belongs to user 1001 and group {GROUP}, this process is user 1002" in said
-    assert f"setgid (chmod g+rwxs) or it is opened with shared=True (--shared)" in said
+    assert "setgid (chmod g+rwxs) or it is opened with shared=True (--shared)" in said
     for path in (place / "run", *(place / "run").rglob("*")):
         path.chmod(path.stat().st_mode | (0o070 if path.is_dir() else 0o060))
     assert as_user(1002, 0o002, lambda: train(root)) == "version 2"

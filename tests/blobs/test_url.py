@@ -112,7 +112,7 @@ def test_what_is_no_text_is_no_url(url: object) -> None:
 def test_a_service_s_url_is_no_store() -> None:
     """And who takes it is said."""
     for url in ("http://host:8000", "https://host"):
-        with pytest.raises(InputError, match="service's URL.*SplitClient"):
+        with pytest.raises(InputError, match=r"service's URL.*SplitClient"):
             GradientStore(url)
 
 

@@ -150,5 +150,5 @@ def test_a_mistyped_name_is_answered_by_the_nearest(folder: Path, spec: str, sai
 
 def test_what_a_module_lacks_itself_is_not_answered_by_the_folder() -> None:
     """It is no name that the user has typed."""
-    with pytest.raises(InputError, match="not_installed_at_all'.*my_broken.py, line 2\\)$"):
+    with pytest.raises(InputError, match=r"not_installed_at_all'.*my_broken.py, line 2\)$"):
         load_body("my_broken:x")

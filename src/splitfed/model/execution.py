@@ -194,7 +194,13 @@ def run(
         args, kwargs = pytree.unflatten(spec, entered)
         watched = may_change(args, kwargs)
         versions = [tensor._version for tensor in entered]
-        with draws, unhooked(), uncached(), _autocast(call.autocast, model.device), _BodyErrors(parts, entered):
+        with (
+            draws,
+            unhooked(),
+            uncached(),
+            _autocast(call.autocast, model.device),
+            _BodyErrors(parts, entered),
+        ):
             outputs = parts[0](*args, **kwargs)
             for part in parts[1:]:
                 outputs = part(outputs)
