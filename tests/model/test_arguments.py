@@ -218,6 +218,39 @@ def test_a_tensor_subclass_enters_as_a_plain_tensor() -> None:
         plain(torch.randn(2, 4)).sum().backward()
 
 
+def test_a_container_that_is_flattened_anew_is_not_taken_for_a_changed_one() -> None:
+    """Its tensors are others each time; their values tell."""
+
+    class Graph:
+        def __init__(self, links: Tensor) -> None:
+            self.links = links
+
+    register_container(Graph, lambda graph: graph.links.to_dense(), lambda dense: Graph(dense.to_sparse()))
+    model = Model(lambda h, other: torch.sparse.mm(other.links, h), lambda x: Graph(torch.eye(2).to_sparse()))
+    client(model, "part", 0)(torch.randn(2, 4)).sum().backward()
+
+
+class Kept(Tensor):
+    """A tensor subclass that is registered."""
+
+
+@pytest.mark.parametrize("keep_graphs", [8, 0])
+def test_a_registered_tensor_subclass_keeps_its_class(keep_graphs: int) -> None:
+    """In the body and in what it returns, with its gradient, without a warning."""
+    register_container(Kept, lambda kept: kept.as_subclass(Tensor), lambda plain: plain.as_subclass(Kept))
+    kinds = []
+    model = Model(
+        lambda h, other: (kinds.append(type(other)), (other * 2).as_subclass(Kept))[1], lambda x: x.as_subclass(Kept)
+    )
+    split, x = client(model, "part", keep_graphs), torch.randn(2, 4)
+    found = split(x)
+    assert type(found) is Kept
+    found.as_subclass(Tensor).sum().backward()
+    assert set(kinds) == {Kept}
+    expected = torch.autograd.grad(model(x).as_subclass(Tensor).sum(), model.layer.weight)
+    assert torch.equal(split.layer.weight.grad, expected[0])
+
+
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [

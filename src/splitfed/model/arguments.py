@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from splitfed.errors import ContainerError, InputError, SplitFedError, UnsupportedError
+from splitfed.model.numerics import same_bits
 from splitfed.protocol import kinds, pytree
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
@@ -52,7 +53,8 @@ def carried(
                 f"class {kind}",
                 f"an argument of the cut part is a {kind}: across the cut it is a plain tensor, "
                 "so a body that tells it by its class doesn't. "
-                "Pass .as_subclass(torch.Tensor) to say that this is meant",
+                "Pass .as_subclass(torch.Tensor) to say that this is meant, "
+                "or keep its class by register_container()",
             )
     tensors = list(map(_plain, tensors))
     args, kwargs = pytree.unflatten(spec, tensors)
@@ -172,7 +174,9 @@ def _has_more(before: Any, after: Any) -> bool:
         mine, theirs = pytree.flatten(before), pytree.flatten(after)
     except SplitFedError:
         return True
-    return mine[0] != theirs[0] or list(map(id, mine[1])) != list(map(id, theirs[1]))
+    if mine[0] != theirs[0] or len(mine[1]) != len(theirs[1]):
+        return True
+    return any(map(_is_other, mine[1], theirs[1]))
 
 
 def _is_other(before: Any, after: Any) -> bool:
@@ -180,7 +184,8 @@ def _is_other(before: Any, after: Any) -> bool:
     if type(before) is not type(after):
         return True
     if isinstance(before, Tensor):
-        return before is not after
+        # A container may make its tensors anew whenever it is flattened: then the values count.
+        return before is not after and not same_bits(before, after)
     # NaN differs from itself.
     return type(before) in _LEAVES and before != after and before == before
 

@@ -208,10 +208,11 @@ def run(
                 check_unchanged(spec, entered, (args, kwargs), outputs)
             if finish is not None:
                 outputs = finish(outputs)
-        # Still under the lock: the next run puts its own buffers into the module.
+        # Still under the lock: the next run puts its own buffers into the module. And still in the
+        # call's grad mode: a registered container may compute when it is flattened.
         buffers = model.end_buffers()
+        spec, live = pytree.flatten(outputs)
     model.check_parameters()
-    spec, live = pytree.flatten(outputs)
     check_fit("the body's output", outputs, live)
     return Run(
         version=model.version,
