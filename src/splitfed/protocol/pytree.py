@@ -67,7 +67,8 @@ def register_container(
             "register_container() takes a class and two functions: "
             f"expected (cls, flatten, unflatten), got ({cls!r}, {flatten!r}, {unflatten!r})"
         )
-    if cls in _LEAVES or cls in _SEQUENCES or cls in _MAPPINGS or cls in _TENSORS:
+    known: set[type] = {*_LEAVES, *_SEQUENCES, *_MAPPINGS, *_TENSORS}
+    if cls in known:
         raise InputError(f"{cls.__qualname__} can't be registered: it crosses the cut as it is")
     if _is_cache(cls):
         raise ContainerError(
