@@ -12,6 +12,7 @@ from splitfed.blobs import open_blobs
 from splitfed.blobs.local import LocalBlobs
 from splitfed.blobs.memory import MemoryBlobs
 from splitfed.errors import InputError
+from splitfed.store.store import GradientStore
 
 
 def test_open_blobs_by_kind_of_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,3 +61,63 @@ def test_options_where_none_apply() -> None:
     for url in ("runs", "memory://a"):
         with pytest.raises(InputError, match="anon"):
             open_blobs(url, anon=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "meant"),
+    [
+        ("s3:/bucket/run", "s3://bucket/run"),
+        ("s3:bucket/run", "s3://bucket/run"),
+        ("S3:/bucket", "s3://bucket"),
+        ("gs:/b", "gs://b"),
+        ("data:x", "data://x"),
+        ("file:/abs/run", "file:///abs/run"),
+        ("memory:x", "memory://x"),
+        ("s3//bucket/run", "s3://bucket/run"),
+        ("C:\\runs", "which has no drives"),
+        ("c:/runs", "which has no drives"),
+    ],
+)
+def test_what_begins_like_a_url_is_no_folder(
+    url: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused with the URL that was meant, and with the path of a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        GradientStore(url)
+    assert meant in str(caught.value)
+    assert repr(f"./{url}") in str(caught.value)
+    assert GradientStore(f"./{url}").blobs.create("a", [b"1"])
+
+
+def test_what_does_not_begin_like_a_url_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A colon further on, a time, a `Path` of any name; and a drive, on Windows."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("runs/a:b", "2026-01-01T10:00", "s3/run", Path("data:x"), "./data:x"):
+        assert isinstance(open_blobs(path), LocalBlobs)
+    monkeypatch.setattr("splitfed.blobs.url.os.name", "nt")
+    assert isinstance(open_blobs("C:\\runs"), LocalBlobs)
+    assert isinstance(open_blobs("d:/runs"), LocalBlobs)
+    with pytest.raises(InputError, match="s3://b"):
+        open_blobs("s3:/b")
+
+
+@pytest.mark.parametrize("url", [None, 5, b"runs", ["runs"]])
+def test_what_is_no_text_is_no_url(url: object) -> None:
+    """By its class, with what is expected."""
+    with pytest.raises(InputError, match=f"a store's URL is a {type(url).__name__}: expected"):
+        GradientStore(url)  # type: ignore[arg-type]
+
+
+def test_a_service_s_url_is_no_store() -> None:
+    """And who takes it is said."""
+    for url in ("http://host:8000", "https://host"):
+        with pytest.raises(InputError, match=r"service's URL.*SplitClient"):
+            GradientStore(url)
+
+
+def test_only_local_files_are_shared_by_a_group() -> None:
+    """Elsewhere the setting would say nothing."""
+    for url in ("memory://a", "objects://bucket/run"):
+        with pytest.raises(InputError, match="shared=True is about the modes of local files"):
+            GradientStore(url, shared=True)

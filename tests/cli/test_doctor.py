@@ -6,6 +6,7 @@ import importlib.util
 import re
 import uuid
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +57,25 @@ def test_an_empty_place_is_fit_to_begin(capsys: pytest.CaptureFixture[str]) -> N
     """A store before its run passes, with a note."""
     status, found = report(capsys, "--store", f"memory://{uuid.uuid4()}")
     assert (status, found["run"][0]) == (0, "note")
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be mistyped: the report names what is near, and says how to have it checked all the same."""
+    (tmp_path / "demo").mkdir()
+    for name in ("dmeo", "dmeo/deeper/run"):
+        status, found = report(capsys, "--store", str(tmp_path / name))
+        assert (status, found["store"][0]) == (1, "FAIL")
+        assert "has no 'dmeo'; the nearest there are ['demo']. Nothing was made" in found["store"][1]
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    (tmp_path / "file").write_text("x")
+    assert "is no folder" in report(capsys, "--store", str(tmp_path / "file"))[1]["store"][1]
+
+
+def test_nothing_stays_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The probe clears up behind itself, folders and all."""
+    status, found = report(capsys, "--store", str(tmp_path))
+    assert (status, found["create-if-absent"][0]) == (0, "ok")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damage_is_found(url: str, capsys: pytest.CaptureFixture[str]) -> None:

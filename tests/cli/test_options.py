@@ -149,3 +149,28 @@ def test_clients_set_modes_and_what_is_named() -> None:
         else:
             with pytest.raises(InputError, match="--settings 'in_features'"):
                 client(torch.ones(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("my_site:bodyy", r"no attribute 'bodyy'.*the nearest there are \['body'\]"),
+        ("my_site:Holder.iner", r"no attribute 'iner' of 'Holder.iner'; the nearest there are \['inner'\]"),
+        ("my_sites:body", r"No module named 'my_sites'; the nearest there are \['my_site'\]"),
+        ("my_site:zzz", r"no attribute 'zzz' of 'zzz'; there are \[.*'body'.*\]"),
+        ("package.on:body", r"No module named 'package.on'; the nearest there are \['one'\]"),
+    ],
+)
+def test_a_mistyped_name_is_answered_by_the_nearest(folder: Path, spec: str, said: str) -> None:
+    """Of the module, of a class in it, of the folder, of a package."""
+    (folder / "package").mkdir()
+    (folder / "package" / "__init__.py").touch()
+    (folder / "package" / "one.py").write_text("body = None\n")
+    with pytest.raises(InputError, match=said):
+        load_body(spec)
+
+
+def test_what_a_module_lacks_itself_is_not_answered_by_the_folder() -> None:
+    """It is no name that the user has typed."""
+    with pytest.raises(InputError, match=r"not_installed_at_all'.*my_broken.py, line 2\)$"):
+        load_body("my_broken:x")

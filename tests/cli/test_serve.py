@@ -93,13 +93,19 @@ def test_others_are_let_in_with_tokens_or_in_so_many_words(
         (["--max-body", "0"], "limit body is 0"),
         (["--max-in-flight", "5"], "less than one body may have"),
         (["--port", "x"], "invalid int value"),
+        (["--store", "s3:/bucket"], "expected s3://bucket, or './s3:/bucket' for a folder of that name"),
+        (["--store", "http://host:8000"], "is a service's URL"),
+        (["--shared", "--store", "memory://run"], "shared=True is about the modes of local files"),
+        (["--loss", "torch.nn.functional:cros_entropy"], "nearest there are ['cross_entropy'"),
+        (["--device", "cuda:99"], "--device 'cuda:99' can't be used"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(
-    served: list[Any], capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    served: list[Any], folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
-    """No traceback."""
+    """No traceback, and no store."""
     assert run(*arguments) == 2
+    assert not (folder / "run").exists()
     err = capsys.readouterr().err
     assert said in err
     assert "Traceback" not in err

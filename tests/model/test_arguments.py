@@ -143,9 +143,7 @@ def test_what_a_body_adds_to_an_argument_is_refused(
     ],
     ids=["returned list", "returned dict", "taken", "first", "last", "read", "read box", "read deep"],
 )
-def test_what_a_body_reads_takes_out_or_returns_is_its_own_affair(
-    use: Use, make: Callable[[Tensor], Any]
-) -> None:
+def test_what_a_body_reads_takes_out_or_returns_is_its_own_affair(use: Use, make: Callable[[Tensor], Any]) -> None:
     """Nothing is lost then: the same outputs and gradients as the unsplit model."""
     model, x = Model(use, make), torch.randn(2, 4)
     expected = first(model(x))
@@ -211,8 +209,7 @@ def test_a_tensor_subclass_enters_as_a_plain_tensor() -> None:
     model = Model(lambda h, other: (kinds.append(type(other)), h + other)[1], lambda x: x.detach().as_subclass(Tagged))
     split = client(model, "part", 0)
     with pytest.warns(UserWarning, match=r"is a Tagged.*as_subclass\(torch.Tensor\)") as said:
-        for _ in range(2):
-            split(torch.randn(2, 4)).sum().backward()
+        (split(torch.randn(2, 4)) + split(torch.randn(2, 4))).sum().backward()
     assert len(said) == 1
     assert set(kinds) == {Tensor}
     plain = client(Model(lambda h, other: h + other, lambda x: x.as_subclass(Tagged).as_subclass(Tensor)), "part")
@@ -221,10 +218,47 @@ def test_a_tensor_subclass_enters_as_a_plain_tensor() -> None:
         plain(torch.randn(2, 4)).sum().backward()
 
 
+def test_a_container_that_is_flattened_anew_is_not_taken_for_a_changed_one() -> None:
+    """Its tensors are others each time; their values tell."""
+
+    class Graph:
+        def __init__(self, links: Tensor) -> None:
+            self.links = links
+
+    register_container(Graph, lambda graph: graph.links.to_dense(), lambda dense: Graph(dense.to_sparse()))
+    model = Model(lambda h, other: torch.sparse.mm(other.links, h), lambda x: Graph(torch.eye(2).to_sparse()))
+    client(model, "part", 0)(torch.randn(2, 4)).sum().backward()
+
+
+class Kept(Tensor):
+    """A tensor subclass that is registered."""
+
+
+@pytest.mark.parametrize("keep_graphs", [8, 0])
+def test_a_registered_tensor_subclass_keeps_its_class(keep_graphs: int) -> None:
+    """In the body and in what it returns, with its gradient, without a warning."""
+    register_container(Kept, lambda kept: kept.as_subclass(Tensor), lambda plain: plain.as_subclass(Kept))
+    kinds = []
+    model = Model(
+        lambda h, other: (kinds.append(type(other)), (other * 2).as_subclass(Kept))[1], lambda x: x.as_subclass(Kept)
+    )
+    split, x = client(model, "part", keep_graphs), torch.randn(2, 4)
+    found = split(x)
+    assert type(found) is Kept
+    found.as_subclass(Tensor).sum().backward()
+    assert set(kinds) == {Kept}
+    expected = torch.autograd.grad(model(x).as_subclass(Tensor).sum(), model.layer.weight)
+    assert torch.equal(split.layer.weight.grad, expected[0])
+
+
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
-        (torch.randn(2, 4).double(), InputError, r"argument 0 is float64 \(2, 4\): expected float32.*\.to\(torch.float32"),
+        (
+            torch.randn(2, 4).double(),
+            InputError,
+            r"argument 0 is float64 \(2, 4\): expected float32.*\.to\(torch.float32",
+        ),
         (np.ones((2, 4), np.float32), ContainerError, r"argument 0 is a numpy.ndarray.*torch.from_numpy\(x\)"),
     ],
 )
@@ -241,7 +275,11 @@ def test_input_that_the_half_cannot_take_is_named(given: Any, kind: type[SplitFe
 def test_other_errors_of_the_half_are_its_own() -> None:
     """They are the unsplit model's, class and all."""
     split = client(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)), "1")
-    for given, kind in ((torch.randn(2, 5), RuntimeError), ("text", TypeError), (torch.ones(2, 4).long(), RuntimeError)):
+    for given, kind in (
+        (torch.randn(2, 5), RuntimeError),
+        ("text", TypeError),
+        (torch.ones(2, 4).long(), RuntimeError),
+    ):
         with pytest.raises(kind) as caught:
             split(given)
         assert not isinstance(caught.value, SplitFedError)

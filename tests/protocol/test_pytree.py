@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from splitfed.errors import ContainerError, FormatError
+from splitfed.errors import ContainerError, FormatError, InputError
 from splitfed.protocol import pytree
 from splitfed.protocol.pytree import MAX_DEPTH, flatten, register_container, unflatten
 
@@ -256,3 +256,31 @@ def test_a_foreign_named_tuple_is_made_once() -> None:
     assert (first.x, second.y) == (1, 4)
     assert type(first) is type(second)
     assert type(first).__name__ == "Point"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((5, list, list), r"takes a class and two functions.*got \(5"),
+        ((Exception, None, Exception), "two functions"),
+        ((dict, list, dict), "dict can't be registered: it crosses the cut as it is"),
+        ((torch.nn.Parameter, list, list), "Parameter can't be registered"),
+    ],
+)
+def test_what_cannot_be_registered_is_told(given: Any, message: str) -> None:
+    """A registration that would fail later, or change nothing, is refused at once."""
+    with pytest.raises(InputError, match=message):
+        register_container(*given)
+
+
+def test_caches_of_transformers_cannot_be_registered() -> None:
+    """The body would write to its own, and the half's next token would be another one."""
+    cache_utils = pytest.importorskip("transformers.cache_utils")
+
+    class Own(cache_utils.DynamicCache):  # type: ignore[misc,name-defined]
+        """A user's."""
+
+    names = ("Cache", "DynamicCache", "StaticCache", "EncoderDecoderCache", "DynamicLayer")
+    for cls in (Own, *(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))):
+        with pytest.raises(ContainerError, match=r"transformers cache.*Pass use_cache=False"):
+            register_container(cls, list, cls)

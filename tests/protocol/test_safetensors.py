@@ -302,7 +302,9 @@ def test_encode_refuses_names(name: str) -> None:
         codec.encode({name: torch.ones(1)})
 
 
-@pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}, {"splitfed.layout": "{}"}, {"splitfed.dtype": "{}"}, {"a": "\ud800"}], ids=repr)
+@pytest.mark.parametrize(
+    "metadata", [{"a": 1}, {1: "a"}, {"splitfed.layout": "{}"}, {"splitfed.dtype": "{}"}, {"a": "\ud800"}], ids=repr
+)
 def test_encode_refuses_metadata(metadata: dict[str, str]) -> None:
     """Metadata that aren't text, or take the place of the layout, are refused."""
     with pytest.raises(InputError, match="metadata"):

@@ -66,7 +66,7 @@ def open_blobs(
         )
     if protocol in ("http", "https"):
         raise InputError(
-            f"{text!r} is a service's URL: expected a store's, such as runs/demo or s3://bucket/run; "
+            f"{text!r} is a service's URL: expected a store's, such as s3://bucket/run; "
             "a service is given to a SplitClient, or to splitfed doctor --server"
         )
     if protocol not in ("", "file", "local", "memory"):

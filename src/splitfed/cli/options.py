@@ -90,9 +90,11 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _modules_beside(name: str | None) -> list[str]:
-    """The modules of the folder or package in which one wasn't found; none that isn't the user's."""
+    """The modules of the folder or package in which one wasn't found."""
     package = str(name).rpartition(".")[0]
-    places = getattr(sys.modules.get(package), "__path__", None) if package else [os.getcwd()]
+    places: Iterable[str] | None = [os.getcwd()]
+    if package:
+        places = getattr(sys.modules.get(package), "__path__", None)
     return [found.name for found in pkgutil.iter_modules(places)] if places else []
 
 

@@ -114,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     # They cross to the processes of workers; `run` is this very function, and no setting.
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
     settings = argparse.Namespace(**given)
+    _check_settings(settings)
     _begin_log()
     server = open_server(settings)
     app = _app(server, settings)
@@ -159,6 +160,15 @@ def _check_access(arguments: argparse.Namespace) -> None:
             "give --tokens FILE (made by 'splitfed token new CLIENT --tokens FILE'), "
             "or say --insecure if something in front of it asks who they are"
         )
+
+
+def _check_settings(arguments: argparse.Namespace) -> None:
+    """Refuse before the store is begun what the app would refuse after it."""
+    from splitfed.service.http.auth import Tokens
+
+    limits(arguments)
+    if arguments.tokens:
+        Tokens(arguments.tokens)
 
 
 def _place(arguments: argparse.Namespace) -> Place:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from splitfed.errors import ContainerError, InputError, SplitFedError, UnsupportedError
-from splitfed.protocol import pytree, safetensors
+from splitfed.model.numerics import same_bits
+from splitfed.protocol import kinds, pytree
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _LEAVES = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str))
@@ -42,7 +43,7 @@ def carried(
         ContainerError: one can't cross; the message names its place.
     """
     spec, tensors = pytree.flatten((args, kwargs))
-    if all(type(tensor) in _PLAIN and safetensors.fits(tensor) for tensor in tensors):
+    if all(type(tensor) in _PLAIN and kinds.fits(tensor) for tensor in tensors):
         return args, kwargs, tensors
     check_fit("an argument", {"args": args, "kwargs": kwargs}, tensors)
     for tensor in tensors:
@@ -52,13 +53,17 @@ def carried(
                 f"class {kind}",
                 f"an argument of the cut part is a {kind}: across the cut it is a plain tensor, "
                 "so a body that tells it by its class doesn't. "
-                "Pass .as_subclass(torch.Tensor) to say that this is meant",
+                "Pass .as_subclass(torch.Tensor) to say that this is meant, "
+                "or keep its class by register_container()",
             )
-    tensors = [
-        tensor if type(tensor) in _PLAIN else tensor.as_subclass(Tensor) for tensor in tensors
-    ]
+    tensors = list(map(_plain, tensors))
     args, kwargs = pytree.unflatten(spec, tensors)
     return args, kwargs, tensors
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    # Not another object, where it needn't be: what the body changes in place is looked for in it.
+    return tensor if type(tensor) in _PLAIN else tensor.as_subclass(Tensor)
 
 
 def check_fit(what: str, tree: Any, tensors: Sequence[Tensor]) -> None:
@@ -68,8 +73,8 @@ def check_fit(what: str, tree: Any, tensors: Sequence[Tensor]) -> None:
         ContainerError: there is one; the message names its place in the tree.
     """
     for tensor in tensors:
-        if not safetensors.fits(tensor):
-            raise safetensors.unfit(tensor, f"{what} at {pytree.place_of(tree, tensor)}")
+        if not kinds.fits(tensor):
+            raise kinds.unfit(tensor, f"{what} at {pytree.place_of(tree, tensor)}")
 
 
 def check_gradients(gradients: Sequence[Tensor | None]) -> None:
@@ -79,7 +84,7 @@ def check_gradients(gradients: Sequence[Tensor | None]) -> None:
         UnsupportedError: there is one.
     """
     for index, gradient in enumerate(gradients):
-        if gradient is not None and not safetensors.fits(gradient):
+        if gradient is not None and not kinds.fits(gradient):
             kind = gradient.layout if gradient.layout is not torch.strided else gradient.dtype
             raise UnsupportedError(
                 f"the gradient of output {index} of the cut part is of the kind {kind}: expected a "
@@ -112,11 +117,9 @@ def check_unchanged(spec: Any, entered: list[Tensor], given: Any, outputs: Any) 
         if found == spec and list(map(id, tensors)) == list(map(id, entered)):
             return
     returned = {id(value) for value in _containers(outputs)}
-    named = [
-        dict(zip(("args", "kwargs"), tree, strict=True))
-        for tree in (pytree.unflatten(spec, entered), given)
-    ]
-    for place, before, after in _pairs(*named, ""):
+    trees = (pytree.unflatten(spec, entered), given)
+    one, other = ({"args": args, "kwargs": kwargs} for args, kwargs in trees)
+    for place, before, after in _pairs(one, other, ""):
         if id(after) not in returned and _has_more(before, after):
             raise ContainerError(
                 f"the body changes the {type(after).__name__} at {place} that it is given: the "
@@ -171,7 +174,9 @@ def _has_more(before: Any, after: Any) -> bool:
         mine, theirs = pytree.flatten(before), pytree.flatten(after)
     except SplitFedError:
         return True
-    return mine[0] != theirs[0] or list(map(id, mine[1])) != list(map(id, theirs[1]))
+    if mine[0] != theirs[0] or len(mine[1]) != len(theirs[1]):
+        return True
+    return any(map(_is_other, mine[1], theirs[1]))
 
 
 def _is_other(before: Any, after: Any) -> bool:
@@ -179,7 +184,8 @@ def _is_other(before: Any, after: Any) -> bool:
     if type(before) is not type(after):
         return True
     if isinstance(before, Tensor):
-        return before is not after
+        # A container may make its tensors anew whenever it is flattened: then the values count.
+        return before is not after and not same_bits(before, after)
     # NaN differs from itself.
     return type(before) in _LEAVES and before != after and before == before
 

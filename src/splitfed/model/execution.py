@@ -322,13 +322,14 @@ def run(
                 check_unchanged(spec, entered, (args, kwargs), outputs)
             if finish is not None:
                 outputs = finish(outputs)
-        # Still under the lock: the next run puts its own buffers into the module.
+        # Still under the lock: the next run puts its own buffers into the module. And still in the
+        # call's grad mode: a registered container may compute when it is flattened.
         buffers, moved = model.end_buffers(call.training)
+        spec, live = pytree.flatten(outputs)
         written = model.attributes.changed()
         model.check_parameters()
         if not leave:
             written += model.tidy(written, call.settings, walked)
-    spec, live = pytree.flatten(outputs)
     check_fit("the body's output", outputs, live)
     return Run(
         version=model.version,

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from splitfed.errors import UnsupportedError
 from splitfed.model.copying import deep_copy
-from splitfed.protocol import safetensors
+from splitfed.protocol import kinds
 
 Fingerprint = dict[str, dict[str, Any]]
 """By name: role, shape and dtype of a tensor, or the first name of a tied one; plain JSON."""
@@ -241,9 +241,9 @@ def _is_copyable(tensor: Tensor) -> bool:
 
 def _check_storable(name: str, tensor: Tensor) -> None:
     """Refuse a tensor that no file of weights has a place for."""
-    if tensor.is_meta or safetensors.fits(tensor):
+    if tensor.is_meta or kinds.fits(tensor):
         return
-    why = str(safetensors.unfit(tensor, repr(name)))
+    why = str(kinds.unfit(tensor, repr(name)))
     if not isinstance(tensor, nn.Parameter):
         why += ". Or leave it out of the weights: register_buffer(..., persistent=False)"
     raise UnsupportedError(why)

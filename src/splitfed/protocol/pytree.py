@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from splitfed.errors import ContainerError, FormatError
+from splitfed.errors import ContainerError, FormatError, InputError
 
 T = TypeVar("T")
 Spec = Any
@@ -52,14 +52,24 @@ def register_container(
     Both sides must register the class, since no code travels.
 
     Args:
-        cls: The class; exactly this one, not its subclasses.
+        cls: The class; exactly this one, not its subclasses. A subclass of `torch.Tensor` may be
+            one, to keep its class across the cut.
         flatten: Makes a tree of supported values from an instance.
         unflatten: Makes an instance from that tree.
 
     Raises:
         ContainerError: it is a cache of transformers. The body's attention writes to it, and what
             it writes would stay on the server.
+        InputError: it is no class, or one that crosses as it is.
     """
+    if not isinstance(cls, type) or not callable(flatten) or not callable(unflatten):
+        raise InputError(
+            "register_container() takes a class and two functions: "
+            f"expected (cls, flatten, unflatten), got ({cls!r}, {flatten!r}, {unflatten!r})"
+        )
+    known: set[type] = {*_LEAVES, *_SEQUENCES, *_MAPPINGS, *_TENSORS}
+    if cls in known:
+        raise InputError(f"{cls.__qualname__} can't be registered: it crosses the cut as it is")
     if _is_cache(cls):
         raise ContainerError(
             f"{cls.__qualname__} can't be registered: it is a transformers cache, which the body "
@@ -127,7 +137,7 @@ def _flatten(  # noqa: C901 -- one frame a level of the tree, see below
     kind = type(value)
     if kind in _PLAIN:
         return value
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and (kind in _TENSORS or _path(kind) not in _containers):
         index = indices.setdefault(id(value), len(tensors))
         if index == len(tensors):
             tensors.append(value)
@@ -258,6 +268,7 @@ def _counter(items: dict[Any, int]) -> collections.Counter[Any]:
     return collections.Counter(items)
 
 
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN = frozenset((type(None), bool, int, str))
 _LEAVES = _PLAIN | {float}
 _SEQUENCES: dict[type, str] = {list: "l", tuple: "u", torch.Size: "z"}

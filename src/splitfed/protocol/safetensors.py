@@ -17,8 +17,9 @@ tensor with elements:
     more than 16 × the elements;         as one
     expanded beyond 256 MiB
 
-The format has no code for complex128 either: it is stored as the float64 pairs that it is in memory,
-one dimension more of size 2, which any reader can open, and named under the key `splitfed.dtype`.
+The format has no code for complex128 either: it is stored as the float64 pairs that it is in
+memory, one dimension more of size 2, which any reader can open, and named under the key
+`splitfed.dtype`.
 
 Foreign strides count only if they are what this rule gives for the tensor that they describe. So
 whoever wrote them can't address memory outside of the tensor, nor make 100 bytes allocate more than
@@ -43,6 +44,7 @@ from torch import Tensor
 from splitfed.errors import ContainerError, FormatError, InputError
 from splitfed.protocol import header as foreign
 from splitfed.protocol.header import MAX_EXTENT, is_sizes, shown
+from splitfed.protocol.kinds import CODES, PAIRED, fits, unfit
 
 Layout = dict[str, list[int]]
 MAX_SPREAD = 16
@@ -52,13 +54,8 @@ LAYOUT_KEY = "splitfed.layout"
 DTYPE_KEY = "splitfed.dtype"
 TAKEN = (LAYOUT_KEY, DTYPE_KEY)
 """The keys that no other metadata may have."""
-PAIRED = torch.complex128
-"""The dtype that is stored as pairs of float64."""
-
-_CODES = {dtype: code for code, dtype in foreign.DTYPES.items()} | {PAIRED: "F64"}
 # bfloat16, float8 and complex: numpy or memoryview can't show their bytes as they are.
-_OPAQUE = {dtype for dtype, code in _CODES.items() if code[:2] in ("BF", "F8", "C6")} | {PAIRED}
-_OWN = frozenset((Tensor, torch.nn.Parameter))
+_OPAQUE = {dtype for dtype, code in CODES.items() if code[:2] in ("BF", "F8", "C6")} | {PAIRED}
 _PAIRED_NAME = "complex128"
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _quoted = json.encoder.encode_basestring
@@ -101,7 +98,7 @@ def encode(
         end = cursor + tensor.nbytes
         shape = ",".join(map(str, (*tensor.shape, 2) if tensor.dtype is PAIRED else tensor.shape))
         fields.append(
-            f'{_quoted(name)}:{{"dtype":"{_CODES[tensor.dtype]}","shape":[{shape}],'
+            f'{_quoted(name)}:{{"dtype":"{CODES[tensor.dtype]}","shape":[{shape}],'
             f'"data_offsets":[{cursor},{end}]}}'
         )
         if end > cursor:
@@ -236,7 +233,7 @@ def is_plain(tensor: Tensor) -> bool:
     A dimension of 1 may have any stride, so it leaves a doubt.
     """
     # Asked first: a nested tensor has no shape to ask for.
-    if tensor.is_nested or tensor.layout is not torch.strided or tensor.dtype not in _CODES:
+    if tensor.is_nested or tensor.layout is not torch.strided or tensor.dtype not in CODES:
         return False
     if not 0 < tensor.dim() <= foreign.MAX_DIMS or not tensor.numel() or 1 in tensor.shape:
         return False
@@ -298,62 +295,6 @@ def _checked(tensor: Tensor, name: str | None = None) -> Tensor:
     if tensor.is_conj() or tensor.is_neg():
         return tensor.resolve_conj().resolve_neg()
     return tensor
-
-
-def fits(tensor: Tensor) -> bool:
-    """Whether the format has a place for a tensor of this kind, dtype and shape."""
-    if type(tensor) not in _OWN and is_wrapper(tensor):
-        return False
-    if tensor.layout is not torch.strided or tensor.dtype not in _CODES:
-        return False
-    if tensor.is_nested or tensor.is_meta or tensor.dim() > _most_dims(tensor):
-        return False
-    # A tensor without elements has no bytes that would bound its shape, and a reader multiplies it.
-    return tensor.numel() > 0 or (
-        foreign.extent(tensor.shape, tensor.itemsize) <= foreign.MAX_EXTENT
-    )
-
-
-def _most_dims(tensor: Tensor) -> int:
-    return foreign.MAX_DIMS - 1 if tensor.dtype is PAIRED else foreign.MAX_DIMS
-
-
-def is_wrapper(tensor: Tensor) -> bool:
-    """Whether its class has other values than its memory says: DTensor, MaskedTensor and the like.
-
-    Such a class answers torch's operations itself, by `__torch_dispatch__`.
-    """
-    own: Any = type(tensor).__torch_dispatch__
-    return own is not Tensor.__torch_dispatch__
-
-
-def unfit(tensor: object, which: str) -> ContainerError:
-    """The error for a tensor that has no place in the format: what it is, and what to do."""
-    expected, hint = "a torch.Tensor", "turn it into one, or keep it on its side of the cut"
-    got = type(tensor).__name__
-    if isinstance(tensor, Tensor):
-        kind = "nested" if tensor.is_nested else tensor.layout
-        got = f"{tensor.dtype}, {kind}, of {tensor.dim()} dimensions"
-        if is_wrapper(tensor) and not tensor.is_nested:
-            expected, got = "a plain torch.Tensor", f"a {type(tensor).__qualname__}, {got}"
-            hint = "take its values out first, as .full_tensor() does of a DTensor"
-        elif tensor.is_nested or tensor.layout is not torch.strided:
-            expected, hint = "a dense one", "call .to_dense() or pad it first"
-        elif tensor.is_meta:
-            expected, hint = "one with memory, not on the device meta", "load its values first"
-        elif tensor.is_quantized:
-            expected, hint = "one that isn't quantized", "call .dequantize() first"
-        elif tensor.dtype not in _CODES:
-            expected = f"a dtype of {', '.join(foreign.DTYPES)} or complex128"
-            hint = "convert it by .to(torch.complex64) first"
-            if not tensor.is_complex():
-                hint = "convert it by .to() first, or keep its bytes by .view(torch.uint8)"
-        else:
-            expected = f"at most {_most_dims(tensor)} dimensions that an address can count"
-            hint = "reshape it first"
-    return ContainerError(
-        f"{which} can't travel or be stored: expected {expected}, got {got}; {hint}"
-    )
 
 
 def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:

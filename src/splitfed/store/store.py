@@ -75,14 +75,12 @@ class GradientStore:
                 f"sync={sync!r} isn't known: expected 'power' (fsync) "
                 "or 'process' (survives SIGKILL only)"
             )
+        self.blobs: Blobs = open_blobs(url, fsync=sync == "power", shared=shared, **storage_options)
         self.url = os.fspath(url)
         self.sync = sync
         self.shared = shared
         self.storage_options: Mapping[str, Any] = MappingProxyType(dict(storage_options))
         """What the fsspec filesystem is given; it may hold secrets."""
-        self.blobs: Blobs = open_blobs(
-            self.url, fsync=sync == "power", shared=shared, **storage_options
-        )
         self.attended = False
         """Whether this process has an accumulator on it."""
         self._lineages: Bounded[str, tuple[Lineage, Pile]] = Bounded(KEPT_LINEAGES)

@@ -70,9 +70,7 @@ def secure(certificate: tuple[str, str]) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "split.inside"])
-def test_http_goes_through_the_proxy_of_the_environment(
-    plain: int, host: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_http_goes_through_the_proxy_of_the_environment(plain: int, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each request names the whole URL, and the name is the proxy's to resolve; the connection is kept open."""
     with proxying() as proxy:
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
@@ -179,9 +177,7 @@ def test_a_private_authority(secure: int, certificate: tuple[str, str], monkeypa
 
 
 @openssl
-def test_authorities_of_a_directory(
-    secure: int, certificate: tuple[str, str], tmp_path: Path
-) -> None:
+def test_authorities_of_a_directory(secure: int, certificate: tuple[str, str], tmp_path: Path) -> None:
     """By hash, as OpenSSL has them."""
     shutil.copy(certificate[0], tmp_path / "one.pem")
     subprocess.run(["openssl", "rehash", str(tmp_path)], check=True, capture_output=True)
@@ -221,6 +217,6 @@ def test_tls_at_a_port_of_plain_http(plain: int) -> None:
 
 def test_an_answer_of_400_that_is_not_about_tls() -> None:
     """It is another service: nothing is said of TLS."""
-    with scripted(answer(400, b"<html>bad</html>"), None) as (url, _):
-        with pytest.raises(UnreachableError, match="answered 400.*is the URL right"):
-            HttpTransport(url).pull(ASK)
+    script = scripted(answer(400, b"<html>bad</html>"), None)
+    with script as (url, _), pytest.raises(UnreachableError, match=r"answered 400.*is the URL right"):
+        HttpTransport(url).pull(ASK)
