@@ -47,12 +47,14 @@ class Habits:
         """Those whose object stays and changes from within, where no cheap look finds it."""
         self.late: set[str] = set()
         """Those that were found otherwise before a run: hooks set them in the backward before."""
+        self.spoils = False
+        """Whether one wrote to parameters where only a walk finds it."""
         self._runs = 0
 
     def is_time_to_walk(self) -> bool:
         """Whether the coming run is one of the first, or of those ever more seldom."""
         self._runs += 1
-        return is_power_of_two(self._runs)
+        return self.spoils or is_power_of_two(self._runs)
 
 
 class Attributes:
@@ -154,8 +156,16 @@ class Attributes:
         return all(held.restore() for held in self._containers)
 
     def walk(self) -> dict[str, list[Any]]:
-        """What can change from within, by name: equal as long as nothing in it was changed."""
-        return Walk(of_identity, self.owners.values()).through(self._plain())
+        """What can change from within, by name: equal as long as nothing in it was changed.
+
+        Parameters too, as what is written through their `.data` moves no version counter.
+        """
+        found = Walk(of_identity, self.owners.values()).through(self._plain())
+        for name, owner in self.owners.items():
+            for leaf, parameter in owner._parameters.items():
+                if parameter is not None:
+                    found[path_of(name, leaf)] = [of_content(parameter)]
+        return found
 
     def values(self, paths: Iterable[str]) -> dict[str, list[Any]]:
         """What attributes hold now: equal if two runs have left the same."""
