@@ -67,6 +67,7 @@ def test_each_run_begins_as_the_body_was_built(name: str) -> None:
     assert [done.written for done in runs] == [(name.strip(),)] * 3
     assert len({done.crcs for done in runs}) == 1
     assert made.habits.written == {name.strip()}
+    assert made.habits.within == set()
 
 
 def test_an_attribute_that_is_taken_away_is_there_again() -> None:

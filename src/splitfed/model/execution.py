@@ -86,7 +86,7 @@ class Model:
         self._is_spoilt = False
         self._pinned = [
             (owner._parameters, leaf, parameter, parameter._version)
-            for owner in self.module.modules()
+            for owner in self.attributes.owners.values()
             for leaf, parameter in owner._parameters.items()
             if parameter is not None
         ]
