@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import uuid
 from typing import Any
@@ -14,7 +15,10 @@ from torch import nn
 
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.accumulator.policies import inverse_sqrt
+from splitfed.client.client import SplitClient
 from splitfed.errors import InputError, UnsupportedError
+from splitfed.model.cutpoint import CutPoint
+from splitfed.server.server import SplitServer
 from splitfed.store.store import GradientStore
 
 
@@ -262,3 +266,36 @@ def test_another_rate_at_a_restart_is_told_and_the_store_s_goes_on() -> None:
         with pytest.warns(UserWarning, match=r"goes on with the store's .*'lr': 1.0.*, not with .*'lr': 0.5"):
             accumulator.step()
     assert store.load_weights()["w"].tolist() == [-2.0, -2.0]
+
+
+def test_a_body_that_is_wholly_frozen_moves_its_buffers(store: GradientStore) -> None:
+    """As the unsplit model's: the parameters stay, no optimizer is made, and a restart goes on."""
+    body = h.net().requires_grad_(False)
+    unsplit = copy.deepcopy(body)
+    server = SplitServer(nn.Sequential(body), store)
+    inputs = torch.randn(3, 4, 3)
+    for number, x in enumerate(inputs):
+        client = SplitClient(nn.Sequential(CutPoint(), nn.Linear(2, 2)), server, client_id="a")
+        client(x.clone().requires_grad_()).sum().backward()
+        unsplit(x)
+        (commit,) = drain(Accumulator(nn.Sequential(body), store, refuse_to_optimize))
+        assert (commit.version, commit.num_batches, set(commit.files)) == (number + 1, 1, {"weights", "applied"})
+    assert bits(again(store).load_weights()) == bits(nn.Sequential(unsplit).state_dict())
+    assert store.waiting() == []
+
+
+def test_batches_of_a_frozen_body_without_buffers_are_closed(store: GradientStore) -> None:
+    """There is nothing to change: each is counted, and none waits for ever."""
+    body = nn.Linear(2, 2).requires_grad_(False)
+    accumulator = Accumulator(body, store, refuse_to_optimize, clip_norm=1.0, lr_scheduler=h.halving)
+    for seq in range(3):
+        store.pile().create(batch(seq), record(gradients={}))
+    commit = accumulator.step()
+    assert commit is not None
+    assert (commit.num_batches, store.waiting()) == (3, [])
+    assert bits(again(store).load_weights()) == bits(body.state_dict())
+
+
+def refuse_to_optimize(params: Any) -> torch.optim.Optimizer:
+    """A factory that must not be called."""
+    raise AssertionError(f"asked to optimize {params}")

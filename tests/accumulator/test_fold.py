@@ -9,7 +9,19 @@ import warnings
 from typing import Any
 
 import pytest
-from harness_store import Point, again, batch, check_counted_once, commits, drain, plant, record, sgd
+from harness_store import (
+    Point,
+    adam,
+    again,
+    batch,
+    bits,
+    check_counted_once,
+    commits,
+    drain,
+    plant,
+    record,
+    sgd,
+)
 
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.accumulator.fold import fold, sort_batches
@@ -21,10 +33,10 @@ from splitfed.store.batchset import BatchSet, Verdict
 from splitfed.store.store import GradientStore
 
 
-def opened() -> tuple[GradientStore, Accumulator]:
+def opened(optimizer: Any = None, **settings: Any) -> tuple[GradientStore, Accumulator]:
     """A new store in memory, begun with a `Point`."""
     store = GradientStore(f"memory://{uuid.uuid4()}")
-    return store, Accumulator(Point(), store, sgd())
+    return store, Accumulator(Point(), store, optimizer or sgd(), **settings)
 
 
 def header(kind: str = "gradient", base: object = 5) -> dict[str, Any]:
@@ -145,17 +157,40 @@ def test_rejected_batches_alone_make_no_commit_and_are_counted_in_the_next() -> 
     assert [len(commit.folded) for commit in commits(store)] == [0, 1]
 
 
-def test_a_batch_that_proves_unfit_when_it_is_read_makes_no_commit_alone() -> None:
-    """Its header is in order, its tensors aren't: warned of at once, and on record with the first batch that fits."""
-    store, accumulator = opened()
-    plant(store, batch(0, "m"), record([1.0, 1.0, 1.0]))
-    with pytest.warns(UserWarning, match="m/1/0 is rejected"):
-        assert accumulator.step() is None
-    assert store.latest_version() == 0
+@pytest.mark.parametrize("content", [record([1.0, 1.0, 1.0]), b"PK"], ids=["tensors", "bytes"])
+def test_a_batch_that_proves_unfit_is_closed_though_nothing_else_waits(content: Any) -> None:
+    """Warned of once; the commit has no batch in it, and the weights and optimizer of before."""
+    store, accumulator = opened(adam)
+    plant(store, batch(0, "m"), content)
+    with pytest.warns(UserWarning, match="m/1/0 is rejected") as told:
+        commit = accumulator.step()
+    assert len(told) == 1
+    assert commit is not None
+    assert (commit.version, commit.num_batches, commit.num_samples, list(commit.rejected)) == (1, 0, 0, [batch(0, "m")])
+    assert store.waiting() == store.pile().waiting() == []
+    assert bits(again(store).load_weights(1)) == bits(again(store).load_weights(0))
+    assert accumulator.step() is None
     store.pile().create(batch(0), record())
-    with pytest.warns(UserWarning, match="m/1/0 is rejected"):
-        (commit,) = drain(accumulator)
-    assert (list(commit.folded), list(commit.rejected)) == ([batch(0)], [batch(0, "m")])
+    other, alone = opened(adam)
+    other.pile().create(batch(0), record())
+    assert drain(accumulator)
+    assert drain(alone)
+    assert bits(again(store).load_weights()) == bits(again(other).load_weights())
+
+
+def test_an_unfit_batch_is_warned_of_once_while_it_waits_for_others() -> None:
+    """Too few wait for a commit, however often it is asked for."""
+    store, accumulator = opened(min_batches=3)
+    plant(store, batch(0, "m"), b"PK")
+    for seq in range(2):
+        store.pile().create(batch(seq), record())
+    with pytest.warns(UserWarning, match="m/1/0 is rejected") as told:
+        assert [accumulator.step() for _ in range(3)] == [None] * 3
+    assert len(told) == 1
+    store.pile().create(batch(2), record())
+    commit = accumulator.step()
+    assert commit is not None
+    assert (commit.num_batches, commit.num_rejected) == (3, 1)
 
 
 GOOD = b"".join(pack(record()))

@@ -181,13 +181,15 @@ def test_a_buffer_that_is_taken_away_is_refused() -> None:
         execution.run(model(losing), call(), grad=True)
 
 
-@pytest.mark.parametrize("how", ["in_place", "assigned"])
+@pytest.mark.parametrize("how", ["in_place", "assigned", "data"])
 def test_a_body_that_writes_to_its_parameters_is_refused(how: str) -> None:
     """What changes in forward belongs in buffers: the message says so."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
-            if how == "in_place":
+            if how == "data":
+                m.layer.weight.data.mul_(0.5)
+            elif how == "in_place":
                 m.layer.weight.mul_(0.5)
             else:
                 m.layer.weight = nn.Parameter(m.layer.weight * 0.5)

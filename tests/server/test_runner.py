@@ -23,6 +23,8 @@ def writing(how: str) -> nn.Module:
         with torch.no_grad():
             if how == "assigned":
                 m.layer.weight = nn.Parameter(target * 0.5)
+            elif how == "data":
+                target.data.mul_(0.5)
             else:
                 target.mul_(0.5)
         if how == "raises":
@@ -34,11 +36,11 @@ def writing(how: str) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("how", ["trainable", "frozen", "assigned", "raises"])
+@pytest.mark.parametrize("how", ["trainable", "frozen", "assigned", "data", "raises"])
 def test_a_body_that_writes_to_its_parameters_spoils_no_version(how: str) -> None:
     """Refused, or BodyError if it raises besides; every reader of the store still finds what was committed."""
     made = Split(writing(how), "body", f"memory://{uuid.uuid4()}", optimizer=sgd)
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(
             (UnsupportedError, BodyError), match=r"changes its own parameters in forward|after it wrote"
         ):

@@ -11,6 +11,8 @@ import torch
 from harness_requests import ONES, SEAL, Site, X, ahead, back, body
 from torch import nn
 
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.client.client import SplitClient
 from splitfed.errors import (
     AlreadyAppliedError,
     ArchitectureError,
@@ -24,7 +26,9 @@ from splitfed.errors import (
     MissingError,
     StoreError,
     SupersededError,
+    UnsupportedError,
 )
+from splitfed.model.cut import split
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import Chain, Housekeeping
 from splitfed.server.server import SplitServer
@@ -260,3 +264,116 @@ def test_a_request_of_the_same_process_is_checked_as_one_of_bytes(site: Site, ch
     with pytest.raises(FormatError, match=r"Seal\.loss_scale is a Tensor"):
         site.server.backward(back(seal=replace(SEAL, loss_scale=torch.tensor(2.0))))
     assert site.store.waiting() == []
+
+
+class Features(nn.Linear):
+    """Random features that are in no version: registered as transient, or plain."""
+
+    def __init__(self, how: str, width: int = 2) -> None:
+        super().__init__(2, 2)
+        features = torch.randn(2, width)
+        if how == "buffer":
+            self.register_buffer("features", features, persistent=False)
+        else:
+            self.features = features
+
+
+def test_a_replica_with_other_transient_buffers_is_refused(store_url: str) -> None:
+    """Its answers would differ: the error names the buffer and the way out, and equal ones are served."""
+    store = GradientStore(store_url, sync="process")
+    torch.manual_seed(0)
+    SplitServer(nn.Sequential(Features("buffer")), store)
+    torch.manual_seed(0)
+    SplitServer(nn.Sequential(Features("buffer")), store)
+    with pytest.raises(ArchitectureError, match=r"'0.features'.*in no version.*persistent"):
+        SplitServer(nn.Sequential(Features("buffer")), store)
+
+
+@pytest.mark.parametrize(("how", "width"), [("attribute", 2), ("buffer", 3)])
+def test_tensors_that_a_forward_may_have_set_are_only_warned_of(how: str, width: int) -> None:
+    """A plain attribute, as an attention map that was left; a table that has grown."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    SplitServer(Features(how), store)
+    with pytest.warns(UserWarning, match=r"'features'.*isn't as it was when the store was begun"):
+        SplitServer(Features(how, width), store)
+
+
+def test_a_body_without_such_tensors_leaves_no_record_of_them(site: Site) -> None:
+    """A store has the files that it had."""
+    assert site.store.blobs.get("body/beside.json") is None
+
+
+def test_a_body_on_the_meta_device_takes_its_weights_from_the_store(site: Site) -> None:
+    """On the CPU, or where it is asked to; a new store has none to give, and isn't begun."""
+    with torch.device("meta"):
+        empty = nn.Linear(2, 2, bias=False)
+        transient = Features("buffer")
+    served = SplitServer(empty, site.store)
+    assert (served.device, served.forward(ahead()).outputs.tolist()) == (torch.device("cpu"), (2 * X).tolist())
+    Accumulator(empty, site.store, lambda p: torch.optim.SGD(p, lr=1.0))
+    for device in (None, "cpu"):
+        store = GradientStore(f"memory://{uuid.uuid4()}")
+        with pytest.raises(UnsupportedError, match=r"'weight' is on the meta device.*begin the store with"):
+            SplitServer(empty, store, device=device)
+        with pytest.raises(UnsupportedError, match="'weight' is on the meta device"):
+            Accumulator(empty, store, lambda p: torch.optim.SGD(p, lr=1.0), device=device)
+        assert store.lineage().head() == -1
+    with pytest.raises(UnsupportedError, match="buffer 'features' of the body is on the meta device"):
+        SplitServer(transient, GradientStore(f"memory://{uuid.uuid4()}"))
+
+
+def test_a_body_that_is_itself_split_is_refused(site: Site) -> None:
+    """A recompute would run it at another version of the server beyond: the error says what to do."""
+    half, _ = split(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1")
+    tier = SplitClient(half, site.server, client_id="edge")
+    for served in (nn.Sequential(nn.Linear(2, 2), tier), half):
+        with pytest.raises(UnsupportedError, match=r"holds a client half, with a cut point at '.*1'.*one after the"):
+            SplitServer(served, GradientStore(f"memory://{uuid.uuid4()}"))
+
+
+class Growing(nn.Module):
+    """A buffer that changes its kind in forward."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("bank", torch.zeros(1, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x, remembered."""
+        if self.how == "shape":
+            self.bank = torch.cat([self.bank, x.detach()])
+        elif self.how == "resized":
+            self.bank.resize_(2, 2)
+        else:
+            self.bank = self.bank.double()
+        return x * 1
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("how", ["shape", "resized", "dtype"])
+def test_a_buffer_that_changes_its_kind_is_refused_at_the_first_call(how: str, grad: bool) -> None:
+    """In train mode: no commit could ever take it. In eval mode nothing of it is kept."""
+    server = SplitServer(nn.Sequential(Growing(how)), GradientStore(f"memory://{uuid.uuid4()}"))
+    before, after = r"float32 \(1, 2\)", r"float64 \(1, 2\)" if how == "dtype" else r"float32 \([23], 2\)"
+    with pytest.raises(UnsupportedError, match=f"buffer '0.bank' is {before} at the start.* and {after} at its end"):
+        server.forward(ahead(grad=grad))
+    assert server.forward(ahead(grad=grad, training=False)).outputs.tolist() == X.tolist()
+
+
+def test_an_answer_says_whether_buffers_moved_and_what_was_set() -> None:
+    """Moved: in train mode, here; set: each attribute that any forward was seen to set, from then on."""
+
+    class Both(nn.BatchNorm1d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                self.spread = x.detach().std()
+            return super().forward(x)
+
+    server = SplitServer(nn.Sequential(Both(2)), GradientStore(f"memory://{uuid.uuid4()}"))
+    answers = [server.forward(ahead(call=number, training=number == 1)) for number in range(3)]
+    assert [(answer.moved, answer.written) for answer in answers] == [
+        (False, ()),
+        (True, ("0.spread",)),
+        (False, ("0.spread",)),
+    ]

@@ -47,12 +47,14 @@ class Habits:
         """Those whose object stays and changes from within, where no cheap look finds it."""
         self.late: set[str] = set()
         """Those that were found otherwise before a run: hooks set them in the backward before."""
+        self.spoils = False
+        """Whether one wrote to parameters where only a walk finds it."""
         self._runs = 0
 
     def is_time_to_walk(self) -> bool:
         """Whether the coming run is one of the first, or of those ever more seldom."""
         self._runs += 1
-        return is_power_of_two(self._runs)
+        return self.spoils or is_power_of_two(self._runs)
 
 
 class Attributes:
@@ -72,13 +74,16 @@ class Attributes:
         }
         """The submodules by name."""
         self._tables = [
-            _Table(name, now, dict(now))
+            _Table(name, now, now.copy())
             for name, owner in self.owners.items()
             for now in (owner.__dict__, owner._modules, owner._parameters)
         ]
         self._now = [table.now for table in self._tables]
-        self._built = {mode: self._flat(flags) for mode, flags in modes.items()}
+        self._built: dict[bool, list[Any]] = {}
+        """All values of all tables, by mode."""
         self._mode = module.training
+        self._modes = modes
+        self._modes_at = self._places_of_modes()
         self._set: dict[tuple[int, str], Any] = {}
         """What the call has set in the tables, by table and name."""
         self._buffers = [owner._buffers for owner in self.owners.values()]
@@ -154,8 +159,16 @@ class Attributes:
         return all(held.restore() for held in self._containers)
 
     def walk(self) -> dict[str, list[Any]]:
-        """What can change from within, by name: equal as long as nothing in it was changed."""
-        return Walk(of_identity, self.owners.values()).through(self._plain())
+        """What can change from within, by name: equal as long as nothing in it was changed.
+
+        Parameters too, as what is written through their `.data` moves no version counter.
+        """
+        found = Walk(of_identity, self.owners.values()).through(self._plain())
+        for name, owner in self.owners.items():
+            for leaf, parameter in owner._parameters.items():
+                if parameter is not None:
+                    found[path_of(name, leaf)] = [of_content(parameter)]
+        return found
 
     def values(self, paths: Iterable[str]) -> dict[str, list[Any]]:
         """What attributes hold now: equal if two runs have left the same."""
@@ -168,21 +181,29 @@ class Attributes:
         tables = (owner.__dict__, owner._buffers, owner._modules, owner._parameters)
         return next((table[leaf] for table in tables if leaf in table), None)
 
-    def _flat(self, flags: Sequence[bool]) -> list[Any]:
+    def _places_of_modes(self) -> list[int | None]:
+        """Where the `training` flag of each submodule is among all values."""
+        found: list[int | None] = []
+        start = 0
+        for number, table in enumerate(self._tables):
+            if number % 3 == 0:  # the first of its module
+                names = list(table.built)
+                found.append(start + names.index("training") if "training" in names else None)
+            start += len(table.built)
+        return found
+
+    def _flat(self, mode: bool) -> list[Any]:
         """All values of all tables, in a mode."""
-        found: list[Any] = []
-        modes = iter(flags)
-        for table in self._tables:
-            values = table.built
-            if table.now is self.owners[table.name].__dict__:
-                mode = next(modes)
-                if "training" in values:
-                    values = {**values, "training": mode}
-            found.extend(values.values())
+        found = list(chain.from_iterable(table.built.values() for table in self._tables))
+        for place, flag in zip(self._modes_at, self._modes[mode], strict=True):
+            if place is not None:
+                found[place] = flag
         return found
 
     def _is_as_built(self) -> bool:
-        expected = self._built[self._mode]
+        expected = self._built.get(self._mode)
+        if expected is None:
+            expected = self._built[self._mode] = self._flat(self._mode)
         values = list(chain.from_iterable(map(dict.values, self._now)))
         if len(values) != len(expected) or not all(map(is_, values, expected)):
             return False
@@ -216,13 +237,15 @@ class Attributes:
                 self._note(path, held, seen)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class _Table:
     """A table of a submodule: its `__dict__`, or its submodules or parameters by name."""
 
-    name: str
-    now: dict[str, Any]
-    built: dict[str, Any]
+    __slots__ = ("built", "name", "now")
+
+    def __init__(self, name: str, now: dict[str, Any], built: dict[str, Any]) -> None:
+        self.name = name
+        self.now = now
+        self.built = built
 
     def changed(self, settings: Mapping[tuple[int, str], Any]) -> Iterator[str]:
         """The names of what isn't as it was built, or set for the run."""
@@ -274,7 +297,9 @@ class _Container:
             return False
         self._held.clear()
         if self._keys is not None:
-            self._held.update(zip(self._keys, self.contents, strict=True))
+            # One by one, as the update of a Counter would count the pairs.
+            for key, value in zip(self._keys, self.contents, strict=True):
+                self._held[key] = value
         elif isinstance(self._held, set):
             self._held.update(self.contents)
         else:
@@ -332,12 +357,18 @@ def is_power_of_two(number: int) -> bool:
 
 def _transient_slots(owners: Mapping[str, nn.Module], blueprint: nn.Module) -> list[_TransientSlot]:
     """The transient buffers of a module that was built from a blueprint."""
-    slots = []
-    names = {id(owner): name for name, owner in owners.items()}
-    built = transient_buffers(owners[""])
-    for (owner, leaf), (original, _) in zip(built, transient_buffers(blueprint), strict=True):
+    built = [
+        (name, owner, leaf)
+        for name, owner in owners.items()
+        for leaf in owner._buffers
+        if leaf in owner._non_persistent_buffers_set
+    ]
+    slots: list[_TransientSlot] = []
+    if not built:
+        return slots
+    for (name, owner, leaf), (original, _) in zip(built, transient_buffers(blueprint), strict=True):
         buffer = owner._buffers[leaf]
         counter = None if buffer is None else buffer._version
-        path = path_of(names[id(owner)], leaf)
+        path = path_of(name, leaf)
         slots.append(_TransientSlot(path, owner, leaf, original._buffers[leaf], buffer, counter))
     return slots

@@ -84,11 +84,11 @@ class Model:
         self._copies: dict[str, tuple[Tensor, int]] = {}
         """What the run under way began with, and the version counter of each."""
         self.attributes = Attributes(self.module, template.blueprint, template.modes)
-        """What the body keeps in Python."""
         self._is_tidy = True
+        self._is_spoilt = False
         self._pinned = [
             (owner._parameters, leaf, parameter, parameter._version)
-            for owner in self.module.modules()
+            for owner in self.attributes.owners.values()
             for leaf, parameter in owner._parameters.items()
             if parameter is not None
         ]
@@ -119,8 +119,8 @@ class Model:
         self._is_tidy = False
         modes = self._template.modes[training]
         for module, mode in zip(self.attributes.owners.values(), modes, strict=True):
-            # One by one: train() would set a frozen submodule to train, too. And only where it
-            # differs: a module takes long to set an attribute.
+            # One by one: train() would set a frozen submodule to train, too. A module takes long
+            # to set an attribute.
             if module.training is not mode:
                 module.training = mode
         start = buffers or {}
@@ -173,7 +173,10 @@ class Model:
             self.restore()
         if walked is not None and module is self.module:
             now = self.attributes.walk()
-            within = (name for name, found in walked.items() if now.get(name) != found)
+            within = {name for name, found in walked.items() if now.get(name) != found}
+            if not within.isdisjoint(self._template.names):
+                self._is_spoilt = self.habits.spoils = True
+                self.check_parameters()
             self.habits.within.update(within)
         self.habits.written.update(written)
         if self.habits.within and module is self.module:
@@ -211,7 +214,9 @@ class Model:
 
     def is_spoilt(self) -> bool:
         """Whether the body wrote to its own parameters."""
-        # In place, which the version counter shows, or by putting another in the slot.
+        # Through `.data`, in place, which the version counter shows, or by putting another there.
+        if self._is_spoilt:
+            return True
         for slots, leaf, parameter, version in self._pinned:
             if slots.get(leaf) is not parameter or parameter._version != version:
                 return True
