@@ -99,11 +99,11 @@ def test_the_callers_model_isnt_changed_nor_shared() -> None:
 
 
 def test_a_slice_that_begins_with_a_frozen_layer_trains() -> None:
-    """The cut's mode is that of its Sequential, not of whatever layer comes first in it."""
+    """Each position has its own mode, and what counts is the client's."""
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(), nn.Linear(2, 2))
     model[1].eval()
     half, body = split(model, "1:3")
-    assert (half[1].training, body.training) == (True, True)
+    assert (half[1].training, half[2].training, body.training) == (False, True, True)
     assert [m.training for m in join(half, body)] == [True, False, True, True]
 
 

@@ -421,6 +421,7 @@ class SplitClient(StandIn):
             num_samples: As for `push`.
             gradient: As for `push`.
         """
+        self._passes.watch.note_pull()
         return take_part(self._sync, poll, num_samples, gradient)
 
     def __getattr__(self, name: str) -> Any:

@@ -217,7 +217,7 @@ class Watch:
 
     def _check_foreign(self, optimizer: Any) -> None:
         """Warn of an optimizer that steps in place of the half's own: of the model it came from."""
-        # In rounds halves are averaged: that steps by an optimizer too, and maybe without a gradient.
+        # In rounds halves are averaged: that steps by an optimizer too, maybe without a gradient.
         if self._has_stepped or self._is_in_rounds or not self._since.batches:
             return
         groups = optimizer.param_groups

@@ -170,9 +170,17 @@ class Runner:
             self._ends.put(key, (held[1].buffers, held[1].bases))
         return held[1] if held else self._replay(record, key[0])
 
+    def stored(self, key: CallKey) -> ForwardRecord | None:
+        """The record of a call as it is on file.
+
+        What is at hand besides may share the tensors of a client in this process, who may have
+        changed them since.
+        """
+        return self._pile.forward(*key)
+
     def check_kept(
         self,
-        record: ForwardRecord,
+        record: Callable[[], ForwardRecord | None],
         done: Run,
         grad_outputs: Sequence[Tensor | None],
         answered: tuple[Sequence[Tensor | None], Mapping[str, Tensor]],
@@ -183,7 +191,7 @@ class Runner:
         So a body that can't be run again with the same bits is found where nothing else would.
 
         Args:
-            record: The call.
+            record: Gets the record of the call; `None` if it is gone.
             done: Its run, whose graph is used up.
             grad_outputs: The gradient of each of its outputs.
             answered: Those of its inputs and, by name, of the parameters.
@@ -196,11 +204,14 @@ class Runner:
             return
         if not is_repeatable(self._device):
             return
+        call = record()
+        if call is None:
+            return
         try:
-            again = self._replay(replace(record, crcs=done.crcs), done.version, finish)
+            again = self._replay(replace(call, crcs=done.crcs), done.version, finish)
         except MissingError:  # its weights are gone, and the graph was all that there was
             return
-        found, drew = seeded_backward(record, again, self._device, grad_outputs)
+        found, drew = seeded_backward(call, again, self._device, grad_outputs)
         of_inputs, of_parameters = answered
         expected = [*of_inputs, *(of_parameters.get(name) for name in done.parameters)]
         # What a hook of the body draws in a backward is under no seed.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -115,9 +116,7 @@ class SplitServer:
         state = self._template.state(body)
         self.device = device_of(state, device)
         numerics = store.begin(self.device)
-        begin_with(
-            store.lineage(lineage), self._template.fingerprint(), state, part=self._part
-        )
+        begin_with(store.lineage(lineage), self._template.fingerprint(), state, part=self._part)
         store.check_beside(lineage, beside, numerics)
         self._halves = Halves(store, numerics)
         self._clients = store.registry()
@@ -200,7 +199,8 @@ class SplitServer:
         counted = request.counted
         grad_inputs, gradients = execution.backward(done, sent, counted=counted)
         if counted:
-            line.runner.check_kept(record, done, sent, (grad_inputs, gradients))
+            stored = partial(line.runner.stored, key)
+            line.runner.check_kept(stored, done, sent, (grad_inputs, gradients))
         # A call in eval mode belongs to no batch.
         if not record.training or not counted:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
@@ -257,7 +257,7 @@ class SplitServer:
         counted = request.counted
         grad_inputs, gradients = execution.backward(done, [one], counted=counted)
         if one is not None and counted:
-            line.runner.check_kept(call, done, [one], (grad_inputs, gradients), finish)
+            line.runner.check_kept(lambda: call, done, [one], (grad_inputs, gradients), finish)
         status = "uncounted"
         if counts:
             digest = request.digest(batch, version)
