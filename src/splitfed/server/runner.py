@@ -26,7 +26,7 @@ from torch import Tensor
 
 from splitfed.errors import ExpiredError, MissingError, ReplayError, StoreError
 from splitfed.model import execution
-from splitfed.model.attributes import Habits, is_power_of_two
+from splitfed.model.attributes import Habits
 from splitfed.model.execution import Model, Run
 from splitfed.model.numerics import is_repeatable, same_bits
 from splitfed.model.skeleton import Template
@@ -130,8 +130,9 @@ class Runner:
         call = request.record(self._continued_buffers(request, version), self._numerics)
         model = self._model(version)
         done = self._run(model, call, grad=request.grad, finish=finish)
-        made = Call(call, request.grad, finish)
-        self._settings.probe.examine(model, made, done, request.client_id)
+        probe = self._settings.probe
+        if done.written or probe.is_waiting:
+            probe.examine(model, Call(call, request.grad, finish), done, request.client_id)
         return call, done
 
     def written(self) -> tuple[str, ...]:
@@ -165,7 +166,7 @@ class Runner:
 
     def check_kept(
         self,
-        record: ForwardRecord,
+        call: CallKey | ForwardRecord,
         done: Run,
         grad_outputs: Sequence[Tensor | None],
         answered: tuple[Sequence[Tensor | None], Mapping[str, Tensor]],
@@ -176,7 +177,7 @@ class Runner:
         So a body that can't be run again with the same bits is found where nothing else would.
 
         Args:
-            record: The call.
+            call: Where the call is on record, or the record itself.
             done: Its run, whose graph is used up.
             grad_outputs: The gradient of each of its outputs.
             answered: Those of its inputs and, by name, of the parameters.
@@ -188,6 +189,10 @@ class Runner:
         if done.replayed or not _is_first(next(self._settings.kept)):
             return
         if not is_repeatable(self._device):
+            return
+        # As it was stored: what is at hand may hold the client's own tensors, changed since.
+        record = self._pile.forward(*call) if isinstance(call, tuple) else call
+        if record is None:
             return
         try:
             again = self._replay(replace(record, crcs=done.crcs), done.version, finish)
@@ -343,8 +348,8 @@ class Lines:
 
 
 def _is_first(number: int) -> bool:
-    """Whether a backward is to be checked: numbers 1, 4, 16, 64 and so on."""
-    return is_power_of_two(number) and number.bit_length() % 2 == 1
+    """Whether a backward is to be checked: numbers 1, 2, 8, 32, 128 and so on."""
+    return number == 1 or (number & (number - 1) == 0 and number.bit_length() % 2 == 0)
 
 
 def _changed(done: Run) -> dict[str, Tensor]:

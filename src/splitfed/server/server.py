@@ -182,7 +182,7 @@ class SplitServer:
         done = line.runner.take(key, record)
         sent = request.grad_outputs
         grad_inputs, gradients = execution.backward(done, sent)
-        line.runner.check_kept(record, done, sent, (grad_inputs, gradients))
+        line.runner.check_kept(key, done, sent, (grad_inputs, gradients))
         if not record.training:  # a call in eval mode belongs to no batch
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
         # Acknowledged only once it is on file: whatever dies after this answer, the batch counts.
