@@ -5,10 +5,10 @@ plain attributes and the buffers that `state_dict()` leaves out, is nobody's: an
 doesn't have it, and another client's call must never compute on it. So a module begins each run as
 it was built, and whatever a run has changed is put back.
 
-The look at each run is cheap, about 1 µs for a submodule: attributes by identity, elements of plain
-containers, version counters of tensors. Objects that change from within (a cache with an
-`update()`) are found by a walk through them, at the first runs and then ever more seldom; a body
-that was found to have one is built anew after each run.
+The look at each run (`Model.is_as_built`) is cheap, about 1 µs for a submodule: attributes by
+identity, elements of plain containers, version counters of tensors. Objects that change from within
+(a cache with an `update()`) are found by a walk through them, at the first runs and then ever more
+seldom; a body that was found to have one is built anew after each run.
 
 The trap: what a run left may be a part of its graph. So nothing is put back in place but the
 elements of containers.
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from splitfed.model.boundary import fresh
-from splitfed.model.skeleton import transient_buffers
+from splitfed.model.skeleton import Template, transient_buffers
 from splitfed.model.walk import Walk, is_atom, of_content, of_identity
 
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict, Counter))
@@ -49,12 +49,8 @@ class Habits:
         """Those that were found otherwise before a run: hooks set them in the backward before."""
         self.spoils = False
         """Whether one wrote to parameters where only a walk finds it."""
-        self._runs = 0
-
-    def is_time_to_walk(self) -> bool:
-        """Whether the coming run is one of the first, or of those ever more seldom."""
-        self._runs += 1
-        return self.spoils or is_power_of_two(self._runs)
+        self.runs = 0
+        """How many there were."""
 
 
 class Attributes:
@@ -78,16 +74,16 @@ class Attributes:
             for name, owner in self.owners.items()
             for now in (owner.__dict__, owner._modules, owner._parameters)
         ]
-        self._now = [table.now for table in self._tables]
-        self._built: dict[bool, list[Any]] = {}
-        """All values of all tables, by mode."""
-        self._mode = module.training
+        self.now = [table.now for table in self._tables]
+        """The tables of all submodules: attributes, submodules and parameters by name."""
         self._modes = modes
         self._modes_at = self._places_of_modes()
         self._set: dict[tuple[int, str], Any] = {}
         """What the call has set in the tables, by table and name."""
-        self._buffers = [owner._buffers for owner in self.owners.values()]
-        self._counts = list(map(len, self._buffers))
+        self.buffers = [owner._buffers for owner in self.owners.values()]
+        """The buffers of each submodule."""
+        self.counts = list(map(len, self.buffers))
+        """How many there are."""
         self._transient = _transient_slots(self.owners, blueprint)
         self._empty = [
             (name, owner._buffers, leaf)
@@ -101,16 +97,11 @@ class Attributes:
         seen: set[int] = set()
         for path, value in self._plain():
             self._note(path, value, seen)
+        self.has_more = bool(self._transient or self._empty or self._containers or self._tensors)
+        """Whether a look at the tables alone isn't enough."""
 
-    def begin(self, mode: bool, changed: Iterable[nn.Module] = ()) -> None:
-        """Note how a run begins.
-
-        Args:
-            mode: Train or eval mode.
-            changed: The submodules on which the call has set something.
-        """
-        self._mode = mode
-        self._set = {}
+    def begin(self, changed: Iterable[nn.Module]) -> None:
+        """Note how a run begins: with something set on these submodules."""
         for owner in changed:
             now = owner.__dict__
             built = next(table.built for table in self._tables if table.now is now)
@@ -125,10 +116,8 @@ class Attributes:
 
     def changed(self) -> list[str]:
         """The names of those that aren't as the run began, by module and attribute."""
-        if self._is_as_built():
-            return []
         found = {path for table in self._tables for path in table.changed(self._set)}
-        for name, held, count in zip(self.owners, self._buffers, self._counts, strict=True):
+        for name, held, count in zip(self.owners, self.buffers, self.counts, strict=True):
             found.update(path_of(name, leaf) for leaf in list(held)[count:])
         found.update(
             path_of(name, leaf) for name, held, leaf in self._empty if held.get(leaf) is not None
@@ -149,7 +138,7 @@ class Attributes:
             return False
         for table in self._tables:
             table.restore()
-        for held, count in zip(self._buffers, self._counts, strict=True):
+        for held, count in zip(self.buffers, self.counts, strict=True):
             for leaf in list(held)[count:]:
                 del held[leaf]
         for _, held, leaf in self._empty:
@@ -157,6 +146,15 @@ class Attributes:
         for slot in self._transient:
             slot.restore(device)
         return all(held.restore() for held in self._containers)
+
+    def is_quiet(self) -> bool:
+        """Whether nothing changed that a look at the tables doesn't show."""
+        return not (
+            any(held.get(leaf) is not None for _, held, leaf in self._empty)
+            or any(tensor._version != version for _, tensor, version in self._tensors)
+            or any(held.is_changed() for held in self._containers)
+            or any(slot.is_changed() for slot in self._transient)
+        )
 
     def walk(self) -> dict[str, list[Any]]:
         """What can change from within, by name: equal as long as nothing in it was changed.
@@ -192,29 +190,13 @@ class Attributes:
             start += len(table.built)
         return found
 
-    def _flat(self, mode: bool) -> list[Any]:
-        """All values of all tables, in a mode."""
+    def built(self, mode: bool) -> list[Any]:
+        """All values of all tables as they were built, in a mode."""
         found = list(chain.from_iterable(table.built.values() for table in self._tables))
         for place, flag in zip(self._modes_at, self._modes[mode], strict=True):
             if place is not None:
                 found[place] = flag
         return found
-
-    def _is_as_built(self) -> bool:
-        expected = self._built.get(self._mode)
-        if expected is None:
-            expected = self._built[self._mode] = self._flat(self._mode)
-        values = list(chain.from_iterable(map(dict.values, self._now)))
-        if len(values) != len(expected) or not all(map(is_, values, expected)):
-            return False
-        if list(map(len, self._buffers)) != self._counts:
-            return False
-        return not (
-            any(held.get(leaf) is not None for _, held, leaf in self._empty)
-            or any(tensor._version != version for _, tensor, version in self._tensors)
-            or any(held.is_changed() for held in self._containers)
-            or any(slot.is_changed() for slot in self._transient)
-        )
 
     def _plain(self) -> Iterator[tuple[str, Any]]:
         """The attributes that could change from within, by name."""
@@ -350,9 +332,15 @@ def path_of(module: str, attribute: str) -> str:
     return f"{module}.{attribute}".lstrip(".")
 
 
-def is_power_of_two(number: int) -> bool:
-    """Whether something that is done ever more seldom is due at this number."""
-    return number & (number - 1) == 0
+def buffer_slots(module: nn.Module, template: Template) -> list[tuple[str, nn.Module, str]]:
+    """Where the persistent buffers are: (first name, owner, name in it), tied ones repeated."""
+    slots = []
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for leaf, buffer in owner._buffers.items():
+            name = f"{prefix}.{leaf}".lstrip(".").replace("_orig_mod.", "")
+            if buffer is not None and name in template.names:
+                slots.append((template.names[name], owner, leaf))
+    return slots
 
 
 def _transient_slots(owners: Mapping[str, nn.Module], blueprint: nn.Module) -> list[_TransientSlot]:

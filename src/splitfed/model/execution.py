@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from torch import Tensor, nn
 
 from splitfed.errors import BodyError, InputError, ReplayError, SplitFedError, UnsupportedError
 from splitfed.model.arguments import check_fit, check_unchanged, description, may_change
-from splitfed.model.attributes import Attributes, Habits
+from splitfed.model.attributes import Attributes, Habits, buffer_slots
 from splitfed.model.boundary import enter, fresh, uncached, unhooked
+from splitfed.model.fingerprint import check_kind
 from splitfed.model.rng import compute_lock, seeded
 from splitfed.model.settings import apply_settings
 from splitfed.model.skeleton import Template
@@ -76,7 +79,7 @@ class Model:
         """Those that train, by first name."""
         self.buffers: dict[str, Tensor] = {}
         """The version's persistent buffers by first name: no run changes them."""
-        self._slots = _buffer_slots(self.module, template)
+        self._slots = buffer_slots(self.module, template)
         for name, owner, leaf in self._slots:
             buffer = owner._buffers[leaf]
             if buffer is not None:
@@ -84,6 +87,8 @@ class Model:
         self._copies: dict[str, tuple[Tensor, int]] = {}
         """What the run under way began with, and the version counter of each."""
         self.attributes = Attributes(self.module, template.blueprint, template.modes)
+        self._built: dict[bool, list[Any]] = {}
+        self._mode = self.module.training
         self._is_tidy = True
         self._is_spoilt = False
         self._pinned = [
@@ -114,8 +119,8 @@ class Model:
         Raises:
             InputError: a setting that the body doesn't have.
         """
-        if afresh:
-            self._start_afresh()
+        if afresh and not (self._is_tidy and self.is_as_built()):
+            self._put_back()
         self._is_tidy = False
         modes = self._template.modes[training]
         for module, mode in zip(self.attributes.owners.values(), modes, strict=True):
@@ -131,8 +136,9 @@ class Model:
             self._copies[name] = (copy, copy._version)
         for name, owner, leaf in self._slots:
             owner._buffers[leaf] = self._copies[name][0]
-        changed = apply_settings(self.attributes.owners, settings) if settings else ()
-        self.attributes.begin(training, changed)
+        self._mode = training
+        if settings:
+            self.attributes.begin(apply_settings(self.attributes.owners, settings))
 
     def restore(self) -> None:
         """Put the attributes back as the body was built."""
@@ -142,17 +148,32 @@ class Model:
 
     def walk(self) -> dict[str, list[Any]] | None:
         """What can change from within an attribute; `None` where it isn't time to look."""
-        if not self.habits.is_time_to_walk():
+        self.habits.runs += 1
+        # At the first runs, and then ever more seldom: 1, 2, 4, 8 and so on.
+        if self.habits.runs & (self.habits.runs - 1) and not self.habits.spoils:
             return None
-        self._start_afresh()
+        self._put_back()
         return self.attributes.walk()
 
-    def _start_afresh(self) -> None:
+    def is_as_built(self) -> bool:
+        """Whether all attributes are those that the module was built with."""
+        held = self.attributes
+        if self._mode not in self._built:
+            self._built[self._mode] = held.built(self._mode)
+        expected = self._built[self._mode]
+        values = list(chain.from_iterable(map(dict.values, held.now)))
+        if len(values) != len(expected) or not all(map(is_, values, expected)):
+            return False
+        return list(map(len, held.buffers)) == held.counts and (
+            not held.has_more or held.is_quiet()
+        )
+
+    def _put_back(self) -> None:
         """Put back what hooks of a backward have left, or a run that failed."""
         left = self.attributes.left()
         if self._is_tidy:
             self.habits.late.update(left)
-        if left or (self.habits.within and not self._is_tidy):
+        if left or not self._is_tidy:
             self.restore()
 
     def tidy(
@@ -207,8 +228,9 @@ class Model:
             begun, version = self._copies[name]
             if buffer is not begun or buffer._version != version:
                 moved = True
-                if training:
-                    _check_kind(name, self.buffers[name], buffer)
+                base = self.buffers[name]
+                if training and (buffer.shape, buffer.dtype) != (base.shape, base.dtype):
+                    check_kind(name, base, buffer)
             found[name] = buffer.detach()
         return found, moved
 
@@ -331,7 +353,7 @@ def run(
         # call's grad mode: a registered container may compute when it is flattened.
         buffers, moved = model.end_buffers(call.training)
         spec, live = pytree.flatten(outputs)
-        written = model.attributes.changed()
+        written = [] if model.is_as_built() else model.attributes.changed()
         model.check_parameters()
         if not leave:
             written += model.tidy(written, call.settings, walked)
@@ -455,20 +477,6 @@ def _seeds(done: Run, grad_outputs: Sequence[Tensor | None]) -> tuple[list[Tenso
     return outputs, gradients
 
 
-def _check_kind(name: str, base: Tensor, buffer: Tensor) -> None:
-    """Refuse another shape or dtype of a buffer: no commit could take it."""
-    before = f"{base.dtype} {tuple(base.shape)}".removeprefix("torch.")
-    after = f"{buffer.dtype} {tuple(buffer.shape)}".removeprefix("torch.")
-    if before != after:
-        raise UnsupportedError(
-            f"the body's buffer {name!r} is {before} at the start of forward and {after} at its "
-            "end, and a version's buffers keep their shape and dtype: give it its full size from "
-            "the beginning, with a buffer that counts how much of it is in use; "
-            "or, if it finds its shape by itself (quantization observers), "
-            "run the model once before split()"
-        )
-
-
 def _check_dense(names: Sequence[str], gradients: Sequence[Tensor | None]) -> None:
     """Refuse sparse gradients: the format has no place for them."""
     for name, gradient in zip(names, gradients, strict=True):
@@ -516,14 +524,3 @@ class _BodyErrors:
             if self._parts:
                 text += f" ({description(self._parts, self._tensors)})"
             raise BodyError(text) from error
-
-
-def _buffer_slots(module: nn.Module, template: Template) -> list[tuple[str, nn.Module, str]]:
-    """Where the persistent buffers are: (first name, owner, name in it), tied ones repeated."""
-    slots = []
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        for leaf, buffer in owner._buffers.items():
-            name = f"{prefix}.{leaf}".lstrip(".").replace("_orig_mod.", "")
-            if buffer is not None and name in template.names:
-                slots.append((template.names[name], owner, leaf))
-    return slots

@@ -98,6 +98,24 @@ def check_tensors(fingerprint: Fingerprint, tensors: Mapping[str, Tensor], role:
             )
 
 
+def check_kind(name: str, base: Tensor, buffer: Tensor) -> None:
+    """Check that a forward left a buffer's shape and dtype as they were.
+
+    Raises:
+        UnsupportedError: it didn't, and no commit could take the buffer.
+    """
+    before = f"{base.dtype} {tuple(base.shape)}".removeprefix("torch.")
+    after = f"{buffer.dtype} {tuple(buffer.shape)}".removeprefix("torch.")
+    if before != after:
+        raise UnsupportedError(
+            f"the body's buffer {name!r} is {before} at the start of forward and {after} at its "
+            "end, and a version's buffers keep their shape and dtype: give it its full size from "
+            "the beginning, with a buffer that counts how much of it is in use; "
+            "or, if it finds its shape by itself (quantization observers), "
+            "run the model once before split()"
+        )
+
+
 def values_beside(blueprint: nn.Module) -> dict[str, dict[str, Any]]:
     """What tells the tensors that no version has: transient buffers, and plain attributes.
 

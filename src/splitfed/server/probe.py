@@ -25,7 +25,6 @@ from torch import Tensor
 
 from splitfed.errors import SplitFedError, UnsupportedError
 from splitfed.model import execution
-from splitfed.model.attributes import is_power_of_two
 from splitfed.model.execution import Model, Run
 from splitfed.model.numerics import is_repeatable, same_bits
 from splitfed.model.rng import compute_lock, seeded
@@ -66,6 +65,8 @@ class Probe:
     """Finds bodies that depend on what earlier calls left; one for all models of a server."""
 
     def __init__(self) -> None:
+        self.is_waiting = False
+        """Whether the coming calls are to be examined though they set nothing."""
         self._counts: Counter[tuple[Mode, tuple[str, ...]]] = Counter()
         self._earlier: Bounded[str, Call] = Bounded(_CLIENTS)
         self._refused: dict[Mode, str] = {}
@@ -90,6 +91,7 @@ class Probe:
                 if is_due:
                     self._try(model, call, call, done)
                     self._earlier.put(client_id, call)
+                    self.is_waiting = True
                 if earlier is not None:
                     self._try(model, earlier, call, done)
             finally:
@@ -100,7 +102,7 @@ class Probe:
         if kind not in self._counts and len(self._counts) >= _KINDS:
             return False
         self._counts[kind] += 1
-        return is_power_of_two(self._counts[kind])
+        return self._counts[kind] & (self._counts[kind] - 1) == 0  # 1, 2, 4, 8 and so on
 
     def _try(self, model: Model, first: Call, second: Call, done: Run) -> None:
         """Run `second` on what `first` leaves, and compare with what was answered."""
@@ -119,6 +121,7 @@ class Probe:
         except SplitFedError:  # as the backward through a graph that is gone
             is_same = False
         if not is_same:
+            self.is_waiting = True
             self._refused[second.mode] = _refusal(model, names)
             raise UnsupportedError(self._refused[second.mode])
         if first is second:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from splitfed.errors import ExpiredError, MissingError, ReplayError, StoreError
 from splitfed.model import execution
-from splitfed.model.attributes import Habits, is_power_of_two
+from splitfed.model.attributes import Habits
 from splitfed.model.execution import Model, Run
 from splitfed.model.numerics import is_repeatable, same_bits
 from splitfed.model.skeleton import Template
@@ -134,8 +134,9 @@ class Runner:
         call = request.record(self._continued_buffers(request, version), self._numerics)
         model = self._model(version)
         done = self._run(model, call, grad=request.grad, finish=finish)
-        made = Call(call, request.grad, finish)
-        self._settings.probe.examine(model, made, done, request.client_id)
+        probe = self._settings.probe
+        if done.written or probe.is_waiting:
+            probe.examine(model, Call(call, request.grad, finish), done, request.client_id)
         return call, done
 
     def written(self) -> tuple[str, ...]:
@@ -170,17 +171,9 @@ class Runner:
             self._ends.put(key, (held[1].buffers, held[1].bases))
         return held[1] if held else self._replay(record, key[0])
 
-    def stored(self, key: CallKey) -> ForwardRecord | None:
-        """The record of a call as it is on file.
-
-        What is at hand besides may share the tensors of a client in this process, who may have
-        changed them since.
-        """
-        return self._pile.forward(*key)
-
     def check_kept(
         self,
-        record: Callable[[], ForwardRecord | None],
+        call: CallKey | ForwardRecord,
         done: Run,
         grad_outputs: Sequence[Tensor | None],
         answered: tuple[Sequence[Tensor | None], Mapping[str, Tensor]],
@@ -191,7 +184,7 @@ class Runner:
         So a body that can't be run again with the same bits is found where nothing else would.
 
         Args:
-            record: Gets the record of the call; `None` if it is gone.
+            call: Where the call is on record, or the record itself.
             done: Its run, whose graph is used up.
             grad_outputs: The gradient of each of its outputs.
             answered: Those of its inputs and, by name, of the parameters.
@@ -204,14 +197,15 @@ class Runner:
             return
         if not is_repeatable(self._device):
             return
-        call = record()
-        if call is None:
+        # As it was stored: what is at hand may hold the client's own tensors, changed since.
+        record = self._pile.forward(*call) if isinstance(call, tuple) else call
+        if record is None:
             return
         try:
-            again = self._replay(replace(call, crcs=done.crcs), done.version, finish)
+            again = self._replay(replace(record, crcs=done.crcs), done.version, finish)
         except MissingError:  # its weights are gone, and the graph was all that there was
             return
-        found, drew = seeded_backward(call, again, self._device, grad_outputs)
+        found, drew = seeded_backward(record, again, self._device, grad_outputs)
         of_inputs, of_parameters = answered
         expected = [*of_inputs, *(of_parameters.get(name) for name in done.parameters)]
         # What a hook of the body draws in a backward is under no seed.
@@ -384,8 +378,8 @@ class Lines:
 
 
 def _is_first(number: int) -> bool:
-    """Whether a backward is to be checked: numbers 1, 4, 16, 64 and so on."""
-    return is_power_of_two(number) and number.bit_length() % 2 == 1
+    """Whether a backward is to be checked: numbers 1, 2, 8, 32, 128 and so on."""
+    return number == 1 or (number & (number - 1) == 0 and number.bit_length() % 2 == 0)
 
 
 def changed_buffers(done: Run) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -199,8 +198,7 @@ class SplitServer:
         counted = request.counted
         grad_inputs, gradients = execution.backward(done, sent, counted=counted)
         if counted:
-            stored = partial(line.runner.stored, key)
-            line.runner.check_kept(stored, done, sent, (grad_inputs, gradients))
+            line.runner.check_kept(key, done, sent, (grad_inputs, gradients))
         # A call in eval mode belongs to no batch.
         if not record.training or not counted:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
@@ -257,7 +255,7 @@ class SplitServer:
         counted = request.counted
         grad_inputs, gradients = execution.backward(done, [one], counted=counted)
         if one is not None and counted:
-            line.runner.check_kept(lambda: call, done, [one], (grad_inputs, gradients), finish)
+            line.runner.check_kept(call, done, [one], (grad_inputs, gradients), finish)
         status = "uncounted"
         if counts:
             digest = request.digest(batch, version)
