@@ -418,6 +418,8 @@ class Batch:
 
 def _chains(parts: list[Any]) -> tuple[tuple[Chain, ...], float]:
     """The chains of a batch, one for each `client(...)` call that it reaches, and its weight."""
+    if len(parts) == 1:
+        return _only_chain(parts[0].origin)
     last = _last_parts(parts)
     by_scope = _samples_by_scope(last)
     places: dict[int, dict[int, int]] = {}
@@ -444,6 +446,16 @@ def _chains(parts: list[Any]) -> tuple[tuple[Chain, ...], float]:
     for key, scope in {id(_weigher(origin)): _weigher(origin) for origin, _ in last}.items():
         total += by_scope[key] if scope is None else scope.said
     return tuple(chains), total
+
+
+def _only_chain(origin: Any) -> tuple[tuple[Chain, ...], float]:
+    """The same, of the ordinary batch of one part."""
+    scope = _weigher(origin)
+    samples = origin.num_samples if scope is None else scope.said
+    if is_counted(origin):
+        return (), samples
+    after = None if origin.chain is None else origin.chain.after(origin.place, {})
+    return (Chain(samples, 0, after),), samples
 
 
 def _chain(

@@ -32,7 +32,7 @@ MANY_BATCHES = 100
 MANY_UNUSED = 3
 """So many forwards in train mode in a row, without a backward, gather statistics."""
 
-_armed: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
+_armed: dict[int, weakref.ref[Watch]] = {}
 """By id, those that a step is told to."""
 _hooks: list[Any] = []
 
@@ -79,7 +79,10 @@ class Watch:
         self._is_alone = is_alone
         self._since = _Since()
         self._told: set[str] = set()
-        self._holds: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
+        self._holds: dict[int, tuple[weakref.ref[Any], int, bool]] = {}
+        """By the id of each optimizer: itself, its number of groups, and whether it has any."""
+        key = id(self)
+        self._reference = weakref.ref(self, lambda _: _armed.pop(key, None))
         self._has_stepped = False
         self._sample: nn.Parameter | None = None
         self._sampled: tuple[int, int] | None = None
@@ -137,7 +140,6 @@ class Watch:
 
     def note_batch(self, status: str, version: int, *, says_scale: bool) -> None:
         """A batch is closed."""
-        self._arm()
         self._since.says_scale = self._since.says_scale or says_scale
         if status == "stored":
             self._since.batches += 1
@@ -166,7 +168,7 @@ class Watch:
         self._is_in_rounds = True
 
     def _arm(self) -> None:
-        _armed[id(self)] = self
+        _armed[id(self)] = self._reference
         if not _hooks:
             _hooks.append(register_optimizer_step_pre_hook(_before))
             _hooks.append(register_optimizer_step_post_hook(_after))
@@ -217,7 +219,7 @@ class Watch:
 
     def _check_foreign(self, optimizer: Any) -> None:
         """Warn of an optimizer that steps in place of the half's own: of the model it came from."""
-        # In rounds halves are averaged: that steps by an optimizer too, maybe without a gradient.
+        # In rounds halves are averaged: by an optimizer too, which may have no gradient.
         if self._has_stepped or self._is_in_rounds or not self._since.batches:
             return
         groups = optimizer.param_groups
@@ -231,13 +233,14 @@ class Watch:
 
     def _held_by(self, optimizer: Any) -> bool:
         """Whether an optimizer has parameters of the half."""
-        known = self._holds.get(optimizer)
+        known = self._holds.get(id(optimizer))
         groups = optimizer.param_groups
-        if known is None or known[0] != len(groups):
+        if known is None or known[0]() is not optimizer or known[1] != len(groups):
             own = {id(parameter) for parameter in self._half.parameters()}
             holds = any(id(p) in own for group in groups for p in group["params"])
-            known = self._holds[optimizer] = (len(groups), holds)
-        return known[1]
+            self._holds = {key: one for key, one in self._holds.items() if one[0]() is not None}
+            known = self._holds[id(optimizer)] = (weakref.ref(optimizer), len(groups), holds)
+        return known[2]
 
     def _tell_unmoved(self) -> None:
         self._unmoved = 0
@@ -250,13 +253,17 @@ class Watch:
 
 
 def _before(optimizer: Any, args: Any, kwargs: Any) -> None:
-    for watch in list(_armed.values()):
-        watch.before(optimizer)
+    for reference in tuple(_armed.values()):
+        watch = reference()
+        if watch is not None:
+            watch.before(optimizer)
 
 
 def _after(optimizer: Any, args: Any, kwargs: Any) -> None:
-    for watch in list(_armed.values()):
-        watch.after(optimizer)
+    for reference in tuple(_armed.values()):
+        watch = reference()
+        if watch is not None:
+            watch.after(optimizer)
 
 
 _PASSES = (
