@@ -354,6 +354,28 @@ def messages() -> dict[str, Any]:
         "GradientRecord.part": GradientRecord("part", **gradient),
         "GradientRecord.rejected": GradientRecord("rejected", **none),
         "GradientRecord.skip": GradientRecord("skip", **skip),
+        **added_later(),
+    }
+
+
+def added_later() -> dict[str, Any]:
+    """Messages that use the fields which came after the others were pinned."""
+    x = numbers(2, 3)
+    settings = {"layer.beta": 0.5, "1.training": False, "stack.sizes": (2, [3, None]), "mode": "max"}
+    ahead = ForwardRequest("a", 1, "3f00", 4, "", ((x,), {}), (True,), True, True, 5, None, None, 2, 3)
+    set_by_half = dataclasses.replace(ahead, part="3:5/9f2c01ab", settings=settings, previous_version=2)
+    kept = (((2, 3), "float32", True),)
+    record = ForwardRecord("", ((x,), {}), (True,), True, 5, None, None, kept, (7,), "x", settings)
+    return {
+        "Chain.after": Chain(8.0, 1, after=0),
+        "ForwardRequest.settings": set_by_half,
+        "ForwardAnswer.written": ForwardAnswer(1, 7, x, (True,), False, {}, (1,), True, ("layer.kl",)),
+        "ForwardRecord.settings": record,
+        "BackwardRequest.uncounted": BackwardRequest("a", 1, 5, 0, 7, 3, (x,), None, counted=False),
+        "LossRequest.uncounted": LossRequest(set_by_half, 3, x, 7.0, counted=False),
+        "ForwardAnswer.complex128": ForwardAnswer(
+            1, 7, numbers(2, 2, dtype=torch.complex128), (True,), False, {}, (1,)
+        ),
     }
 
 
