@@ -11,6 +11,27 @@ from cases import Inputs
 from harness import assert_same, assert_step, gradients, pair, replay_rng, scalar, step
 from torch import nn
 
+import splitfed
+
+
+class Held(nn.Module):
+    """A backbone that stays in eval mode, as detectors keep theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 4), nn.Linear(4, 2)
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The head's outputs."""
+        return self.head(self.body(self.stem(x)))
+
+    def train(self, mode: bool = True) -> Held:
+        """All but the backbone."""
+        super().train(mode)
+        self.body.eval()
+        return self
+
 
 def inputs(size: int = 8) -> Inputs:
     """One batch."""
@@ -74,7 +95,7 @@ def test_eval_mode_with_gradients(tmp_path: Path) -> None:
 
 
 def test_the_body_runs_in_the_mode_of_its_cut_point(tmp_path: Path) -> None:
-    """A cut point in eval mode within a half that trains: the reference's bits; the body's gradient isn't kept."""
+    """A part in eval mode within a client that trains: the reference's bits, the body's gradient among them."""
     split, reference = pair(noisy(), tmp_path)
     for net in (split.half, reference):
         net.body.eval()
@@ -84,8 +105,24 @@ def test_the_body_runs_in_the_mode_of_its_cut_point(tmp_path: Path) -> None:
     rewind()
     expected = step(reference, given)
     assert_same(dict(enumerate(got.outputs + got.inputs)), dict(enumerate(expected.outputs + expected.inputs)))
+    assert_same(split.gradients(), gradients(reference))
     assert split.client.training
-    assert split.waiting() == []
+
+
+@pytest.mark.parametrize("at", ["body", "body.1", "body.0:2"])
+def test_a_part_that_its_model_keeps_in_eval_mode_trains(at: str, tmp_path: Path) -> None:
+    """A backbone whose model never lets it into train mode steps as in the unsplit model; its statistics stay."""
+    model = Held()
+    half, body = splitfed.split(model, at)
+    store = splitfed.GradientStore(tmp_path, sync="process")
+    client = splitfed.SplitClient(half, splitfed.SplitServer(body, store), "a")
+    given = torch.randn(8, 6)
+    for net in (client, model):
+        net.train()
+        net(given).pow(2).mean().backward()
+        torch.optim.SGD(net.parameters(), lr=0.1).step()
+    splitfed.Accumulator(body, store, lambda parameters: torch.optim.SGD(parameters, lr=0.1)).step()
+    assert_same(splitfed.join(client, store.load_weights()).state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
