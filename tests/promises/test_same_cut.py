@@ -36,11 +36,6 @@ def deeper() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), *line())
 
 
-def named() -> nn.Module:
-    """The same layers under other names."""
-    return nn.Sequential(Calls(lambda m, x: m.last(m.first(x)), first=nn.Linear(6, 6), last=nn.Linear(6, 6)))
-
-
 OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[], nn.Module], Any]] = {
     "part_of_the_slice": (line, "3:5", line, "1:5"),
     "another_layer": (line, "2", line, "1"),
@@ -48,7 +43,6 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[], nn.Module], A
     "one_of_several": (line, ["1", "3"], line, ["1", "4"]),
     "another_model": (deeper, "2:4", line, "2:5"),
     "the_same_place_of_another_model": (lambda: sandwich(nn.Linear(8, 8)), "body", lambda: sandwich(line()), "body"),
-    "other_names": (lambda: nn.Sequential(line()[:2]), "0", named, "0"),
 }
 
 
@@ -146,6 +140,14 @@ def test_what_one_side_casts_or_freezes_before_the_cut_is_no_other_cut(cast: tor
     store = splitfed.GradientStore(f"memory://{uuid.uuid4().hex}", sync="process")
     client = splitfed.SplitClient(half.to(cast), splitfed.SplitServer(body, store), "a")
     assert client(X.to(cast)).dtype is cast
+
+
+def test_layers_without_parameters_are_no_other_cut() -> None:
+    """A half that was cut from the model without its dropout belongs to the body that has one."""
+    half, _ = splitfed.split(sandwich(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))), "body")
+    _, body = splitfed.split(sandwich(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8))), "body")
+    store = splitfed.GradientStore(f"memory://{uuid.uuid4().hex}", sync="process")
+    assert splitfed.SplitClient(half, splitfed.SplitServer(body, store), "a")(X).shape == (2, 3)
 
 
 def test_a_side_that_was_made_by_hand_fits_any() -> None:

@@ -2,12 +2,14 @@
 
 Layers of one shape are many, and a half that was made for another one would train on wrong outputs
 without a word. So `split` marks both sides: `3:5/9f2c01ab` is the cut as it was asked for, for
-people, and a hash of where the part was and of the names and shapes in it. The half's cut points
+people, and a hash of where the part was and of the shapes of its parameters. The half's cut points
 send theirs, the body has one as a plain attribute, and a store keeps that of its first version.
 A side without a stamp, made by hand or before there were any, is taken as it is.
 
-The trap: a body changes after the cut. Its dtype, what is frozen and the shapes of its buffers may,
-so they aren't in the hash; and what is wrapped around it (an adapter) has the stamp further in.
+The trap: a body needn't be the very same to belong to a half. Its dtype, what is frozen, its
+buffers and layers without parameters (a dropout on one side only, which moves the names of the
+others) may differ, so they aren't in the hash; and what is wrapped around it, such as an adapter,
+has the stamp further in.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ def make_stamp(at: str | Sequence[str], parts: Sequence[str], template: Template
         parts: The qualified names of what is cut out.
         template: The body.
     """
-    shapes = {name: list(tensor.shape) for name, tensor in template.parameters.items()}
-    content = [[part.replace("_orig_mod.", "") for part in parts], template.names, shapes]
+    shapes = [list(tensor.shape) for tensor in template.parameters.values()]
+    content = [[part.replace("_orig_mod.", "") for part in parts], shapes]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     asked = at if isinstance(at, str) else ",".join(at)
     shown = asked if len(asked) <= _MOST_SHOWN else f"{asked[:_MOST_SHOWN]}..."
@@ -83,7 +85,7 @@ def check_stamp(expected: str | None, got: str | None, who: str, whose: str) -> 
         return
     how = f"at {expected_cut!r}"
     if cut == expected_cut:
-        how += " too, but of a model whose parameters have other names, shapes or places"
+        how += " too, but of a model whose parameters there have other shapes, or other places"
     raise ArchitectureError(
         f"{who} was cut at {cut!r} and {whose} {how} ({got} and {expected}). "
         "Make both by the same split(model, at) of one model, or, if they do belong together, "
