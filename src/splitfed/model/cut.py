@@ -24,11 +24,11 @@ from splitfed.errors import ArchitectureError, CutError, UnknownCutError
 from splitfed.model.apart import Originals, check_apart
 from splitfed.model.copying import check_hooks, deep_copy
 from splitfed.model.cutpoint import CutPoint, Origin, call_as_one, hole_of
-from splitfed.model.mirror import identify, reflect
 from splitfed.model.skeleton import Template, check_copyable, check_initialised, unwrap
 from splitfed.model.slices import Slice, join_names, restore_forward, run_as_one
 from splitfed.model.stamp import make_stamp, put_stamp, remove_stamps
-from splitfed.model.standin import AbsentModule
+from splitfed.model.standin.mirror import identify, reflect
+from splitfed.model.standin.modules import AbsentModule
 
 
 class CutBody(nn.Module):

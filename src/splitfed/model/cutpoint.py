@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from splitfed.errors import AbsentError, NotConnectedError, UnsupportedError
-from splitfed.model.assigning import class_of
-from splitfed.model.mirror import Mirror
 from splitfed.model.skeleton import Template
 from splitfed.model.slices import Slice
-from splitfed.model.standin import AbsentModule
+from splitfed.model.standin.assigning import class_of
+from splitfed.model.standin.mirror import Mirror
+from splitfed.model.standin.modules import AbsentModule
 from splitfed.model.tracing import UNBROKEN, refuse_script, refuse_tracing
 
 REMEMBERED_CALLERS = 32

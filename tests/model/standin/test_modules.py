@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import splitfed
 from splitfed.errors import AbsentError, CutError
 from splitfed.model.cutpoint import CutPoint
-from splitfed.model.standin import AbsentModule
+from splitfed.model.standin.modules import AbsentModule
 
 T = TypeVar("T")
 

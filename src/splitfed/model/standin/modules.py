@@ -24,9 +24,8 @@ import torch
 from torch import nn
 
 from splitfed.errors import AbsentError
-from splitfed.model import recording
-from splitfed.model.absent import Absent, Place, absent_error, set_error
-from splitfed.model.assigning import (
+from splitfed.model.standin import recording
+from splitfed.model.standin.assigning import (
     assign,
     class_attribute,
     class_of,
@@ -35,6 +34,7 @@ from splitfed.model.assigning import (
     place_of,
     written_error,
 )
+from splitfed.model.standin.tensors import Absent, Place, absent_error, set_error
 
 Self = TypeVar("Self", bound="AbsentModule")
 

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from splitfed.errors import AbsentError
-from splitfed.model.absent import MISSING, Absent, Place, is_plain, set_error, shell_of
+from splitfed.model.standin.tensors import MISSING, Absent, Place, is_plain, set_error, shell_of
 
 OF_TORCH = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 """What every module has in its `__dict__`."""

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from splitfed.errors import AbsentError
-from splitfed.model import recording
-from splitfed.model.absent import (
+from splitfed.model.skeleton import Template, unwrap
+from splitfed.model.standin import recording
+from splitfed.model.standin.assigning import OF_TORCH, class_of, give_up, is_read
+from splitfed.model.standin.modules import AbsentModule, become, empty
+from splitfed.model.standin.tensors import (
     Absent,
     Holding,
     Ledger,
@@ -32,9 +35,6 @@ from splitfed.model.absent import (
     set_error,
     shell_of,
 )
-from splitfed.model.assigning import OF_TORCH, class_of, give_up, is_read
-from splitfed.model.skeleton import Template, unwrap
-from splitfed.model.standin import AbsentModule, become, empty
 
 _OWN = frozenset(name for name in vars(AbsentModule) if not name.startswith("__"))
 

@@ -1,0 +1,1 @@
+"""What stands in the client half for the part that was cut out: its skeleton, without values."""
