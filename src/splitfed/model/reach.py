@@ -92,6 +92,8 @@ def _nothing(place: str, value: Any) -> Iterator[Found]:
 
 def _module_contents(place: str, module: nn.Module) -> Iterator[Found]:
     plain = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
+    if "client_half" in plain:  # a client: its line to a server is no part of a model
+        plain = {}
     for name, value in {
         **module._parameters,
         **module._buffers,

@@ -326,7 +326,9 @@ def test_a_part_within_a_part_of_tiers() -> None:
     half, body = splitfed.split(sandwich(nn.Linear(8, 8)), "body")
     cloud = splitfed.SplitClient(half, splitfed.SplitServer(body, store), "edge")
     edge = Calls(lambda m, x: m.cloud(m.low(x)), low=nn.Linear(6, 6), cloud=cloud)
-    device: Any = splitfed.split(Calls(lambda m, x: m.edge(m.bottom(x)), bottom=nn.Linear(6, 6), edge=edge), "edge")[0]
+    whole = Calls(lambda m, x: m.edge(m.bottom(x)), bottom=nn.Linear(6, 6), edge=edge)
+    with pytest.warns(UserWarning, match="copies the half alone"):
+        device: Any = splitfed.split(whole, "edge")[0]
     assert not isinstance(device.edge.cloud, splitfed.SplitClient)
     assert settings_of(device.edge) == {}
     assert [name for name, _ in device.edge.low.named_parameters()] == ["weight", "bias"]

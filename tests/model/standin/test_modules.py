@@ -152,7 +152,7 @@ def test_names_of_our_own_are_in_nobodys_way() -> None:
     assert (point.name, point.origin, point.points, point.part) == ("rich", (0, 0), 7, "body")
     assert point._call() == "its own"
     ours = {name for name in vars(CutPoint) | vars(AbsentModule) if not hasattr(nn.Module, name)}
-    assert ours == {"__deepcopy__"}
+    assert ours == {"__deepcopy__", "__prepare_scriptable__"}
 
 
 def test_properties_and_methods_run_on_it() -> None:

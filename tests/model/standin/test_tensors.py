@@ -97,13 +97,13 @@ def test_freezing_for_calls_without_gradients() -> None:
     part = half.body
     with torch.no_grad():
         part.requires_grad_(False)
-        hole_of(part).settings(True)
+        hole_of(part).mirror.settings(True)
     for twin in (part, copy.deepcopy(half).body):
         assert [p.requires_grad for p in twin.parameters()] == [False, False]
         with pytest.raises(AbsentError, match=r"requires_grad of '0.weight'"):
-            hole_of(twin).settings(True)
+            hole_of(twin).mirror.settings(True)
         twin.requires_grad_(True)
-        assert hole_of(twin).settings(True) == {}
+        assert hole_of(twin).mirror.settings(True) == {}
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
