@@ -28,7 +28,7 @@ from splitfed.client.buffers import BufferChain
 from splitfed.client.connection import Connection
 from splitfed.client.inplace import guard
 from splitfed.client.samples import Weight
-from splitfed.errors import ReplayError, UnsupportedError
+from splitfed.errors import ExpiredError, FormatError, ReplayError, UnsupportedError
 from splitfed.model.boundary import uncached
 from splitfed.model.cutpoint import Caller, CutPoint, active_caller
 from splitfed.model.rng import Seed
@@ -103,7 +103,13 @@ class Session:
             request, tensors = self.request(point, args, kwargs, seed, before, notes)
             if continued is not None:
                 request = replace(request, previous_version=continued.version)
-            answer = self.connection.transport.forward(request)
+            try:
+                answer = self.connection.transport.forward(request)
+            except (ExpiredError, FormatError, ReplayError):
+                # The record that it continues may be the one at fault: the next call leaves it.
+                if continued is not None:
+                    self.connection.buffers.drop()
+                raise
         self._note(answer, seed)
         if continued is not None:
             if continued.version == answer.version:
