@@ -216,18 +216,19 @@ class Owner:
 def _shielded(half: nn.Module, setting: Setting) -> nn.Module:
     """A copy of the half that adds noise to what it sends."""
     made = copy.deepcopy(half)
-    (point,) = (module for module in made.modules() if isinstance(module, splitfed.CutPoint))
+    start, _, stop = setting.cut.partition(":")
+    # At the neighbours of the cut: hooks on its positions would make each a call of its own.
+    before, after = (made.get_submodule(str(place)) for place in (int(start) - 1, int(stop)))
     if setting.on_activations:
-        point.register_forward_pre_hook(lambda _, args: (noisy_activations(args[0], setting.on_activations),))
+        before.register_forward_hook(lambda _, __, outputs: noisy_activations(outputs, setting.on_activations))
     if setting.on_gradients:
         bound = setting.on_gradients
 
-        def watch(_: nn.Module, __: Any, outputs: Tensor) -> Tensor:
-            if outputs.requires_grad:
-                outputs.register_hook(lambda gradients: noisy_gradients(gradients, bound))
-            return outputs
+        def watch(_: nn.Module, given: Any) -> None:
+            if given[0].requires_grad:
+                given[0].register_hook(lambda gradients: noisy_gradients(gradients, bound))
 
-        point.register_forward_hook(watch)
+        after.register_forward_pre_hook(watch)
     return made
 
 

@@ -286,3 +286,35 @@ def test_statistics_that_count_in_no_batch_are_told_of_at_a_step() -> None:
     with pytest.warns(UserWarning, match="move the statistics"):
         local.step()
     assert int(made.accumulator.step().num_batches) == 2
+
+
+@pytest.mark.parametrize("how", ["damaged", "gone"])
+def test_a_call_that_cant_be_continued_stops_one_call_only(how: str) -> None:
+    """Its record is damaged or gone, and no pass came: the next call is told, and those after it begin anew."""
+    made, _ = split(keep_graphs=0)
+    waiting = made.client(x())
+    (key,) = made.stored("forward")
+    if how == "gone":
+        made.store.blobs.delete(key)
+    else:
+        made.store.blobs.put(key, [b"{}"])
+    with pytest.raises(splitfed.SplitFedError):
+        made.client(x())
+    made.client(x()).sum().backward()
+    (record,) = made.waiting()
+    assert int(record.buffers[0].values["1.num_batches_tracked"]) == 1
+    assert waiting.requires_grad
+
+
+def test_a_pass_that_fails_is_continued_by_nobody() -> None:
+    """As a rejected batch: the statistics of its forward count nowhere."""
+    made, _ = split(keep_graphs=0)
+    loss = made.client(x()).sum()
+    (key,) = made.stored("forward")
+    made.store.blobs.put(key, [b"{}"])
+    with pytest.raises(splitfed.SplitFedError):
+        loss.backward()
+    made.client(x()).sum().backward()
+    assert [record.kind for record in made.waiting()] == ["skip", "gradient"]
+    made.accumulator.step()
+    assert int(made.state()["body.1.num_batches_tracked"]) == 1

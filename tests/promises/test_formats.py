@@ -71,6 +71,7 @@ from splitfed import (
     split,
 )
 from splitfed.federation.reports import commit_rows
+from splitfed.model.cutpoint import hole_of
 from splitfed.model.stamp import remove_stamps
 from splitfed.protocol.messages import (
     BackwardAnswer,
@@ -1113,7 +1114,7 @@ class Tap:
 def unstamped() -> tuple[nn.Module, nn.Module]:
     """The two sides as an earlier splitfed made them: without the stamp of their cut."""
     half, body = split(Whole(), "body")
-    half.body.part = None
+    hole_of(half.body).part = None
     remove_stamps(body)
     return half, body
 

@@ -354,7 +354,8 @@ class Batch:
             raise
 
     def fail(self) -> None:
-        """Give it up: nothing of it counts."""
+        """Give it up: nothing of it counts, and no call continues what it reached."""
+        self._connection.buffers.drop(self.parts)
         # The numbers of a forked process are its own.
         if self._seq is not None and self._process == self._connection.process:
             self._connection.abandon(self._seq)

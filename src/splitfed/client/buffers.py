@@ -8,11 +8,13 @@ commit advances the statistics by what each batch saw.
 
 The trap: calls that continue each other may end in different batches, in any order. What a batch
 stores is always the change from the last call that counts already; a call that counts as part of a
-later one's change counts no more when its own pass comes.
+later one's change counts no more when its own pass comes. And a call whose record can't be read
+must not stop all that would continue it: whatever fails there ends the chain.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 
@@ -138,6 +140,18 @@ class Continuation:
         chain.is_open = False
         self.lost += sum(not chain.counts(place) for place in chain.unused)
         self.tip = None
+
+    def drop(self, calls: Sequence[Any] | None = None) -> None:
+        """What comes now begins anew: the last call can't be continued.
+
+        Args:
+            calls: Only if it is among the `client(...)` calls of these.
+        """
+        tip = self.tip
+        if tip is None:
+            return
+        if calls is None or any(call.origin is tip.origin for call in calls):
+            self.close(tip.version, stored=False)
 
     def gone(self, call: Any) -> None:
         """The graph of a call that moved buffers has gone."""

@@ -29,7 +29,13 @@ from splitfed.client.connection import Connection
 from splitfed.client.empty import answer_empty
 from splitfed.client.inplace import guard
 from splitfed.client.samples import Weight
-from splitfed.errors import ExpiredError, ReplayError, UnsupportedError
+from splitfed.errors import (
+    ExpiredError,
+    FormatError,
+    InputError,
+    ReplayError,
+    UnsupportedError,
+)
 from splitfed.model.arguments import carried, check_gradients
 from splitfed.model.boundary import uncached
 from splitfed.model.cutpoint import Called, Caller, active_caller
@@ -121,7 +127,17 @@ class Session:
             request, tensors = self.request(point, args, kwargs, seed, before, notes)
             if continued is not None:
                 request = replace(request, previous_version=continued.version)
-            answer = self.connection.transport.forward(request)
+            try:
+                answer = self.connection.transport.forward(request)
+            except (ExpiredError, FormatError, InputError, ReplayError):
+                if continued is None:
+                    raise
+                # The record that it continues may be the one at fault, which its own backward will
+                # say: this call begins anew.
+                self.connection.buffers.drop()
+                before = continued = None
+                request = replace(request, previous=None, previous_version=None)
+                answer = self.connection.transport.forward(request)
         self._note(answer, seed)
         point.note(answer.written)
         if continued is not None:

@@ -81,7 +81,9 @@ class Sharing:
         half = self._half()
         trained = [] if half is None else [p for p in half.parameters() if p.requires_grad]
         # What is written by way of `.data` moves no counter.
-        firsts = [p.detach().reshape(-1)[0].item() for p in trained[:2] if p.numel()]
+        # Only where a look costs nothing: a GPU would have to finish its work first.
+        seen = [p for p in trained[:2] if p.numel() and p.device.type == "cpu"]
+        firsts = [p.detach().reshape(-1)[0].item() for p in seen]
         return (*(parameter._version for parameter in trained), *firsts)
 
 

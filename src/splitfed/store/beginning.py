@@ -37,8 +37,10 @@ def begin_with(
             model.
     """
     begun = versions.initialise(fingerprint, state, part=part)
-    # Halves that will be averaged may well begin with weights of their own.
-    if begun or versions.warned_of_unused or versions.name == "client":
+    # Halves that will be averaged may well begin with weights of their own, and the body of one
+    # client begins as the newest of all.
+    is_derived = versions.name == "client" or "@" in versions.name
+    if begun or versions.warned_of_unused or is_derived:
         return
     if any(tensor.is_meta for tensor in state.values()):
         return

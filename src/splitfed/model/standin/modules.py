@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -35,8 +37,11 @@ from splitfed.model.standin.assigning import (
     written_error,
 )
 from splitfed.model.standin.tensors import Absent, Place, absent_error, set_error
+from splitfed.model.tracing import UNBROKEN
 
 Self = TypeVar("Self", bound="AbsentModule")
+_FRAMES = 5
+"""So near is a tool that asks for parameters: torch's own functions are between."""
 
 
 class AbsentModule(nn.Module):
@@ -310,9 +315,24 @@ class AbsentModule(nn.Module):
 def _place_to_ask(module: nn.Module) -> Place | None:
     """The same, but `None` for whoever asks for the tensors of the half, which it has none of."""
     place = place_of(module)
-    if place is None or place.is_half or place.ledger.visited is module:
+    if place is None or place.is_half or place.ledger.visited is module or _collects_own():
         return None
     return place
+
+
+def _collects_own() -> bool:
+    """Whether a tool asks which goes through the children and works on what the half has of its own.
+
+    Opacus hangs hooks on each module with parameters, and gradients of each example on those.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_FRAMES):
+        if frame is None:
+            return False
+        if str(frame.f_globals.get("__name__")).startswith("opacus."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _member(module: nn.Module, target: str) -> Any:
@@ -425,6 +445,7 @@ def _forward_like(kind: type[AbsentModule], part: Any) -> Any:
 
     # The graph of torch.compile breaks here, as in what this calls.
     forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+    forward._torchdynamo_disable_msg = UNBROKEN  # type: ignore[attr-defined]
     with suppress(TypeError, ValueError):
         forward.__signature__ = inspect.signature(part.forward)  # type: ignore[attr-defined]
     return forward
