@@ -281,7 +281,7 @@ def test_a_named_tuple_of_messages_is_a_tuple() -> None:
 
 
 LATER = [
-    dataclasses.replace(AHEAD, part="1:3/0f", settings={"drop.p": 0.5, "1.training": False}),
+    dataclasses.replace(AHEAD, part="1:3/0f", settings={"drop.p": 0.5, "1.training": False}, previous_version=6),
     dataclasses.replace(BACK, counted=False),
     ForwardAnswer(1, 7, {"out": T}, (True,), False, {}, (1,), moved=True, written=("layer.kl",)),
 ]

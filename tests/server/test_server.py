@@ -278,6 +278,7 @@ class Features(nn.Linear):
             self.features = features
 
 
+@pytest.mark.filterwarnings("ignore:the weights of this body are neither")
 def test_a_replica_with_other_transient_buffers_is_refused(store_url: str) -> None:
     """Its answers would differ: the error names the buffer and the way out, and equal ones are served."""
     store = GradientStore(store_url, sync="process")
@@ -289,6 +290,7 @@ def test_a_replica_with_other_transient_buffers_is_refused(store_url: str) -> No
         SplitServer(nn.Sequential(Features("buffer")), store)
 
 
+@pytest.mark.filterwarnings("ignore:the weights of this body are neither")
 @pytest.mark.parametrize(("how", "width"), [("attribute", 2), ("buffer", 3)])
 def test_tensors_that_a_forward_may_have_set_are_only_warned_of(how: str, width: int) -> None:
     """A plain attribute, as an attention map that was left; a table that has grown."""

@@ -40,7 +40,7 @@ from splitfed.model.arguments import carried, check_gradients
 from splitfed.model.boundary import uncached
 from splitfed.model.cutpoint import Called, Caller, active_caller
 from splitfed.model.rng import Seed
-from splitfed.model.tracing import UNBROKEN, no_whole_model
+from splitfed.model.tracing import UNBROKEN
 from splitfed.protocol import pytree
 from splitfed.protocol.messages import ForwardAnswer, ForwardRequest, Housekeeping
 
@@ -239,8 +239,6 @@ class Session:
         """The request for a cut call, and its distinct input tensors."""
         args, kwargs, tensors = carried(args, kwargs, self.connection.warn_once)
         device = tensors[0].device.type if tensors else "cpu"
-        if device == "meta":
-            raise no_whole_model("a run on the meta device")
         autocast = None
         if torch.is_autocast_enabled(device):
             autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from splitfed.errors import ContainerError, InputError, SplitFedError, UnsupportedError
 from splitfed.model.numerics import same_bits
+from splitfed.model.tracing import no_whole_model
 from splitfed.protocol import kinds, pytree
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
@@ -41,10 +42,13 @@ def carried(
 
     Raises:
         ContainerError: one can't cross; the message names its place.
+        UnsupportedError: all are on the meta device: a tool runs the model without values.
     """
     spec, tensors = pytree.flatten((args, kwargs))
     if all(type(tensor) in _PLAIN and kinds.fits(tensor) for tensor in tensors):
         return args, kwargs, tensors
+    if all(tensor.is_meta for tensor in tensors):
+        raise no_whole_model("a run on the meta device")
     check_fit("an argument", {"args": args, "kwargs": kwargs}, tensors)
     for tensor in tensors:
         if type(tensor) not in _PLAIN:

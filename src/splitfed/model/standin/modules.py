@@ -321,7 +321,7 @@ def _place_to_ask(module: nn.Module) -> Place | None:
 
 
 def _collects_own() -> bool:
-    """Whether a tool asks which goes through the children and works on what the half has of its own.
+    """Whether a tool asks that works on what the half has of its own, module by module.
 
     Opacus hangs hooks on each module with parameters, and gradients of each example on those.
     """
