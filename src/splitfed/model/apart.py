@@ -13,14 +13,17 @@ have, since its class says so, is nobody's.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
 
 from splitfed.errors import SharedParameterError, UnsupportedError
 from splitfed.model.cutpoint import CutPoint
-from splitfed.model.reach import reached
+from splitfed.model.reach import keeps_in, reached
 from splitfed.model.slices import SlicedForward
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Originals:
@@ -62,6 +65,7 @@ def check_apart(half: nn.Module, body: nn.Module, originals: Originals) -> None:
     """
     _check_side(half, "the client half", body, originals, of_body=False)
     _check_side(body, "the body", half, originals, of_body=True)
+    _warn_of_keepers(body)
 
 
 def _check_side(
@@ -92,6 +96,25 @@ def _check_side(
             f"{originals.told(place, side_name, key)}. Use the module that a hook is given as an "
             "argument, make the function a method, or register it on the halves after split()"
         )
+
+
+def _warn_of_keepers(body: nn.Module) -> None:
+    """Warn of hooks in the body that keep what they see outside of the model.
+
+    On the server that is seen by nobody, and a tensor that is used from there has no way back.
+    """
+    for place, module in body.named_modules():
+        for table in _HOOKS:
+            for hook in vars(module).get(table, {}).values():
+                kept = keeps_in(hook)
+                if kept is not None:
+                    warnings.warn(
+                        f"a hook on {place or 'the part'!r}, which is cut out, keeps what it sees "
+                        f"in {kept!r}, outside of the model: it runs on the server, so that is "
+                        "there, and no gradient comes back from it. Return it from the forward, "
+                        "or register the hook on the client half after split()",
+                        stacklevel=4,
+                    )
 
 
 def _members(module: nn.Module) -> dict[int, str]:

@@ -254,6 +254,7 @@ def _call(called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     refuse_tracing()
     raise NotConnectedError(
         "this client half was called by itself, so its cut point has no server: wrap it, "
-        "client = SplitClient(client_half, server, client_id=...), and call client(...); "
+        "client = SplitClient(client_half, server, client_id=...), and call client(...), or a "
+        "method of the model through it, not a module of it by itself; "
         "under nn.DataParallel, or in a thread of the model's own, it can't be reached"
     )

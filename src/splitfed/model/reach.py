@@ -14,7 +14,7 @@ import dis
 import functools
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +29,8 @@ _LEAVES = (
     *(torch.dtype, torch.device, torch.Size, torch.Generator, torch.optim.Optimizer),
     torch.optim.lr_scheduler.LRScheduler,
 )
+_KEEPERS = (list, dict, set, deque, defaultdict, OrderedDict)
+_PUTS = frozenset("append extend insert add update setdefault __setitem__ appendleft".split())
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 Found = tuple[str, Any]
@@ -60,6 +62,30 @@ def reached(module: nn.Module, without: tuple[type, ...] = ()) -> Iterator[Found
         # The contents of its own members are on the list already.
         if id(value) not in own:
             waiting.extend(_contents(place, value))
+
+
+def keeps_in(function: Any) -> str | None:
+    """The name of a list, dict or set outside of a function that it puts something in, if any."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if isinstance(function, types.BuiltinMethodType) and type(function.__self__) in _KEEPERS:
+        return f"{type(function.__self__).__name__}.{function.__name__}"
+    if not isinstance(function, types.FunctionType):
+        return None
+    code = function.__code__
+    puts = any(step.opname == "STORE_SUBSCR" for step in dis.get_instructions(code))
+    if not puts and _PUTS.isdisjoint(code.co_names):
+        return None
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    outside = {name: _content_of(cell) for name, cell in cells}
+    outside |= {n: function.__globals__[n] for n in code.co_names if n in function.__globals__}
+    return next((name for name, value in outside.items() if type(value) in _KEEPERS), None)
+
+
+def _content_of(cell: types.CellType) -> Any:
+    with contextlib.suppress(ValueError):  # not assigned yet
+        return cell.cell_contents
+    return None
 
 
 def _named_members(

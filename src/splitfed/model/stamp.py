@@ -36,7 +36,10 @@ def make_stamp(at: str | Sequence[str], parts: Sequence[str], template: Template
         template: The body.
     """
     shapes = [list(tensor.shape) for tensor in template.parameters.values()]
-    content = [[part.replace("_orig_mod.", "") for part in parts], shapes]
+    places = [part.replace("_orig_mod.", "") for part in parts]
+    if not isinstance(at, str):  # in whichever order they were listed
+        places, shapes = sorted(places), sorted(shapes)
+    content = [places, shapes]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     asked = at if isinstance(at, str) else ",".join(at)
     shown = asked if len(asked) <= _MOST_SHOWN else f"{asked[:_MOST_SHOWN]}..."

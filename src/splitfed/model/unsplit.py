@@ -22,6 +22,7 @@ from splitfed.model.cut import find_cuts
 from splitfed.model.rng import Seed, compute_lock, seeded
 from splitfed.model.skeleton import unwrap
 from splitfed.model.slices import Slice, run_as_one
+from splitfed.model.standin.modules import Likeness
 from splitfed.protocol import pytree
 
 Call = Callable[..., Any]
@@ -64,7 +65,9 @@ def _replace_call(module: nn.Module, call: Call) -> None:
     By a class of its own, so that names, hooks and type checks stay.
     """
     kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {"__call__": call, "_plain": kind})
+    meta: Any = Likeness if type(kind) is type else type(kind)
+    own = {"__call__": call, "_plain": kind, "_absent_class": kind}
+    module.__class__ = meta(kind.__name__, (kind,), own)
 
 
 def _original_call(part: nn.Module) -> Call:
@@ -78,14 +81,29 @@ def _run_parts(parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[s
     seed = Seed()
     args, kwargs = pytree.unflatten(spec, [enter(tensor) for tensor in tensors])
     devices = {t.device for t in tensors if t.device.type != "cpu"}
+    # A call inside of a backward pass is a checkpoint's recompute: it never counts again.
+    buffers = _buffers_of(parts) if torch._C._current_graph_task_id() != -1 else []
     with uncached(), compute_lock, seeded(seed.value, tuple(devices)) as draws, _aliased(parts):
         value = _original_call(parts[0])(parts[0], *args, **kwargs)
         for part in parts[1:]:
             value = _original_call(part)(part, value)
+    for owner, leaf, buffer in buffers:
+        owner._buffers[leaf] = buffer
     if not draws.drew:
         seed.put_back()
     spec, tensors = pytree.flatten(value)
     return pytree.unflatten(spec, [leave(tensor) for tensor in tensors])
+
+
+def _buffers_of(parts: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Copies of the parts' buffers, and where they belong."""
+    return [
+        (owner, leaf, buffer.clone())
+        for part in parts
+        for owner in part.modules()
+        for leaf, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
 
 
 @contextmanager
@@ -124,12 +142,14 @@ def _aliases(parameters: Sequence[nn.Parameter]) -> dict[int, Tensor]:
     return found
 
 
-def _parameter_slots(parts: Sequence[nn.Module]) -> list[tuple[dict[str, Any], str]]:
-    """Where the trainable parameters of the parts are registered, as (registry, name in it)."""
-    slots: list[tuple[dict[str, Any], str]] = []
+def _parameter_slots(parts: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
+    """Where the trainable parameters of the parts are, as (registry or list, name or place)."""
+    slots: list[tuple[Any, Any]] = []
     for owner in (module for part in parts for module in part.modules()):
-        # A recurrent layer keeps a list of its weights besides, and uses each once in a call.
+        # A recurrent layer computes with a list of its weights that it keeps besides.
         if isinstance(owner, nn.RNNBase):
+            weights: Any = owner._flat_weights
+            slots += [(weights, i) for i, weight in enumerate(weights) if weight.requires_grad]
             continue
         for leaf, parameter in owner._parameters.items():
             if parameter is not None and parameter.requires_grad:

@@ -61,6 +61,8 @@ def unfit(tensor: object, which: str) -> ContainerError:
             hint = "take its values out first, as .full_tensor() does of a DTensor"
         elif tensor.is_nested or tensor.layout is not torch.strided:
             expected, hint = "a dense one", "call .to_dense() or pad it first"
+            if tensor.is_nested:
+                hint += " (of nn.TransformerEncoder: enable_nested_tensor=False)"
         elif tensor.is_meta:
             expected, hint = "one with memory, not on the device meta", "load its values first"
         elif tensor.is_quantized:

@@ -200,6 +200,7 @@ def test_an_insert_past_any_assignment() -> None:
         settings_of(part)
 
 
+@pytest.mark.filterwarnings("ignore:.* is set by the forward of the part")
 def test_values_that_the_forward_sets_are_the_servers() -> None:
     """From the first call on; one that is set again is kept until the next."""
     made = split()

@@ -92,6 +92,12 @@ def give_up(member: nn.Module, name: str) -> None:
     """Forget the value of an attribute that the part's forward has set."""
     place: Place = vars(member)["_absent_place"]
     if name in vars(member):
+        if id(vars(member)[name]) in place.ledger.shared:
+            place.ledger.tell_once(
+                f"the forward of the part that was cut out changes what is in {place.at(name)!r}, "
+                "which the client half holds too: what it puts there stays on the server. "
+                "Return it from that forward"
+            )
         place.originals.setdefault(name, vars(member).pop(name))
         vars(member).pop(name, None)
         place.hold(name, None)
@@ -115,7 +121,7 @@ class _Written:
             return getattr(part, self.name)
         place: Place = vars(module)["_absent_place"]
         if self.name in place.written:
-            raise written_error(place.at(self.name))
+            raise written_error(place, self.name)
         found = class_attribute(part, self.name)
         return found.__get__(module, owner) if hasattr(type(found), "__get__") else found
 
@@ -128,12 +134,18 @@ def class_attribute(cls: type, name: str) -> Any:
     return None
 
 
-def written_error(name: str) -> AbsentError:
-    """The error for a value that the part's forward sets."""
-    return AbsentError(
-        f"{name!r} is set by the forward of the part that was cut out, so its value is the "
-        "server's: return it from that forward, beside the outputs"
+def written_error(place: Place, name: str) -> AbsentError:
+    """The error for a value that the part's forward sets.
+
+    It is an AttributeError, as `hasattr` and `getattr` with a default want it: those answer without
+    a word, so the same is said by a warning, once.
+    """
+    said = (
+        f"{place.at(name)!r} is set by the forward of the part that was cut out, so its value is "
+        "the server's: return it from that forward, beside the outputs"
     )
+    place.ledger.tell_once(said)
+    return AbsentError(said)
 
 
 # ----------------------------------------------------------------------- what the part's code reads

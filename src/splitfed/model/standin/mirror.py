@@ -25,6 +25,7 @@ from splitfed.model.standin import recording
 from splitfed.model.standin.assigning import OF_TORCH, class_of, give_up, is_read
 from splitfed.model.standin.modules import AbsentModule, become, empty
 from splitfed.model.standin.tensors import (
+    MUTABLE,
     Absent,
     Holding,
     Ledger,
@@ -108,6 +109,8 @@ class Mirror:
             place = _place(member)
             for name, original in place.originals.items():
                 value = vars(member).get(name, original)
+                if value is original or name in place.written:
+                    continue
                 if type(value) is not type(original) or value != original:
                     found[place.key(name)] = copy.deepcopy(value)
         return found
@@ -153,6 +156,7 @@ def reflect(
     ledger = Ledger(template)
     # A deep copy takes what its memo has in place of an original: stand-ins, and the half's own.
     memo: dict[int, Any] = {id(value): value for owner in half.modules() for value in _held(owner)}
+    ledger.shared = frozenset(memo)
     indices = {id(module): i for i, module in enumerate(body.modules())}
     made: dict[int, tuple[nn.Module, AbsentModule]] = {}
     mirrors: dict[str, Mirror] = {}
@@ -252,5 +256,7 @@ def _stand_for_tensors(value: Any, name: str, place: Place, memo: dict[int, Any]
 def _held(module: nn.Module) -> Iterator[Any]:
     """What a module holds as plain attributes, and could be changed."""
     for name, value in vars(module).items():
-        if name not in OF_TORCH and not is_plain(value) and not isinstance(value, AbsentModule):
+        if name in OF_TORCH or isinstance(value, AbsentModule):
+            continue
+        if isinstance(value, MUTABLE) or not is_plain(value):
             yield value

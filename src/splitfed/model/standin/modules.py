@@ -57,7 +57,7 @@ class AbsentModule(nn.Module):
         if place is None:
             return super().__getattr__(name)
         if name in place.written:
-            raise written_error(place.at(name))
+            raise written_error(place, name)
         for members in (place.parameters, place.buffers, vars(self)["_modules"]):
             if name in members:
                 return members[name]
@@ -396,7 +396,7 @@ def become(point: AbsentModule, part: type) -> None:
     vars(object)["__class__"].__set__(point, _stand_in_class(cls, part))
 
 
-class _PartType(type):
+class Likeness(type):
     """The class of stand-ins' classes: each equals the class that it stands for.
 
     So `type(layer) == Layer` and a table by types find it, where `is` can't.
@@ -430,7 +430,7 @@ def _stand_in_class(kind: Any, part: Any) -> Any:
         namespace["__getitem__"] = _item
     if hasattr(part, "__del__"):
         namespace["__del__"] = lambda self: None
-    meta: Any = _PartType if type(part) is type else type(part)
+    meta: Any = Likeness if type(part) is type else type(part)
     made = kind
     with suppress(TypeError):
         made = type.__new__(meta, part.__name__, (kind, part), namespace)

@@ -17,6 +17,7 @@ reads as one, and there is no memory to read.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -29,7 +30,7 @@ from splitfed.model.skeleton import Template
 
 MISSING = object()
 _ATOMS = (type(None), bool, int, float, str)
-_CONTAINERS = (list, dict, set)
+MUTABLE = (list, dict, set)
 _ANSWERED = frozenset(
     "dtype shape ndim layout is_leaf grad_fn is_sparse is_quantized itemsize nbytes "
     "size dim ndimension numel nelement stride storage_offset is_contiguous element_size "
@@ -221,7 +222,7 @@ for _operator in _REFUSED:
 class Ledger:
     """What the stand-ins of one half share."""
 
-    __slots__ = ("frozen", "moves", "recorded", "template", "visited")
+    __slots__ = ("frozen", "moves", "recorded", "shared", "template", "told", "visited")
 
     def __init__(self, template: Template) -> None:
         self.template = template
@@ -233,6 +234,15 @@ class Ledger:
         """Flags that ask for what a module within a part gives, with the name of that."""
         self.frozen: dict[Absent, str] = {}
         """Parameters with another `requires_grad` than the server's, by name."""
+        self.shared: frozenset[int] = frozenset()
+        """By their ids, the objects of the half that its parts may hold too."""
+        self.told: set[str] = set()
+
+    def tell_once(self, text: str) -> None:
+        """Warn of something, the first time."""
+        if text not in self.told:
+            self.told.add(text)
+            warnings.warn(text, stacklevel=4)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
         twin = memo[id(self)] = Ledger(self.template)
@@ -256,7 +266,7 @@ class Holding:
         self.name = name
         self.value = value
         self.before = before
-        self.now = value if isinstance(value, _CONTAINERS) else vars(value)
+        self.now = value if isinstance(value, (*MUTABLE, tuple)) else vars(value)
 
     def __reduce__(self) -> Any:
         return Holding, (self.name, self.value, self.before)
@@ -363,13 +373,32 @@ def _is_same(now: Any, before: Any) -> bool:
         return list(map(id, now)) == list(map(id, before)) and _is_same(
             list(now.values()), list(before.values())
         )
-    return list(map(id, now)) == list(map(id, before))
+    if len(now) != len(before):
+        return False
+    pairs = zip(now, before, strict=True)
+    return all(
+        type(a) is type(b) and _is_same(a, b) if isinstance(b, (*MUTABLE, tuple)) else a is b
+        for a, b in pairs
+    )
+
+
+def _copied(value: Any) -> Any:
+    """A container with copies of the containers in it; what else it holds is itself."""
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return value.copy() if isinstance(value, MUTABLE) else value
+
+
+def _can_change(value: Any) -> bool:
+    return isinstance(value, MUTABLE) or (type(value) is tuple and any(map(_can_change, value)))
 
 
 def _holdings(name: str, value: Any, depth: int = 2) -> Iterator[Holding]:
     """A value, and what it holds, as far as it can be changed."""
-    if isinstance(value, _CONTAINERS):
-        yield Holding(name, value, value.copy())
+    if _can_change(value):
+        yield Holding(name, value, _copied(value))
     elif hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Tensor):
         before = dict(vars(value))
         yield Holding(name, value, before)
