@@ -109,7 +109,8 @@ class Mirror:
             place = _place(member)
             for name, original in place.originals.items():
                 value = vars(member).get(name, original)
-                if value is original or name in place.written:
+                # What the forward sets has no value here, until it is set again.
+                if value is original or (name in place.written and name not in vars(member)):
                     continue
                 if type(value) is not type(original) or value != original:
                     found[place.key(name)] = copy.deepcopy(value)
