@@ -201,6 +201,7 @@ def in_one_go(commits_: int, **given: Any) -> dict[str, str]:
     return dict(commits(store)[commits_].files)
 
 
+@pytest.mark.filterwarnings("ignore:the weights of this body are neither")
 @pytest.mark.parametrize(
     "given", [settings(), settings(None), settings(scheduler=None)], ids=["all", "no clip", "no schedule"]
 )

@@ -211,3 +211,89 @@ def test_cuts_of_a_list_may_come_in_any_order() -> None:
     _, body = splitfed.split(model, ["2", "1"])
     store = splitfed.GradientStore(f"memory://{uuid.uuid4().hex}", sync="process")
     assert torch.equal(splitfed.SplitClient(half, splitfed.SplitServer(body, store), "a")(X), model(X))
+
+
+class Loop:
+    """A client with what steps it."""
+
+    def __init__(self, **settings: Any) -> None:
+        half, body = splitfed.split(around(nn.Linear(8, 8)), "1")
+        self.store = splitfed.GradientStore(f"memory://{uuid.uuid4().hex}", sync="process")
+        self.client = splitfed.SplitClient(half, splitfed.SplitServer(body, self.store), "a", **settings)
+        self.optimizer = sgd(self.client.parameters())
+
+    def loss(self) -> Tensor:
+        """Of one batch."""
+        return self.client(X).pow(2).mean()
+
+    def step(self) -> None:
+        """One step of the usual loop."""
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+
+def test_a_client_that_trains_in_eval_mode_is_told() -> None:
+    """As after an evaluation without train(): the half would train alone."""
+    loop = Loop()
+    loop.client.eval()
+    with pytest.warns(UserWarning, match=r"eval mode.*client.train\(\)"):
+        loop.step()
+    assert loop.store.waiting() == []
+
+
+def test_a_head_that_trains_again_leaves_the_rest_frozen() -> None:
+    """Freezing all and then unfreezing the last layer, as in transfer learning."""
+    loop = Loop()
+    loop.client.requires_grad_(False)
+    loop.client.get_submodule("2").requires_grad_(True)
+    loop.loss().backward()
+    assert loop.store.waiting() == []
+    for parameter in loop.client.parameters():
+        parameter.requires_grad = True
+    loop.loss().backward()
+    assert len(loop.store.waiting()) == 1
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_a_scaler_whose_scale_is_not_said_is_told(said: bool) -> None:
+    """The body would get the scaled gradient."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    loop = Loop(**({"loss_scale": scaler.get_scale} if said else {}))
+    scaler.scale(loop.loss()).backward()
+    if said:
+        scaler.step(loop.optimizer)
+    else:
+        with pytest.warns(UserWarning, match="loss_scale=scaler.get_scale"):
+            scaler.step(loop.optimizer)
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_a_step_by_what_a_block_has_dropped_is_told(zeroed: bool) -> None:
+    """The exception was caught, and the half's gradients are still there."""
+    loop = Loop()
+
+    def block() -> None:
+        with loop.client.batch():
+            loop.loss().backward()
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        block()
+    if zeroed:
+        loop.step()
+        return
+    with pytest.warns(UserWarning, match="an exception in client.batch"):
+        loop.optimizer.step()
+
+
+def test_a_state_of_the_whole_model_is_not_loaded_in_part() -> None:
+    """The part's weights are the store's: refused, or with strict=False told."""
+    loop = Loop()
+    whole = around(nn.Linear(8, 8)).state_dict()
+    with pytest.raises(splitfed.UnsupportedError, match=r"'1.weight' and 1 more.*before split"):
+        loop.client.load_state_dict(whole)
+    with pytest.warns(UserWarning, match="'1.weight' and 1 more"):
+        loop.client.load_state_dict(whole, strict=False)
+    assert torch.equal(loop.client.get_parameter("0.weight"), whole["0.weight"])
+    loop.client.load_state_dict(loop.client.state_dict())

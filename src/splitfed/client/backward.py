@@ -159,6 +159,7 @@ class Passes:
         self._sum = self.watch.block = None
         self.give_up()
         if opened.num_passes and opened.batch.parts:
+            self.watch.note_dropped()
             said = (
                 f"{opened.num_passes} backward passes that client.batch() had summed were dropped: "
                 "nothing of them counts for the body"
@@ -250,6 +251,7 @@ class Pass:
             return None
         if not call.training:
             # In eval mode nothing counts: the inputs get their gradients, and there is no part.
+            self._passes.watch.note_eval()
             return self._batch.send(call, grads)
         if not self._passes.counts(call, accumulates):
             self._passes.watch.note_uncounted()

@@ -36,7 +36,7 @@ from splitfed.client.transports import as_transport
 from splitfed.client.watch import Watch
 from splitfed.errors import CutError, InputError, SplitFedError, UnsupportedError
 from splitfed.model.arguments import explanation
-from splitfed.model.cutpoint import CutPoint
+from splitfed.model.cutpoint import CutPoint, names_of_parts
 from splitfed.model.tracing import no_whole_model, refuse_script, refuse_tracing
 from splitfed.protocol.ids import check_client_id, check_number
 from splitfed.protocol.messages import RoundInfo
@@ -371,6 +371,25 @@ class SplitClient(StandIn):
         passes.scope = before
         if summed is not None:
             passes.close_sum(summed)
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load into the half.
+
+        Raises:
+            UnsupportedError: some of it belongs to the part that was cut out.
+        """
+        strict = kwargs.get("strict", args[0] if args else True)
+        foreign = [name for name in names_of_parts(self.client_half) if name in state_dict]
+        if foreign:
+            said = (
+                f"{foreign[0]!r} and {len(foreign) - 1} more of this state_dict belong to the part "
+                "that was cut out, whose weights are in the store: load a whole model before "
+                "split() and begin a new store with its body"
+            )
+            if strict:
+                raise UnsupportedError(f"{said}; strict=False loads the others")
+            self._say("foreign", said)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
         """Freeze the half, or train it again: passes over a frozen one count nothing."""

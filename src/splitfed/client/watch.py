@@ -10,14 +10,17 @@ So only clients that have passed since their half's last step are asked.
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -29,8 +32,11 @@ from splitfed.client.buffers import Continuation
 MANY_BATCHES = 100
 """So many batches of one version, and nobody to commit them, are taken for an oversight."""
 
-MANY_UNUSED = 3
+MANY_UNUSED = 20
 """So many forwards in train mode in a row, without a backward, gather statistics."""
+
+_FRAMES = 8
+"""So near is the GradScaler that calls a step: torch's own wrappers are between."""
 
 _armed: dict[int, weakref.ref[Watch]] = {}
 """By id, those that a step is told to."""
@@ -46,6 +52,8 @@ class _Since:
     batches: int = 0
     uncounted: int = 0
     """Passes that would have counted, had they accumulated parameter gradients."""
+    in_eval: int = 0
+    """Passes in eval mode, of which nothing counts."""
     passes_before: int = 0
     """Passes before the step under way."""
     says_scale: bool = False
@@ -92,6 +100,8 @@ class Watch:
         self._is_in_rounds = False
         self._unmoved = 0
         self._lost = 0
+        self._dropped: tuple[Tensor, int] | None = None
+        """A gradient of the half that holds what a block has dropped, and its version then."""
         self._trained_when_made = self._trains_now()
         self._has_trained = False
 
@@ -105,6 +115,8 @@ class Watch:
         Args:
             since_made: Whether it is enough that it had some when the client was made.
         """
+        if self.is_frozen and not all(p.requires_grad for p in self._half.parameters()):
+            return False  # said of the whole model: a head that trains again doesn't unsay it
         if self._trains_now():
             self._has_trained = True
             return True
@@ -137,6 +149,17 @@ class Watch:
         """A pass has reached a call in train mode, and doesn't count."""
         self._arm()
         self._since.uncounted += 1
+
+    def note_eval(self) -> None:
+        """A pass has reached a call in eval mode."""
+        self._arm()
+        self._since.in_eval += 1
+
+    def note_dropped(self) -> None:
+        """A block has dropped its passes; the half's gradients still hold them."""
+        self._arm()
+        held = next((p.grad for p in self._half.parameters() if p.grad is not None), None)
+        self._dropped = None if held is None else (held, held._version)
 
     def note_batch(self, status: str, version: int, *, says_scale: bool) -> None:
         """A batch is closed."""
@@ -182,6 +205,10 @@ class Watch:
             if settle is not None:
                 settle()
             self._since.passes_before = self._since.passes
+            if self._since.batches and self._scale == 1 and _is_scaled():
+                self._tell("scaler", _SCALER)
+            if self._dropped is not None:
+                self._check_dropped(*self._dropped)
 
     def after(self, optimizer: Any) -> None:
         """An optimizer has stepped."""
@@ -202,11 +229,19 @@ class Watch:
         if self._stored[1] >= MANY_BATCHES and self._is_alone():
             self._tell("commits", _COMMITS.format(count=self._stored[1]))
 
+    def _check_dropped(self, gradient: Tensor, version: int) -> None:
+        self._dropped = None
+        held = any(p.grad is gradient for p in self._half.parameters())
+        if held and gradient._version == version:
+            self._tell("dropped", _DROPPED)
+
     def _check_passes(self, since: _Since) -> None:
         within = since.passes - since.passes_before
         if not since.passes:
             if since.uncounted:
                 self._tell("uncounted", _UNCOUNTED)
+            elif since.in_eval:
+                self._tell("eval", _EVAL)
         elif within > 1:
             self._tell("closure", _CLOSURE.format(count=within))
         elif since.has_moved and not since.says_scale:
@@ -252,6 +287,19 @@ class Watch:
             warnings.warn(f"client {self._client_id!r}: {text}", stacklevel=6)
 
 
+def _is_scaled() -> bool:
+    """Whether a GradScaler that scales is what steps."""
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_FRAMES):
+        if frame is None:
+            return False
+        scaler = frame.f_locals.get("self")
+        if isinstance(scaler, torch.amp.GradScaler):
+            return scaler.is_enabled() and scaler.get_scale() != 1
+        frame = frame.f_back
+    return False
+
+
 def _before(optimizer: Any, args: Any, kwargs: Any) -> None:
     for reference in tuple(_armed.values()):
         watch = reference()
@@ -287,6 +335,19 @@ _UNCOUNTED = (
     "its optimizer has stepped, and no pass has counted for the body: the half is frozen, or the "
     "passes were of torch.autograd.grad() or backward(inputs=...), which accumulate no gradients "
     "of the body's parameters. Call loss.backward(), or say `with client.batch(count=True):`"
+)
+_EVAL = (
+    "its optimizer has stepped, and the client is in eval mode, in which nothing counts for the "
+    "body: the half trains alone. Call client.train() first; a part that is to stay in eval mode, "
+    "such as a frozen BatchNorm, may be set so after that"
+)
+_SCALER = (
+    "its optimizer steps by a GradScaler, and the loss scale wasn't said, so the body's gradient "
+    "is too large by that factor: SplitClient(..., loss_scale=scaler.get_scale)"
+)
+_DROPPED = (
+    "its optimizer has stepped by gradients of passes that an exception in client.batch() has "
+    "dropped: nothing of them counts for the body. Call zero_grad() after such an exception"
 )
 _BLOCK = (
     "its optimizer has stepped twice within one `with client.batch():`, which makes one batch of "

@@ -197,6 +197,17 @@ def hole_of(point: CutPoint) -> Hole:
     return hole
 
 
+def names_of_parts(half: nn.Module) -> list[str]:
+    """The names that tensors of the parts cut out would have in the half's `state_dict()`."""
+    found = []
+    for prefix, module in half.named_modules():
+        origin = hole_of(module).origin if isinstance(module, CutPoint) else None
+        if origin is not None:
+            part = origin.template.blueprint.get_submodule(origin.places[0][1])
+            found += [f"{prefix}.{name}".lstrip(".") for name in part.state_dict()]
+    return found
+
+
 def call_for(called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the body returns for a call of a cut point, or of several."""
     # The mark below breaks the graph of torch.compile here. All beneath must not be traced
