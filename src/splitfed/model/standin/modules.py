@@ -105,33 +105,13 @@ class AbsentModule(nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Any]]:
         """Those of the part, without their values; none while a loop over the half is here."""
-        place = _place_to_ask(self)
-        if place is None:
-            return nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
-        found: Iterator[tuple[str, Any]] = nn.Module._named_members(
-            self,
-            lambda module: vars(module)["_absent_place"].parameters.items(),
-            prefix=prefix,
-            recurse=recurse,
-            remove_duplicate=remove_duplicate,
-        )
-        return found
+        return _named_members(self, "parameters", prefix, recurse, remove_duplicate)
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Any]]:
         """As `named_parameters`."""
-        place = _place_to_ask(self)
-        if place is None:
-            return nn.Module.named_buffers(self, prefix, recurse, remove_duplicate)
-        found: Iterator[tuple[str, Any]] = nn.Module._named_members(
-            self,
-            lambda module: vars(module)["_absent_place"].buffers.items(),
-            prefix=prefix,
-            recurse=recurse,
-            remove_duplicate=remove_duplicate,
-        )
-        return found
+        return _named_members(self, "buffers", prefix, recurse, remove_duplicate)
 
     def get_parameter(self, target: str) -> Any:
         """A parameter of the part, without its values."""
@@ -310,6 +290,24 @@ class AbsentModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+
+def _named_members(
+    module: nn.Module, kind: str, prefix: str, recurse: bool, remove_duplicate: bool
+) -> Iterator[tuple[str, Any]]:
+    """The 'parameters' or 'buffers' of the part, or of the half."""
+    found: Iterator[tuple[str, Any]]
+    if _place_to_ask(module) is None:
+        found = getattr(nn.Module, f"named_{kind}")(module, prefix, recurse, remove_duplicate)
+        return found
+    found = nn.Module._named_members(
+        module,
+        lambda member: getattr(vars(member)["_absent_place"], kind).items(),
+        prefix=prefix,
+        recurse=recurse,
+        remove_duplicate=remove_duplicate,
+    )
+    return found
 
 
 def _place_to_ask(module: nn.Module) -> Place | None:

@@ -375,11 +375,13 @@ def _is_same(now: Any, before: Any) -> bool:
         )
     if len(now) != len(before):
         return False
-    pairs = zip(now, before, strict=True)
-    return all(
-        type(a) is type(b) and _is_same(a, b) if isinstance(b, (*MUTABLE, tuple)) else a is b
-        for a, b in pairs
-    )
+    for one, other in zip(now, before, strict=True):
+        if not isinstance(other, (*MUTABLE, tuple)):
+            if one is not other:
+                return False
+        elif type(one) is not type(other) or not _is_same(one, other):
+            return False
+    return True
 
 
 def _copied(value: Any) -> Any:
