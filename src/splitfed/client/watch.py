@@ -100,6 +100,8 @@ class Watch:
         self._is_in_rounds = False
         self._unmoved = 0
         self._lost = 0
+        self._scaler_checks = 4
+        """So many first steps are looked at for a GradScaler: a loop that has one begins with it."""
         self._dropped: tuple[Tensor, int] | None = None
         """A gradient of the half that holds what a block has dropped, and its version then."""
         self._trained_when_made = self._trains_now()
@@ -205,8 +207,10 @@ class Watch:
             if settle is not None:
                 settle()
             self._since.passes_before = self._since.passes
-            if self._since.batches and self._scale == 1 and _is_scaled():
-                self._tell("scaler", _SCALER)
+            if self._since.batches and self._scale == 1 and self._scaler_checks:
+                self._scaler_checks -= 1
+                if _is_scaled():
+                    self._tell("scaler", _SCALER)
             if self._dropped is not None:
                 self._check_dropped(*self._dropped)
 
