@@ -101,7 +101,7 @@ class Watch:
         self._unmoved = 0
         self._lost = 0
         self._scaler_checks = 4
-        """So many first steps are looked at for a GradScaler: a loop that has one begins with it."""
+        """So many first steps are looked at for a GradScaler: a loop with one begins with it."""
         self._dropped: tuple[Tensor, int] | None = None
         """A gradient of the half that holds what a block has dropped, and its version then."""
         self._trained_when_made = self._trains_now()
