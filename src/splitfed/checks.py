@@ -6,6 +6,7 @@ Each returns the value, or raises `InputError` with the argument's name.
 from __future__ import annotations
 
 import sys
+import warnings
 
 from splitfed.errors import InputError
 
@@ -32,3 +33,17 @@ def at_least(name: str, value: int, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} is {value!r}: expected an integer of at least {least}")
     return value
+
+
+def warn_once(told: set[str], what: str, text: str, stacklevel: int) -> None:
+    """Warn of something that whoever keeps `told` hasn't warned of before.
+
+    Args:
+        told: What it has warned of; this is added.
+        what: Under which name it is warned of only once.
+        text: The warning.
+        stacklevel: As of `warnings.warn`, called in the place of this.
+    """
+    if what not in told:
+        told.add(what)
+        warnings.warn(text, stacklevel=stacklevel + 1)

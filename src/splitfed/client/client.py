@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
+from splitfed.checks import warn_once
 from splitfed.client.backward import Passes
 from splitfed.client.blocks import Scope
 from splitfed.client.calls import Session
@@ -483,9 +483,7 @@ class SplitClient(StandIn):
 
     def _say(self, subject: str, text: str) -> None:
         """Warn of something that this client, or a copy of it, hasn't warned of yet."""
-        if subject not in self._said:
-            self._said.add(subject)
-            warnings.warn(f"client {self.client_id!r}: {text}", stacklevel=3)
+        warn_once(self._said, subject, f"client {self.client_id!r}: {text}", 3)
 
     def _line(self) -> tuple[Connection, Passes]:
         """Whose calls these are: in eval mode a copy's are those of its original.

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from splitfed.checks import warn_once
 from splitfed.client.blocks import Scope
 from splitfed.client.buffers import Continuation
 from splitfed.client.sharing import Sharing
@@ -276,10 +276,7 @@ class Connection:
     def warn_once(self, what: str, text: str) -> None:
         """Warn of something, unless this client has warned of it before."""
         with self._lock:
-            first = what not in self._warned
-            self._warned.add(what)
-        if first:
-            warnings.warn(text, stacklevel=3)
+            warn_once(self._warned, what, text, 3)
 
 
 def _can_run(node: Any) -> bool:

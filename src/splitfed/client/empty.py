@@ -56,11 +56,7 @@ def _on_meta(point: Called, spec: pytree.Spec, given: list[Tensor]) -> Any:
     origins = [hole_of(each).origin for each in point.points]
     if given and torch.is_autocast_enabled(given[0].device.type):
         return None
-    parts = [
-        origin.template.blueprint.get_submodule(origin.places[0][1])
-        for origin in origins
-        if origin is not None
-    ]
+    parts = [origin.part for origin in origins if origin is not None]
     if len(parts) != len(origins):
         return None
     with torch.no_grad(), torch.random.fork_rng(devices=()):

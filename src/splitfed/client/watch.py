@@ -11,7 +11,6 @@ So only clients that have passed since their half's last step are asked.
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from splitfed.checks import warn_once
 from splitfed.client.blocks import Sum
 from splitfed.client.buffers import Continuation
 
@@ -286,9 +286,7 @@ class Watch:
         self._tell("statistics", _STATISTICS)
 
     def _tell(self, kind: str, text: str) -> None:
-        if kind not in self._told:
-            self._told.add(kind)
-            warnings.warn(f"client {self._client_id!r}: {text}", stacklevel=6)
+        warn_once(self._told, kind, f"client {self._client_id!r}: {text}", 6)
 
 
 def _is_scaled() -> bool:

@@ -133,7 +133,7 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
     for point, name in holes.values():
         hole = hole_of(point)
         part = unwrap(body).get_submodule(name)
-        hole.origin = Origin(template, (("", name),), part.training)
+        hole.origin = Origin(template, name, part.training)
         hole.part = stamp
         hole.mirror = mirrors[name]
         identify(point, part)
@@ -331,23 +331,18 @@ def _with_points(whole: nn.Module, holes: Holes) -> nn.Module:
 
 def _filled(whole: nn.Module, point: CutPoint, body: nn.Module) -> nn.Module:
     """The model with parts of the body in the place of a cut point."""
-    registrations = _registrations(whole, point)
     hole = hole_of(point)
-    places = hole.origin.places if hole.origin else (("", hole.name),)
-    for position, name in places:
-        part = body.get_submodule(name)
-        # In the mode of the cut, parts keep their own modes: one of them may be frozen. The half
-        # may have been set to the other mode since, and then the parts are, too.
-        mode_of_parts = hole.origin.training if hole.origin else part.training
-        if point.training != mode_of_parts:
-            part.train(point.training)
-        if hole.mirror is not None and name == places[0][1]:
-            hole.mirror.restore(part)
-        for owner, leaf in registrations:
-            owner._modules[position or leaf] = part
-        if whole is point:
-            whole = part
-    return whole
+    part = body.get_submodule(hole.origin.name if hole.origin else hole.name)
+    # In the mode of the cut, parts keep their own modes: one of them may be frozen. The half may
+    # have been set to the other mode since, and then the parts are, too.
+    mode_of_parts = hole.origin.training if hole.origin else part.training
+    if point.training != mode_of_parts:
+        part.train(point.training)
+    if hole.mirror is not None:
+        hole.mirror.restore(part)
+    for owner, leaf in _registrations(whole, point):
+        owner._modules[leaf] = part
+    return part if whole is point else whole
 
 
 def _registrations(model: nn.Module, child: nn.Module) -> list[tuple[nn.Module, str]]:

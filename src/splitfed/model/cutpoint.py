@@ -111,10 +111,15 @@ class Origin:
     """Where a cut point's body came from, so that `join` can put it back."""
 
     template: Template
-    places: tuple[tuple[str, str], ...]
-    """(position in the `nn.Sequential`, or '' for the cut point's own place; part of the body)."""
+    name: str
+    """The part's name in the body."""
     training: bool
     """The mode that the cut was in; in that mode its parts keep modes of their own."""
+
+    @property
+    def part(self) -> nn.Module:
+        """The part, without its weights."""
+        return self.template.blueprint.get_submodule(self.name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
         return self
@@ -203,8 +208,7 @@ def names_of_parts(half: nn.Module) -> list[str]:
     for prefix, module in half.named_modules():
         origin = hole_of(module).origin if isinstance(module, CutPoint) else None
         if origin is not None:
-            part = origin.template.blueprint.get_submodule(origin.places[0][1])
-            found += [f"{prefix}.{name}".lstrip(".") for name in part.state_dict()]
+            found += [f"{prefix}.{name}".lstrip(".") for name in origin.part.state_dict()]
     return found
 
 

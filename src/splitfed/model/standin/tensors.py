@@ -17,7 +17,6 @@ reads as one, and there is no memory to read.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -25,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from splitfed.checks import warn_once
 from splitfed.errors import AbsentError, UnsupportedError
 from splitfed.model.skeleton import Template
 
@@ -240,9 +240,7 @@ class Ledger:
 
     def tell_once(self, text: str) -> None:
         """Warn of something, the first time."""
-        if text not in self.told:
-            self.told.add(text)
-            warnings.warn(text, stacklevel=4)
+        warn_once(self.told, text, text, 4)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
         twin = memo[id(self)] = Ledger(self.template)
