@@ -16,6 +16,7 @@ from splitfed.server.server import SplitServer
 from splitfed.store.store import GradientStore
 
 BIG = 20_000  # float32: 80 KB, which a local store maps into memory
+HUGE = 100_000
 
 
 class Tied(nn.Module):
@@ -153,9 +154,17 @@ def test_frozen_parameters_that_were_changed_are_named(store_url: str) -> None:
 
 
 @pytest.mark.parametrize("size", [2, BIG], ids=["copied", "mapped"])
-def test_a_server_learns_of_a_changed_file_in_the_background(store_url: str, size: int) -> None:
-    """The first use isn't held up by the hash; the next one tells."""
+def test_a_server_computes_nothing_on_a_small_file_that_was_changed(store_url: str, size: int) -> None:
+    """It is hashed before its first use."""
     store = trained(store_url, 2, size)
+    spoil(store, key(store, 2, "weights"))
+    with pytest.raises(CorruptedError, match="weights of version 2"):
+        again(store).lineage().state(2)
+
+
+def test_a_server_learns_of_a_large_changed_file_in_the_background(store_url: str) -> None:
+    """The first use isn't held up by the hash; the next one tells."""
+    store = trained(store_url, 2, HUGE)
     spoil(store, key(store, 2, "weights"))
     versions = again(store).lineage()
     settled(lambda: versions.state(2))

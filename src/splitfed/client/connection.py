@@ -5,8 +5,7 @@ it: graphs that are gone (their records may go too) and numbers that were given 
 fails hands that back, to ride with the next.
 
 The trap: a fork inherits all of this, and both processes would number alike under one incarnation.
-So whoever asks for a number is asked for its process id first, and a fork begins anew: what it
-inherited is the parent's.
+So a fork begins anew, as its first step: what it inherited is the parent's.
 """
 
 from __future__ import annotations
@@ -79,15 +78,20 @@ class Connection:
         """The batches stored since the last push or pull."""
         self.sharing: Sharing | None = None
         """Who else trains its half."""
+        self.process = ""
+        """What this process calls itself."""
+        self.incarnation: int | None = None
+        """The number of this process, once a server has opened it."""
         self._warned: set[str] = set()
         self._begin()
+        _connections.add(self)
 
     def _begin(self) -> None:
         """Begin as a process of its own."""
         # A lock that another thread held at the fork would stay locked in the child.
         self._lock = threading.RLock()
-        self._incarnation: int | None = None
-        self._process = os.urandom(16).hex()
+        self.incarnation = None
+        self.process = os.urandom(16).hex()
         self.buffers = Continuation()
         """Which call continues whose buffers."""
         self._next = {"call": 0, "batch": 0, "push": 0}
@@ -95,21 +99,6 @@ class Connection:
         self._abandoned: list[int] = []
         self._answered: list[int] = []
         self._released: list[tuple[int, int]] = []
-        self._pid = os.getpid()
-
-    @property
-    def process(self) -> str:
-        """What this process calls itself."""
-        if self._pid != os.getpid():
-            self._begin()
-        return self._process
-
-    @property
-    def incarnation(self) -> int | None:
-        """The number of this process, once a server has opened it."""
-        if self._pid != os.getpid():
-            self._begin()
-        return self._incarnation
 
     def check_process(self, process: str) -> None:
         """Refuse the graph of a call that another process has made.
@@ -127,8 +116,6 @@ class Connection:
 
     def number(self, kind: str) -> int:
         """The next number of a 'call', 'batch' or 'push'."""
-        if self._pid != os.getpid():
-            self._begin()
         with self._lock:
             self._next[kind] += 1
             return self._next[kind] - 1
@@ -136,7 +123,7 @@ class Connection:
     def opened(self, incarnation: int | None, version: int) -> None:
         """Take note of what an answer says."""
         with self._lock:
-            self._incarnation = incarnation if self._incarnation is None else self._incarnation
+            self.incarnation = incarnation if self.incarnation is None else self.incarnation
             self.seen = max(self.seen, version)
 
     def watch(self, call: Recorded, node: Any) -> None:
@@ -177,8 +164,6 @@ class Connection:
     @contextmanager
     def housekeeping(self) -> Iterator[Housekeeping]:
         """What the request within confirms; handed back if it fails."""
-        if self._pid != os.getpid():
-            self._begin()
         with self._lock:
             self._live = self._needed()
             held: tuple[list[Any], ...] = (self._released, self._abandoned, self._answered)
@@ -277,6 +262,18 @@ class Connection:
         """Warn of something, unless this client has warned of it before."""
         with self._lock:
             warn_once(self._warned, what, text, 3)
+
+
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _begin_all() -> None:
+    for connection in _connections:
+        connection._begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_all)
 
 
 def _can_run(node: Any) -> bool:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 
@@ -39,15 +38,17 @@ def weigh(*given: Any) -> Weight:
 
 def _first(value: Any, objects: list[str]) -> Tensor | list[Any] | None:
     """The first tensor, or list of examples; batch objects that come before it are noted."""
-    if isinstance(value, torch.Tensor):
-        return value
-    if isinstance(value, list) and any(_has_tensor(item) for item in value):
+    if isinstance(value, Tensor):
         return value
     children: Any = ()
-    if isinstance(value, Mapping):
-        children = value.values()
-    elif isinstance(value, list | tuple):
+    if isinstance(value, tuple):
         children = value
+    elif isinstance(value, list):
+        if any(_has_tensor(item) for item in value):
+            return value
+        children = value
+    elif isinstance(value, Mapping):
+        children = value.values()
     elif _is_batch(value):
         objects.append(f"a {type(value).__name__}")
     for child in children:
@@ -62,7 +63,7 @@ def _has_tensor(value: Any) -> bool:
         return any(_has_tensor(item) for item in value.values())
     if isinstance(value, list | tuple):
         return any(_has_tensor(item) for item in value)
-    return isinstance(value, torch.Tensor)
+    return isinstance(value, Tensor)
 
 
 def _is_batch(value: Any) -> bool:

@@ -20,7 +20,6 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -77,7 +76,6 @@ class Attributes:
         self.now = [table.now for table in self._tables]
         """The tables of all submodules: attributes, submodules and parameters by name."""
         self._modes = modes
-        self._modes_at = self._places_of_modes()
         self._set: dict[tuple[int, str], Any] = {}
         """What the call has set in the tables, by table and name."""
         self.buffers = [owner._buffers for owner in self.owners.values()]
@@ -179,23 +177,14 @@ class Attributes:
         tables = (owner.__dict__, owner._buffers, owner._modules, owner._parameters)
         return next((table[leaf] for table in tables if leaf in table), None)
 
-    def _places_of_modes(self) -> list[int | None]:
-        """Where the `training` flag of each submodule is among all values."""
-        found: list[int | None] = []
-        start = 0
-        for number, table in enumerate(self._tables):
-            if number % 3 == 0:  # the first of its module
-                names = list(table.built)
-                found.append(start + names.index("training") if "training" in names else None)
-            start += len(table.built)
-        return found
-
     def built(self, mode: bool) -> list[Any]:
         """All values of all tables as they were built, in a mode."""
-        found = list(chain.from_iterable(table.built.values() for table in self._tables))
-        for place, flag in zip(self._modes_at, self._modes[mode], strict=True):
-            if place is not None:
-                found[place] = flag
+        found: list[Any] = []
+        for number, table in enumerate(self._tables):
+            values = table.built
+            if number % 3 == 0 and "training" in values:  # the first of its module
+                values = {**values, "training": self._modes[mode][number // 3]}
+            found += values.values()
         return found
 
     def _plain(self) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,18 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from itertools import compress, repeat
+from operator import not_
+from typing import (
+    Annotated,
+    Any,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from torch import Tensor
 
@@ -31,6 +42,7 @@ ADDED = types.MappingProxyType({"added": True})
 default. So what was written before is read, and what doesn't use it is written as before."""
 Test = frozenset[type] | Callable[[Any], bool]
 """The exact classes that a value may have, or a function of it."""
+_HAS = frozenset.__contains__
 
 
 def _by_class(function: Callable[[Any], R]) -> Callable[[Any], R]:
@@ -66,16 +78,22 @@ def check_types(message: M) -> M:
     Raises:
         FormatError: one hasn't; the message names it.
     """
-    for name, test in _tests(type(message)):
-        value = getattr(message, name)
-        # Most fields are of a few exact classes: that is a look into a set, and no call.
-        is_right = type(value) in test if isinstance(test, frozenset) else test(value)
-        if not is_right:
-            raise FormatError(
-                f"{type(message).__name__}.{name} is {_shown(value)}: "
-                "not of the kind that it must be"
-            )
+    tests = _tests(type(message))
+    # Most fields are of a few exact classes: a look into a set for each, without a loop in Python.
+    kinds = map(type, map(getattr, repeat(message), tests.exact))
+    for name in compress(tests.exact, map(not_, map(_HAS, tests.classes, kinds))):
+        raise _of_another_kind(message, name)
+    for name, is_right in tests.functions:
+        if not is_right(getattr(message, name)):
+            raise _of_another_kind(message, name)
     return message
+
+
+def _of_another_kind(message: object, name: str) -> FormatError:
+    return FormatError(
+        f"{type(message).__name__}.{name} is {_shown(getattr(message, name))}: "
+        "not of the kind that it must be"
+    )
 
 
 @_by_class
@@ -100,12 +118,27 @@ def nested_messages(cls: Any) -> Mapping[str, type]:
     return found
 
 
+class _Tests(NamedTuple):
+    exact: list[str]
+    """The fields whose values are of a few exact classes ..."""
+    classes: list[frozenset[type]]
+    """... which are these."""
+    functions: list[tuple[str, Callable[[Any], bool]]]
+    """The tests of the others."""
+
+
 @_by_class
-def _tests(cls: Any) -> tuple[tuple[str, Test], ...]:
+def _tests(cls: Any) -> _Tests:
     """A test of each field's value, from the annotations of the class."""
-    hints = get_type_hints(cls, include_extras=True)
-    found = [(name, _test_of(hint)) for name, hint in hints.items()]
-    return tuple((name, test) for name, test in found if test is not None)
+    found = _Tests([], [], [])
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        test = _test_of(hint)
+        if isinstance(test, frozenset):
+            found.exact.append(name)
+            found.classes.append(test)
+        elif test is not None:
+            found.functions.append((name, test))
+    return found
 
 
 def _as_function(test: Test | None) -> Callable[[Any], bool]:

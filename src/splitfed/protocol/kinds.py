@@ -26,11 +26,9 @@ def fits(tensor: Tensor) -> bool:
     """Whether the format has a place for a tensor of this kind, dtype and shape."""
     if type(tensor) not in _OWN and is_wrapper(tensor):
         return False
-    if tensor.layout is not torch.strided or tensor.dtype not in CODES:
+    if tensor.dtype not in CODES or tensor.layout is not torch.strided or tensor.is_nested:
         return False
-    if tensor.is_nested or tensor.is_meta:
-        return False
-    if tensor.dim() >= header.MAX_DIMS and tensor.dim() > _most_dims(tensor):
+    if tensor.is_meta or (tensor.dim() >= header.MAX_DIMS and tensor.dim() > _most_dims(tensor)):
         return False
     # A tensor without elements has no bytes that would bound its shape, and a reader multiplies it.
     return tensor.numel() > 0 or (header.extent(tensor.shape, tensor.itemsize) <= header.MAX_EXTENT)

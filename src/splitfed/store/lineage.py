@@ -51,6 +51,8 @@ from splitfed.store.layout import Keys
 T = TypeVar("T")
 CACHED = 4
 """Versions of one lineage whose tensors stay in memory."""
+HASHED_AT_ONCE = 256 * 2**10
+"""A file of so many bytes is hashed before a thread for it would have started."""
 
 
 class Lineage:
@@ -146,8 +148,8 @@ class Lineage:
     def state(self, version: int) -> dict[str, Tensor]:
         """The distinct tensors of a version, by first name.
 
-        They share mapped memory and mustn't be changed. The file's hash is checked in the
-        background, once per process and version; a later call raises.
+        They share mapped memory and mustn't be changed. The file's hash is checked once per process
+        and version: of a large file in the background, so that a later call raises.
 
         Raises:
             ExpiredError: its weights have left the retention window.
@@ -460,8 +462,15 @@ class Lineage:
         return BatchSet.from_json(read_json(data, f"the applied table of version {version}"))
 
     def _load_state(self, version: int) -> dict[str, Tensor]:
+        commit, data = self._read(version, "weights")
         self._verified.pop(version, None)
-        return self._decoded(version, self._file(version, "weights", wait=False))
+        if len(data) > HASHED_AT_ONCE:
+            threading.Thread(target=self._verify, args=(commit, data), daemon=True).start()
+        else:
+            self._verify(commit, data)
+            if not self._verified[version]:
+                raise self._corrupted(version, "weights")
+        return self._decoded(version, data)
 
     def _decoded(self, version: int, data: Buffer) -> dict[str, Tensor]:
         commit = self.commit(version)
@@ -483,8 +492,15 @@ class Lineage:
             self._frozen[name] = safetensors.decode(data)[0]
         return self._frozen[name]
 
-    def _file(self, version: int, kind: str, *, wait: bool = True) -> memoryview:
-        """A file of a commit; its hash is checked now, or without `wait` in the background."""
+    def _file(self, version: int, kind: str) -> memoryview:
+        """A file of a commit, with the bytes that were committed."""
+        commit, data = self._read(version, kind)
+        if sha256([data]) != commit.files[kind]:
+            raise self._corrupted(version, kind)
+        return data
+
+    def _read(self, version: int, kind: str) -> tuple[Commit, memoryview]:
+        """A commit, and a file of it as it is."""
         commit = self.commit(version)
         data = self.blobs.get(self.keys.versioned(kind, version, commit.nonce))
         if data is None:
@@ -493,11 +509,7 @@ class Lineage:
                 f"have left the retention window (the newest is {self.head()}): "
                 "raise keep_versions of the Accumulator, or go on with a newer version"
             )
-        if not wait:
-            threading.Thread(target=self._verify, args=(commit, data), daemon=True).start()
-        elif sha256([data]) != commit.files[kind]:
-            raise self._corrupted(version, kind)
-        return data
+        return commit, data
 
     def _verify(self, commit: Commit, data: Buffer) -> None:
         self._verified[commit.version] = sha256([data]) == commit.files["weights"]
