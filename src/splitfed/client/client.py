@@ -1,14 +1,11 @@
 """The client: a module that disappears into the user's own training loop.
 
-In an optimizer, a loop, a print or a checkpoint it is its client half (`StandIn`): nothing is
-copied, and what isn't found here is looked up there. What is here besides is the way to the server.
-Where a call goes is decided by the call, not by the half: one half may serve many clients.
+In an optimizer, a loop, a print or a checkpoint it is its client half (`standin`). What is here
+besides is the way to the server. Where a call goes is decided by the call, not by the half: one
+half may serve many clients.
 
-The traps: nn.Module keeps its tensors in dicts of the instance, and `nn.Module.__init__` sets
-attributes before there is anything to stand in for; hence the shared dicts, and a `training` that
-may be asked for too early. And trainers look at the class too: Hugging Face's Trainer reads the
-signature of `type(model).forward`, so the class of a client is one that looks like its half's
-(`likeness`).
+The trap: trainers look at the class too. Hugging Face's Trainer reads the signature of
+`type(model).forward`, so the class of a client is one that looks like its half's (`likeness`).
 """
 
 from __future__ import annotations
@@ -32,6 +29,7 @@ from splitfed.client.likeness import class_like, forward_with, shown
 from splitfed.client.loss import LossSession
 from splitfed.client.samples import weigh
 from splitfed.client.sharing import Sharing
+from splitfed.client.standin import SHARED, StandIn
 from splitfed.client.transports import as_transport
 from splitfed.client.watch import Watch
 from splitfed.errors import CutError, InputError, SplitFedError, UnsupportedError
@@ -42,7 +40,7 @@ from splitfed.protocol.ids import check_client_id, check_number
 from splitfed.protocol.messages import RoundInfo
 from splitfed.protocol.transport import Transport
 
-Self = TypeVar("Self", bound="StandIn")
+Self = TypeVar("Self", bound="SplitClient")
 _COPIED = (
     "a copy of it copies the half alone. Its body is the server's, at the newest version: an "
     "average (EMA, SWA) is of the half, and a frozen teacher's body goes on learning. For one "
@@ -63,73 +61,6 @@ _SET_BY = {
     "peft_config": ("adapters", _ADAPTERS),  # PEFT
 }
 """What a tool that takes the client for the model sets on it, and what it has to be told."""
-_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-
-
-class StandIn(nn.Module):
-    """A module with the tensors, the mode and the attributes of a client half.
-
-    Args:
-        client_half: What it stands in for.
-    """
-
-    client_half: nn.Module
-
-    def __init__(self, client_half: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["client_half"] = client_half
-        for name in _SHARED:
-            self.__dict__[name] = client_half.__dict__[name]
-
-    @property
-    def training(self) -> bool:
-        """The half's own mode."""
-        half = self.__dict__.get("client_half")
-        return True if half is None else half.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        if "client_half" in self.__dict__:
-            self.client_half.training = mode
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The half's own state_dict."""
-        return self.client_half.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the half."""
-        return self.client_half.load_state_dict(*args, **kwargs)
-
-    def train(self: Self, mode: bool = True) -> Self:
-        """Set the half's mode, and with it the mode that the body runs in."""
-        self.client_half.train(mode)
-        return self
-
-    def _apply(self: Self, *args: Any, **kwargs: Any) -> Self:
-        self.client_half._apply(*args, **kwargs)
-        return self
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
-        if own or "client_half" not in self.__dict__:
-            super().__setattr__(name, value)
-        else:
-            setattr(self.client_half, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if name in self.__dict__ or name.startswith("_"):
-            super().__delattr__(name)
-        else:
-            delattr(self.client_half, name)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            half = self.__dict__.get("client_half")
-            if half is None:
-                raise
-            return getattr(half, name)
 
 
 class CutMethod:
@@ -513,7 +444,7 @@ class SplitClient(StandIn):
         twin.__dict__["_original"] = self
         twin.__dict__["_said"] = self._said
         # Hooks on the client itself, and a forward that was replaced (as Accelerate does).
-        on_itself = vars(nn.Module()).keys() - {"training", *_SHARED}
+        on_itself = vars(nn.Module()).keys() - {"training", *SHARED}
         for name, value in self.__dict__.items():
             if name in on_itself or name not in twin.__dict__:
                 twin.__dict__[name] = copy.deepcopy(value, memo)
