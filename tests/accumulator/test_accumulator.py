@@ -279,7 +279,7 @@ def test_a_body_that_is_wholly_frozen_moves_its_buffers(store: GradientStore) ->
         client(x.clone().requires_grad_()).sum().backward()
         unsplit(x)
         (commit,) = drain(Accumulator(nn.Sequential(body), store, refuse_to_optimize))
-        assert (commit.version, commit.num_batches, set(commit.files)) == (number + 1, 1, {"weights", "applied"})
+        assert (commit.version, commit.num_batches, set(commit.files)) == (number + 1, 1, {"weights"})
     assert bits(again(store).load_weights()) == bits(nn.Sequential(unsplit).state_dict())
     assert store.waiting() == []
 

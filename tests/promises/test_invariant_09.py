@@ -130,7 +130,7 @@ def _head(store: GradientStore, wire: Wire) -> object:
         ("body/weights/0000000002-", _forward),
         ("body/optimizer/0000000002-", _commit),
         ("body/applied/0000000002-", _commit),
-        ("body/forward/0000000002/a/00000001-0000000003", _backward),
+        ("body/forward/a/0000000002-00000001-0000000003", _backward),
         ("body/head", _head),
     ],
 )

@@ -32,7 +32,7 @@ from splitfed.model.cut import split
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import Chain, Housekeeping
 from splitfed.server.server import SplitServer
-from splitfed.store.batchset import BatchSet
+from splitfed.store.batchset import BatchSet, Verdict
 from splitfed.store.store import GradientStore
 
 
@@ -237,8 +237,9 @@ def test_too_many_holes_say_try_again(site: Site) -> None:
     """A client whose batches are lost by the thousand may fill the holes and begin nothing new."""
     site.forward()
     lineage = site.store.lineage()
-    applied = BatchSet(BatchId("a", 1, 2 * n) for n in range(1026))
-    lineage.publish(replace(lineage.commit(0), version=1, kind="fold"), lineage.state(0), None, applied)
+    verdict = Verdict(BatchSet(BatchId("a", 1, 2 * n) for n in range(1026)))
+    made = replace(lineage.commit(0), version=1, kind="fold", verdict=verdict)
+    lineage.publish(made, lineage.state(0), None)
     with pytest.raises(BusyError, match="more than 1024 holes"):
         site.server.backward(back(seq=5000))
     assert site.server.backward(back(seq=1)).status == "stored"

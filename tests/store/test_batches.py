@@ -17,6 +17,7 @@ from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import ForwardRecord
 from splitfed.store.batches import Pile, Sealer
 from splitfed.store.batchset import MAX_GAPS, BatchSet, Verdict
+from splitfed.store.checked import Checked
 from splitfed.store.layout import Keys
 from splitfed.store.store import GradientStore
 
@@ -26,7 +27,7 @@ FORWARD = ForwardRecord("", ((torch.ones(2),), {}), (True,), True, 7, None, None
 @pytest.fixture
 def pile(store_url: str) -> Pile:
     """An empty pile."""
-    return Pile(open_blobs(store_url, fsync=False), Keys("body"))
+    return Pile(Checked(open_blobs(store_url, fsync=False)), Keys("body"))
 
 
 def test_a_batch_is_read_as_it_was_created(pile: Pile) -> None:
@@ -96,7 +97,7 @@ def test_a_rejected_batch_stays_rejected(pile: Pile) -> None:
 
 def test_a_retry_after_the_batch_was_counted_and_dropped_is_a_success(store_url: str) -> None:
     """Between "it exists" and the look at it, a commit may fold and drop it: then it was there, and counts."""
-    blobs = open_blobs(store_url, fsync=False)
+    blobs = Checked(open_blobs(store_url, fsync=False))
     pile = Pile(blobs, Keys("body"))
     pile.create(batch(0), record())
     late = Pile(
@@ -108,7 +109,7 @@ def test_a_retry_after_the_batch_was_counted_and_dropped_is_a_success(store_url:
 
 def test_a_lost_reply_leaves_a_batch_that_the_retry_finds(store_url: str) -> None:
     """The storage kept it and said so to nobody: the error is loud, the retry succeeds, and there is one batch."""
-    blobs = open_blobs(store_url, fsync=False)
+    blobs = Checked(open_blobs(store_url, fsync=False))
     pile, deaf = Pile(blobs, Keys("body")), Pile(Hooked(blobs, lose_reply), Keys("body"))  # type: ignore[arg-type]
     with pytest.raises(StoreError, match="lost"):
         deaf.create(batch(0), record())
@@ -214,7 +215,7 @@ def holes(store: GradientStore, count: int) -> Sealer:
     head, commit = lineage.head(), lineage.commit(lineage.head())
     kept = BatchSet(batch(seq) for seq in range(0, 2 * count + 1, 2))
     made = type(commit)(head + 1, "fold", "", {}, verdict=Verdict(kept))
-    assert lineage.publish(made, lineage.state(head), None, kept) is not None
+    assert lineage.publish(made, lineage.state(head), None) is not None
     return Sealer(again(store).lineage(), store.pile(), "n")
 
 

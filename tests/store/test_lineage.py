@@ -16,7 +16,7 @@ from splitfed.accumulator.accumulator import Accumulator
 from splitfed.errors import ArchitectureError, ExpiredError, InputError, StoreError
 from splitfed.model.skeleton import Template
 from splitfed.server.server import SplitServer
-from splitfed.store.batchset import BatchSet
+from splitfed.store.batchset import BatchSet, Verdict
 from splitfed.store.commit import Commit
 from splitfed.store.lineage import Lineage
 from splitfed.store.store import GradientStore
@@ -33,7 +33,8 @@ def store(store_url: str) -> GradientStore:
 def publish(lineage: Lineage, version: int, value: float) -> Commit | None:
     """Try to make a version by hand."""
     state = {"w": torch.full((2,), value)}
-    return lineage.publish(Commit(version, "fold", "", {}), state, {"lr": value}, BatchSet([batch(version)]))
+    verdict = Verdict(BatchSet([batch(version)]))
+    return lineage.publish(Commit(version, "fold", "", {}, verdict=verdict), state, {"lr": value})
 
 
 def files(store: GradientStore) -> set[tuple[int, str]]:
@@ -102,7 +103,6 @@ def test_what_a_commit_names_is_written_before_it(store_url: str) -> None:
     assert written == [
         "body/weights/0000000001",
         "body/optimizer/0000000001",
-        "body/applied/0000000001",
         "body/commit/0000000001.json",
         "body/head",
     ]
@@ -165,7 +165,7 @@ def test_a_sweep_keeps_the_newest_versions_and_every_record(store: GradientStore
     for version in range(1, 10):
         publish(store.lineage(), version, float(version))
     again(store).lineage().sweep(keep=3)
-    assert {version for version, _ in files(store)} == {7, 8, 9}
+    assert {version for version, _ in files(store)} == {0, 7, 8, 9}, "version 0 has the table of closed batches"
     assert [commit.version for commit in commits(store)] == list(range(10))
     with pytest.raises(ExpiredError, match=r"weights of version 6.*retention window.*newest is 9"):
         again(store).load_weights(6)

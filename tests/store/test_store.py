@@ -113,7 +113,7 @@ def test_the_first_to_begin_writes_the_format_once(store: GradientStore) -> None
     first = bytes(store.blobs.get(layout.FORMAT) or b"")
     again(store).begin(CPU)
     assert bytes(store.blobs.get(layout.FORMAT) or b"") == first
-    assert json.loads(first)["format"] == 1
+    assert json.loads(first)["format"] == 2
     assert json.loads(first)["numerics"]["torch"] == torch.__version__
     assert store.blobs.list("probe") == []
 
@@ -129,7 +129,7 @@ def test_another_numerics_class_says_so(store: GradientStore) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b'{"format": 2, "numerics": {}}', b"{}", b"[]", b"null", b"\xff", b'{"format": 1}', b'{"format']
+    "data", [b'{"format": 3, "numerics": {}}', b"{}", b"[]", b"null", b"\xff", b'{"format": 1}', b'{"format']
 )
 def test_a_store_of_another_format_is_refused(store: GradientStore, data: bytes) -> None:
     """A later format, or something that isn't one: our own error, before anything is computed."""
@@ -160,7 +160,7 @@ def test_the_head_file_is_a_hint_only(store: GradientStore, hint: bytes) -> None
 
 def test_a_backend_without_an_atomic_create_is_refused_before_it_is_used(store: GradientStore) -> None:
     """The probe races for keys when a store is begun; one that lets two win is StoreCapabilityError."""
-    store.blobs.create = lambda key, parts, durable=True: True  # type: ignore[method-assign]
+    store.blobs.raw.create = lambda key, parts, durable=True: True  # type: ignore[method-assign]
     with pytest.raises(StoreCapabilityError):
         Accumulator(Point(), store, sgd())
 

@@ -227,19 +227,22 @@ class Accumulator:
             MissingError: files that it needs are gone; ordinarily another accumulator won.
         """
         applied = self._versions.applied(head)
-        if self._versions.commit(head).kind == "end":
+        newest = self._versions.commit(head)
+        if newest.kind == "end":
             return None  # a client's round is over: its batches fold once its line begins again
         pending = self._pending(applied, only)
         if len(pending) < least:
             return None
-        verdict, older = sort_batches(pending, self._header, head, self.settings, only, self._unfit)
+        verdict, older = sort_batches(
+            pending, self._header, head, self.settings, only, self._unfit, newest.is_abandoned
+        )
         # Too few: but nobody would ever take away what can't be read, if nothing else comes.
         if len(verdict.folded) < least and (verdict.folded or self._unfit.isdisjoint(pending)):
             return None
         fingerprint = self._versions.fingerprint()
         numerics = self.store.numerics()
         folded = fold(verdict, self._pile, fingerprint, head, self.settings, numerics, self._unfit)
-        commit = self._publish(head, folded, older, applied)
+        commit = self._publish(head, folded, older)
         self._clean(list(folded.verdict))
         return commit
 
@@ -254,7 +257,7 @@ class Accumulator:
         uncounted = (batch for batch in piled if batch not in applied)
         return [batch for batch in uncounted if only is None or batch in only]
 
-    def _publish(self, head: int, folded: Folded, older: Older, applied: BatchSet) -> Commit:
+    def _publish(self, head: int, folded: Folded, older: Older) -> Commit:
         parent = self._versions.commit(head)
         self._unreported["expired"] += self._versions.sweep(self.settings.window)
         live = self._stepper.take(self._versions, head)
@@ -279,8 +282,7 @@ class Accumulator:
             num_foreign=folded.num_foreign,
         )
         optimizer = None if live.optimizer is None else capture(live.optimizer, live.scheduler)
-        closed = applied.union(folded.verdict)
-        made = self._versions.publish(commit, state, optimizer, closed)
+        made = self._versions.publish(commit, state, optimizer)
         if made is None:
             raise MissingError(f"version {head + 1} was made by another accumulator")
         self._stepper.keep(live, made.nonce)

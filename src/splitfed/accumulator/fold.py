@@ -22,7 +22,14 @@ from typing import Any
 from splitfed.accumulator.mean import StreamingMean
 from splitfed.accumulator.settings import CommitSettings
 from splitfed.checks import positive
-from splitfed.errors import ArchitectureError, FormatError, IdError, InputError, MissingError
+from splitfed.errors import (
+    ArchitectureError,
+    CorruptedError,
+    FormatError,
+    IdError,
+    InputError,
+    MissingError,
+)
 from splitfed.model.fingerprint import check_tensors
 from splitfed.model.numerics import all_finite
 from splitfed.model.skeleton import Fingerprint
@@ -32,7 +39,15 @@ from splitfed.store.batches import OUTCOMES, Pile
 from splitfed.store.batchset import BatchSet, Outcome, Verdict
 
 # What reading, checking or adding a foreign file can raise; MissingError isn't among them.
-_UNFIT = (FormatError, ArchitectureError, InputError, KeyError, TypeError, AttributeError)
+_UNFIT = (
+    FormatError,
+    CorruptedError,
+    ArchitectureError,
+    InputError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)
 
 Older = Mapping[int, BatchSet]
 """Batches that were computed at another version than the head, by that version."""
@@ -45,6 +60,7 @@ def sort_batches(
     settings: CommitSettings,
     judged: Verdict | None = None,
     unfit: set[BatchId] | None = None,
+    is_abandoned: Callable[[int], bool] = lambda version: False,
 ) -> tuple[Verdict, Older]:
     """Tell pending batches apart by their headers.
 
@@ -55,6 +71,7 @@ def sort_batches(
         settings: How old a base may be.
         judged: What was decided before; it can close a batch that would count.
         unfit: Batches that were found unfit and warned of before; those found here join them.
+        is_abandoned: Whether a rollback has undone a version: its gradients are of another branch.
 
     Returns:
         What becomes of each batch, and those of another version than the head.
@@ -66,18 +83,21 @@ def sort_batches(
         try:
             header = headers(batch)
             kind = header["kind"]
-            age = head - check_number("base version", header["base_version"])
-        except (FormatError, IdError, KeyError) as error:
+            base = check_number("base version", header["base_version"])
+        except (FormatError, CorruptedError, IdError, KeyError) as error:
             outcomes[batch] = Outcome.REJECTED
             _warn_rejected(batch, f"its file is unreadable ({error})", unfit)
             continue
+        age = head - base
         if age > 0 and kind != "skip":
-            older.setdefault(head - age, []).append(batch)
+            older.setdefault(base, []).append(batch)
         outcome = _outcome(batch, kind, age, settings.max_staleness, judged)
+        if outcome is Outcome.FOLDED and is_abandoned(base):
+            outcome = Outcome.STALE
         if outcome is None:
             outcome = Outcome.REJECTED
             shown = str(kind)[:40]
-            reason = f"its kind is {shown!r} and its base version {head - age} of {head}"
+            reason = f"its kind is {shown!r} and its base version {base} of {head}"
             _warn_rejected(batch, reason, unfit)
         outcomes[batch] = outcome
     return Verdict.of(outcomes), {version: BatchSet(ids) for version, ids in sorted(older.items())}

@@ -132,6 +132,15 @@ class LocalBlobs:
         self._made.clear()
         return deleted
 
+    def prune(self, prefix: str) -> None:
+        """Remove the directories beneath `prefix` that are empty."""
+        _, directories = self._scan(check_prefix(prefix))
+        for directory in reversed(directories[1:]):
+            # One that isn't stays, and one that somebody is about to write to is made again.
+            with suppress(OSError):
+                os.rmdir(self._prefix + directory)
+                self._made.pop(self._prefix + directory, None)
+
     def list(self, prefix: str) -> builtins.list[str]:
         """Return all keys beneath `prefix`, sorted; symbolic links are not followed."""
         return sorted(self._scan(check_prefix(prefix))[0])

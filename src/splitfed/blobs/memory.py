@@ -27,7 +27,49 @@ class _Content:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.objects: dict[str, bytes] = {}
+        self.names: dict[str, set[str]] = {}
+        """What is in each directory, by name: so a listing costs what it lists. None is empty."""
         self.held: dict[str, threading.Lock] = {}
+
+    def store(self, key: str, data: bytes) -> None:
+        """Create or replace an object."""
+        if key not in self.objects:
+            path = key
+            while path:
+                directory, _, name = path.rpartition("/")
+                names = self.names.setdefault(directory, set())
+                is_new = not names
+                names.add(name)
+                path = directory if is_new else ""
+        self.objects[key] = data
+
+    def remove(self, key: str) -> bool:
+        """Delete an object; whether it was there."""
+        if self.objects.pop(key, None) is None:
+            return False
+        path = key
+        while path:
+            directory, _, name = path.rpartition("/")
+            names = self.names[directory]
+            names.discard(name)
+            path = "" if names else directory
+            if not names:
+                del self.names[directory]
+        return True
+
+    def beneath(self, directory: str) -> list[str]:
+        """All keys beneath a directory."""
+        found = []
+        waiting = [directory]
+        while waiting:
+            above = waiting.pop()
+            for name in self.names.get(above, ()):
+                path = f"{above}/{name}" if above else name
+                if path in self.objects:
+                    found.append(path)
+                if path in self.names:
+                    waiting.append(path)
+        return found
 
 
 _REGISTRY: dict[str, _Content] = {}
@@ -56,19 +98,19 @@ class MemoryBlobs:
         with self._content.lock:
             if key in self._content.objects:
                 return False
-            self._content.objects[key] = data
+            self._content.store(key, data)
         return True
 
     def put(self, key: str, parts: Sequence[Buffer], *, durable: bool = False) -> None:
         """Create or replace the object."""
         data = b"".join(views(check_key(key), parts))
         with self._content.lock:
-            self._content.objects[key] = data
+            self._content.store(key, data)
 
     def delete(self, key: str) -> None:
         """Delete the object, if it is there."""
         with self._content.lock:
-            self._content.objects.pop(check_key(key), None)
+            self._content.remove(check_key(key))
 
     def delete_tree(self, prefix: str) -> int:
         """Delete all keys beneath `prefix`; return how many."""
@@ -78,15 +120,12 @@ class MemoryBlobs:
             )
         keys = self.list(prefix)
         with self._content.lock:
-            return sum(self._content.objects.pop(key, None) is not None for key in keys)
+            return sum(map(self._content.remove, keys))
 
     def list(self, prefix: str) -> builtins.list[str]:
         """Return all keys beneath `prefix`, sorted."""
-        directory = check_prefix(prefix)
-        start = f"{directory}/" if directory else ""
         with self._content.lock:
-            keys = [*self._content.objects]
-        return sorted(key for key in keys if key.startswith(start))
+            return sorted(self._content.beneath(check_prefix(prefix)))
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return the keys beneath `prefix`, sorted, with their sizes in bytes."""

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -218,17 +217,12 @@ def call_for(called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     # The mark below breaks the graph of torch.compile here. All beneath must not be traced
     # either, for which its module is asked where it is loaded: importing it takes seconds.
     dynamo = sys.modules.get("torch._dynamo")
-    call = _call if dynamo is None else _disabled(dynamo)
+    call = _call if dynamo is None else dynamo.disable(_call)
     return call(called, args, kwargs)
 
 
 call_for._torchdynamo_disable = True  # type: ignore[attr-defined]
 call_for._torchdynamo_disable_msg = UNBROKEN  # type: ignore[attr-defined]
-
-
-@cache
-def _disabled(dynamo: Any) -> Any:
-    return dynamo.disable(_call)
 
 
 def call_as_one(piece: Slice, value: Any, training: bool) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from splitfed import errors
 from splitfed.errors import ContainerError, FormatError, SplitFedError
-from splitfed.protocol import header, pytree, safetensors
+from splitfed.protocol import checksum, header, pytree, safetensors
 from splitfed.protocol.fields import added_fields, check_types, nested_messages
 from splitfed.protocol.transport import VERBS
 
@@ -125,13 +125,13 @@ def unpack_tree(kind: str, data: memoryview | bytes | bytearray) -> Any:
 
 
 def read_json(data: bytes | memoryview | None, what: str) -> dict[str, Any]:
-    """The JSON object in `data`.
+    """The JSON object in `data`, without its checksum.
 
     Raises:
         FormatError: there is none.
     """
     try:
-        found = json.loads(bytes(data or b""))
+        found = json.loads(checksum.text_of(data or b""))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{what} isn't readable JSON: {error}") from error
     if not isinstance(found, dict):

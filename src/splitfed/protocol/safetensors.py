@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from splitfed.errors import ContainerError, FormatError, InputError
+from splitfed.protocol import checksum
 from splitfed.protocol import header as foreign
 from splitfed.protocol.header import MAX_EXTENT, is_sizes, shown
 from splitfed.protocol.kinds import CODES, PAIRED, fits, unfit
@@ -52,7 +53,7 @@ MAX_EXPANDED = 256 << 20
 ALIGNMENT = 64
 LAYOUT_KEY = "splitfed.layout"
 DTYPE_KEY = "splitfed.dtype"
-TAKEN = (LAYOUT_KEY, DTYPE_KEY)
+TAKEN = (LAYOUT_KEY, DTYPE_KEY, checksum.KEY)
 """The keys that no other metadata may have."""
 # bfloat16, float8 and complex: numpy or memoryview can't show their bytes as they are.
 _OPAQUE = {dtype for dtype, code in CODES.items() if code[:2] in ("BF", "F8", "C6")} | {PAIRED}
@@ -134,6 +135,7 @@ def decode(
     """
     data = memoryview(data).cast("B")
     entries, metadata = foreign.parse_header(data, max_tensors=max_tensors, max_header=max_header)
+    metadata.pop(checksum.KEY, None)  # compared by who has read the file
     layouts = {}
     if LAYOUT_KEY in metadata:
         layouts = foreign.parse_json(metadata.pop(LAYOUT_KEY), "the layout")

@@ -103,6 +103,7 @@ class Runner:
             StoreError: the head is older than what the client has seen.
         """
         if request.version is not None:
+            self.check_branch(request.version)
             return request.version
         head = self._lineage.head()
         if head < request.seen:
@@ -111,6 +112,14 @@ class Runner:
                 "is it the same store?"
             )
         return head
+
+    def check_branch(self, version: int) -> None:
+        """Refuse a version that a rollback has undone.
+
+        Raises:
+            ExpiredError: it was undone.
+        """
+        self._lineage.check_branch(version)
 
     def run_newest(self, request: ForwardRequest) -> tuple[int, ForwardRecord, Run]:
         """Run a call at the version that it asks for, or at the newest."""

@@ -192,6 +192,7 @@ class SplitServer:
         if record is None:
             # Only now: a repeated backward whose record is still there is answered once more.
             raise _lost(line, batch, request)
+        line.runner.check_branch(request.version)
         _check_gradients(record, request.grad_outputs)
         done = line.runner.take(key, record)
         sent = request.grad_outputs

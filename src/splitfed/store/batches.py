@@ -17,6 +17,7 @@ design) but closes its id as rejected.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +25,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from splitfed.blobs.contract import Blobs
 from splitfed.checks import positive
 from splitfed.errors import (
     AlreadyAppliedError,
@@ -35,6 +35,7 @@ from splitfed.errors import (
     InputError,
 )
 from splitfed.model.numerics import all_finite
+from splitfed.protocol import checksum
 from splitfed.protocol.ids import BatchId, check_client_id
 from splitfed.protocol.messages import (
     BufferUpdate,
@@ -46,7 +47,8 @@ from splitfed.protocol.messages import (
 )
 from splitfed.protocol.packing import pack, peek, unpack
 from splitfed.store.batchset import MAX_GAPS, Outcome
-from splitfed.store.layout import TRANSIENT, Keys
+from splitfed.store.checked import Checked
+from splitfed.store.layout import TRANSIENT, Keys, read_pin
 from splitfed.store.lineage import Lineage
 
 OUTCOMES = {
@@ -66,7 +68,7 @@ class Pile:
         keys: The lineage's keys.
     """
 
-    def __init__(self, blobs: Blobs, keys: Keys) -> None:
+    def __init__(self, blobs: Checked, keys: Keys) -> None:
         self.blobs = blobs
         self.keys = keys
 
@@ -79,7 +81,7 @@ class Pile:
             DigestError: that call was made before with other content.
         """
         key = self.keys.forward(version, client_id, incarnation, call)
-        parts = pack(record)
+        parts = checksum.sealed(pack(record))
         if self.blobs.create(key, parts, durable=False):
             return
         data = self.blobs.get(key)
@@ -112,12 +114,12 @@ class Pile:
             `version`, or that of an earlier try of the batch; and whether no earlier one is known.
         """
         key = self.keys.pin(batch)
-        if self.blobs.create(key, [str(version).encode()], durable=False):
+        if self.blobs.create(key, [json.dumps({"version": version}).encode()], durable=False):
             return version, True
         found = self.blobs.get(key)
         if found is None:  # dropped meanwhile
             return version, True
-        return int(bytes(found)), False
+        return read_pin(found, key), False
 
     def drop_pin(self, batch: BatchId) -> None:
         """Delete the version of a one-trip batch."""
@@ -189,7 +191,7 @@ class Pile:
         Raises:
             FormatError: its file isn't a gradient of ours.
         """
-        data = self.blobs.get(self.keys.gradient(batch))
+        data = self.blobs.peek(self.keys.gradient(batch))
         return None if data is None else peek(GradientRecord, data, _PLAIN)
 
     def waiting(self, client_id: str | None = None) -> list[BatchId]:
@@ -213,7 +215,7 @@ class Pile:
         """Create a file; the kind of one that was there with this digest, else `None`."""
         if self.blobs.create(key, pack(record), durable=durable):
             return None
-        data = self.blobs.get(key)
+        data = self.blobs.peek(key)
         if data is None:  # folded and dropped meanwhile: it was there, and counted
             return None
         found = peek(GradientRecord, data, ("kind", "digest"))
@@ -276,7 +278,7 @@ class Sealer:
                     f"batch {batch} is counted already, and the version that it ran at is no "
                     "longer on record, so its answer can't be repeated: go on with the next one"
                 )
-            return self._lineage.outcome(batch).status
+            return self._lineage.status(batch)
         if not all(all_finite(gradient) for gradient in record.gradients.values()):
             record = replace(record, kind="rejected", gradients={}, buffers=[])
         return OUTCOMES[self._pile.create(batch, record, exactly=True)].status
@@ -356,7 +358,7 @@ class Sealer:
         """'stored' or 'rejected', of a batch that is counted or pending."""
         header = self._pile.peek(batch)
         if header is None:
-            return self._lineage.outcome(batch).status
+            return self._lineage.status(batch)
         return OUTCOMES.get(str(header["kind"]), Outcome.FOLDED).status
 
     def _is_counted(self, batch: BatchId) -> bool:

@@ -38,7 +38,7 @@ class BatchSet:
             self._append(batch)
 
     def __contains__(self, batch: BatchId) -> bool:
-        runs = self._intervals.get(batch.client_id, {}).get(batch.incarnation, [])
+        runs = self.runs(batch)
         place = bisect_right(runs, batch.seq, key=lambda run: run[0]) - 1
         return place >= 0 and batch.seq <= runs[place][1]
 
@@ -58,16 +58,35 @@ class BatchSet:
 
     def union(self, ids: Iterable[BatchId]) -> BatchSet:
         """This set and `ids`."""
-        added = BatchSet(batch for batch in ids if batch not in self)
+        added = ids if isinstance(ids, BatchSet) else BatchSet(ids)
         merged = BatchSet()
-        # Intervals are shared with this set and never changed in place: a process that grows gets a
-        # new list.
-        merged._intervals = {client_id: dict(held) for client_id, held in self._intervals.items()}
+        # What is in here is shared with this set and never changed in place: a client that grows
+        # gets a new table, and its process a new list.
+        merged._intervals = dict(self._intervals)
         for client_id, incarnations in added._intervals.items():
-            held = merged._intervals.setdefault(client_id, {})
+            held = merged._intervals[client_id] = dict(merged._intervals.get(client_id, {}))
             for incarnation, runs in incarnations.items():
                 held[incarnation] = _merge([*held.get(incarnation, []), *runs])
         return merged
+
+    def newest_runs(self, clients: Iterable[str], most: int) -> BatchSet:
+        """This set with at most so many runs, the newest, of each process of some clients."""
+        found = BatchSet()
+        found._intervals = dict(self._intervals)
+        for client_id in clients:
+            found._intervals[client_id] = {
+                incarnation: runs[-most:]
+                for incarnation, runs in self._intervals.get(client_id, {}).items()
+            }
+        return found
+
+    def runs(self, batch: BatchId) -> Intervals:
+        """The runs of the process that a batch is of."""
+        return self._intervals.get(batch.client_id, {}).get(batch.incarnation, [])
+
+    def clients(self) -> list[str]:
+        """The clients that have batches in here."""
+        return list(self._intervals)
 
     def gaps(self, client_id: str) -> int:
         """How many holes the numbers of a client's processes have."""
@@ -75,7 +94,7 @@ class BatchSet:
 
     def fills_gap(self, batch: BatchId) -> bool:
         """Whether a batch lies in one of the holes of its process."""
-        runs = self._intervals.get(batch.client_id, {}).get(batch.incarnation, [])
+        runs = self.runs(batch)
         return bool(runs) and batch.seq < runs[-1][1] and batch not in self
 
     def to_json(self) -> dict[str, dict[str, Intervals]]:

@@ -16,6 +16,7 @@ import os
 
 from splitfed.blobs.contract import Blobs
 from splitfed.errors import SupersededError
+from splitfed.protocol.checksum import text_of
 from splitfed.store import layout
 
 
@@ -84,4 +85,4 @@ class Clients:
             self._opened.add((client_id, incarnation))
 
     def _process(self, client_id: str, incarnation: int) -> bytes:
-        return bytes(self._blobs.get(layout.client(client_id, incarnation)) or b"")
+        return text_of(self._blobs.get(layout.client(client_id, incarnation)) or b"")

@@ -1,28 +1,50 @@
 """The record of a commit: what was folded, and which files hold the version that came of it.
 
 Commit records are the fence of the protocol and the schedule of the run: they are never deleted and
-never rewritten. What is in them is all that a replay needs besides the gradients.
+never rewritten. What is in them is all that a replay needs besides the gradients. Each names the
+SHA-256 of the one before, so they are a chain: with the newest known, none of them can be another.
+
+They are also the log of which batches are closed. The table of all of them (`batchset`) is written
+only now and then: a record says which version wrote the last one, and the records since then say
+what came after. So a commit writes what it closes, however many clients there are.
 
 The trap: the names of the record's keys and their order are the format (`_KEYS`), whatever the
 fields of the class are called. A record with a key that is unknown here is of a later format, and
-is refused rather than half understood.
+is refused rather than half understood. One that has its default is left out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from splitfed.errors import FormatError
-from splitfed.protocol.ids import BatchId
+from splitfed.protocol import checksum
+from splitfed.protocol.ids import BatchId, check_number
 from splitfed.store.batchset import BatchSet, Outcome, Verdict
 
 _KEYS = (
-    "version kind nonce files frozen restored source turn num_samples staleness "
-    "folded older stale rejected skipped num_duplicates num_expired num_foreign time"
+    "version kind nonce parent table files frozen restored abandoned source turn num_samples "
+    "staleness folded older stale rejected skipped num_duplicates num_expired num_foreign time part"
 ).split()
+_ALWAYS = ("version", "kind", "nonce", "files", "num_samples", "time")
+"""What is in each record, whatever its value."""
+_DEFAULTS = {
+    "parent": "",
+    "table": None,
+    "frozen": None,
+    "restored": None,
+    "abandoned": (),
+    "source": None,
+    "turn": 0,
+    "num_duplicates": 0,
+    "num_expired": 0,
+    "num_foreign": 0,
+    "part": None,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,8 +85,16 @@ class Commit:
     time: float = 0.0
     """When, in seconds since 1970."""
     part: str | None = None
-    """Of version 0: which part of which model the body was cut out of, as `split` has marked it.
-    Not in the record if it isn't known."""
+    """Of version 0: which part of which model the body was cut out of, as `split` has marked it."""
+    parent: str = ""
+    """SHA-256 of the record before; '' of version 0."""
+    table: tuple[int, int] | None = None
+    """The version whose `applied` file is the newest, and the bytes of that file."""
+    abandoned: tuple[tuple[int, int], ...] = ()
+    """Versions that rollbacks have undone, as first and last of each run: the state of this one
+    doesn't come from them."""
+    digest: str = ""
+    """SHA-256 of the record itself, once it was read."""
 
     @property
     def folded(self) -> BatchSet:
@@ -106,6 +136,15 @@ class Commit:
         """The number of batches that their clients gave up."""
         return len(self.skipped)
 
+    @property
+    def base(self) -> int:
+        """The version that wrote the newest table of closed batches."""
+        return self.version if self.table is None else self.table[0]
+
+    def is_abandoned(self, version: int) -> bool:
+        """Whether a rollback has undone a version, so that this one doesn't come from it."""
+        return any(first <= version <= last for first, last in self.abandoned)
+
     def base_of(self, batch: BatchId) -> int:
         """The version that a batch of this commit was computed at."""
         for version, batches in self.older.items():
@@ -118,10 +157,12 @@ class Commit:
         record: dict[str, Any] = {}
         for name in _KEYS:
             value = getattr(self, name)
-            record[name] = value.to_json() if isinstance(value, BatchSet) else value
-        if self.part is not None:
-            record["part"] = self.part
-        record["older"] = {version: batches.to_json() for version, batches in self.older.items()}
+            if name == "older":
+                value = {version: batches.to_json() for version, batches in value.items()}
+            elif isinstance(value, BatchSet):
+                value = value.to_json()
+            if name in _ALWAYS or value != _DEFAULTS.get(name, {}):
+                record[name] = value
         return json.dumps(record, separators=(",", ":")).encode()
 
     @classmethod
@@ -132,21 +173,30 @@ class Commit:
             FormatError: it isn't one.
         """
         try:
-            record = json.loads(bytes(data))
+            record = json.loads(checksum.text_of(data))
             sets = {
-                outcome.value: BatchSet.from_json(record.pop(outcome.value)) for outcome in Outcome
+                outcome.value: BatchSet.from_json(record.pop(outcome.value, {}))
+                for outcome in Outcome
             }
-            older = record.pop("older")
-            staleness = record.pop("staleness")
+            older = record.pop("older", {})
+            staleness = record.pop("staleness", {})
+            table = record.pop("table", None)
             found = cls(
                 verdict=Verdict(**sets),
                 older={int(version): BatchSet.from_json(ids) for version, ids in older.items()},
                 staleness={int(age): int(count) for age, count in staleness.items()},
+                table=None if table is None else (int(table[0]), int(table[1])),
+                abandoned=tuple(
+                    (check_number("version", first), check_number("version", last))
+                    for first, last in record.pop("abandoned", ())
+                ),
+                digest=hashlib.sha256(data).hexdigest(),
                 **record,
             )
-            # What a reader relies on without a further look: two files, and names that are text.
-            texts = [found.kind, found.nonce, found.part or "", *found.files.values()]
-            is_whole = {"weights", "applied"} <= set(found.files)
+            # What a reader relies on without a further look: its files, and names that are text.
+            texts = [found.kind, found.nonce, found.part or "", found.parent, *found.files.values()]
+            needed = {"weights", "applied"} if found.base == found.version else {"weights"}
+            is_whole = needed <= set(found.files) and found.base <= found.version
             if not is_whole or not all(type(text) is str for text in texts):
                 raise FormatError(
                     f"this commit record names no whole version: {str(found.files)[:80]}"

@@ -17,15 +17,18 @@
       fingerprint.json                         create-once: names, shapes, dtypes, ties, roles
       beside.json                              create-once: CRCs of what no version has
       frozen-<sha256>.safetensors              create-once: parameters that never train
-      forward/<version>/<id>/<incarnation>-<call>   the record of a forward; transient
-      part/<version>/<id>/<incarnation>-<seq>-<k>   one call's share of an open batch; transient
+      forward/<id>/<version>-<incarnation>-<call>   the record of a forward; transient
+      part/<id>/<version>-<incarnation>-<seq>-<k>   one call's share of an open batch; transient
       pin/<id>/<incarnation>-<seq>             the version of a one-trip loss call; transient
       grad/<id>/<incarnation>-<seq>            create-once: a pending batch
       weights/<version>-<nonce>.safetensors    never overwritten
       optimizer/<version>-<nonce>.safetensors  never overwritten
-      applied/<version>-<nonce>.json           never overwritten
+      applied/<version>-<nonce>.json           now and then: never overwritten
       commit/<version>.json                    CREATE-ONCE = the commit; never deleted
       head                                     a hint only
+
+Each file carries a checksum (`checked`). Folders are of clients and not of versions: a local store
+has as many as there are clients, however long it lives.
 
 Numbers are zero-padded, so that listings sort as they do. The trap is a file whose name spells a
 number otherwise: it would be a second file of the same batch. So `parse_gradient` makes the key
@@ -36,8 +39,9 @@ from __future__ import annotations
 
 import re
 
-from splitfed.errors import IdError
+from splitfed.errors import FormatError, IdError
 from splitfed.protocol.ids import BatchId, check_client_id, check_lineage, check_number
+from splitfed.protocol.packing import read_json
 
 FORMAT = "format.json"
 HISTORY = "history"
@@ -52,7 +56,9 @@ POST = "post"
 _POST = re.compile(r"post/([^/]+)/([0-9a-f]{32}-\d{10,12})\.(request|answer|claim-\d{4})")
 TRANSIENT = ("forward", "part", "pin")
 """The folders of a lineage whose files are needed until calls are answered, and not after."""
-_TRANSIENT = re.compile(r"(forward|part)/(\d{10,12})/")
+_TRANSIENT = re.compile(
+    r"(?:forward|part)/(?:[^/]+/(\d{10,12})-|(\d{10,12})/[^/]+/)\d{8,12}-[\d-]+"
+)
 
 
 def client(client_id: str, incarnation: int | None = None) -> str:
@@ -108,9 +114,15 @@ def parse_post(key: str) -> tuple[str, str, str] | None:
 
 
 class Keys:
-    """The keys of one lineage."""
+    """The keys of one lineage.
 
-    def __init__(self, lineage: str) -> None:
+    Args:
+        lineage: Its name.
+        by_version: Whether folders of forwards and parts are of versions, as in format 1.
+    """
+
+    def __init__(self, lineage: str, *, by_version: bool = False) -> None:
+        self._by_version = by_version
         self.root = check_lineage(lineage)
         self.fingerprint = f"{lineage}/fingerprint.json"
         self.beside = f"{lineage}/beside.json"
@@ -137,15 +149,21 @@ class Keys:
 
     def forward(self, version: int, client_id: str, incarnation: int, call: int) -> str:
         """What a forward ran on."""
-        process = _process(client_id, incarnation)
-        return (
-            f"{self.root}/forward/{_padded('version', version)}/{process}-{_padded('call', call)}"
-        )
+        process = _padded("incarnation", incarnation, 8)
+        folder = self._transient("forward", version, client_id)
+        return f"{folder}{process}-{_padded('call', call)}"
 
     def part(self, version: int, batch: BatchId, part: int) -> str:
         """One call's share of a batch."""
-        folder = f"{self.root}/part/{_padded('version', version)}"
-        return f"{folder}/{_batch(batch)}-{_padded('part', part, 6)}"
+        process = _padded("incarnation", batch.incarnation, 8)
+        folder = self._transient("part", version, batch.client_id)
+        return f"{folder}{process}-{_padded('seq', batch.seq)}-{_padded('part', part, 6)}"
+
+    def _transient(self, kind: str, version: int, client_id: str) -> str:
+        number, client_id = _padded("version", version), check_client_id(client_id)
+        if self._by_version:
+            return f"{self.root}/{kind}/{number}/{client_id}/"
+        return f"{self.root}/{kind}/{client_id}/{number}-"
 
     def pin(self, batch: BatchId) -> str:
         """The version that a one-trip loss call runs at."""
@@ -169,8 +187,22 @@ class Keys:
 
     def parse_transient(self, key: str) -> int | None:
         """The version of a forward or a part; `None` for anything else."""
-        found = _TRANSIENT.match(key.removeprefix(f"{self.root}/"))
-        return int(found[2]) if found else None
+        found = _TRANSIENT.fullmatch(key.removeprefix(f"{self.root}/"))
+        return int(found[1] or found[2]) if found else None
+
+
+def read_pin(data: memoryview, key: str) -> int:
+    """The version that is in the file of a pin.
+
+    Raises:
+        FormatError: it holds none.
+    """
+    if bytes(data).isdigit():  # of format 1
+        return int(bytes(data))
+    version = read_json(data, key).get("version")
+    if type(version) is not int:
+        raise FormatError(f"{key!r} isn't the pin of a batch: expected a version, got {version!r}")
+    return version
 
 
 def _padded(name: str, value: int, width: int = 10) -> str:

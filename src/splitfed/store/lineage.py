@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +26,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from splitfed.blobs.contract import Blobs, Buffer
 from splitfed.errors import (
     CorruptedError,
     ExpiredError,
@@ -40,19 +38,22 @@ from splitfed.errors import (
 from splitfed.model.fingerprint import compare, is_entry
 from splitfed.model.skeleton import Fingerprint
 from splitfed.model.stamp import check_stamp
-from splitfed.protocol import safetensors
+from splitfed.protocol import checksum, safetensors
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.packing import pack_tree, read_json, unpack_tree
-from splitfed.store.batchset import BatchSet, Outcome
+from splitfed.store.batchset import BatchSet
 from splitfed.store.cache import Bounded
+from splitfed.store.checked import Checked
 from splitfed.store.commit import Commit
-from splitfed.store.layout import Keys
+from splitfed.store.layout import TRANSIENT, Keys, read_pin
+from splitfed.store.search import newest
+from splitfed.store.table import Table, is_due
 
 T = TypeVar("T")
 CACHED = 4
 """Versions of one lineage whose tensors stay in memory."""
-HASHED_AT_ONCE = 256 * 2**10
-"""A file of so many bytes is hashed before a thread for it would have started."""
+PRUNE_EVERY = 64
+"""So often, in versions, a sweep removes empty folders."""
 
 
 class Lineage:
@@ -63,19 +64,19 @@ class Lineage:
         name: `body`, `client` or `body@<id>`.
     """
 
-    def __init__(self, blobs: Blobs, name: str) -> None:
+    def __init__(self, blobs: Checked, name: str) -> None:
         self.blobs = blobs
-        self.keys = Keys(name)
+        self.keys = Keys(name, by_version=not blobs.required)
         self.name = name
         self._head = -1
         self._commits: Bounded[int, Commit] = Bounded(16 * CACHED)
         self._states: Bounded[int, dict[str, Tensor]] = Bounded(CACHED)
-        self._applied: Bounded[int, BatchSet] = Bounded(CACHED)
+        self._tables: Bounded[int, Table] = Bounded(CACHED)
         self._frozen: dict[str, dict[str, Tensor]] = {}
         self.warned_of_unused = False
         """Whether it was said that a body's weights came too late (`beginning`)."""
-        self._verified: dict[int, bool] = {}
-        """Whether a version's cached weights have their commit's hash; absent until it is known."""
+        self._verified: set[int] = set()
+        """The versions whose cached weights have their commit's hash."""
 
     def fingerprint(self) -> Fingerprint:
         """The architecture that this lineage was begun with.
@@ -100,16 +101,50 @@ class Lineage:
         """The newest version, or -1 if there is none. Always asks the store."""
         version = self._head
         if version < 0:
-            # The hint spares a walk from version 0. It may be missing, stale or foreign, so the
-            # record that it points at must be there.
-            hint = bytes(self.blobs.get(self.keys.head) or b"")
-            version = int(hint) if hint.isdigit() and len(hint) <= 12 else -1
-            if version >= 0 and self._find(version) is None:
-                version = -1
+            version = self._hinted()
+        if version < 0:
+            version = self._listed()
         while self._find(version + 1) is not None:
             version += 1
         self._head = max(self._head, version)  # other threads look too
         return self._head
+
+    def _hinted(self) -> int:
+        """The version that the hint names, or -1 if there is no hint.
+
+        Raises:
+            CorruptedError: that version was committed, and its record isn't there any more.
+        """
+        try:
+            hint = read_json(self.blobs.get(self.keys.head), self.keys.head).get("version")
+        except (FormatError, CorruptedError):  # missing, damaged, or of format 1
+            return -1
+        if type(hint) is not int or hint < 0:
+            return -1
+        if self._find(hint) is None:
+            # It is written after the record: without it, what its gradients did would be undone.
+            raise self._lost_record(hint)
+        return hint
+
+    def _lost_record(self, version: int) -> CorruptedError:
+        return CorruptedError(
+            f"the record of version {version} of lineage {self.name!r} is missing, and it was "
+            f"there: {self.keys.commit(version)!r} was deleted from outside. Restore it from a "
+            "copy, or run `splitfed repair`"
+        )
+
+    def _listed(self) -> int:
+        """A version near the newest, by the weights that are on file; -1 if there is none.
+
+        A walk along the records would take one that is missing for the end.
+        """
+        files = map(self.keys.parse_versioned, self.blobs.list(f"{self.name}/weights"))
+        found = sorted({file[0] for file in files if file is not None}, reverse=True)
+        for version in found:
+            if self._find(version) is not None:
+                return version
+        # No weights at all, or only those of a commit under way.
+        return newest(lambda version: self._find(version) is not None)
 
     def checked_head(self) -> int:
         """As `head`, after a check that the newest version known here is still what it was.
@@ -137,37 +172,50 @@ class Lineage:
 
         Raises:
             MissingError: there is no such version.
+            CorruptedError: its record was deleted.
         """
         found = self._find(version)
         if found is None:
+            head = self.head()
+            if 0 <= version < head:
+                raise self._lost_record(version)
             raise MissingError(
-                f"lineage {self.name!r} has no version {version}: the newest is {self.head()}"
+                f"lineage {self.name!r} has no version {version}: the newest is {head}"
             )
         return found
+
+    def check_branch(self, version: int) -> None:
+        """Refuse a version that a rollback has undone, as far as is known here: nothing is read.
+
+        Raises:
+            ExpiredError: it was undone.
+        """
+        newest = self._commits.get(self._head)
+        if newest is not None and newest.abandoned and newest.is_abandoned(version):
+            raise ExpiredError(
+                f"version {version} of lineage {self.name!r} was undone by a rollback, so a batch "
+                "that was begun there is lost and counts nowhere: the loop may go on"
+            )
 
     def state(self, version: int) -> dict[str, Tensor]:
         """The distinct tensors of a version, by first name.
 
-        They share mapped memory and mustn't be changed. The file's hash is checked once per process
-        and version: of a large file in the background, so that a later call raises.
+        They share mapped memory and mustn't be changed.
 
         Raises:
             ExpiredError: its weights have left the retention window.
-            CorruptedError: they aren't what was committed.
+            CorruptedError: they were changed since they were written.
         """
-        if self._verified.get(version) is False:
-            return self.checked_state(version)
         return self._cached(self._states, version, self._load_state)
 
     def checked_state(self, version: int) -> dict[str, Tensor]:
-        """As `state`, with the hash checked before the answer: to build upon, or to hand out."""
+        """As `state`, for who builds upon it or hands it out: it is the one that was committed."""
         found = self._states.get(version)
         # Only the head is answered from memory: an older version may have expired.
-        if found is not None and self._verified.get(version) and version == self._head:
+        if found is not None and version in self._verified and version == self._head:
             return found
-        # A file that was found corrupted is read again: it may have been restored from a copy.
         data = self._file(version, "weights")
-        self._verified[version] = True
+        self._verified.add(version)
         return self._states.put(version, self._decoded(version, data))
 
     def weights(self, version: int) -> dict[str, Tensor]:
@@ -183,31 +231,52 @@ class Lineage:
 
     def applied(self, version: int) -> BatchSet:
         """The batches that were closed up to a version."""
-        return self._cached(self._applied, version, self._load_applied)
+        return self._table(version).closed
 
     def counted(self) -> BatchSet:
         """The batches that are closed by now."""
+        return self._newest_table().closed
+
+    def status(self, batch: BatchId) -> str:
+        """What a client is answered that sends a closed batch again: 'stored' or 'rejected'.
+
+        Raises:
+            AlreadyAppliedError: that isn't known any more.
+        """
+        return self._newest_table().status(batch)
+
+    def _newest_table(self) -> Table:
         # The head and its table are two reads. Commits in between may take the table out of the
         # retention window: then the head has moved, and the question is asked again.
         while True:
             head = self.head()
             try:
-                return self.applied(head)
+                return self._table(head)
             except ExpiredError:
                 if self.head() == head:
                     raise
 
-    def outcome(self, batch: BatchId) -> Outcome:
-        """What became of a closed batch. Searches the records, newest first."""
-        for version in range(self.head(), 0, -1):
-            found = self.commit(version).verdict.outcome(batch)
-            if found is not None:
-                return found
-        return Outcome.FOLDED
+    def _table(self, version: int) -> Table:
+        """The table of a version: the last that is known or on file, and the records since."""
+        found = self._tables.get(version)
+        if found is not None:
+            return found
+        base = self.commit(version).base
+        since: list[Commit] = []
+        number = version
+        while found is None:
+            found = self._load_table(base) if number == base else self._tables.get(number)
+            if found is None:
+                since.append(self.commit(number))
+                number -= 1
+        for commit in reversed(since):
+            found = found.adding(commit.verdict)
+        return self._tables.put(version, found)
 
     def forget(self, version: int) -> None:
         """Drop a version's tensors from memory, because they were written to."""
         self._states.pop(version)
+        self._verified.discard(version)
         self._frozen.clear()
 
     def initialise(
@@ -249,7 +318,7 @@ class Lineage:
             return False
         frozen = self._create_frozen(state)
         commit = Commit(0, "initial", "", {}, frozen, source=source, part=part)
-        made = self.publish(commit, state, None, BatchSet())
+        made = self.publish(commit, state, None)
         if made is None and frozen is not None and self.commit(0).frozen != frozen:
             self.blobs.delete(self.keys.frozen(frozen))
         self._check_part(part)
@@ -265,23 +334,20 @@ class Lineage:
         """Whether a version has the bits of `state`, by the hashes in its commit."""
         commit = self.commit(version)
         frozen = self._frozen_names()
-        if frozen and commit.frozen != sha256(
-            safetensors.encode({name: state[name] for name in frozen})
-        ):
-            return False
-        found = sha256(self._contents(version, state, None, BatchSet())["weights"])
-        return found == commit.files["weights"]
+        if frozen:
+            parts = safetensors.encode({name: state[name] for name in frozen})
+            if not _is_file(parts, commit.frozen):
+                return False
+        return _is_file(self._weights(commit, state), commit.files["weights"])
 
-    def publish(
-        self, commit: Commit, state: Mapping[str, Tensor], optimizer: Any, applied: BatchSet
-    ) -> Commit | None:
-        """Make `commit.version` from these; the record's nonce, files and time are filled in here.
+    def publish(self, commit: Commit, state: Mapping[str, Tensor], optimizer: Any) -> Commit | None:
+        """Make `commit.version` from these.
 
         Args:
-            commit: What its record is to say.
+            commit: What its record is to say; its nonce, files, time and what follows from the
+                record before are filled in here.
             state: Its tensors by first name.
             optimizer: The state of optimizer and scheduler, if they have stepped.
-            applied: The batches that are closed with it.
 
         Returns:
             The commit, or `None` if another won that version.
@@ -291,19 +357,38 @@ class Lineage:
         """
         version = commit.version
         nonce = uuid.uuid4().hex[:16]
-        contents = self._contents(version, state, optimizer, applied)
+        commit = replace(commit, nonce=nonce, time=time.time())
+        table = Table()
+        contents: dict[str, list[Any]] = {}
+        place: tuple[int, int] | None = None
+        if version > 0:
+            parent = self.commit(version - 1)
+            abandoned = commit.abandoned or parent.abandoned
+            commit = replace(commit, parent=parent.digest, abandoned=abandoned)
+            table = self._table(version - 1).adding(commit.verdict)
+            place = parent.table or (version - 1, 0)
+        if place is None or is_due(version, place):
+            text = json.dumps(table.to_json(), separators=(",", ":")).encode()
+            contents["applied"] = checksum.sealed([text])
+            place = (version, len(contents["applied"][0]))
+        commit = replace(commit, table=place)
+        contents["weights"] = self._weights(commit, state)
+        if optimizer is not None:
+            contents["optimizer"] = pack_tree("Optimizer", optimizer)
+        contents = {kind: checksum.sealed(parts) for kind, parts in contents.items()}
         for kind, parts in contents.items():
             self.blobs.create(self.keys.versioned(kind, version, nonce), parts)
-        files = {kind: sha256(parts) for kind, parts in contents.items()}
-        self._create_record(replace(commit, nonce=nonce, files=files, time=time.time()))
+        files = {kind: sha256(parts) for kind, parts in sorted(contents.items())}
+        self._create_record(replace(commit, files=files))
         winner = self.commit(version)
         if winner.nonce != nonce:
             # No record names these files, and none ever will: the version is taken.
             for kind in files:
                 self.blobs.delete(self.keys.versioned(kind, version, nonce))
             return None
+        self._tables.put(version, table)
         with contextlib.suppress(StoreError):  # a hint only
-            self.blobs.put(self.keys.head, [str(version).encode()])
+            self.blobs.put(self.keys.head, [json.dumps({"version": version}).encode()])
         return winner
 
     def restate(
@@ -322,7 +407,7 @@ class Lineage:
         last = commit.version - 1
         kept = self.optimizer(last) if optimizer else None
         record = replace(commit, frozen=self.commit(last).frozen)
-        return self.publish(record, state, kept, self.applied(last))
+        return self.publish(record, state, kept)
 
     def rollback(self, version: int) -> tuple[Commit, list[str]]:
         """Make head + 1 from the state of an older version; no batch that is closed counts again.
@@ -339,14 +424,21 @@ class Lineage:
             raise InputError(
                 f"can't roll back to version {version}: expected one from 0 to {head - 1}"
             )
-        kept = set(self._versions_within(version))
-        undone = [number for number in self._versions_within(head) if number not in kept]
-        lost = [str(batch) for number in undone for batch in self.commit(number).folded]
+        lost = [str(batch) for commit in self._undone(version, head) for batch in commit.folded]
         state = self.checked_state(version)
-        commit = Commit(head + 1, "rollback", "", {}, self.commit(version).frozen, restored=version)
-        # The applied table is the head's, not the old version's: with the old one, batches that are
-        # closed and still on file would be folded a second time.
-        made = self.publish(commit, state, self.optimizer(version), self.applied(head))
+        target = self.commit(version)
+        # Its applied table goes on from the head's, not from the old version's: with that, batches
+        # that are closed and still on file would be folded a second time.
+        commit = Commit(
+            version=head + 1,
+            kind="rollback",
+            nonce="",
+            files={},
+            frozen=target.frozen,
+            restored=version,
+            abandoned=(*target.abandoned, (version + 1, head)),
+        )
+        made = self.publish(commit, state, self.optimizer(version))
         if made is None:
             raise StoreError(f"version {head + 1} was committed meanwhile: try the rollback again")
         return made, lost
@@ -363,27 +455,33 @@ class Lineage:
         head = self.head()
         oldest = head - keep + 1
         self._sweep_files(head, oldest)
+        if head % PRUNE_EVERY == 0:
+            for folder in (*TRANSIENT, "grad"):
+                self.blobs.prune(f"{self.name}/{folder}")
         if oldest <= 0:
             return 0
         return self._sweep_pins(oldest) + self._sweep_transient(oldest)
 
     def _sweep_files(self, head: int, oldest: int) -> None:
         """Delete the files of expired versions, and those that no commit names."""
-        for kind in ("weights", "optimizer", "applied"):
+        # Later versions need the table that the oldest one needs.
+        base = self.commit(max(0, oldest)).base
+        floors = {"weights": oldest, "optimizer": oldest, "applied": base}
+        for kind, floor in floors.items():
             for key in self.blobs.list(f"{self.name}/{kind}"):
                 found = self.keys.parse_versioned(key)
                 if found is None:
                     continue
                 version, nonce = found
                 # Files of head + 1 may be those of a commit under way: they are left alone.
-                if version <= head and (version < oldest or self.commit(version).nonce != nonce):
+                if version <= head and (version < floor or self.commit(version).nonce != nonce):
                     self.blobs.delete(key)
 
     def _sweep_pins(self, oldest: int) -> int:
         dropped = 0
         for key in self.blobs.list(f"{self.name}/pin"):
-            pinned = bytes(self.blobs.get(key) or b"")
-            if pinned.isdigit() and int(pinned) < oldest:
+            data = self.blobs.get(key)
+            if data is not None and read_pin(data, key) < oldest:
                 self.blobs.delete(key)
                 dropped += 1
         return dropped
@@ -391,12 +489,11 @@ class Lineage:
     def _sweep_transient(self, oldest: int) -> int:
         dropped = 0
         for kind in ("forward", "part"):
-            versions = {
-                self.keys.parse_transient(key) for key in self.blobs.list(f"{self.name}/{kind}")
-            }
-            for version in versions:
+            for key in self.blobs.list(f"{self.name}/{kind}"):
+                version = self.keys.parse_transient(key)
                 if version is not None and version < oldest:
-                    dropped += self.blobs.delete_tree(f"{self.name}/{kind}/{version:010d}")
+                    self.blobs.delete(key)
+                    dropped += 1
         return dropped
 
     def _find(self, version: int) -> Commit | None:
@@ -415,30 +512,33 @@ class Lineage:
             if found is None or found.nonce != record.nonce:
                 raise
 
-    def _versions_within(self, version: int) -> list[int]:
-        """The commits whose folds are in the state of a version, oldest first."""
+    def _undone(self, version: int, head: int) -> list[Commit]:
+        """The commits that are in the head's state and not in a version's, oldest first."""
         found = []
-        while version > 0:
-            commit = self.commit(version)
+        # The younger of the two goes back until both have met.
+        while version != head:
+            if version > head:
+                version = self._before(version)
+                continue
+            commit = self.commit(head)
             if commit.restored is None:
-                found.append(version)
-                version -= 1
-            else:
-                version = commit.restored
+                found.append(commit)
+            head = self._before(head)
         return found[::-1]
 
-    def _contents(
-        self, version: int, state: Mapping[str, Tensor], optimizer: Any, applied: BatchSet
-    ) -> dict[str, list[Any]]:
-        """The files of a version, encoded, by kind."""
+    def _before(self, version: int) -> int:
+        """The version that one was made from."""
+        restored = self.commit(version).restored
+        return version - 1 if restored is None else restored
+
+    def _weights(self, commit: Commit, state: Mapping[str, Tensor]) -> list[Any]:
+        """The weights file of a version. It holds its commit too, for a record that gets lost."""
         frozen = self._frozen_names()
         kept = {name: tensor for name, tensor in state.items() if name not in frozen}
-        metadata = {"lineage": self.name, "version": str(version)}
-        contents: dict[str, list[Any]] = {"weights": safetensors.encode(kept, metadata)}
-        if optimizer is not None:
-            contents["optimizer"] = pack_tree("Optimizer", optimizer)
-        contents["applied"] = [json.dumps(applied.to_json(), separators=(",", ":")).encode()]
-        return contents
+        metadata = {"lineage": self.name, "version": str(commit.version)}
+        if commit.table is not None:
+            metadata["commit"] = replace(commit, files={}).to_json().decode()
+        return safetensors.encode(kept, metadata)
 
     def _frozen_names(self) -> list[str]:
         return [name for name, entry in self.fingerprint().items() if entry.get("role") == "frozen"]
@@ -448,7 +548,7 @@ class Lineage:
         frozen = self._frozen_names()
         if not frozen:
             return None
-        parts = safetensors.encode({name: state[name] for name in frozen})
+        parts = checksum.sealed(safetensors.encode({name: state[name] for name in frozen}))
         digest = sha256(parts)
         self.blobs.create(self.keys.frozen(digest), parts)
         return digest
@@ -457,22 +557,18 @@ class Lineage:
         found = cache.get(version)
         return cache.put(version, load(version)) if found is None else found
 
-    def _load_applied(self, version: int) -> BatchSet:
+    def _load_table(self, version: int) -> Table:
         data = self._file(version, "applied")
-        return BatchSet.from_json(read_json(data, f"the applied table of version {version}"))
+        return Table.from_json(read_json(data, f"the applied table of version {version}"))
 
     def _load_state(self, version: int) -> dict[str, Tensor]:
         commit, data = self._read(version, "weights")
-        self._verified.pop(version, None)
-        if len(data) > HASHED_AT_ONCE:
-            threading.Thread(target=self._verify, args=(commit, data), daemon=True).start()
-        else:
-            self._verify(commit, data)
-            if not self._verified[version]:
-                raise self._corrupted(version, "weights")
+        self._verified.discard(version)
+        if not self.blobs.required and sha256([data]) != commit.files["weights"]:
+            raise self._corrupted(version, "weights")  # a store of format 1 has no checksums
         return self._decoded(version, data)
 
-    def _decoded(self, version: int, data: Buffer) -> dict[str, Tensor]:
+    def _decoded(self, version: int, data: memoryview) -> dict[str, Tensor]:
         commit = self.commit(version)
         try:
             state = safetensors.decode(data)[0]
@@ -484,12 +580,15 @@ class Lineage:
 
     def _frozen_state(self, name: str) -> dict[str, Tensor]:
         if name not in self._frozen:
-            data = self.blobs.get(self.keys.frozen(name))
-            if data is None or sha256([data]) != name:
-                raise CorruptedError(
-                    f"the frozen parameters of lineage {self.name!r} are missing or changed"
-                )
-            self._frozen[name] = safetensors.decode(data)[0]
+            with contextlib.suppress(CorruptedError, FormatError):
+                data = self.blobs.get(self.keys.frozen(name))
+                if data is not None and sha256([data]) == name:
+                    self._frozen[name] = safetensors.decode(data)[0]
+        if name not in self._frozen:
+            raise CorruptedError(
+                f"the frozen parameters of lineage {self.name!r} are missing or changed: "
+                f"restore {self.keys.frozen(name)!r} from a copy"
+            )
         return self._frozen[name]
 
     def _file(self, version: int, kind: str) -> memoryview:
@@ -502,8 +601,19 @@ class Lineage:
     def _read(self, version: int, kind: str) -> tuple[Commit, memoryview]:
         """A commit, and a file of it as it is."""
         commit = self.commit(version)
-        data = self.blobs.get(self.keys.versioned(kind, version, commit.nonce))
+        key = self.keys.versioned(kind, version, commit.nonce)
+        try:
+            data = self.blobs.get(key)
+        except (CorruptedError, FormatError) as error:
+            raise self._corrupted(version, kind) from error
         if data is None:
+            head = self.head()
+            if version == (self.commit(head).base if kind == "applied" else head):
+                raise CorruptedError(
+                    f"the {kind} of version {version} of lineage {self.name!r} are missing, and "
+                    f"the newest version {head} needs them: {key!r} was deleted from outside. "
+                    "Restore it from a copy, or run `splitfed repair`"
+                )
             raise ExpiredError(
                 f"the {kind} of version {version} of lineage {self.name!r} "
                 f"have left the retention window (the newest is {self.head()}): "
@@ -511,15 +621,17 @@ class Lineage:
             )
         return commit, data
 
-    def _verify(self, commit: Commit, data: Buffer) -> None:
-        self._verified[commit.version] = sha256([data]) == commit.files["weights"]
-
     def _corrupted(self, version: int, kind: str) -> CorruptedError:
         return CorruptedError(
             f"the {kind} of version {version} of lineage {self.name!r} aren't what was committed: "
-            "the file was changed from outside. "
-            "Restore it from a copy, or go back with GradientStore.rollback()"
+            "the file was changed from outside. Restore it from a copy, run `splitfed repair`, "
+            "or go back with GradientStore.rollback()"
         )
+
+
+def _is_file(parts: list[Any], digest: str | None) -> bool:
+    """Whether a file has these contents; those of format 1 were written without a checksum."""
+    return digest in (sha256(checksum.sealed(parts)), sha256(parts))
 
 
 def sha256(parts: Iterable[Any]) -> str:

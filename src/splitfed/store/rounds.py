@@ -29,6 +29,7 @@ from splitfed.store import layout
 from splitfed.store.batchset import Verdict
 from splitfed.store.cache import Bounded
 from splitfed.store.rows import Row
+from splitfed.store.search import newest
 
 CACHED = 32
 R = TypeVar("R", "Plan", "Ending")
@@ -108,19 +109,9 @@ class Rounds:
 
     def newest(self) -> int:
         """The number of the newest round, or 0. Always asks the store."""
-        start = self._newest  # so far; beyond it, the reach is doubled until no round is there
-        reach = 1
-        while self._exists(start + reach):
-            reach *= 2
-        low = start + reach // 2
-        high = start + reach
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._exists(middle):
-                low = middle
-            else:
-                high = middle
-        self._newest = max(self._newest, low)  # other threads look too
+        self._newest = max(
+            self._newest, newest(self._exists, self._newest)
+        )  # other threads look too
         return self._newest
 
     def current(self) -> Plan | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 from splitfed.errors import FormatError, InputError
+from splitfed.protocol import checksum
 
 Row: TypeAlias = dict[str, Any]
 
@@ -65,7 +66,7 @@ def from_lines(data: bytes, name: str) -> list[Row]:
         FormatError: a line isn't a row.
     """
     rows = []
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(checksum.text_of(data).splitlines(), 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

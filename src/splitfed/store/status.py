@@ -23,7 +23,6 @@ from typing import Any
 from splitfed.errors import CorruptedError, ExpiredError, FormatError, MissingError
 from splitfed.model.numerics import class_id
 from splitfed.protocol.ids import BatchId
-from splitfed.protocol.packing import read_json
 from splitfed.store import layout
 from splitfed.store.batches import Pile
 from splitfed.store.commit import Commit
@@ -120,16 +119,11 @@ def read_status(store: GradientStore, *, budget: int = BUDGET) -> StoreStatus:
     """
     began = time.perf_counter()
     sizes = store.blobs.sizes("")
-    header = store.blobs.get(layout.FORMAT)
-    if header is None:
+    found = store.header()
+    if found is None:
         raise MissingError(
             f"no run was begun in {_address(store)}: expected {layout.FORMAT} there; "
             "is the URL right?"
-        )
-    found = read_json(header, layout.FORMAT)
-    if not isinstance(found.get("format"), int) or not isinstance(found.get("numerics"), dict):
-        raise FormatError(
-            f"{layout.FORMAT} of {_address(store)} isn't a format record: {str(found)[:80]}"
         )
     problems: list[str] = []
     names = _lineages(sizes)

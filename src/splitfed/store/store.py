@@ -18,7 +18,6 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from splitfed.blobs.contract import Blobs
 from splitfed.blobs.url import open_blobs
 from splitfed.errors import (
     ArchitectureError,
@@ -33,11 +32,14 @@ from splitfed.protocol.packing import read_json
 from splitfed.store import layout
 from splitfed.store.batches import Pile
 from splitfed.store.cache import Bounded
+from splitfed.store.checked import Checked
 from splitfed.store.clients import Clients
 from splitfed.store.lineage import Lineage
 from splitfed.store.rounds import Rounds
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The format of stores that are begun here; since 2 each file has a checksum."""
+READABLE = (1, 2)
 KEPT_LINEAGES = 32
 
 
@@ -75,7 +77,10 @@ class GradientStore:
                 f"sync={sync!r} isn't known: expected 'power' (fsync) "
                 "or 'process' (survives SIGKILL only)"
             )
-        self.blobs: Blobs = open_blobs(url, fsync=sync == "power", shared=shared, **storage_options)
+        self.blobs = Checked(
+            open_blobs(url, fsync=sync == "power", shared=shared, **storage_options)
+        )
+        """The storage backend, whose objects carry checksums."""
         self.url = os.fspath(url)
         self.sync = sync
         self.shared = shared
@@ -87,7 +92,7 @@ class GradientStore:
         self._registry: Clients | None = None
         self._rounds: Rounds | None = None
         self._lock = threading.Lock()
-        self._format: dict[str, Any] | None = None
+        self._header: dict[str, Any] | None = None
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
@@ -164,6 +169,7 @@ class GradientStore:
     def rounds(self) -> Rounds:
         """The rounds of a federation: plans, decisions and reports."""
         if self._rounds is None:
+            self.header()
             self._rounds = Rounds(self.blobs)
         return self._rounds
 
@@ -177,9 +183,7 @@ class GradientStore:
             FormatError: the store is of another format version.
         """
         own = numerics_class(device)
-        if self._format is None:
-            self._format = self._read_format(own)
-        expected = self._format["numerics"]
+        expected = self._read_format(own)["numerics"]
         if own != expected:
             names = {*own, *expected}
             differing = {
@@ -197,16 +201,37 @@ class GradientStore:
 
     def _read_format(self, numerics: dict[str, Any]) -> dict[str, Any]:
         """The store's format record; if there is none, it is begun with this numerics class."""
-        if self.blobs.get(layout.FORMAT) is None:
+        if self.header() is None:
             self.blobs.probe()
             header = {"format": FORMAT_VERSION, "numerics": numerics}
             self.blobs.create(layout.FORMAT, [json.dumps(header, indent=1).encode()])
-        found = read_json(self.blobs.get(layout.FORMAT), layout.FORMAT)
-        if found.get("format") != FORMAT_VERSION or not isinstance(found.get("numerics"), dict):
+        found = self.header()
+        if found is None:
+            raise FormatError(f"{self._shown} has no {layout.FORMAT}, though it was just created")
+        return found
+
+    def header(self) -> dict[str, Any] | None:
+        """The store's format record; `None` if nobody has begun it.
+
+        Raises:
+            FormatError: the store is of another format version.
+            CorruptedError: the record is damaged.
+        """
+        if self._header is not None:
+            return self._header
+        # Not through the door at first: a later format may have another one.
+        data = self.blobs.raw.get(layout.FORMAT)
+        if data is None:
+            return None
+        found = read_json(data, layout.FORMAT)
+        version = found.get("format")
+        if version not in READABLE or not isinstance(found.get("numerics"), dict):
             raise FormatError(
-                f"{self._shown} has format {found.get('format')!r}, expected {FORMAT_VERSION}: "
+                f"{self._shown} has format {version!r}, expected one of {READABLE}: "
                 "use the splitfed that wrote it"
             )
+        self.blobs.get(layout.FORMAT)  # with its checksum
+        self._header = found
         return found
 
     def check_beside(self, lineage: str, values: Mapping[str, Any], numerics: str) -> None:
@@ -246,7 +271,7 @@ class GradientStore:
 
     def numerics(self) -> str:
         """The short name of version 0's numerics class."""
-        return class_id(self._format["numerics"]) if self._format else ""
+        return class_id(self._header["numerics"]) if self._header else ""
 
     def clients(self) -> list[str]:
         """The ids of all clients that ever pulled or trained, sorted."""
@@ -283,6 +308,7 @@ class GradientStore:
     def registry(self) -> Clients:
         """The registry of clients and their processes."""
         if self._registry is None:
+            self.header()
             self._registry = Clients(self.blobs)
         return self._registry
 
@@ -290,6 +316,7 @@ class GradientStore:
         with self._lock:
             found = self._lineages.get(name)
             if found is None:
+                self.header()  # a store that a later splitfed has begun is refused, not read
                 lineage = Lineage(self.blobs, name)
                 found = self._lineages.put(name, (lineage, Pile(self.blobs, lineage.keys)))
             return found

@@ -100,7 +100,7 @@ def test_the_first_answer_stands(site: Site, worker: Worker) -> None:
     posts = worker._look()
     site.store.blobs.create(f"{place}.answer", [b"the first"])
     assert worker._answer(place, posts[place])
-    assert bytes(site.store.blobs.get(f"{place}.answer") or b"") == b"the first"
+    assert bytes(site.store.blobs.raw.get(f"{place}.answer") or b"") == b"the first"
 
 
 def test_a_worker_that_dies_with_a_claim_is_succeeded(store_url: str, clock: Clock) -> None:

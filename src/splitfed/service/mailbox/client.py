@@ -32,6 +32,7 @@ from splitfed.errors import (
     StoreCapabilityError,
     StoreError,
 )
+from splitfed.protocol import checksum
 from splitfed.protocol.backoff import Backoff, growing
 from splitfed.protocol.ids import check_client_id
 from splitfed.protocol.packing import pack, unpack_answer
@@ -100,13 +101,14 @@ class StoreTransport(Sender):
 
     def send(self, verb: str, request: Any, /) -> Any:
         """Return the answer, after at most as many further tries as there are pauses."""
-        parts = pack(request)
+        parts = checksum.sealed(pack(request))
         tries = Backoff(self._pauses)
         while True:
             place = self._place()
             try:
                 answer = self._exchange(place, parts)
                 if answer is not None:
+                    checksum.check(answer, required=False)
                     return unpack_answer(verb, answer)
             except (StoreCapabilityError, CorruptedError):
                 raise
@@ -116,7 +118,7 @@ class StoreTransport(Sender):
             else:
                 raise self._timeout_error(place)
 
-    def _exchange(self, place: str, parts: list[memoryview | bytes]) -> memoryview | None:
+    def _exchange(self, place: str, parts: list[checksum.Buffer]) -> memoryview | None:
         """Post a request, wait for its answer, and leave nothing behind.
 
         Returns:
@@ -132,7 +134,7 @@ class StoreTransport(Sender):
                 self._blobs.delete(f"{place}.request")
                 self._blobs.delete(f"{place}.answer")
 
-    def _await(self, place: str, parts: list[memoryview | bytes]) -> memoryview | None:
+    def _await(self, place: str, parts: list[checksum.Buffer]) -> memoryview | None:
         looks = Backoff(
             growing(_FIRST_POLL, 1.5), most=self._poll, within=self.timeout, last_look=True
         )
@@ -146,7 +148,7 @@ class StoreTransport(Sender):
                 self._look_after(place, parts, looks.elapsed)
             looks.wait()
 
-    def _look_after(self, place: str, parts: list[memoryview | bytes], elapsed: float) -> None:
+    def _look_after(self, place: str, parts: list[checksum.Buffer], elapsed: float) -> None:
         """Post a swept request again, and warn if no worker has taken one."""
         if self._peek(f"{place}.request") is None:
             # This machine slept so long that a worker has swept it, or the storage refuses reads.

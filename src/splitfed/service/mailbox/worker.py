@@ -27,6 +27,7 @@ from typing import Any
 
 from splitfed.checks import positive
 from splitfed.errors import BodyError, IdError, SplitFedError
+from splitfed.protocol import checksum
 from splitfed.protocol.backoff import Backoff, growing
 from splitfed.protocol.packing import kind_of, pack, pack_error, unpack
 from splitfed.protocol.transport import VERBS, Transport, verb_of
@@ -181,7 +182,7 @@ class Worker:
 
     def _answer(self, place: str, post: _Post) -> bool:
         """Create the answer; false if the client has withdrawn its request meanwhile."""
-        data = self._blobs.get(f"{place}.request")
+        data = self._blobs.raw.get(f"{place}.request")
         if data is None:
             return False
         if post.claims >= MAX_CLAIMS:
@@ -194,6 +195,7 @@ class Worker:
 
     def _compute(self, client_id: str, data: memoryview) -> list[memoryview | bytes]:
         try:
+            checksum.check(data, required=False)
             verb = verb_of(kind_of(data))
             request: Any = unpack(VERBS[verb][0], data)
             # A bucket's policy binds a client to its folder; this binds the folder to its id.
