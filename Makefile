@@ -17,7 +17,7 @@ HAVE_DEMO := $(VENV)/.have-demo
 HAVE_DEV := $(VENV)/.have-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit bench soak format install constraints clean
+.PHONY: help demo test lint types unit integrations bench soak format install constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ types: $(HAVE_DEV)
 
 unit: $(HAVE_DEV)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(ARGS)
+
+integrations: $(HAVE_DEV) ## with other libraries' models, adapters and trainers (PEFT, PyG, Lightning, Opacus)
+	$(BIN)/python -m pytest -m integration --numprocesses 2 --dist loadfile $(ARGS)
 
 bench: $(HAVE_DEV) ## benchmarks: JSON in runs/bench, tables on the terminal
 	$(BIN)/python -m benchmarks --output runs/bench $(ARGS)

@@ -38,9 +38,6 @@ LONGEST = (
     "faults/test_kill",
     "promises/test_docs",
     "faults/test_race",
-    "promises/test_language_models",
-    "promises/test_graphs_and_idioms",
-    "promises/test_trainers",
     "promises/test_study",
     "promises/test_invariant_04",
     "federation/test_per_client",
@@ -54,10 +51,6 @@ LONGEST = (
 )
 # Counting lines takes a third of a run: not in those of the long files whose lines other tests count.
 UNCOUNTED = (
-    "promises/test_language_models",
-    "promises/test_graphs_and_idioms",
-    "promises/test_trainers",
-    "promises/test_leakage",
     "promises/test_silent",
     "promises/test_docs",
     "promises/test_invariant_04",
@@ -69,6 +62,13 @@ UNCOUNTED = (
     "promises/test_stragglers",
     "promises/test_transparency",
 )
+# What other libraries make of a split model, for `make integrations`: their models, adapters and trainers.
+INTEGRATIONS = (
+    "promises/test_language_models",
+    "promises/test_graphs_and_idioms",
+    "promises/test_trainers",
+    "promises/test_leakage",
+)
 
 
 def _name(item: pytest.Item) -> str:
@@ -76,9 +76,10 @@ def _name(item: pytest.Item) -> str:
     return item.path.relative_to(TESTS).with_suffix("").as_posix()
 
 
+@pytest.hookimpl(tryfirst=True)  # before markers choose what runs
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, the others as they came."""
-    missing = [name for name in (*LONGEST, *UNCOUNTED) if not (TESTS / f"{name}.py").is_file()]
+    missing = [name for name in (*LONGEST, *UNCOUNTED, *INTEGRATIONS) if not (TESTS / f"{name}.py").is_file()]
     if missing:
         raise pytest.UsageError(f"conftest.py orders files that are gone: {missing}")
     place = {name: number for number, name in enumerate(LONGEST)}
@@ -86,6 +87,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _name(item) in UNCOUNTED:
             item.add_marker("no_cover")
+        if _name(item) in INTEGRATIONS:
+            item.add_marker("integration")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,11 +16,34 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from splitfed._version import __version__
-from splitfed.cli import accumulate, doctor, inspect, report, serve, status, token, work
+from splitfed.cli import (
+    accumulate,
+    doctor,
+    inspect,
+    report,
+    rollback,
+    serve,
+    status,
+    token,
+    verify,
+    work,
+)
 from splitfed.cli.demo import verb as demo
 from splitfed.errors import InputError, SplitFedError
 
-_VERBS = (accumulate, demo, doctor, inspect, report, serve, status, token, work)
+_VERBS = (
+    accumulate,
+    demo,
+    doctor,
+    inspect,
+    report,
+    rollback,
+    serve,
+    status,
+    token,
+    verify,
+    work,
+)
 
 # As shells have it: 128 and the number of the signal.
 _INTERRUPTED = 130

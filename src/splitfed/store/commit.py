@@ -28,7 +28,8 @@ from splitfed.store.batchset import BatchSet, Outcome, Verdict
 
 _KEYS = (
     "version kind nonce parent table files frozen restored abandoned source turn num_samples "
-    "staleness folded older stale rejected skipped num_duplicates num_expired num_foreign time part"
+    "staleness folded older stale rejected skipped num_duplicates num_expired num_foreign time "
+    "part was"
 ).split()
 _ALWAYS = ("version", "kind", "nonce", "files", "num_samples", "time")
 """What is in each record, whatever its value."""
@@ -44,6 +45,7 @@ _DEFAULTS = {
     "num_expired": 0,
     "num_foreign": 0,
     "part": None,
+    "was": None,
 }
 
 
@@ -93,6 +95,9 @@ class Commit:
     abandoned: tuple[tuple[int, int], ...] = ()
     """Versions that rollbacks have undone, as first and last of each run: the state of this one
     doesn't come from them."""
+    was: str | None = None
+    """Of one that `repair` has made in place of a lost record: the hash of that one, as the record
+    after it names it."""
     digest: str = ""
     """SHA-256 of the record itself, once it was read."""
 

@@ -15,6 +15,7 @@
       <process>-<number>.answer                create-once: its answer
     <lineage>/                               body | client | body@<id>
       fingerprint.json                         create-once: names, shapes, dtypes, ties, roles
+      fingerprint-copy.json                    create-once: the same, for `repair`
       beside.json                              create-once: CRCs of what no version has
       frozen-<sha256>.safetensors              create-once: parameters that never train
       forward/<id>/<version>-<incarnation>-<call>   the record of a forward; transient
@@ -125,6 +126,7 @@ class Keys:
         self._by_version = by_version
         self.root = check_lineage(lineage)
         self.fingerprint = f"{lineage}/fingerprint.json"
+        self.spare = f"{lineage}/fingerprint-copy.json"
         self.beside = f"{lineage}/beside.json"
         self.head = f"{lineage}/head"
         self.gradients = f"{lineage}/grad"

@@ -310,11 +310,14 @@ class Lineage:
                 "begin the store with a module that has its weights"
             )
         if self.blobs.get(self.keys.fingerprint) is None:
-            self.blobs.create(self.keys.fingerprint, [json.dumps(fingerprint, indent=1).encode()])
+            text = json.dumps(fingerprint, indent=1).encode()
+            for key in (self.keys.spare, self.keys.fingerprint):
+                self.blobs.create(key, [text])
         module = "the client half" if self.name == "client" else "the body"
         compare(self.fingerprint(), fingerprint, module)
         if self.head() >= 0:
             self._check_part(part)
+            self._restore_frozen(state)
             return False
         frozen = self._create_frozen(state)
         commit = Commit(0, "initial", "", {}, frozen, source=source, part=part)
@@ -552,6 +555,16 @@ class Lineage:
         digest = sha256(parts)
         self.blobs.create(self.keys.frozen(digest), parts)
         return digest
+
+    def _restore_frozen(self, state: Mapping[str, Tensor]) -> None:
+        """Write the frozen parameters again if they are lost, and these are the same."""
+        name = self.commit(self.head()).frozen
+        if name is None or any(state[one].is_meta for one in self._frozen_names()):
+            return
+        if self.blobs.peek(self.keys.frozen(name)) is None:
+            parts = checksum.sealed(safetensors.encode({n: state[n] for n in self._frozen_names()}))
+            if sha256(parts) == name:
+                self.blobs.create(self.keys.frozen(name), parts)
 
     def _cached(self, cache: Bounded[int, T], version: int, load: Callable[[int], T]) -> T:
         found = cache.get(version)
