@@ -138,6 +138,7 @@ class Session:
                 before = continued = None
                 request = replace(request, previous=None, previous_version=None)
                 answer = self.connection.transport.forward(request)
+        self.connection.note_repeated(request.repeats, answer.repeated)
         self._note(answer, seed)
         point.note(answer.written)
         if continued is not None:
@@ -261,7 +262,15 @@ class Session:
             housekeeping=notes,
             part=point.part,
             settings=point.settings(training),
+            resumed=self.connection.resumed,
+            repeats=self._repeats(training),
         ), tensors
+
+    def _repeats(self, training: bool) -> int | None:
+        """The batch that the call is to be part of, if an earlier process may have stored it."""
+        if self.version is not None or not training or not torch.is_grad_enabled():
+            return None
+        return self.connection.ahead(self.passes.open_seq)
 
     def _note(self, answer: ForwardAnswer, seed: Seed) -> None:
         if not answer.drew:
