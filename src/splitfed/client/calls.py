@@ -268,9 +268,12 @@ class Session:
 
     def _repeats(self, training: bool) -> int | None:
         """The batch that the call is to be part of, if an earlier process may have stored it."""
-        if self.version is not None or not training or not torch.is_grad_enabled():
+        if self.version is not None or not training:
             return None
-        return self.connection.ahead(self.passes.open_seq)
+        seq = self.connection.ahead(self.passes.open_seq)
+        if seq is None or torch.is_grad_enabled() or _is_checkpointed():
+            return seq
+        return None
 
     def _note(self, answer: ForwardAnswer, seed: Seed) -> None:
         if not answer.drew:

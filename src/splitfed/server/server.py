@@ -139,7 +139,8 @@ class SplitServer:
         self._check_resumed(request)
         line = self._lines.of(check_client_id(request.client_id), request.process)
         incarnation = request.incarnation
-        if request.grad and incarnation is None:
+        # A call that is repeated without grad is one that a checkpoint will make again with it.
+        if incarnation is None and (request.grad or request.repeats is not None):
             incarnation = self.store.open_client(request.client_id, request.process)
         _tidy(line, request.client_id, incarnation, request.housekeeping)
         earlier = _earlier(line, request, incarnation)

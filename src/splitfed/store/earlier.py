@@ -8,6 +8,10 @@ That version is in the gradient's file while the batch is pending, and in the re
 that has closed it afterwards. Which commit that was, the applied tables tell: a batch is in all
 from its commit on, so the first is found by halving. They leave the retention window together with
 the weights, and beyond it the version couldn't be run anyway.
+
+The trap: a version at the edge of the window may leave it between the forward and its backward, and
+an owner that repeats its batches at its old pace stays near the edge for long. So a version counts
+as there only while some that are older are, too.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from dataclasses import dataclass
 from splitfed.errors import ExpiredError
 from splitfed.protocol.ids import BatchId
 from splitfed.store.batches import Pile
+from splitfed.store.batchset import BatchSet
 from splitfed.store.lineage import Lineage
 
 
@@ -27,7 +32,7 @@ class Earlier:
     is_known: bool
     """Whether it is pending or closed."""
     version: int | None = None
-    """The version that it ran at, the oldest of its calls; `None` if that can't be found."""
+    """The version that it ran at, the oldest of its calls; `None` if it isn't known or leaves."""
 
 
 def find_earlier(lineage: Lineage, pile: Pile, batch: BatchId) -> Earlier:
@@ -36,22 +41,31 @@ def find_earlier(lineage: Lineage, pile: Pile, batch: BatchId) -> Earlier:
     if header is not None:
         # A number that was given up has run nowhere.
         base = None if header["kind"] == "skip" else header["base_version"]
-        return Earlier(is_known=True, version=base if isinstance(base, int) else None)
-    if batch not in lineage.counted():
+    elif batch in lineage.counted():
+        base = _base_of_closed(lineage, batch)
+    else:
         return Earlier(is_known=False)
-    return Earlier(is_known=True, version=_closed_at(lineage, batch))
+    if isinstance(base, int) and _stays(lineage, base):
+        return Earlier(is_known=True, version=base)
+    return Earlier(is_known=True)
 
 
-def _closed_at(lineage: Lineage, batch: BatchId) -> int | None:
+def _stays(lineage: Lineage, version: int) -> bool:
+    """Whether a version is there, and not about to leave the retention window."""
+    spare = 1 + (lineage.head() - version) // 4
+    return _table(lineage, max(0, version - spare)) is not None
+
+
+def _base_of_closed(lineage: Lineage, batch: BatchId) -> int | None:
     """The version that a closed batch ran at, by the record of its commit."""
     high = lineage.head()  # has the batch; `low` hasn't, or nobody can say
     low, reach = high - 1, 1
-    while low > 0 and _has(lineage, low, batch):
+    while low > 0 and batch in (_table(lineage, low) or ()):
         high, reach = low, reach * 2
         low = max(0, high - reach)
     while high - low > 1:
         middle = (low + high) // 2
-        if _has(lineage, middle, batch):
+        if batch in (_table(lineage, middle) or ()):
             high = middle
         else:
             low = middle
@@ -61,9 +75,9 @@ def _closed_at(lineage: Lineage, batch: BatchId) -> int | None:
     return commit.base_of(batch)
 
 
-def _has(lineage: Lineage, version: int, batch: BatchId) -> bool:
-    """Whether a batch was closed by a version whose table is still there."""
+def _table(lineage: Lineage, version: int) -> BatchSet | None:
+    """The batches that were closed up to a version, if it is in the retention window."""
     try:
-        return batch in lineage.applied(version)
+        return lineage.applied(version)
     except ExpiredError:
-        return False
+        return None
