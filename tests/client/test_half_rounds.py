@@ -189,9 +189,7 @@ def participating_request(name: str) -> Any:
 # ------------------------------------------------------------------------------------ restarts
 
 
-def test_a_restarted_client_goes_on_in_the_middle_of_its_round(
-    run: Coalition, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_restarted_client_goes_on_in_the_middle_of_its_round(run: Coalition, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the half that it has loaded, and without a pull: batches and update count once, and the next round follows."""
     other = Coalition(run.url, clients=["a"])
     other.federation.open()
@@ -208,7 +206,9 @@ def test_a_restarted_client_goes_on_in_the_middle_of_its_round(
     again = other.restart("a")
     set_weight(again, 2.0)
     again.resume(position)
-    waits(monkeypatch, lambda: (other.poll(), other.federation.open()), lambda: (other.poll(), other.federation.finish()))
+    waits(
+        monkeypatch, lambda: (other.poll(), other.federation.open()), lambda: (other.poll(), other.federation.finish())
+    )
     seen = []
     for info in again.rounds():
         (parameter,) = again.parameters()
@@ -222,9 +222,7 @@ def test_a_restarted_client_goes_on_in_the_middle_of_its_round(
     assert other.store.lineage("client").commit(1).num_samples == 2
 
 
-def test_a_restarted_client_whose_round_is_over_still_ends_it(
-    run: Coalition, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_restarted_client_whose_round_is_over_still_ends_it(run: Coalition, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that was only slow: its update comes late, and is treated so."""
     other = Coalition(run.url, clients=["a", "b"])
     other.federation.open()
