@@ -190,7 +190,7 @@ def participating_request(name: str) -> Any:
 
 
 def test_a_restarted_client_goes_on_in_the_middle_of_its_round(run: Coalition, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the half that it has loaded, and without a pull: batches and update count once, and the next round follows."""
+    """With the half that it has loaded, and without a pull: batches and update count once; the next round follows."""
     other = Coalition(run.url, clients=["a"])
     other.federation.open()
     client = other.client("a")

@@ -100,7 +100,7 @@ def own(name: str, steps: int, addresses: list[str], file: str, report: Connecti
 
 @contextmanager
 def by_sockets(url: str) -> Iterator[tuple[Company, list[str], Callable[[], None]]]:
-    """Two replicas and two accumulators as functions: the company, the addresses, and how to wait until all is quiet."""
+    """Two replicas and two accumulators, as functions; yields the company, addresses, and how to wait for quiet."""
     company, folder = Company(), tempfile.mkdtemp(prefix="sf")
     listeners = []
     try:
