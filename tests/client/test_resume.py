@@ -366,6 +366,7 @@ def test_a_position_of_another_client_is_refused() -> None:
     [
         *({"batch": -1}, {"batch": 1.5}, {"process": None}, {"incarnation": "1"}, {"counted": [1.0]}, {"format": 2}),
         *({"abandoned": None}, {"round": {"number": 1}}, {"client_id": "../b"}, {"more": 1}, {"seen": 10**13}),
+        *({"abandoned": [-1]}, {"half": -1}, {"incarnation": -1}, {"counted": "abc"}, {"round": []}),
     ],
     ids=str,
 )

@@ -65,12 +65,6 @@ class Restartable(Owner):
         torch.save(saved, self._file.with_suffix(".new"))
         os.replace(self._file.with_suffix(".new"), self._file)
 
-    def step(self) -> None:
-        """A batch, and now and then a checkpoint."""
-        super().step()
-        if self.steps % SAVES == 0:
-            self.save()
-
 
 class InTurn(Noting):
     """Asks services over HTTP in turn."""
@@ -95,6 +89,8 @@ def own(name: str, steps: int, addresses: list[str], file: str, report: Connecti
             owner.step()
             report.send((wire.acknowledged, None))
             wire.acknowledged = {}
+            if owner.steps % SAVES == 0:  # after the report: what is in a checkpoint isn't repeated
+                owner.save()
         report.send(({}, owner.bits()))
 
 

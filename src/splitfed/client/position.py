@@ -81,8 +81,11 @@ class Position:
                 plain["round"] = RoundInfo(**plain["round"])
             found = check_types(cls(**plain))
             check_client_id(found.client_id)
-            for name in ("batch", "push", "seen", "done"):
-                check_number(name, getattr(found, name))
+            for name in ("batch", "push", "seen", "done", "incarnation", "half"):
+                if getattr(found, name) is not None:
+                    check_number(name, getattr(found, name))
+            for seq in found.abandoned:
+                check_number("abandoned", seq)
         except (KeyError, TypeError, SplitFedError) as error:
             raise InputError(
                 f"this isn't a position as client.position() returned it: {error}"
