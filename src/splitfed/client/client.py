@@ -352,6 +352,9 @@ class SplitClient(StandIn):
         the loop. Restore the generator and the place in the data too, or other data comes under
         the old numbers and counts nowhere.
 
+        Nothing is sent, unless the half had pulled: what its next push is the change from is asked
+        for.
+
         Args:
             position: What `position()` returned.
 

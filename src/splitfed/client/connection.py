@@ -31,12 +31,10 @@ from splitfed.client.buffers import Continuation
 from splitfed.client.position import Position
 from splitfed.client.sharing import Sharing
 from splitfed.errors import InputError, UnsupportedError
-from splitfed.protocol.messages import Housekeeping, RoundInfo
+from splitfed.protocol.messages import Housekeeping
 from splitfed.protocol.transport import Transport
 
 LossScale = float | Callable[[], float]
-HalfPosition = tuple[int | None, RoundInfo | None, int]
-"""The version of the half, the round, and the last round that is done, as in `Position`."""
 MOST_NOTES = 1024
 """So many of a kind ride with one request; a service takes no more."""
 
@@ -117,27 +115,19 @@ class Connection:
         """Whether it has numbered anything, or goes on under the numbers of another process."""
         return self.incarnation is not None or any(self._next.values())
 
-    def position(self, half: HalfPosition, push: int | None = None) -> Position:
-        """The place between two batches.
-
-        Args:
-            half: What the half's versions add to it.
-            push: The number of a push that is still to be repeated.
-        """
+    def position(self) -> Position:
+        """The place between two batches, but for what the half's versions add to it."""
         with self._lock:
             return Position(
                 client_id=self.client_id,
                 process=self.process,
                 incarnation=self.incarnation,
                 batch=self._next["batch"],
-                push=self._next["push"] if push is None else push,
+                push=self._next["push"],
                 abandoned=tuple(self._abandoned),
                 seen=self.seen,
                 closed=self.buffers.closed,
                 counted=astuple(self.counted),
-                half=half[0],
-                round=half[1],
-                done=half[2],
             )
 
     def resume(self, position: Position) -> None:
@@ -332,7 +322,6 @@ class Connection:
                 "the batch is closed as rejected and counts nowhere. "
                 "Under GradScaler that is ordinary; later ones are only counted",
             )
-
         if status == "skipped":
             self.warn_once(
                 status,

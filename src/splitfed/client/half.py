@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -110,10 +111,16 @@ class HalfSync:
 
     def position(self) -> Position:
         """The client's place between two batches."""
+        found = replace(
+            self._connection.position(),
+            half=self._start_version,
+            round=self.current,
+            done=self.done,
+        )
+        if self._unanswered is None:
+            return found
         # A push whose reply was lost comes again, with what was learned since, under its number.
-        push = None if self._unanswered is None else self._unanswered[0].seq
-        half = self._start_version, self.current, self.done
-        return self._connection.position(half, push)
+        return replace(found, push=self._unanswered[0].seq)
 
     def resume(self, position: Position) -> None:
         """Go on from the place of an earlier process; its half is loaded by the user.

@@ -46,11 +46,11 @@ class Position:
     with."""
     counted: tuple[float, float, float]
     """What the batches since the last push or pull add up to."""
-    half: int | None
+    half: int | None = None
     """The version of the half that the next push is the change from, if there is one."""
-    round: RoundInfo | None
+    round: RoundInfo | None = None
     """The round that the client trains in."""
-    done: int
+    done: int = 0
     """The last round that it has trained in."""
 
     def to_json(self) -> dict[str, Any]:
