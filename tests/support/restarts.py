@@ -13,10 +13,11 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -95,9 +96,9 @@ def own(name: str, steps: int, addresses: list[str], file: str, report: Connecti
 
 
 @contextmanager
-def by_sockets(url: str) -> Iterator[tuple[Company, list[str], Callable[[], None]]]:
+def by_sockets(url: str, environment: Mapping[str, str]) -> Iterator[tuple[Company, list[str], Callable[[], None]]]:
     """Two replicas and two accumulators, as functions; yields the company, addresses, and how to wait for quiet."""
-    company, folder = Company(), tempfile.mkdtemp(prefix="sf")
+    company, folder = Company(environment), tempfile.mkdtemp(prefix="sf")
     listeners = []
     try:
         addresses = [f"{folder}/{replica}" for replica in range(2)]
@@ -124,12 +125,12 @@ def _served(address: str) -> None:
 
 
 @contextmanager
-def by_commands(url: str) -> Iterator[tuple[Company, list[str], Callable[[], None]]]:
+def by_commands(url: str, environment: Mapping[str, str]) -> Iterator[tuple[Company, list[str], Callable[[], None]]]:
     """The same over HTTP, by the commands `serve` and `accumulate`: three replicas and one accumulator."""
     # Each process that begins here imports this module, and an owner needs nothing of that one.
     from service import OPTIMIZER, Service
 
-    service = Service(url, {}, GradientStore(url, sync="process"))
+    service = Service(url, environment, GradientStore(url, sync="process"))
     try:
         urls = service.serve()
         service.verb("accumulator", "accumulate", *OPTIMIZER, *COMMIT)
@@ -148,6 +149,7 @@ def train(
     kills: int,
     seed: int,
     limit: float,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Outcome:
     """Let owners train; at each of `kills` random moments somebody is killed: in half of the cases an owner.
 
@@ -160,11 +162,12 @@ def train(
         kills: How many SIGKILLs.
         seed: Seeds who is killed and when.
         limit: Fail when it takes longer, in seconds.
+        environment: Variables of all processes, such as the credentials of an object store.
     """
     chance, outcome, began = random.Random(seed), Outcome(), time.monotonic()
     moments = sorted(chance.sample(range(1, owners * steps), kills))
     reports: dict[Any, str] = {}
-    with way(url) as (company, addresses, quiet):
+    with way(url, environment) as (company, addresses, quiet):
         others = [*company._running]
 
         def begin(name: str) -> None:
