@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from harness_store import commits
-from processes import CONTEXT, Company, Noting, Outcome, Owner, Remote, accumulate, serve
+from processes import CONTEXT, TRIES, Company, Noting, Outcome, Owner, Remote, accumulate, serve
 
 from splitfed.client.transports import open_transport
+from splitfed.errors import UnreachableError
 from splitfed.store.store import GradientStore
 
 SAVES = 4
@@ -76,6 +77,14 @@ class InTurn(Noting):
         """Whose turn it is."""
         self.turn += 1
         return self.servers[self.turn % len(self.servers)]
+
+    def deliver(self, method: str, request: Any) -> Any:
+        """To the next one, if none answers at the first contact: that may be a wrong URL, and isn't tried again."""
+        for _ in range(TRIES):
+            with suppress(UnreachableError):
+                return super().deliver(method, request)
+            time.sleep(0.1)  # a replica is being started, and there is nothing else to wait on
+        raise AssertionError(f"{TRIES} replicas in a row didn't answer a {method}")
 
 
 def own(name: str, steps: int, addresses: list[str], file: str, report: Connection) -> None:
