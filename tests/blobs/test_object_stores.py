@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+import restarts
 import torch
 from harness_store import Crash, Hook, Nth, check_counted_once, commits, crash, deny, drain, hooked, lose_reply
 from killed import check
@@ -164,6 +166,17 @@ def test_many_batches_and_kills_on_s3(s3: Place) -> None:
     url = s3.url()
     killed = train(url, owners=3, steps=100, kills=29, seed=2, limit=3_000, environment=s3.environment)
     check(url, killed, 300)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_owners_that_are_killed_on_s3(s3: Place, tmp_path: Path) -> None:
+    """They too, and each goes on from its checkpoint: every example counts once, in the same bits."""
+    url = s3.url()
+    settings: dict[str, Any] = {"seed": 3, "limit": 3_000, "environment": s3.environment}
+    killed = restarts.train(url, tmp_path, owners=3, steps=100, kills=30, **settings)
+    check(url, killed, 300)
+    restarts.check_samples(url, 300)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")

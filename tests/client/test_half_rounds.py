@@ -184,3 +184,102 @@ def participating_request(name: str) -> Any:
     from splitfed.protocol.messages import PullRequest
 
     return PullRequest(name, weights=False)
+
+
+# ------------------------------------------------------------------------------------ restarts
+
+
+def test_a_restarted_client_goes_on_in_the_middle_of_its_round(run: Coalition, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the half that it has loaded, and without a pull: batches and update count once; the next round follows."""
+    other = Coalition(run.url, clients=["a"])
+    other.federation.open()
+    client = other.client("a")
+    for _ in client.rounds():
+        other.batch("a", 1.0)
+        set_weight(client, 2.0)
+        position = client.position()
+        other.batch("a", 1.0)
+        set_weight(client, 5.0)
+        client.push()  # and is killed before it can note that
+        break
+    assert (position["half"], position["round"]["number"], position["done"]) == (0, 1, 0)
+    again = other.restart("a")
+    set_weight(again, 2.0)
+    again.resume(position)
+    waits(
+        monkeypatch, lambda: (other.poll(), other.federation.open()), lambda: (other.poll(), other.federation.finish())
+    )
+    seen = []
+    for info in again.rounds():
+        (parameter,) = again.parameters()
+        seen.append((info.number, parameter.item()))
+        other.batch("a", 1.0)
+        set_weight(again, 5.0 if info.number == 1 else 6.0)
+    assert seen == [(1, 2.0), (2, 5.0)]
+    assert other.weight() == 6.0
+    folded = [str(batch) for commit in map(other.store.lineage().commit, (1, 2)) for batch in commit.folded]
+    assert folded == ["a/1/0", "a/1/1", "a/1/2"]
+    assert other.store.lineage("client").commit(1).num_samples == 2
+
+
+def test_a_restarted_client_whose_round_is_over_still_ends_it(run: Coalition, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was only slow: its update comes late, and is treated so."""
+    other = Coalition(run.url, clients=["a", "b"])
+    other.federation.open()
+    client = other.client("a")
+    for _ in client.rounds():
+        other.batch("a", 1.0)
+        position = client.position()
+        break
+    other.pull("b")
+    other.train("b", 3.0)
+    other.federation.close()
+    again = other.restart("a")
+    again.resume(position)
+    waits(monkeypatch, other.federation.finish)
+    assert [info.number for info in again.rounds()] == [1]
+    assert [str(batch) for batch in other.store.waiting("client")] == ["a/1/0"]
+
+
+def test_a_round_whose_half_has_expired_isnt_gone_on_with(run: Coalition, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the update would be the change from is gone: the next round begins with a pull."""
+    other = Coalition(run.url, clients=["a"])
+    other.federation.open()
+    client = other.client("a")
+    for _ in client.rounds():
+        position = client.position()
+        break
+    lineage = other.store.lineage("client")
+    other.federation.close()
+    for _ in range(40):
+        other.federation.open()
+        other.pull("a")
+        other.train("a", 1.0)
+        other.federation.close()
+    assert position["half"] < lineage.head() - 30
+    again = other.restart("a")
+    again.resume(position)
+    assert (again.version, again.round) == (None, None)
+    waits(monkeypatch, other.federation.finish)
+    assert [*again.rounds()] == []
+
+
+def test_a_client_that_was_restarted_between_rounds_waits_for_the_next(
+    run: Coalition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has trained in this one already, whatever has become of that."""
+    other = Coalition(run.url, clients=["a"])
+    other.federation.open()
+    client = other.client("a")
+    rounds = client.rounds()
+    next(rounds)
+    other.batch("a", 1.0)
+    waits(monkeypatch, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        next(rounds)
+    position = client.position()
+    assert (position["round"], position["done"], position["push"]) == (None, 1, 1)
+    again = other.restart("a")
+    again.resume(position)
+    waits(monkeypatch, lambda: (other.poll(), other.federation.finish()))
+    assert [*again.rounds()] == []

@@ -61,6 +61,9 @@ def training(client_half: nn.Module, server: Transport, batches: Iterable[tuple[
     client.push(gradient=True)
     with client.at(1):
         client.eval()
+    assert_type(client.position(), dict[str, Any])
+    SplitClient(client_half, server, client_id="hospital-a").resume(client.position())
+    client.resume("hospital-a")  # type: ignore[arg-type]
     return client.version
 
 

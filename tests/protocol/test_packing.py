@@ -281,9 +281,16 @@ def test_a_named_tuple_of_messages_is_a_tuple() -> None:
 
 
 LATER = [
-    dataclasses.replace(AHEAD, part="1:3/0f", settings={"drop.p": 0.5, "1.training": False}, previous_version=6),
-    dataclasses.replace(BACK, counted=False),
-    ForwardAnswer(1, 7, {"out": T}, (True,), False, {}, (1,), moved=True, written=("layer.kl",)),
+    dataclasses.replace(
+        AHEAD,
+        part="1:3/0f",
+        settings={"drop.p": 0.5, "1.training": False},
+        previous_version=6,
+        resumed=2**32,
+        repeats=4,
+    ),
+    dataclasses.replace(BACK, counted=False, resumed=2**32),
+    ForwardAnswer(1, 7, {"out": T}, (True,), False, {}, (1,), moved=True, written=("layer.kl",), repeated=True),
 ]
 
 

@@ -103,7 +103,7 @@ def test_a_late_repeat_is_answered_in_few_reads(store_url: str) -> None:
     count = Nth()
     lineage.blobs = Hooked(lineage.blobs, count)  # type: ignore[assignment]
     with count.armed():
-        assert lineage.status(batch(3)) == "stored"
+        assert lineage.outcome(batch(3)).status == "stored"
     assert count.count <= 2
 
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 from harness_store import again
 
-from splitfed.errors import IdError, SupersededError
+from splitfed.errors import IdError, ProtocolError, SupersededError
 from splitfed.store.store import GradientStore
 
 
@@ -85,3 +85,15 @@ def test_hostile_client_ids_are_refused(store: GradientStore, client_id: str) ->
         with pytest.raises(IdError):
             act(client_id)
     assert store.blobs.list("") == []
+
+
+def test_who_resumes_names_a_process_of_this_store(store: GradientStore) -> None:
+    """By number and by what it called itself; a position of another run begins nothing."""
+    store.open_client("a", "p")
+    store.registry().check_resumed("a", 1, "p")
+    for incarnation, process in ((1, "q"), (2, "p"), (2, "q")):
+        with pytest.raises(ProtocolError, match="from a position of another run"):
+            again(store).registry().check_resumed("a", incarnation, process)
+    store.open_client("a", "q")
+    with pytest.raises(SupersededError, match="has begun a newer process"):
+        again(store).registry().check_resumed("a", 1, "p")

@@ -16,9 +16,9 @@ def closing(**outcomes: list[int]) -> Verdict:
 
 
 def test_a_late_repeat_is_answered_what_the_first_was() -> None:
-    """Folded and stale ones were stored; those rejected or given up weren't."""
+    """Folded and stale ones were stored; those rejected or given up weren't, and are told apart."""
     table = Table().adding(closing(folded=[0, 1], stale=[2], rejected=[3], skipped=[4]))
-    assert [table.status(batch(seq)) for seq in range(5)] == ["stored"] * 3 + ["rejected"] * 2
+    assert [table.outcome(batch(seq)).value for seq in range(5)] == ["folded"] * 3 + ["rejected", "skipped"]
     assert list(table.closed) == [batch(seq) for seq in range(5)]
 
 
@@ -28,7 +28,7 @@ def test_it_survives_its_file() -> None:
     again = Table.from_json(table.to_json())
     assert again.to_json() == table.to_json()
     old = Table.from_json(table.closed.to_json())
-    assert (list(old.closed), list(old.refused)) == (list(table.closed), [])
+    assert (list(old.closed), list(old.rejected)) == (list(table.closed), [])
 
 
 def test_refused_ones_are_no_list_without_end() -> None:
@@ -37,15 +37,17 @@ def test_refused_ones_are_no_list_without_end() -> None:
     for seq in range(0, 4 * KEPT_REFUSED, 2):
         table = table.adding(closing(rejected=[seq], folded=[seq + 1]))
     newest = 4 * KEPT_REFUSED - 2
-    assert (table.status(batch(newest)), table.status(batch(newest + 1))) == ("rejected", "stored")
+    assert (table.outcome(batch(newest)), table.outcome(batch(newest + 1))) == (Outcome.REJECTED, Outcome.FOLDED)
     with pytest.raises(AlreadyAppliedError, match="isn't on record any more"):
-        table.status(batch(0))
+        table.outcome(batch(0))
     assert len(str(table.to_json())) < 2_000
     other = table.adding(Verdict(folded=BatchSet([batch(0, "b")])))
-    assert other.status(batch(0, "b")) == "stored"
+    assert other.outcome(batch(0, "b")) is Outcome.FOLDED
 
 
-@pytest.mark.parametrize("data", [None, [], {"table": 2}, {"table": 3, "closed": {}, "refused": {}}, {"a": 1}])
+@pytest.mark.parametrize(
+    "data", [None, [], {"table": 2}, {"table": 3, "closed": {}, "rejected": {}, "skipped": {}}, {"a": 1}]
+)
 def test_what_isnt_a_table_is_refused(data: object) -> None:
     """With an error of ours."""
     with pytest.raises(FormatError):

@@ -117,6 +117,32 @@ class Passes:
             for task in dead:
                 self._open.pop(task).fail()
 
+    @property
+    def open_seq(self) -> int | None:
+        """The number of the batch that is held open, if it has one."""
+        seq: int | None = None if self._sum is None else self._sum.batch.seq
+        return seq
+
+    def check_between(self) -> None:
+        """Refuse a look at the numbers while a batch is under way: it would be lost.
+
+        Raises:
+            InputError: a pass is running, or a block or trainer sums several.
+        """
+        running = torch._C._current_graph_task_id() != -1
+        if not running:
+            self.give_up()
+            with self._lock:
+                running = bool(self._open)
+        held = self._sum
+        summing = held is not None and (not held.automatic or held.batch.seq is not None)
+        if running or summing:
+            where = "a backward pass" if running else "client.batch(), or while gradients add up"
+            raise InputError(
+                f"client.position() was called within {where}, where a batch is half done: "
+                "call it between two steps of the optimizer"
+            )
+
     def counts(self, call: Reached, accumulates: bool) -> bool:
         """Whether the pass under way counts at a call.
 
@@ -309,7 +335,8 @@ class Batch:
         self._connection = connection
         self._passes = passes
         self._process = ""
-        self._seq: int | None = None
+        self.seq: int | None = None
+        """Its number, from its first part on."""
         self._scale: float | None = None
         self._says_scale = False
 
@@ -336,9 +363,9 @@ class Batch:
 
     def add(self, call: Reached, grads: tuple[Tensor | None, ...], *, seal: bool) -> BackwardAnswer:
         """Send a part, with the seal if it is the last one."""
-        if self._seq is None:
+        if self.seq is None:
             self._process = self._connection.process
-            self._seq = self._connection.number("batch")
+            self.seq = self._connection.number("batch")
         self.parts.append(call)
         call.origin.in_batch = True
         ahead = len(self.parts) - 1
@@ -346,7 +373,7 @@ class Batch:
 
     def seal(self) -> None:
         """Seal it, if it has parts."""
-        if self._seq is None or not self.parts:
+        if self.seq is None or not self.parts:
             return
         try:
             ahead = len(self.parts)
@@ -359,19 +386,22 @@ class Batch:
         """Give it up: nothing of it counts, and no call continues what it reached."""
         self._connection.buffers.drop(self.parts)
         # The numbers of a forked process are its own.
-        if self._seq is not None and self._process == self._connection.process:
-            self._connection.abandon(self._seq)
+        if self.seq is not None and self._process == self._connection.process:
+            self._connection.abandon(self.seq)
         self._reset()
 
     def _reset(self) -> None:
-        self._seq = None
+        self.seq = None
         self.parts = []
 
     def _seal(self, ahead: int) -> Seal:
         chains, total = chains_of(self.parts)
         for call in self.parts:
             self._connection.doubt(call.origin)
-        parts = tuple((call.version, number) for number, call in enumerate(self.parts[:ahead]))
+        first = self._connection.resumed
+        parts = tuple((call.version, n) for n, call in enumerate(self.parts[:ahead], first))
+        if first:
+            chains = tuple(chain.numbered_from(first) for chain in chains)
         return Seal(parts, total, 1.0 if self._scale is None else self._scale, chains)
 
     def send(
@@ -390,14 +420,15 @@ class Batch:
                 BackwardRequest(
                     client_id=connection.client_id,
                     incarnation=connection.incarnation or 0,
-                    seq=self._seq or 0,
-                    part=part,
+                    seq=self.seq or 0,
+                    part=connection.resumed + part,
                     version=self.parts[0].version if call is None else call.version,
                     call=None if call is None else call.number,
                     grad_outputs=grads,
                     seal=seal,
                     housekeeping=notes,
                     counted=counted,
+                    resumed=connection.resumed,
                 )
             )
         if seal is not None:
@@ -409,8 +440,9 @@ class Batch:
         parts = self.parts
         self._reset()
         stored = status == "stored"
+        first = self._connection.resumed
         for chain in seal.chains if stored else ():
-            origin = parts[chain.last_part].origin
+            origin = parts[chain.last_part - first].origin
             if origin.chain is not None and not origin.buffers_counted:
                 origin.chain.note(origin.place, chain.after)
             origin.buffers_counted = True

@@ -97,7 +97,8 @@ class Continuation:
         """The call that the next one continues; its record has to stay."""
         self.lost = 0
         """Calls that moved statistics, and will count in no batch."""
-        self._closed = -1
+        self.closed = -1
+        """Up to this version a batch is stored, so that calls begin anew."""
 
     @property
     def num_unused(self) -> int:
@@ -115,7 +116,7 @@ class Continuation:
         if origin.chain is None:
             if self.tip is not None and self.tip.version != call.version:
                 self.close(self.tip.version)
-            if call.version == self._closed:
+            if call.version == self.closed:
                 return
             origin.chain = BufferChain(call.version)
             origin.place = origin.chain.join()
@@ -132,7 +133,7 @@ class Continuation:
     def close(self, version: int, *, stored: bool = True) -> None:
         """A batch of that version is stored, or rejected: what comes now begins anew."""
         if stored:
-            self._closed = max(self._closed, version)
+            self.closed = max(self.closed, version)
         tip = self.tip
         if tip is None or tip.version > version:
             return

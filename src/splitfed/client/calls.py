@@ -138,6 +138,7 @@ class Session:
                 before = continued = None
                 request = replace(request, previous=None, previous_version=None)
                 answer = self.connection.transport.forward(request)
+        self.connection.note_repeated(request.repeats, answer.repeated)
         self._note(answer, seed)
         point.note(answer.written)
         if continued is not None:
@@ -261,7 +262,18 @@ class Session:
             housekeeping=notes,
             part=point.part,
             settings=point.settings(training),
+            resumed=self.connection.resumed,
+            repeats=self._repeats(training),
         ), tensors
+
+    def _repeats(self, training: bool) -> int | None:
+        """The batch that the call is to be part of, if an earlier process may have stored it."""
+        if self.version is not None or not training:
+            return None
+        seq = self.connection.ahead(self.passes.open_seq)
+        if seq is None or torch.is_grad_enabled() or _is_checkpointed():
+            return seq
+        return None
 
     def _note(self, answer: ForwardAnswer, seed: Seed) -> None:
         if not answer.drew:

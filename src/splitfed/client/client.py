@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
@@ -27,6 +27,7 @@ from splitfed.client.connection import Connection, LossScale
 from splitfed.client.half import HalfSync, take_part
 from splitfed.client.likeness import class_like, forward_with, shown
 from splitfed.client.loss import LossSession
+from splitfed.client.position import Position
 from splitfed.client.samples import weigh
 from splitfed.client.sharing import Sharing
 from splitfed.client.standin import SHARED, StandIn
@@ -327,6 +328,51 @@ class SplitClient(StandIn):
         self.client_half.requires_grad_(requires_grad)
         self._passes.watch.is_frozen = not requires_grad
         return self
+
+    def position(self) -> dict[str, Any]:
+        """Where this client stands, for a checkpoint: plain JSON, of a few hundred bytes.
+
+        Save it with the half's `state_dict`, the optimizer, torch's generator and the place in your
+        data, between two steps of the optimizer. A process that is started in place of a killed one
+        loads them and calls `resume`.
+
+        Raises:
+            InputError: a batch is under way: within a backward pass, or a `client.batch()` that
+                sums.
+        """
+        self._passes.check_between()
+        return self._sync.position().to_json()
+
+    def resume(self, position: Mapping[str, Any]) -> None:
+        """Go on where a process of this client was when it took its `position`.
+
+        The loop repeats what came after, under the same numbers. A batch or push that the store has
+        by then doesn't count again, and runs at its old version for as long as that is kept, so
+        that the half gets its old bits; all others count as usual. The trap: a number is a place in
+        the loop. Restore the generator and the place in the data too, or other data comes under
+        the old numbers and counts nowhere.
+
+        Nothing is sent, unless the half had pulled: what its next push is the change from is asked
+        for.
+
+        Args:
+            position: What `position()` returned.
+
+        Raises:
+            InputError: it is another client's, or none, or this client was used already.
+            ProtocolError: it is of another run; here, or at the first request that trains.
+            SupersededError: at the first request that trains: a newer `SplitClient` of that id has
+                trained since, by itself.
+        """
+        found = Position.from_json(position, self.client_id)
+        if self._connection.is_used or self._sync.version is not None:
+            raise InputError(
+                f"client {self.client_id!r} has made calls already, under numbers of its own: "
+                "resume() comes first, on a new SplitClient"
+            )
+        self._sync.resume(found)
+        if self._sync.version is not None:
+            self._passes.watch.note_pull()
 
     def pull(self) -> int:
         """Copy the newest client half into this one, in place; the user's optimizer isn't touched.

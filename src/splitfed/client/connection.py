@@ -6,17 +6,21 @@ fails hands that back, to ride with the next.
 
 The trap: a fork inherits all of this, and both processes would number alike under one incarnation.
 So a fork begins anew, as its first step: what it inherited is the parent's.
+
+A process that is started in place of one that was killed goes on under its numbers instead, from a
+`Position`. It is told apart by a random number, from which it also numbers its calls and parts.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import secrets
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +28,7 @@ import torch
 from splitfed.checks import warn_once
 from splitfed.client.blocks import Scope
 from splitfed.client.buffers import Continuation
+from splitfed.client.position import Position
 from splitfed.client.sharing import Sharing
 from splitfed.errors import InputError, UnsupportedError
 from splitfed.protocol.messages import Housekeeping
@@ -94,11 +99,71 @@ class Connection:
         self.process = os.urandom(16).hex()
         self.buffers = Continuation()
         """Which call continues whose buffers."""
+        self.resumed = 0
+        """What tells this process from those whose numbers it has taken up; 0 if they are its own.
+        Its calls and parts are numbered from here."""
+        self._repeats = False
+        """Whether the next batch may be one that the store has from such a process."""
         self._next = {"call": 0, "batch": 0, "push": 0}
         self._live: list[tuple[Recorded, Callable[[], Any]]] = []
         self._abandoned: list[int] = []
         self._answered: list[int] = []
         self._released: list[tuple[int, int]] = []
+
+    @property
+    def is_used(self) -> bool:
+        """Whether it has numbered anything, or goes on under the numbers of another process."""
+        return self.incarnation is not None or any(self._next.values())
+
+    def position(self) -> Position:
+        """The place between two batches, but for what the half's versions add to it."""
+        with self._lock:
+            return Position(
+                client_id=self.client_id,
+                process=self.process,
+                incarnation=self.incarnation,
+                batch=self._next["batch"],
+                push=self._next["push"],
+                abandoned=tuple(self._abandoned),
+                seen=self.seen,
+                closed=self.buffers.closed,
+                counted=astuple(self.counted),
+            )
+
+    def resume(self, position: Position) -> None:
+        """Go on under the numbers of an earlier process."""
+        with self._lock:
+            self.process = position.process
+            self.incarnation = position.incarnation
+            # Small enough that what is added to it stays a number that may become a key.
+            self.resumed = 2**32 + secrets.randbelow(2**39)
+            self._repeats = True
+            self._next = {
+                "call": self.resumed,
+                "batch": position.batch,
+                "push": position.push,
+            }
+            self._abandoned = [*position.abandoned]
+            self.seen = position.seen
+            self.counted = Counted(*position.counted)
+            if position.closed >= 0:
+                self.buffers.close(position.closed)
+
+    def ahead(self, seq: int | None = None) -> int | None:
+        """The batch that a call is to be part of, if it may be one that the store has.
+
+        Args:
+            seq: Its number, if it has one already; by default it is the next.
+        """
+        with self._lock:
+            if not self._repeats:
+                return None
+            return self._next["batch"] if seq is None else seq
+
+    def note_repeated(self, asked: int | None, repeated: bool) -> None:
+        """Take note of whether the store has the batch that was asked for: none follows if not."""
+        if asked is not None and not repeated:
+            self._repeats = False
 
     def check_process(self, process: str) -> None:
         """Refuse the graph of a call that another process has made.
@@ -256,6 +321,13 @@ class Connection:
                 f"a gradient of client {self.client_id!r} isn't finite (NaN or Inf): "
                 "the batch is closed as rejected and counts nowhere. "
                 "Under GradScaler that is ordinary; later ones are only counted",
+            )
+        if status == "skipped":
+            self.warn_once(
+                status,
+                f"client {self.client_id!r} repeats a batch that it gave up before it was "
+                "restarted, as its pass failed or was ended: its number is closed, and it counts "
+                "nowhere",
             )
 
     def warn_once(self, what: str, text: str) -> None:

@@ -18,12 +18,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from splitfed.checks import positive
 from splitfed.client.connection import Connection, Counted
-from splitfed.errors import ArchitectureError, InputError, ProtocolError
+from splitfed.client.position import Position
+from splitfed.errors import (
+    ArchitectureError,
+    ExpiredError,
+    InputError,
+    MissingError,
+    ProtocolError,
+)
 from splitfed.model.fingerprint import compare, personal_names
 from splitfed.model.skeleton import Inventory, named_state, unwrap
 from splitfed.protocol.backoff import Backoff
@@ -54,6 +63,14 @@ class HalfSync:
         self._personal = personal_names(half, self.patterns)
         self._inventory: Inventory | None = None
         self._start: dict[str, Tensor] = {}
+        self.resumed: RoundInfo | None = None
+        """The round that an earlier process was training in."""
+        self.current: RoundInfo | None = None
+        """The round that this client trains in, between its pull and its push."""
+        self.done = 0
+        """The last round that it has trained in."""
+        self._start_version: int | None = None
+        """The version that the next push is the change from, if it is one."""
         self._unanswered: tuple[PushRequest, dict[str, Tensor], Counted] | None = None
         """A push whose reply was lost, the half as it was then, and its samples; the next pull or
         push repeats it."""
@@ -89,7 +106,55 @@ class HalfSync:
             tensor.copy_(answer.weights[name])
         self.version = answer.version
         self._begin(self._state(), self._connection.counted)
+        self._start_version = answer.version
         return answer.version
+
+    def position(self) -> Position:
+        """The client's place between two batches."""
+        found = replace(
+            self._connection.position(),
+            half=self._start_version,
+            round=self.current,
+            done=self.done,
+        )
+        if self._unanswered is None:
+            return found
+        # A push whose reply was lost comes again, with what was learned since, under its number.
+        return replace(found, push=self._unanswered[0].seq)
+
+    def resume(self, position: Position) -> None:
+        """Go on from the place of an earlier process; its half is loaded by the user.
+
+        What the next push is the change from is fetched: the half may have moved since. If it has
+        left the retention window, so has the round, and the next pull begins another one.
+
+        Raises:
+            ProtocolError: there is no such version.
+        """
+        start = None if position.half is None else self._fetch(position.half)
+        self._connection.resume(position)
+        self.done = position.done
+        if start is not None:
+            self._start = start
+            self.version = self._start_version = position.half
+            self.resumed = self.round = position.round
+
+    def _fetch(self, version: int) -> dict[str, Tensor] | None:
+        """The half at a version, as the distinct tensors of this one; `None` if it has expired."""
+        inventory = self._inventory = self._inventory or Inventory(self._half, self._personal)
+        try:
+            answer = self._connection.transport.pull(
+                PullRequest(self._connection.client_id, version)
+            )
+        except ExpiredError:
+            return None
+        except MissingError as error:
+            raise _foreign(version) from error
+        if answer.version != version:
+            raise _foreign(version)
+        compare(answer.fingerprint, inventory.fingerprint(), "the client half")
+        state = self._state()
+        return {n: torch.empty_like(t).copy_(answer.weights[n]) for n, t in state.items()}
 
     def look(self) -> RoundInfo | None:
         """Ask for the round under way, without weights."""
@@ -176,6 +241,7 @@ class HalfSync:
             bases={name: self._start[name] for name in changed},
             num_samples=samples,
             loss_scale=scale,
+            resumed=self._connection.resumed,
         )
         return request, state, counted
 
@@ -219,6 +285,7 @@ class HalfSync:
     def _begin(self, state: dict[str, Tensor], counted: Counted) -> None:
         """What the next push is the change from, and the batches that the last one has counted."""
         self._start = {name: tensor.clone() for name, tensor in state.items()}
+        self._start_version = None
         self._connection.counted -= counted
 
 
@@ -235,20 +302,33 @@ def take_part(
     """
     positive("poll", poll)
     looks = Backoff(itertools.repeat(poll))
-    done = 0
     while True:
-        info = sync.look()
-        if info is not None and info.finished:
-            return
-        if info is not None and _is_due(info, done):
-            sync.pull()
-            info = sync.round
-        if info is None or not _is_due(info, done):
-            looks.wait()
-            continue
-        yield info
-        sync.push(num_samples, gradient=gradient)
-        done = info.number
+        # A restarted process goes on in the middle of its round, with the half that it has loaded.
+        info, sync.resumed = sync.resumed, None
+        if info is None:
+            info = sync.look()
+            if info is not None and info.finished:
+                return
+            if info is not None and _is_due(info, sync.done):
+                sync.pull()
+                info = sync.round
+            if info is None or not _is_due(info, sync.done):
+                looks.wait()
+                continue
+        sync.current = info
+        try:
+            yield info
+            sync.push(num_samples, gradient=gradient)
+        finally:
+            sync.current = None
+        sync.done = info.number
+
+
+def _foreign(version: int) -> ProtocolError:
+    return ProtocolError(
+        f"the position is of version {version} of the client half, which was never published here: "
+        "it is of another run. Give the server or store that it was taken with"
+    )
 
 
 def _is_due(info: RoundInfo, done: int) -> bool:

@@ -96,12 +96,16 @@ class LossSession(Session):
         seq = self.connection.number("batch") if counts else 0
         try:
             with self.connection.housekeeping() as notes:
-                ahead = replace(ahead, housekeeping=notes)
+                repeats = None
+                if counts and ahead.version is None:
+                    repeats = self.connection.ahead(seq)
+                ahead = replace(ahead, housekeeping=notes, repeats=repeats)
                 answer = self.connection.transport.loss(replace(request, seq=seq, forward=ahead))
         except BaseException:
             if counts:
                 self.connection.abandon(seq)
             raise
+        self.connection.note_repeated(ahead.repeats, answer.repeated)
         if counts:
             self.connection.answered(seq)
             self.connection.note_status(answer.status, request.num_samples, scale)

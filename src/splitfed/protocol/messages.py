@@ -98,6 +98,12 @@ class ForwardRequest(Request):
     previous_version: int | None = field(default=None, metadata=ADDED)
     """The version that `previous` ran at, if it is a call of an earlier `client(...)`: at any other
     this call begins with the version's own buffers."""
+    resumed: Number = field(default=0, metadata=ADDED)
+    """What tells a process that goes on under the numbers of an earlier one from that: a random
+    number; 0 for a process that has its own."""
+    repeats: int | None = field(default=None, metadata=ADDED)
+    """The batch that such a call is to be part of: if the store has it, the call runs at the
+    version that the batch ran at."""
 
     def tensors(self) -> list[Tensor]:
         """The tensors that it carries, each distinct one once."""
@@ -152,6 +158,8 @@ class ForwardAnswer:
     written: tuple[str, ...] = field(default=(), metadata=ADDED)
     """The plain attributes that the body's forward sets (`layer.kl`): only the server has their
     values."""
+    repeated: bool = field(default=False, metadata=ADDED)
+    """Whether the store has the batch that the request repeats."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,6 +180,13 @@ class Chain:
         """Its content for a digest, in plain values."""
         after = () if self.after is None else (self.after,)
         return (self.num_samples, self.last_part, *after)
+
+    def numbered_from(self, first: int) -> Chain:
+        """The same for parts that are numbered from `first` on, and not from 0."""
+        after = self.after
+        if after is not None and after >= 0:
+            after += first
+        return Chain(self.num_samples, self.last_part + first, after)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -214,6 +229,8 @@ class BackwardRequest(Request):
     counted: bool = field(default=True, metadata=ADDED)
     """Whether the pass accumulates parameter gradients; if not, the inputs get theirs, and nothing
     is stored."""
+    resumed: Number = field(default=0, metadata=ADDED)
+    """As in the forward: a batch that an earlier process has stored under this number stays."""
 
     def tensors(self) -> list[Tensor]:
         """The gradients that it carries."""
@@ -248,7 +265,7 @@ class BackwardAnswer:
     grad_inputs: tuple[Tensor | None, ...]
     status: str
     """'stored', 'rejected' (not finite), 'part' (the seal is still to come) or 'uncounted' (eval
-    mode)."""
+    mode); 'skipped' if it repeats a batch that an earlier process gave up."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -304,6 +321,8 @@ class LossAnswer:
     grad_inputs: tuple[Tensor | None, ...]
     status: str
     drew: bool
+    repeated: bool = field(default=False, metadata=ADDED)
+    """Whether the store has the batch already, from an earlier process."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -369,6 +388,8 @@ class PushRequest(Request):
     num_samples: float
     loss_scale: float
     """What `gradients` are to be divided by; 1 for start − end."""
+    resumed: Number = field(default=0, metadata=ADDED)
+    """As in a forward: an update that an earlier process has pushed under this number stays."""
 
     samples_limit = "push_samples"  # it counts all batches since the pull
 
@@ -393,7 +414,7 @@ class PushRequest(Request):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PushAnswer:
-    """What became of a push: 'stored', 'rejected' or 'published'."""
+    """What became of a push: 'stored', 'rejected', 'published', or 'skipped' as for a batch."""
 
     incarnation: int | None
     status: str
@@ -451,6 +472,8 @@ class GradientRecord:
     gradients: Mapping[str, Tensor]
     buffers: Sequence[BufferUpdate]
     """One for each chain."""
+    resumed: int = field(default=0, metadata=ADDED)
+    """Which process of those that share an incarnation has sent it, as in the request."""
 
 
 def _leading(tensors: Sequence[Tensor]) -> int:

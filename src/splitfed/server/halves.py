@@ -86,6 +86,7 @@ class Halves:
         Raises:
             ArchitectureError: the half isn't the lineage's.
             SupersededError: the client has a newer process.
+            ProtocolError: the client has resumed from a position of another run.
         """
         client_id = check_client_id(request.client_id)
         if request.base_version == -1:
@@ -94,8 +95,11 @@ class Halves:
             return PushAnswer(request.incarnation, "published")
         check_number("base_version", request.base_version)
         incarnation = request.incarnation
+        check_number("resumed", request.resumed)
         if incarnation is None:
             incarnation = self._store.open_client(client_id, request.process)
+        elif request.resumed:
+            self._store.registry().check_resumed(client_id, incarnation, request.process)
         self._store.check_client(client_id, incarnation)
         fingerprint = self._lineage.fingerprint()
         check_tensors(fingerprint, request.gradients, "trainable")
@@ -115,6 +119,7 @@ class Halves:
             numerics=self._numerics,
             gradients=dict(request.gradients),
             buffers=[BufferUpdate(dict(request.values), dict(request.bases), samples)],
+            resumed=request.resumed,
         )
         batch = BatchId(client_id, incarnation, request.seq)
         return PushAnswer(incarnation, self._sealer.store(batch, record))

@@ -30,7 +30,7 @@ from splitfed.model.attributes import Habits
 from splitfed.model.execution import Model, Run
 from splitfed.model.numerics import is_repeatable, same_bits
 from splitfed.model.skeleton import Template
-from splitfed.protocol.ids import check_client_id
+from splitfed.protocol.ids import BatchId, check_client_id
 from splitfed.protocol.messages import (
     BufferUpdate,
     ForwardRecord,
@@ -40,6 +40,7 @@ from splitfed.protocol.messages import (
 from splitfed.server.probe import Call, Probe, same_gradients, seeded_backward
 from splitfed.store.batches import Pile, Sealer
 from splitfed.store.cache import Bounded
+from splitfed.store.earlier import Earlier, find_earlier
 from splitfed.store.lineage import Lineage
 from splitfed.store.store import GradientStore
 
@@ -120,6 +121,21 @@ class Runner:
             ExpiredError: it was undone.
         """
         self._lineage.check_branch(version)
+
+    def earlier(self, batch: BatchId) -> Earlier:
+        """What the store has of a batch that a client repeats, with the version if it can run."""
+        found = find_earlier(self._lineage, self._pile, batch)
+        if found.version is None or self.can_run(found.version):
+            return found
+        return replace(found, version=None)
+
+    def can_run(self, version: int) -> bool:
+        """Whether the weights of a version are there."""
+        try:
+            self._model(version)
+        except ExpiredError:
+            return False
+        return True
 
     def run_newest(self, request: ForwardRequest) -> tuple[int, ForwardRecord, Run]:
         """Run a call at the version that it asks for, or at the newest."""

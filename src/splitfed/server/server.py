@@ -52,6 +52,7 @@ from splitfed.protocol.messages import (
 from splitfed.server.halves import Halves
 from splitfed.server.runner import Line, Lines, RunnerSettings
 from splitfed.store.beginning import begin_with
+from splitfed.store.earlier import Earlier
 from splitfed.store.store import GradientStore, check_store
 
 Loss = Callable[[Any, Any], Tensor]
@@ -130,16 +131,20 @@ class SplitServer:
             BodyError: the body raised.
             InputError: the call doesn't fit the body.
             ArchitectureError: the client half was cut elsewhere than the body.
+            ProtocolError: the client has resumed from a position of another run.
         """
         check_types(request)
         self._check_part(request)
         self._check_settings(request)
+        self._check_resumed(request)
         line = self._lines.of(check_client_id(request.client_id), request.process)
         incarnation = request.incarnation
-        if request.grad and incarnation is None:
+        # A call that is repeated without grad is one that a checkpoint will make again with it.
+        if incarnation is None and (request.grad or request.repeats is not None):
             incarnation = self.store.open_client(request.client_id, request.process)
         _tidy(line, request.client_id, incarnation, request.housekeeping)
-        version, call, done = line.runner.run_newest(request)
+        earlier = _earlier(line, request, incarnation)
+        version, call, done = line.runner.run_newest(_at(request, earlier.version))
         if request.grad and incarnation is not None:
             line.runner.keep((version, request.client_id, incarnation, request.call), call, done)
         return ForwardAnswer(
@@ -152,6 +157,7 @@ class SplitServer:
             crcs=done.crcs,
             moved=done.moved,
             written=line.runner.written(),
+            repeated=earlier.is_known,
         )
 
     def backward(self, request: BackwardRequest, /) -> BackwardAnswer:
@@ -175,6 +181,7 @@ class SplitServer:
         )
         check_number("part", request.part)
         check_number("version", request.version)
+        check_number("resumed", request.resumed)
         if request.call is not None:
             check_number("call", request.call)
         self._clients.check(batch.client_id, batch.incarnation)
@@ -186,7 +193,8 @@ class SplitServer:
                     f"the request for batch {batch} has neither a call nor a seal: "
                     "expected one of them"
                 )
-            return BackwardAnswer((), line.sealer.seal(batch, request.part, request.seal, None))
+            status = line.sealer.seal(batch, request.part, request.seal, None, request.resumed)
+            return BackwardAnswer((), status)
         key = (request.version, batch.client_id, batch.incarnation, request.call)
         record = line.runner.record(key)
         if record is None:
@@ -206,7 +214,7 @@ class SplitServer:
         # Acknowledged only once it is on file: whatever dies after this answer, the batch counts.
         share = line.runner.share(done, gradients, request.digest(), start=record.buffers)
         if request.seal is not None:
-            status = line.sealer.seal(batch, request.part, request.seal, share)
+            status = line.sealer.seal(batch, request.part, request.seal, share, request.resumed)
             return BackwardAnswer(tuple(grad_inputs), status)
         line.pile.put_part(request.version, batch, request.part, replace(share, kind="part"))
         return BackwardAnswer(tuple(grad_inputs), "part")
@@ -220,6 +228,7 @@ class SplitServer:
             InputError: this server has no `loss_fn`, or it doesn't return a scalar.
             BodyError: the body or the loss raised.
             ArchitectureError: the client half was cut elsewhere than the body.
+            ProtocolError: the client has resumed from a position of another run.
         """
         if self.loss_fn is None:
             raise InputError(
@@ -229,9 +238,10 @@ class SplitServer:
         ahead = request.forward
         self._check_part(ahead)
         self._check_settings(ahead)
+        self._check_resumed(ahead)
         incarnation = ahead.incarnation
         counts = ahead.grad and ahead.training and request.counted
-        is_first = False
+        is_first, earlier = False, Earlier(is_known=False)
         line = self._lines.of(check_client_id(ahead.client_id), ahead.process)
         if counts and incarnation is None:
             incarnation = self.store.open_client(ahead.client_id, ahead.process)
@@ -240,9 +250,15 @@ class SplitServer:
         batch = BatchId(ahead.client_id, incarnation or 0, request.seq)
         if counts:
             self._clients.check(batch.client_id, batch.incarnation)
+            earlier = _earlier(line, ahead, incarnation)
+            version = version if earlier.version is None else earlier.version
             # A retry runs at the version of the first try: at another one it would answer another
             # loss, and its digest would be refused.
             version, is_first = line.pile.pin(batch, version)
+            if ahead.resumed and not line.runner.can_run(version):
+                # An earlier process has noted it, and it has left the retention window since.
+                line.pile.drop_pin(batch)
+                version, is_first = line.pile.pin(batch, line.runner.version(ahead))
         spec, tensors = pytree.flatten(request.target)
         target = pytree.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
         score = self.loss_fn
@@ -261,8 +277,24 @@ class SplitServer:
         if counts:
             digest = request.digest(batch, version)
             share = line.runner.share(done, gradients, digest, request.num_samples)
+            share = replace(share, resumed=ahead.resumed)
             status = line.sealer.store(batch, share, is_first=is_first)
-        return LossAnswer(incarnation, version, fresh(value), tuple(grad_inputs), status, done.drew)
+        return LossAnswer(
+            incarnation,
+            version,
+            fresh(value),
+            tuple(grad_inputs),
+            status,
+            done.drew,
+            earlier.is_known,
+        )
+
+    def _check_resumed(self, request: ForwardRequest) -> None:
+        check_number("resumed", request.resumed)
+        if request.resumed and request.grad and request.incarnation is not None:
+            client_id = check_client_id(request.client_id)
+            incarnation = check_number("incarnation", request.incarnation)
+            self._clients.check_resumed(client_id, incarnation, request.process)
 
     def _check_settings(self, request: ForwardRequest) -> None:
         for name in request.settings:
@@ -324,6 +356,18 @@ def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Hou
         for version, call in housekeeping.released:
             line.runner.forget((version, client_id, incarnation, call))
         line.sealer.tidy(client_id, incarnation, housekeeping)
+
+
+def _earlier(line: Line, request: ForwardRequest, incarnation: int | None) -> Earlier:
+    """What the store has of the batch that a call is to be part of, if it may be a repeated one."""
+    if request.repeats is None or request.version is not None or incarnation is None:
+        return Earlier(is_known=False)
+    return line.runner.earlier(BatchId(request.client_id, incarnation, request.repeats))
+
+
+def _at(request: ForwardRequest, version: int | None) -> ForwardRequest:
+    """A request for a version, unless that is `None`."""
+    return request if version is None else replace(request, version=version)
 
 
 def _scalar(done: Run) -> Tensor:

@@ -172,7 +172,7 @@ class Pile:
             return record.kind
         if exactly and kind == record.kind:
             found = self.read(batch)
-            if found is not None:
+            if found is not None and found.digest == record.digest:
                 _check_same(found.gradients, record.gradients, name)
         return kind
 
@@ -218,8 +218,10 @@ class Pile:
         data = self.blobs.peek(key)
         if data is None:  # folded and dropped meanwhile: it was there, and counted
             return None
-        found = peek(GradientRecord, data, ("kind", "digest"))
-        if found["digest"] != record.digest:
+        found = peek(GradientRecord, data, ("kind", "digest", "resumed"))
+        # A process that resumes repeats what an earlier one has stored: that stays as it is.
+        is_repeated = record.resumed and found["resumed"] != record.resumed
+        if found["digest"] != record.digest and not is_repeated:
             if found["kind"] == "skip":
                 raise DigestError(f"{name} was given up by its client: take a new number")
             raise DigestError(
@@ -259,7 +261,7 @@ class Sealer:
                 computed at another version than this record may be.
 
         Returns:
-            'stored' or 'rejected'.
+            'stored' or 'rejected'; 'skipped' if it repeats one that an earlier process gave up.
 
         Raises:
             AlreadyAppliedError: the batch is counted, though this is the first try that is known.
@@ -273,17 +275,20 @@ class Sealer:
                 "expected a finite number other than 0"
             )
         if self._is_counted(batch):
-            if is_first:
+            if is_first and not record.resumed:
                 raise AlreadyAppliedError(
                     f"batch {batch} is counted already, and the version that it ran at is no "
                     "longer on record, so its answer can't be repeated: go on with the next one"
                 )
-            return self._lineage.status(batch)
+            return _status(self._lineage.outcome(batch), record.resumed)
         if not all(all_finite(gradient) for gradient in record.gradients.values()):
             record = replace(record, kind="rejected", gradients={}, buffers=[])
-        return OUTCOMES[self._pile.create(batch, record, exactly=True)].status
+        kind = self._pile.create(batch, record, exactly=True)
+        return _status(OUTCOMES[kind], record.resumed)
 
-    def seal(self, batch: BatchId, own: int, seal: Seal, share: GradientRecord | None) -> str:
+    def seal(
+        self, batch: BatchId, own: int, seal: Seal, share: GradientRecord | None, resumed: int = 0
+    ) -> str:
         """Make a batch of its parts.
 
         Args:
@@ -291,16 +296,17 @@ class Sealer:
             own: The part number of the call that rides along.
             seal: Which parts make it, in the order in which they are added.
             share: That call's share, which comes last; `None` if no call rides along.
+            resumed: Which process of those that share an incarnation sends it.
 
         Returns:
-            'stored' or 'rejected'.
+            As `store`.
 
         Raises:
             ExpiredError: a part is gone and the batch isn't known: it is lost, and counts nowhere.
         """
         parts = self._parts(batch, seal)
         if parts is None:
-            return self._status(batch)
+            return self._status(batch, resumed)
         if share is not None:
             parts[own] = share
         if not parts:
@@ -314,6 +320,7 @@ class Sealer:
             numerics=self._numerics,
             gradients=_sum([part.gradients for part in parts.values()]),
             buffers=_updates(seal.chains, parts),
+            resumed=resumed,
         )
         status = self.store(batch, record)
         # Only now: were the parts dropped first and the process killed, the retry would find
@@ -354,12 +361,12 @@ class Sealer:
             parts[number] = part
         return parts
 
-    def _status(self, batch: BatchId) -> str:
-        """'stored' or 'rejected', of a batch that is counted or pending."""
+    def _status(self, batch: BatchId, resumed: int) -> str:
+        """What is answered of a batch that is counted or pending."""
         header = self._pile.peek(batch)
         if header is None:
-            return self._lineage.status(batch)
-        return OUTCOMES.get(str(header["kind"]), Outcome.FOLDED).status
+            return _status(self._lineage.outcome(batch), resumed)
+        return _status(OUTCOMES.get(str(header["kind"]), Outcome.FOLDED), resumed)
 
     def _is_counted(self, batch: BatchId) -> bool:
         applied = self._lineage.counted()
@@ -375,6 +382,11 @@ class Sealer:
                 "batches: earlier ones are still under way or lost. Try again after the next commit"
             )
         return is_counted
+
+
+def _status(outcome: Outcome, resumed: int) -> str:
+    """What a client is answered; one that repeats a batch is told if that was given up."""
+    return "skipped" if resumed and outcome is Outcome.SKIPPED else outcome.status
 
 
 def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

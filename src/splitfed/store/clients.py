@@ -15,7 +15,7 @@ import json
 import os
 
 from splitfed.blobs.contract import Blobs
-from splitfed.errors import SupersededError
+from splitfed.errors import ProtocolError, SupersededError
 from splitfed.protocol.checksum import text_of
 from splitfed.store import layout
 
@@ -31,6 +31,7 @@ class Clients:
         self._blobs = blobs
         self._joined: set[str] = set()
         self._opened: set[tuple[str, int]] = set()
+        self._resumed: set[tuple[str, int, str]] = set()
 
     def ids(self) -> list[str]:
         """The ids of all clients that ever pulled or trained, sorted."""
@@ -50,7 +51,7 @@ class Clients:
             client_id: The client.
             process: What the process calls itself; a random string.
         """
-        mine = json.dumps({"process": process or os.urandom(16).hex()}).encode()
+        mine = _contents(process or os.urandom(16).hex())
         names = [key.rpartition("/")[2] for key in self._blobs.list(layout.client(client_id))]
         taken = [int(name) for name in names if name.isdecimal() and name.isascii()]
         for incarnation in sorted(taken, reverse=True):
@@ -84,5 +85,31 @@ class Clients:
                 )
             self._opened.add((client_id, incarnation))
 
+    def check_resumed(self, client_id: str, incarnation: int, process: str) -> None:
+        """Refuse a process that goes on under the numbers of one that isn't of this store.
+
+        Without a look at what that one called itself, a position of another run would count under
+        the numbers of a stranger.
+
+        Raises:
+            ProtocolError: this store has no such process, or another one under that number.
+            SupersededError: the client has a newer process.
+        """
+        if (client_id, incarnation, process) in self._resumed:
+            return
+        if self._process(client_id, incarnation) != _contents(process):
+            raise ProtocolError(
+                f"client {client_id!r} resumes from a position of another run: its process "
+                f"{incarnation} there isn't that of this store. Give the server or store that the "
+                "position was taken with, or begin anew, without client.resume()"
+            )
+        self.check(client_id, incarnation)
+        self._resumed.add((client_id, incarnation, process))
+
     def _process(self, client_id: str, incarnation: int) -> bytes:
         return text_of(self._blobs.get(layout.client(client_id, incarnation)) or b"")
+
+
+def _contents(process: str) -> bytes:
+    """What the file of an incarnation holds."""
+    return json.dumps({"process": process}).encode()

@@ -41,7 +41,7 @@ from splitfed.model.stamp import check_stamp
 from splitfed.protocol import checksum, safetensors
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.packing import pack_tree, read_json, unpack_tree
-from splitfed.store.batchset import BatchSet
+from splitfed.store.batchset import BatchSet, Outcome
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
 from splitfed.store.commit import Commit
@@ -138,13 +138,16 @@ class Lineage:
 
         A walk along the records would take one that is missing for the end.
         """
-        files = map(self.keys.parse_versioned, self.blobs.list(f"{self.name}/weights"))
-        found = sorted({file[0] for file in files if file is not None}, reverse=True)
-        for version in found:
+        for version in sorted(self.kept(), reverse=True):
             if self._find(version) is not None:
                 return version
         # No weights at all, or only those of a commit under way.
         return newest(lambda version: self._find(version) is not None)
+
+    def kept(self) -> set[int]:
+        """The versions whose weights are on file, those of a commit under way among them."""
+        files = map(self.keys.parse_versioned, self.blobs.list(f"{self.name}/weights"))
+        return {file[0] for file in files if file is not None}
 
     def checked_head(self) -> int:
         """As `head`, after a check that the newest version known here is still what it was.
@@ -237,13 +240,13 @@ class Lineage:
         """The batches that are closed by now."""
         return self._newest_table().closed
 
-    def status(self, batch: BatchId) -> str:
-        """What a client is answered that sends a closed batch again: 'stored' or 'rejected'.
+    def outcome(self, batch: BatchId) -> Outcome:
+        """What became of a closed batch; one that was stale counts as folded.
 
         Raises:
             AlreadyAppliedError: that isn't known any more.
         """
-        return self._newest_table().status(batch)
+        return self._newest_table().outcome(batch)
 
     def _newest_table(self) -> Table:
         # The head and its table are two reads. Commits in between may take the table out of the

@@ -25,6 +25,7 @@ _BYTES_A_RECORD = 1024
 """A table is written after so many records: at least one for each of so many bytes in it."""
 KEPT_REFUSED = 64
 _FORMAT = 2
+_SETS = ("closed", "rejected", "skipped")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,38 +33,42 @@ class Table:
     """The batches that were closed up to a version."""
 
     closed: BatchSet = field(default_factory=BatchSet)
-    refused: BatchSet = field(default_factory=BatchSet)
-    """The newest of those that were answered with 'rejected'."""
+    rejected: BatchSet = field(default_factory=BatchSet)
+    """The newest of those that were rejected ..."""
+    skipped: BatchSet = field(default_factory=BatchSet)
+    """... and of those that were given up."""
 
     def adding(self, verdict: Verdict) -> Table:
         """This table and what a commit closes."""
-        refused = self.refused
-        for outcome in (Outcome.REJECTED, Outcome.SKIPPED):
-            batches = verdict.batches(outcome)
-            if batches.clients():
-                refused = refused.union(batches).newest_runs(batches.clients(), KEPT_REFUSED)
-        return Table(self.closed.union(verdict), refused)
+        return Table(
+            self.closed.union(verdict),
+            _with_newest(self.rejected, verdict.rejected),
+            _with_newest(self.skipped, verdict.skipped),
+        )
 
-    def status(self, batch: BatchId) -> str:
-        """What a client is answered that sends a closed batch once more: 'stored' or 'rejected'.
+    def outcome(self, batch: BatchId) -> Outcome:
+        """What became of a closed batch: rejected, given up, or else folded, be it as stale.
 
         Raises:
             AlreadyAppliedError: so many were refused since that it isn't known any more.
         """
-        if batch in self.refused:
-            return "rejected"
-        runs = self.refused.runs(batch)
-        if len(runs) >= KEPT_REFUSED and batch.seq < runs[0][0]:
-            raise AlreadyAppliedError(
-                f"batch {batch} is closed already, and so many of its client were refused since "
-                "that its own answer isn't on record any more: go on with the next one"
-            )
-        return "stored"
+        for batches, outcome in (
+            (self.rejected, Outcome.REJECTED),
+            (self.skipped, Outcome.SKIPPED),
+        ):
+            if batch in batches:
+                return outcome
+            runs = batches.runs(batch)
+            if len(runs) >= KEPT_REFUSED and batch.seq < runs[0][0]:
+                raise AlreadyAppliedError(
+                    f"batch {batch} is closed already, and so many of its client were refused "
+                    "since that its own answer isn't on record any more: go on with the next one"
+                )
+        return Outcome.FOLDED
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
-        closed, refused = self.closed.to_json(), self.refused.to_json()
-        return {"table": _FORMAT, "closed": closed, "refused": refused}
+        return {"table": _FORMAT, **{name: getattr(self, name).to_json() for name in _SETS}}
 
     @classmethod
     def from_json(cls, data: Any) -> Table:
@@ -74,9 +79,14 @@ class Table:
         """
         if not isinstance(data, dict) or not isinstance(data.get("table"), int):
             return cls(BatchSet.from_json(data))
-        if data.keys() != {"table", "closed", "refused"} or data["table"] != _FORMAT:
+        if data.keys() != {"table", *_SETS} or data["table"] != _FORMAT:
             raise FormatError(f"this isn't a table of closed batches: {str(data)[:80]}")
-        return cls(BatchSet.from_json(data["closed"]), BatchSet.from_json(data["refused"]))
+        return cls(*(BatchSet.from_json(data[name]) for name in _SETS))
+
+
+def _with_newest(held: BatchSet, more: BatchSet) -> BatchSet:
+    clients = more.clients()
+    return held.union(more).newest_runs(clients, KEPT_REFUSED) if clients else held
 
 
 def is_due(version: int, table: tuple[int, int]) -> bool:
