@@ -73,7 +73,7 @@ def test_everything_in_a_store_is_safetensors_json_or_a_number(tmp_path: Path) -
         else:
             safetensors.decode(data)
     assert kinds == {
-        "format.json", "a", "fingerprint.json", "forward", "grad", "weights", "optimizer", "applied", "commit", "head",
+        "format.json", "a", "fingerprint.json", "fingerprint-copy.json", "forward", "grad", "weights", "optimizer", "applied", "commit", "head",
     }  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def _head(store: GradientStore, wire: Wire) -> object:
         ("body/weights/0000000002-", _load),
         ("body/weights/0000000002-", _forward),
         ("body/optimizer/0000000002-", _commit),
-        ("body/applied/0000000002-", _commit),
+        ("body/applied/0000000000-", _commit),
         ("body/forward/a/0000000002-00000001-0000000003", _backward),
         ("body/head", _head),
     ],

@@ -55,6 +55,11 @@ def to_lines(rows: Iterable[Row]) -> bytes:
     return b"".join(json.dumps(row, separators=(",", ":")).encode() + b"\n" for row in rows)
 
 
+def is_file_of(data: memoryview | None, lines: bytes) -> bool:
+    """Whether a file holds these lines."""
+    return data is not None and checksum.text_of(data) == lines
+
+
 def from_lines(data: bytes, name: str) -> list[Row]:
     """The rows in lines of JSON.
 

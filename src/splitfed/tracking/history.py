@@ -19,9 +19,8 @@ from typing import Any, Protocol
 
 from splitfed.blobs.contract import Blobs
 from splitfed.errors import FormatError, InputError, MissingError
-from splitfed.protocol.checksum import text_of
 from splitfed.store import layout
-from splitfed.store.rows import Row, from_lines, plain, to_lines
+from splitfed.store.rows import Row, from_lines, is_file_of, plain, to_lines
 from splitfed.store.store import GradientStore
 
 FILE = "history.jsonl"
@@ -193,7 +192,7 @@ class _StoreJournal:
             self._next = max((layout.parse_history(key) for key in self._keys()), default=0) + 1
         while not self._blobs.create(layout.history(self._next), [data]):
             # The number is taken: by another writer, or by us when the reply was lost.
-            if text_of(self._blobs.get(layout.history(self._next)) or b"") == data:
+            if is_file_of(self._blobs.get(layout.history(self._next)), data):
                 break
             self._next += 1
         self._next += 1
