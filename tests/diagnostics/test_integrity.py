@@ -133,7 +133,7 @@ def test_any_file_that_is_lost_is_no_dead_end() -> None:
 
 
 def test_a_lost_record_is_written_again_with_the_same_bytes() -> None:
-    """It is in the weights of its version."""
+    """The newest is in the hint, too."""
     name = [key for key in objects() if "body/commit/" in key][-1]
     store = copy(without=name)
     with pytest.raises(SplitFedError, match="splitfed repair"):

@@ -974,8 +974,6 @@ def outline(key: str, data: bytes) -> str | bytes:
         found = header(data)
         said = found.get("__metadata__", {})
         said.pop("crc32", None)
-        if "commit" in said:
-            said["commit"] = {**json.loads(said["commit"]), "parent": None}
         if "/optimizer/" in key:  # another torch has other settings
             return str(said["kind"])
         if "spec" in said:
@@ -986,8 +984,9 @@ def outline(key: str, data: bytes) -> str | bytes:
     if key == "format.json":
         found = json.loads(data)
         return json.dumps({**found, "numerics": [*found["numerics"]], "crc32": None})
-    if "/commit/" in key:
+    if "/commit/" in key or key.endswith("/head"):
         found = json.loads(data)
+        found = json.loads(found["record"]) if "record" in found else found
         files = [*found["files"]]
         return json.dumps({**found, "files": files, "num_foreign": None, "parent": None, "crc32": None})
     return data

@@ -62,7 +62,7 @@ def test_a_version_that_leaves_the_window_soon_is_none(store: GradientStore) -> 
     for version in range(30):
         store.pile().create(batch(version), record(base_version=version))
         accumulator.step()
-    kept = [int(key.rpartition("/")[2].partition("-")[0]) for key in store.blobs.list("body/applied")]
+    kept = [int(key.rpartition("/")[2].partition("-")[0]) for key in store.blobs.list("body/weights")]
     found = [earlier(store, seq) for seq in range(30)]
     assert all(one.is_known for one in found)
     assert [one.version for one in found] == [None] * (kept[0] + 2) + list(range(kept[0] + 2, 30))

@@ -1,17 +1,17 @@
 """`repair`: make a damaged store usable again, from what the store itself still holds.
 
-A commit record is in the weights file of its version too, so one that is lost is written again with
-the same bytes. The table of closed batches is the sum of the records. A newest version whose own
-files are lost is given up: a rollback to the newest whole one follows, and lists the batches that
-are lost with it. What can't be rebuilt is set aside, so that its batch or call is over and nothing
-waits for it.
+The newest commit record is in the hint too, so it is written again with the same bytes; in place of
+an older one comes a record that closes what that one closed. The table of closed batches is the sum
+of the records. A newest version whose own files are lost is given up: a rollback to the newest
+whole one follows, and lists the batches that are lost with it. What can't be rebuilt is set aside,
+so that its batch or call is over and nothing waits for it.
 
 Nothing is deleted: what is damaged is copied to `aside/` first. Repair takes the accumulator's
 lock, and refuses if it can't have it.
 
-The trap is a lost record whose version has no weights any more. What it closed is then in no other
-place than in the next table, or nowhere: all numbers of a client that lie between known ones count
-as closed, so that no batch counts twice.
+The trap is a lost record of before. What it closed is in no other place than in the next table, or
+nowhere: all numbers of a client that lie between known ones count as closed, so that no batch
+counts twice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from splitfed.diagnostics.integrity import (
     verify,
 )
 from splitfed.errors import BusyError, CorruptedError, FormatError, SplitFedError
-from splitfed.protocol import checksum, safetensors
+from splitfed.protocol import checksum
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import GradientRecord
 from splitfed.protocol.packing import pack, read_json
@@ -40,7 +40,7 @@ from splitfed.store import layout
 from splitfed.store.batchset import BatchSet, Verdict
 from splitfed.store.commit import Commit
 from splitfed.store.layout import Keys
-from splitfed.store.lineage import Lineage, sha256
+from splitfed.store.lineage import Lineage, hint_at, sha256
 from splitfed.store.store import GradientStore
 from splitfed.store.table import Table
 
@@ -172,8 +172,8 @@ class _Mender:
         for version in range(newest + 1):
             if version in records:
                 continue
-            found = self._from_weights(version, listed)
-            how = "written again, from its version's weights"
+            found = self._hinted(version)
+            how = "written again, from the hint"
             if found is None:
                 found = self._in_place_of(version, records, newest, listed)
                 how = f"its content is lost, and it closes {len(found.folded)} batches"
@@ -184,26 +184,12 @@ class _Mender:
             if data is not None:
                 records[version] = Commit.from_json(data)
 
-    def _from_weights(self, version: int, listed: list[str]) -> Commit | None:
-        """The record of a version, out of its weights file."""
-        for key in listed:
-            file = self._keys.parse_versioned(key)
-            if file is None or file[0] != version or "/weights/" not in key:
-                continue
-            with suppress(CorruptedError, FormatError):
-                data = self._store.blobs.get(key)
-                if data is None:
-                    continue
-                text = safetensors.read_metadata(data).get("commit", "")
-                told = json.loads(text or "{}")
-                kinds = ["weights", *({"applied"} if told["table"][0] == version else ())]
-                kinds.append("optimizer")
-                files = {}
-                for kind in sorted(kinds):
-                    raw = self._store.blobs.raw.get(self._keys.versioned(kind, *file))
-                    if raw is not None:
-                        files[kind] = sha256([raw])
-                return Commit.from_json(json.dumps({**told, "files": files}).encode())
+    def _hinted(self, version: int) -> Commit | None:
+        """The record of a version, if it is the newest: the hint holds it too."""
+        with suppress(CorruptedError, FormatError):
+            hint = read_json(self._store.blobs.get(self._keys.head), self._keys.head)
+            if hint.get("version") == version:
+                return Commit.from_json(str(hint.get("record")).encode())
         return None
 
     def _in_place_of(
@@ -290,7 +276,8 @@ class _Mender:
         with suppress(CorruptedError, FormatError):
             if read_json(self._store.blobs.get(self._keys.head), "").get("version") == newest:
                 return
-        self._store.blobs.put(self._keys.head, [json.dumps({"version": newest}).encode()])
+        record = read_records(self._store, self._keys, newest)[newest]
+        self._store.blobs.put(self._keys.head, [hint_at(record)])
         self._said(f"{self._keys.head}: written again, version {newest}")
 
     def _newest(self, newest: int) -> None:

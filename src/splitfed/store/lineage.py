@@ -344,7 +344,7 @@ class Lineage:
             parts = safetensors.encode({name: state[name] for name in frozen})
             if not _is_file(parts, commit.frozen):
                 return False
-        return _is_file(self._weights(commit, state), commit.files["weights"])
+        return _is_file(self._weights(version, state), commit.files["weights"])
 
     def publish(self, commit: Commit, state: Mapping[str, Tensor], optimizer: Any) -> Commit | None:
         """Make `commit.version` from these.
@@ -378,7 +378,7 @@ class Lineage:
             contents["applied"] = checksum.sealed([text])
             place = (version, len(contents["applied"][0]))
         commit = replace(commit, table=place)
-        contents["weights"] = self._weights(commit, state)
+        contents["weights"] = self._weights(version, state)
         if optimizer is not None:
             contents["optimizer"] = pack_tree("Optimizer", optimizer)
         contents = {kind: checksum.sealed(parts) for kind, parts in contents.items()}
@@ -394,7 +394,7 @@ class Lineage:
             return None
         self._tables.put(version, table)
         with contextlib.suppress(StoreError):  # a hint only
-            self.blobs.put(self.keys.head, [json.dumps({"version": version}).encode()])
+            self.blobs.put(self.keys.head, [hint_at(winner)])
         return winner
 
     def restate(
@@ -537,14 +537,11 @@ class Lineage:
         restored = self.commit(version).restored
         return version - 1 if restored is None else restored
 
-    def _weights(self, commit: Commit, state: Mapping[str, Tensor]) -> list[Any]:
-        """The weights file of a version. It holds its commit too, for a record that gets lost."""
+    def _weights(self, version: int, state: Mapping[str, Tensor]) -> list[Any]:
+        """The weights file of a version: a function of its state."""
         frozen = self._frozen_names()
         kept = {name: tensor for name, tensor in state.items() if name not in frozen}
-        metadata = {"lineage": self.name, "version": str(commit.version)}
-        if commit.table is not None:
-            metadata["commit"] = replace(commit, files={}).to_json().decode()
-        return safetensors.encode(kept, metadata)
+        return safetensors.encode(kept, {"lineage": self.name, "version": str(version)})
 
     def _frozen_names(self) -> list[str]:
         return [name for name, entry in self.fingerprint().items() if entry.get("role") == "frozen"]
@@ -643,6 +640,11 @@ class Lineage:
             "the file was changed from outside. Restore it from a copy, run `splitfed repair`, "
             "or go back with GradientStore.rollback()"
         )
+
+
+def hint_at(commit: Commit) -> bytes:
+    """The hint at the newest version. It holds the record too, for one that gets lost."""
+    return json.dumps({"version": commit.version, "record": commit.to_json().decode()}).encode()
 
 
 def _is_file(parts: list[Any], digest: str | None) -> bool:
