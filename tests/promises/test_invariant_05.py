@@ -157,7 +157,7 @@ def test_a_commit_that_was_made_is_returned_whatever_others_do_meanwhile(store_u
             quick.pile().create(batch(seq), record())
             assert other.step() is not None
 
-    hook = Nth(1, h.meanwhile(overtake), at="get body/applied")  # the second one: the head's table, to clean up by
+    hook = Nth(0, h.meanwhile(overtake), at="delete body/grad")
     mine = Accumulator(Point(), hooked(store_url, hook), sgd(), keep_versions=2, lock_seconds=0)
     quick.pile().create(batch(0), record())
     with hook.armed():
