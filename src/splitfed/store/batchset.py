@@ -38,7 +38,7 @@ class BatchSet:
             self._append(batch)
 
     def __contains__(self, batch: BatchId) -> bool:
-        runs = self._intervals.get(batch.client_id, {}).get(batch.incarnation, [])
+        runs = self.runs(batch)
         place = bisect_right(runs, batch.seq, key=lambda run: run[0]) - 1
         return place >= 0 and batch.seq <= runs[place][1]
 
@@ -68,6 +68,10 @@ class BatchSet:
             for incarnation, runs in incarnations.items():
                 held[incarnation] = _merge([*held.get(incarnation, []), *runs])
         return merged
+
+    def runs(self, batch: BatchId) -> Intervals:
+        """The runs of the process that a batch is of."""
+        return self._intervals.get(batch.client_id, {}).get(batch.incarnation, [])
 
     def gaps(self, client_id: str) -> int:
         """How many holes the numbers of a client's processes have."""
