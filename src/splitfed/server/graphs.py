@@ -1,4 +1,4 @@
-"""The graphs of the last few forwards, so that a backward that comes to this server is no recompute.
+"""The graphs of the last few forwards: with them a backward is no recompute.
 
 They change speed, never results: a graph that isn't here is made again with the same bits. What is
 kept is counted in batches, as the cut calls of one `client(...)` are needed together, and in bytes.
