@@ -134,7 +134,7 @@ def _reports(server: SplitServer, desk: Desk, pools: _Pools, metrics: Metrics) -
     secured = desk.tokens is not None
     openapi = json.dumps(document(desk.limits, secured=secured)).encode()
     status = _Cached(lambda: json.dumps(read_status(store).to_json()).encode(), _CACHED_SECONDS)
-    newest = _Cached(versions.head, _CACHED_SECONDS)
+    newest = _Cached(lambda: versions.head(), _CACHED_SECONDS)
 
     def read_ready() -> bytes:
         found = {
