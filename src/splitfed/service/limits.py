@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -23,6 +23,7 @@ from splitfed.errors import InputError, TooLargeError
 from splitfed.protocol.fields import Request
 from splitfed.protocol.header import MAX_HEADER, MAX_TENSORS
 
+REST = 2.0
 _ABOUT_SECONDS = 1.0
 """So long after its last request a client counts as being about."""
 
@@ -111,7 +112,9 @@ class Lanes:
     """Serves the requests of a client one at a time while other clients are about.
 
     A client alone may use all threads. With others, many requests at once would share out the
-    interpreter by requests and not by clients.
+    interpreter by requests and not by clients. And a client that has always another one waiting
+    would keep it busy all the time: so before that one is begun, it rests for `REST` times the time
+    of computing that the last one took. Who asks one after another never waits for it.
 
     Args:
         clock: Seconds, never going back.
@@ -119,29 +122,61 @@ class Lanes:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._served: Counter[str] = Counter()
         """Requests that are being served, by client."""
+        self._waiting: dict[str, deque[threading.Lock]] = {}
+        """A gate for each that waits; whoever opens it hands on a place among the served."""
+        self._rests: dict[str, float] = {}
+        """For how long the next one of a client has to rest."""
         self._seen: OrderedDict[str, float] = OrderedDict()
         """When each client that is about was last seen."""
 
     @contextmanager
     def of(self, client_id: str) -> Iterator[None]:
         """Wait until a request of a client may be served, and serve it within the block."""
-        with self._changed:
-            self._note(client_id)
-            while self._served[client_id] and self._has_others():
-                self._changed.wait(_ABOUT_SECONDS)
-            self._served[client_id] += 1
+        self._begin(client_id)
+        begun = time.thread_time()
         try:
             yield
         finally:
-            with self._changed:
+            self._end(client_id, time.thread_time() - begun)
+
+    def _begin(self, client_id: str) -> None:
+        with self._lock:
+            self._note(client_id)
+            if not self._served[client_id] or not self._has_others():
+                self._served[client_id] += 1
+                return
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.setdefault(client_id, deque()).append(gate)
+        gate.acquire()
+        with self._lock:
+            rest = self._rests.pop(client_id, 0.0)
+        if rest:
+            time.sleep(rest)
+
+    def _end(self, client_id: str, seconds: float) -> None:
+        with self._lock:
+            self._note(client_id)
+            queue = self._waiting.pop(client_id, None)
+            if queue is None:
                 self._served[client_id] -= 1
                 if not self._served[client_id]:
                     del self._served[client_id]
-                self._note(client_id)
-                self._changed.notify_all()
+                return
+            if self._has_others():
+                self._rests[client_id] = min(REST * seconds, _ABOUT_SECONDS)
+                opened = [queue.popleft()]
+            else:
+                opened = [*queue]
+                queue.clear()
+            if queue:
+                self._waiting[client_id] = queue
+            self._served[client_id] += len(opened) - 1
+        for gate in opened:
+            gate.release()
 
     def _note(self, client_id: str) -> None:
         self._seen[client_id] = self._clock()
@@ -152,7 +187,7 @@ class Lanes:
         oldest = self._clock() - _ABOUT_SECONDS
         while self._seen:
             client_id, seen = next(iter(self._seen.items()))
-            if seen > oldest or self._served[client_id]:
+            if seen > oldest:
                 break
             del self._seen[client_id]
         return len(self._seen) > 1

@@ -203,14 +203,19 @@ class Arrival:
             FormatError: its length isn't a number, or isn't the declared one.
             GoneError: the client left.
         """
+        if owner is not None:
+            try:
+                self._budget.enter_client(owner)
+            except BusyError:
+                # A client that asks again at once would keep the event loop busy with refusals.
+                await self._budget.pause(owner)
+                raise
+            self._owner = owner
         try:
             self._budget.enter()
         except BusyError as error:
             raise RefusedError(error, 503) from None
         self._entered = True
-        if owner is not None:
-            self._budget.enter_client(owner)
-            self._owner = owner
         text = headers.get(b"content-length")
         if text is None:
             return await self._gather(receive, limits)
@@ -334,11 +339,8 @@ class Method(Endpoint):
         return reply
 
     def _run(self, body: memoryview, owner: str | None) -> Buffers:
-        if owner is None:
-            request = self._unpacked(body)
-            with self.desk.lanes.of(str(request.client_id)):  # not checked yet: it may be anything
-                return self._answered(request, owner)
-        # Where it is known whose it is, reading it is part of its turn.
+        if owner is None:  # anybody may call itself anything: there is no one to take turns with
+            return self._answered(self._unpacked(body), owner)
         with self.desk.lanes.of(owner):
             return self._answered(self._unpacked(body), owner)
 

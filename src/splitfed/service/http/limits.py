@@ -10,6 +10,7 @@ for.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from dataclasses import dataclass
 
@@ -68,6 +69,7 @@ class Budget:
         self.num_bytes = 0
         self._requests: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
 
     def enter(self) -> None:
         """Count a request in.
@@ -119,6 +121,17 @@ class Budget:
                 f"of one client: try again in {self._limits.retry_seconds} s"
             )
         self._requests[client_id] += 1
+
+    async def pause(self, client_id: str) -> None:
+        """Keep a refused client waiting for its answer, unless many of its requests are."""
+        if self._refused[client_id] < self._limits.client_requests:
+            self._refused[client_id] += 1
+            try:
+                await asyncio.sleep(self._limits.retry_seconds / 2)
+            finally:
+                self._refused[client_id] -= 1
+                if not self._refused[client_id]:
+                    del self._refused[client_id]
 
     def leave_client(self, client_id: str, num_bytes: int) -> None:
         """Count a request of a client out, with the bytes that were counted for it."""
