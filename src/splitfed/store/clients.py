@@ -106,7 +106,9 @@ class Clients:
         seen = self._opened.get((client_id, incarnation))
         # Now and then again: after many newer ones, both its file and the next one are gone.
         if seen is None or now - seen > _RECHECK_SECONDS:
-            if self._blobs.get(layout.client(client_id, incarnation)) is None:
+            # A milestone's own file stays for long.
+            is_passed = incarnation % BRANCH == 0 and self._milestone(client_id, incarnation)
+            if is_passed or self._blobs.get(layout.client(client_id, incarnation)) is None:
                 raise SupersededError(
                     f"client {client_id!r} never opened process {incarnation} in this store, "
                     "or has begun many newer ones: make a new SplitClient"

@@ -86,24 +86,22 @@ class Ledger:
         """
         account = self._accounts.get(client_id) or self._accounts.put(client_id, _Account())
         with self._lock:
-            account.calls += calls
-            account.num_bytes += num_bytes
-            if self._fits(account):
+            if self._add(account, num_bytes, calls):
                 return
             is_known = self._clock() < account.full_until
         if not is_known:
-            open_calls, open_bytes = self.look(client_id)
+            found = self.look(client_id)
             with self._lock:
-                account.calls = open_calls + calls
-                account.num_bytes = open_bytes + num_bytes
-                if self._fits(account):
+                account.calls, account.num_bytes = found
+                if self._add(account, num_bytes, calls):
                     return
                 account.full_until = self._clock() + _LOOK_SECONDS
         raise BusyError(
             f"client {client_id!r} has {account.calls} open calls and {account.num_bytes} bytes in "
-            f"the store: this server takes {self._quota.calls} calls and {self._quota.disk} bytes "
-            "of one client. They go with its backwards and with the next commits; or raise the "
-            "quota, SplitServer(..., quota=Quota(calls=..., disk=...))"
+            f"the store, and asks for {num_bytes} more: this server takes {self._quota.calls} "
+            f"calls and {self._quota.disk} bytes of one client. They go with its backwards and "
+            "with the next commits; or raise the quota, SplitServer(..., quota=Quota(...)), "
+            "--client-calls, --client-disk"
         )
 
     def look(self, client_id: str) -> tuple[int, int]:
@@ -118,5 +116,13 @@ class Ledger:
                     num_bytes += size
         return calls, num_bytes + sum(sizes(f"{self._pile.keys.gradients}/{client_id}").values())
 
-    def _fits(self, account: _Account) -> bool:
-        return account.calls <= self._quota.calls and account.num_bytes <= self._quota.disk
+    def _add(self, account: _Account, num_bytes: int, calls: int) -> bool:
+        """Count what is to be written, if it fits."""
+        # Not the calls where none is added: a backward is what frees some.
+        if calls and account.calls + calls > self._quota.calls:
+            return False
+        if account.num_bytes + num_bytes > self._quota.disk:
+            return False
+        account.calls += calls
+        account.num_bytes += num_bytes
+        return True
