@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import threading
 import time
+import types
 
 import pytest
 from coalition import Coalition
 
 from splitfed import BatchId, Federation, InputError
 from splitfed.accumulator import policies
+from splitfed.federation import federation
 from splitfed.federation.reports import commit_rows
 from splitfed.store.rows import plain
 
@@ -452,3 +454,14 @@ def test_the_rows_of_commits(store_url: str) -> None:
         "round": 1,
     }
     assert "round" not in commit_rows(run.store, "body", 0, 1)[0]
+
+
+def test_the_clock_of_a_coordinator_never_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins with the time of day; somebody sets that back by a year, and the seconds go on."""
+    times = {"time": 1_000.0, "monotonic": 5.0}
+    clock = types.SimpleNamespace(time=lambda: times["time"], monotonic=lambda: times["monotonic"])
+    monkeypatch.setattr(federation, "time", clock)
+    now = federation.steady_clock()
+    assert now() == 1_000.0
+    times.update(time=-30e6, monotonic=7.5)
+    assert now() == 1_002.5

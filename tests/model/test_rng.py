@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 
 import pytest
 import torch
 
-from splitfed.model.rng import Seed, seeded
+from splitfed.model.rng import Seed, Turns, seeded
 
 
 def stream() -> list[float]:
@@ -112,3 +113,74 @@ def test_blocks_nest() -> None:
         own = torch.rand(2)
     assert torch.equal(own, expected)
     assert outer.drew
+
+
+def queued(turns: Turns, order: list[str], names: list[str]) -> list[threading.Thread]:
+    """A thread for each name that waits for a turn of it, in this order."""
+    threads = []
+    for count, name in enumerate(names, 1):
+
+        def run(name: str = name) -> None:
+            with turns.of(name):
+                order.append(name)
+
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+        while sum(map(len, turns._waiting.values())) < count:
+            pass
+    return threads
+
+
+def test_clients_take_turns_and_not_their_requests() -> None:
+    """Eight requests of one wait, then one each of two others: each of those waits for one of it at most."""
+    turns, order = Turns(threading.RLock()), list[str]()
+    with turns.of("many"):
+        threads = queued(turns, order, [*["many"] * 8, "one", "two"])
+    for thread in threads:
+        thread.join()
+    assert order == ["one", "many", "two", *["many"] * 7]
+
+
+def test_a_thread_that_has_the_lock_needs_no_turn() -> None:
+    """A body that calls another server, in its own turn."""
+    lock = threading.RLock()
+    turns = Turns(lock)
+    with turns.of("a"), lock, turns.of("b"), turns.of("a"):
+        assert not turns._waiting
+    with turns.of("c"):
+        assert turns._is_taken
+    assert not turns._is_taken
+
+
+def test_a_turn_ends_with_an_error() -> None:
+    """The next one begins."""
+    turns = Turns(threading.RLock())
+    with pytest.raises(KeyError), turns.of("a"):
+        raise KeyError
+    with turns.of("b"):
+        pass
+
+
+def test_whoever_stops_waiting_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a thread that waits for its turn: the turn isn't handed to it, and the next one gets it."""
+
+    class Gate:
+        acquired = 0
+
+        def acquire(self) -> bool:
+            self.acquired += 1
+            if self.acquired == 2:  # the first time its own turn closes it
+                raise KeyboardInterrupt
+            return True
+
+    turns, order = Turns(threading.RLock()), list[str]()
+    with turns.of("a"):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading, "Lock", Gate)
+            with pytest.raises(KeyboardInterrupt):
+                turns.take("b")
+        assert not turns._waiting
+        threads = queued(turns, order, ["c"])
+    for thread in threads:
+        thread.join()
+    assert order == ["c"]

@@ -212,7 +212,9 @@ def test_duplicates_are_reported_in_the_next_commit(store_url: str, quiet: bool)
     assert sum(commit.num_duplicates for commit in commits(store)) == 2
 
 
-@pytest.mark.parametrize("operation", ["list body/grad", "get body/grad", "create body/weights", "create body/optimizer"])
+@pytest.mark.parametrize(
+    "operation", ["list body/grad", "get body/grad", "create body/weights", "create body/optimizer"]
+)
 def test_storage_that_fails_is_loud_and_a_later_step_continues(store_url: str, operation: str) -> None:
     """StoreError, nothing lost, nothing counted twice."""
     hook = Nth(0, h.refuse, at=operation)

@@ -10,13 +10,18 @@ import pytest
 import torch
 from bodies import sandwich
 from harness import Split
-from harness_requests import ONES, SEAL, Site, X, ahead, back
+from harness_requests import ONES, SEAL, Site, X, ahead, back, body
+from harness_store import Nth, hooked, meanwhile, sgd
 from torch import Tensor, nn
 
-from splitfed.errors import DigestError, ExpiredError, InputError, SplitFedError
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.errors import BusyError, DigestError, ExpiredError, InputError, SplitFedError
 from splitfed.protocol import packing
 from splitfed.protocol.ids import BatchId
-from splitfed.protocol.messages import Chain, GradientRecord, Housekeeping, Seal
+from splitfed.protocol.messages import Chain, GradientRecord, Housekeeping, LossRequest, Seal
+from splitfed.server.server import SplitServer
+from splitfed.store.batchset import MAX_GAPS
+from splitfed.store.numbers import MAX_SKIPS
 
 CLOSE = Seal(((0, 0), (0, 1)), 5.0, 0.5, (Chain(2.0, 0), Chain(3.0, 1)))
 
@@ -113,6 +118,88 @@ def test_numbers_that_were_given_up_are_closed_once() -> None:
     kinds = {str(batch): site.store.pile().peek(batch) for batch in site.store.waiting()}
     assert {name: found and found["kind"] for name, found in kinds.items()} == {"a/1/0": "gradient", "a/1/1": "skip"}
     assert BatchId("a", 1, 1) in site.commit().skipped
+
+
+def given_up(*numbers: int, call: int = 5, incarnation: int = 1) -> Any:
+    """A forward that gives numbers up."""
+    return ahead(incarnation=incarnation, call=call, housekeeping=Housekeeping(abandoned=numbers))
+
+
+def test_five_requests_leave_no_twenty_thousand_skips() -> None:
+    """As many as may wait, and the request says so; a commit without a gradient closes them."""
+    site = Site(f"memory://{uuid.uuid4()}")
+    site.forward()
+    for first in range(0, 5 * 4096, 4096):
+        with pytest.raises(BusyError, match="given up more than 1024 batches"):
+            site.server.forward(given_up(*range(first, first + 4096)))
+    assert len(site.store.blobs.list("body/grad")) == MAX_SKIPS
+    before = site.store.load_weights()
+    commit = site.commit()
+    assert (commit.num_batches, len(commit.skipped)) == (0, MAX_SKIPS)
+    assert site.store.load_weights()["weight"].equal(before["weight"])
+    assert site.store.blobs.list("body/grad") == []
+
+
+def test_a_few_skips_wait_for_a_gradient_and_many_dont() -> None:
+    """255 make no version of their own."""
+    site = Site(f"memory://{uuid.uuid4()}")
+    site.forward()
+    accumulator = Accumulator(body(), site.store, sgd(), min_batches=2)
+    site.server.forward(given_up(*range(255)))
+    assert accumulator.step() is None
+    site.server.forward(given_up(255, call=6))
+    commit = accumulator.step()
+    assert commit is not None
+    assert len(commit.skipped) == 256
+
+
+def test_numbers_given_up_with_holes_are_refused_soon() -> None:
+    """Each would be a run of the applied table: as many holes as a process has passes under way, and no more."""
+    site = Site(f"memory://{uuid.uuid4()}")
+    site.forward()
+    with pytest.raises(BusyError, match="more than 64 holes"):
+        site.server.forward(given_up(*range(0, 1000, 2)))
+    assert len(site.store.blobs.list("body/grad")) == 66
+    assert site.server.forward(given_up(*range(1, 120, 2), call=6)).version == 0  # these fill them
+
+
+def test_a_skip_that_races_a_late_gradient_is_none_and_raises_nothing() -> None:
+    """The gradient comes between the look and the create: it counts, and the forward is answered."""
+    url = f"memory://{uuid.uuid4()}"
+    site = Site(url)
+    site.forward()
+    hook = Nth(0, meanwhile(lambda: site.other.backward(back())), "create body/grad")
+    server = SplitServer(body(), hooked(url, hook), keep_graphs=0)
+    with hook.armed():
+        server.forward(given_up(0))
+    assert hook.count == 1
+    assert waiting(site).kind == "gradient"
+
+
+@pytest.mark.parametrize("incarnation", [1, 7], ids=["superseded", "never opened"])
+def test_only_the_newest_process_gives_numbers_up(incarnation: int) -> None:
+    """The call is answered, and nothing is closed."""
+    site = Site(f"memory://{uuid.uuid4()}")
+    site.forward()
+    site.store.open_client("a", "second")
+    site.server.forward(given_up(0, 1, 2, incarnation=incarnation))
+    assert site.store.waiting() == []
+
+
+def test_holes_are_counted_with_what_is_pending() -> None:
+    """On every path that adds a batch: by a seal and by a loss; a push is stored by the same `Sealer`."""
+    site = Site(f"memory://{uuid.uuid4()}", loss_fn=lambda outputs, target: (outputs - target).sum())
+    site.forward()
+    pile = site.store.pile()
+    for seq in range(0, 2 * MAX_GAPS + 4, 2):
+        pile.create(BatchId("a", 1, seq), GradientRecord("gradient", 0, 1.0, 1.0, "by hand", "", {}, []))
+    with pytest.raises(BusyError, match="more than 1024 holes"):
+        site.server.backward(back(seq=9_000))
+    with pytest.raises(BusyError, match="more than 1024 holes"):
+        site.server.loss(LossRequest(ahead(incarnation=1, call=3), 9_000, torch.zeros(2, 2), 2.0))
+    with pytest.raises(BusyError, match="more than 64 holes"):
+        site.server.forward(given_up(9_000))
+    assert site.server.backward(back(seq=1)).status == "stored"
 
 
 PARTS: list[tuple[str, Any]] = [

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
-from harness_store import again
+from harness_store import Nth, again, hooked
 
-from splitfed.errors import IdError, ProtocolError, SupersededError
+from splitfed.errors import IdError, InputError, ProtocolError, SupersededError
+from splitfed.store.clients import Clients
 from splitfed.store.store import GradientStore
 
 
@@ -76,6 +78,77 @@ def test_foreign_names_among_the_clients_are_ignored(store: GradientStore) -> No
     store.open_client("a")
     store.blobs.create("clients/a/notes.txt", [b"x"])
     assert store.open_client("a") == 2
+
+
+def test_the_301st_process_of_a_client_costs_few_reads(store_url: str) -> None:
+    """One listing, and a handful of single keys; and what older ones have left is deleted, but for milestones."""
+    hook = Nth()
+    store = hooked(store_url, hook)
+    registry = store.registry()
+    for number in range(1, 301):
+        assert registry.open("a", f"p{number}") == number
+    with hook.armed():
+        assert registry.open("a", "p301") == 301
+    operations = [operation for operation, _ in hook.log]
+    assert (operations.count("get"), operations.count("list"), operations.count("create")) == (8, 1, 1)
+    assert registry.open("a", "p301") == 301
+    for number in range(302, 600):
+        registry.open("a", f"p{number}")
+    kept = [int(key[-8:]) for key in store.blobs.list("clients/a")]
+    assert kept == [256, *range(512, 600)]
+    registry.check("a", 599)
+    with pytest.raises(SupersededError, match="newer process"):
+        registry.check("a", 598)
+    for number in (1, 255, 256, 300):
+        with pytest.raises(SupersededError):
+            registry.check("a", number)
+
+
+def test_an_opener_that_slept_takes_no_number_whose_file_is_gone(store: GradientStore) -> None:
+    """Its listing is from before hundreds of others: it creates number 1 once more, sees a milestone, and moves on."""
+    for number in range(1, 300):
+        store.open_client("a", f"p{number}")
+    assert store.blobs.get("clients/a/00000001") is None
+    registry = Clients(Stale(store.blobs))
+    assert registry.open("a", "sleeper") == 300
+    assert store.blobs.get("clients/a/00000001") is None
+    assert store.open_client("a", "sleeper") == 300
+
+
+class Stale:
+    """Blobs whose listings are from before anything was there."""
+
+    def __init__(self, blobs: Any) -> None:
+        self._blobs = blobs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._blobs, name)
+
+    def list(self, prefix: str) -> list[str]:
+        """Nothing."""
+        return []
+
+
+def test_a_process_that_was_superseded_long_ago_is_refused_though_all_files_are_gone(
+    store: GradientStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that has seen it looks for its file again, after a few seconds."""
+    seconds = [0.0]
+    monkeypatch.setattr("splitfed.store.clients.time.monotonic", lambda: seconds[0])
+    store.open_client("a", "old")
+    store.check_client("a", 1)
+    for number in range(300):
+        again(store).open_client("a", f"p{number}")
+    seconds[0] = 6.0
+    with pytest.raises(SupersededError, match="many newer ones"):
+        store.check_client("a", 1)
+
+
+def test_a_process_with_a_name_of_megabytes_is_refused(store: GradientStore) -> None:
+    """It would be a file of that size."""
+    with pytest.raises(InputError, match="calls itself by 1000 characters: expected at most 256"):
+        store.open_client("a", "x" * 1000)
+    assert store.clients() == []
 
 
 @pytest.mark.parametrize("client_id", ["..", "a/b", "a\0", "*", "x" * 300, ""])

@@ -43,6 +43,10 @@ from splitfed.store.beginning import begin_with
 from splitfed.store.commit import Commit
 from splitfed.store.store import GradientStore, check_store
 
+MANY_SKIPS = 256
+"""So many numbers that clients have given up are closed without waiting for gradients. Fewer wait:
+each commit is a version, and takes one out of the retention window."""
+
 
 class Accumulator:
     """Commits the pending gradients of one lineage.
@@ -231,14 +235,17 @@ class Accumulator:
         if newest.kind == "end":
             return None  # a client's round is over: its batches fold once its line begins again
         pending = self._pending(applied, only)
-        if len(pending) < least:
+        if len(pending) < min(least, MANY_SKIPS):
             return None
         verdict, older = sort_batches(
             pending, self._header, head, self.settings, only, self._unfit, newest.is_abandoned
         )
         # Too few: but nobody would ever take away what can't be read, if nothing else comes.
         if len(verdict.folded) < least and (verdict.folded or self._unfit.isdisjoint(pending)):
-            return None
+            if len(verdict.skipped) < MANY_SKIPS:
+                return None
+            # Nor numbers that were given up: their files pile up, and no gradient need ever come.
+            verdict, older = Verdict(skipped=verdict.skipped), {}
         fingerprint = self._versions.fingerprint()
         numerics = self.store.numerics()
         folded = fold(verdict, self._pile, fingerprint, head, self.settings, numerics, self._unfit)

@@ -19,7 +19,7 @@ import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from splitfed.errors import InputError
@@ -232,7 +232,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=8,
         metavar="N",
-        help="forwards whose graph stays in memory, which saves their recompute; 0 for none "
+        help="batches whose graphs stay in memory, which saves their recompute; 0 for none "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -243,6 +243,54 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         help="what clients may set of the body for their calls, beside train and eval mode, such "
         "as '*.p' or layer.beta; may be repeated (default: nothing)",
     )
+
+
+def add_size_limits(group: argparse._ArgumentGroup) -> None:
+    """Add the limits of messages and memory, which are the same however requests come."""
+    for option, unit, about in (
+        ("--max-body", "BYTES", "of a request (default: 256 MiB)"),
+        ("--max-tensors", "N", "in a request (default: 10000)"),
+        ("--max-samples", "N", "in a batch (default: 1000000)"),
+        ("--memory", "BYTES", "of calls under way and kept graphs (default: 4 GiB)"),
+        ("--client-memory", "BYTES", "of these, of one client (default: 256 MiB)"),
+    ):
+        group.add_argument(option, type=int, metavar=unit, help=about)
+    group.add_argument(
+        "--client-calls",
+        type=int,
+        metavar="N",
+        help="calls that one client may have on record without a backward (default: 4096)",
+    )
+    group.add_argument(
+        "--client-disk",
+        type=int,
+        metavar="BYTES",
+        help="what one client may have open in the store: recorded calls and pending batches "
+        "(default: 32 GiB)",
+    )
+
+
+def size_limits(arguments: argparse.Namespace) -> dict[str, int]:
+    """Those of the limits of `add_size_limits` that were given, as a service names them."""
+    options = {
+        "body": "max_body",
+        "tensors": "max_tensors",
+        "samples": "max_samples",
+        "memory": "memory",
+        "client_memory": "client_memory",
+    }
+    return given(arguments, options)
+
+
+def given(arguments: argparse.Namespace, options: Mapping[str, str]) -> dict[str, Any]:
+    """The values of options that the command line has, by the names of the settings they are for.
+
+    Args:
+        arguments: The command line's.
+        options: The option of each setting.
+    """
+    found = {name: getattr(arguments, option, None) for name, option in options.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def set_threads(arguments: argparse.Namespace) -> None:
@@ -304,6 +352,9 @@ def open_server(arguments: argparse.Namespace) -> SplitServer:
         raise InputError(f"--keep-graphs is {arguments.keep_graphs}: expected 0 or more")
     store = open_store(arguments)
     from splitfed.server.server import SplitServer
+    from splitfed.store.quota import Quota
+
+    quota = Quota(**given(arguments, {"calls": "client_calls", "disk": "client_disk"}))
 
     loss = None if arguments.loss is None else load_object(arguments.loss, "--loss")
     if loss is not None and not callable(loss):
@@ -317,6 +368,7 @@ def open_server(arguments: argparse.Namespace) -> SplitServer:
         loss_fn=loss,
         keep_graphs=arguments.keep_graphs,
         settings=arguments.settings,
+        quota=quota,
     )
 
 

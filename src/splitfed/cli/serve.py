@@ -15,7 +15,15 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from splitfed.cli.options import LOG_FORMAT, add_server, open_server, store_name
+from splitfed.cli.options import (
+    LOG_FORMAT,
+    add_server,
+    add_size_limits,
+    given,
+    open_server,
+    size_limits,
+    store_name,
+)
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,13 +89,12 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:
+    add_size_limits(group)
     for option, unit, about in (
-        ("--max-body", "BYTES", "of a request (default: 256 MiB)"),
         ("--max-in-flight", "BYTES", "of all requests at once (default: 1 GiB)"),
         ("--max-requests", "N", "at once (default: 32)"),
+        ("--max-client-requests", "N", "of one client at once, by its token (default: 8)"),
         ("--max-connections", "N", "open at once (default: 1024)"),
-        ("--max-tensors", "N", "in a request (default: 10000)"),
-        ("--max-samples", "N", "in a batch (default: 1000000)"),
     ):
         group.add_argument(option, type=int, metavar=unit, help=about)
     group.add_argument(
@@ -112,8 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check_access(arguments)
     place = _place(arguments)
     # They cross to the processes of workers; `run` is this very function, and no setting.
-    given = {name: value for name, value in vars(arguments).items() if name != "run"}
-    settings = argparse.Namespace(**given)
+    plain = {name: value for name, value in vars(arguments).items() if name != "run"}
+    settings = argparse.Namespace(**plain)
     _check_settings(settings)
     _begin_log()
     server = open_server(settings)
@@ -139,16 +146,14 @@ def limits(arguments: argparse.Namespace) -> Limits:
     """
     from splitfed.service.http.limits import Limits
 
-    given = {
-        "body": arguments.max_body,
-        "in_flight": arguments.max_in_flight,
-        "requests": arguments.max_requests,
-        "connections": arguments.max_connections,
-        "tensors": arguments.max_tensors,
-        "samples": arguments.max_samples,
-        "receive_seconds": arguments.receive_seconds,
+    options = {
+        "in_flight": "max_in_flight",
+        "requests": "max_requests",
+        "client_requests": "max_client_requests",
+        "connections": "max_connections",
+        "receive_seconds": "receive_seconds",
     }
-    return Limits(**{name: value for name, value in given.items() if value is not None})
+    return Limits(**size_limits(arguments), **given(arguments, options))
 
 
 def _check_access(arguments: argparse.Namespace) -> None:

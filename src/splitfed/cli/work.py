@@ -7,7 +7,15 @@ import logging
 import sys
 from typing import Any
 
-from splitfed.cli.options import LOG_FORMAT, add_server, check_poll, open_server, store_name
+from splitfed.cli.options import (
+    LOG_FORMAT,
+    add_server,
+    add_size_limits,
+    check_poll,
+    open_server,
+    size_limits,
+    store_name,
+)
 from splitfed.cli.signals import Stopping, keep_going
 
 _DESCRIPTION = """\
@@ -44,6 +52,7 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--once", action="store_true", help="answer the pending requests, once, and exit"
     )
+    add_size_limits(parser.add_argument_group("how much"))
     parser.set_defaults(run=run)
 
 
@@ -55,10 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
     """
     check_poll(arguments)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=LOG_FORMAT)
+    from splitfed.service.limits import MessageLimits
     from splitfed.service.mailbox.worker import Worker
 
+    limits = MessageLimits(**size_limits(arguments))
     server = open_server(arguments)
-    worker = Worker(server, server.store, claim_seconds=arguments.claim_seconds)
+    worker = Worker(server, server.store, claim_seconds=arguments.claim_seconds, limits=limits)
     if arguments.once:
         print(f"splitfed: {worker.step()} answered", flush=True)
         return 0

@@ -239,9 +239,10 @@ class Connection:
             yield notes
         except BaseException:
             with self._lock:
-                self._released += notes.released
-                self._abandoned += notes.abandoned
-                self._answered += notes.answered
+                # In front: they are confirmed in the order in which they came.
+                self._released[:0] = notes.released
+                self._abandoned[:0] = notes.abandoned
+                self._answered[:0] = notes.answered
             raise
 
     def _needed(self) -> list[tuple[Recorded, Callable[[], Any]]]:

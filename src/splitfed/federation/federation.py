@@ -145,7 +145,8 @@ class Federation:
             `half.min_batches` are pending, and a round is a stretch of as many updates as it has
             sampled clients.
         seed: Of the sampling.
-        clock: Tells the time, in seconds.
+        clock: Tells the time, in seconds; by default that of day, as it goes on from here on: a
+            round isn't ended, nor prolonged, by somebody who sets the machine's clock.
 
     Raises:
         InputError: a setting out of its range, or accumulators that don't belong together or to the
@@ -166,7 +167,7 @@ class Federation:
         below_quorum: Literal["keep", "drop"] = "keep",
         barrier: bool = True,
         seed: int = 0,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.mode = mode_of(mode)
         self._body = as_body(body, self.mode)
@@ -194,7 +195,7 @@ class Federation:
         self._below_quorum = below_quorum
         self._barrier = barrier
         self._seed = seed
-        self._clock = clock
+        self._clock = steady_clock() if clock is None else clock
         self._has_noted_few = False
 
     def open(self) -> Plan | None:
@@ -390,6 +391,12 @@ class Federation:
         self._body.end_round(plan, ending)
         if ending.client.folded:
             self.half.step(1, only=ending.client)
+
+
+def steady_clock() -> Callable[[], float]:
+    """A clock in seconds since 1970 that never jumps: the time of now, and what has gone since."""
+    ahead = time.time() - time.monotonic()
+    return lambda: time.monotonic() + ahead
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

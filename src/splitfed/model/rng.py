@@ -13,18 +13,109 @@ The trap: torch's default generator belongs to the process, not to the thread. `
 two bodies from running under each other's seed. A client half that draws in another thread
 meanwhile isn't covered, so many training clients in one process go one after another, and real
 parallelism is by processes.
+
+A lock is given to whoever is quickest, which is a client that asks for it from many threads. So a
+server asks for a turn first (`compute_turns`), and of those that wait it is the clients that take
+turns, not their requests.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
+from collections import deque
 from collections.abc import Sequence
 
 import torch
 
 # Reentrant: what runs under it may draw a seed, as a body does that is itself split.
 compute_lock = threading.RLock()
+
+
+class Turns:
+    """Turns between clients at a lock.
+
+    A client that waits for its turn waits for at most one run of each other client, whatever they
+    have queued.
+
+    Args:
+        lock: The lock; whoever has a turn takes it too. A thread that has it needs no turn.
+    """
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self._has_lock = lock._is_owned  # type: ignore[attr-defined]
+        self._mutex = threading.Lock()
+        self._waiting: dict[str, deque[threading.Lock]] = {}
+        """A gate for each request that waits, by client; the clients in the order in which they
+        came, or had their last turn."""
+        self._is_taken = False
+        self._last = ""
+
+    def of(self, client_id: str) -> Turn:
+        """A turn for a request of a client; to be used in a `with` block."""
+        return Turn(self, client_id)
+
+    def take(self, client_id: str) -> bool:
+        """Wait for a turn; false if this thread has the lock already, and needs none."""
+        if self._has_lock():
+            return False
+        with self._mutex:
+            if not self._is_taken:
+                self._is_taken = True
+                self._last = client_id
+                return True
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.setdefault(client_id, deque()).append(gate)
+        try:
+            gate.acquire()
+        except BaseException:  # Ctrl-C: nobody may hand the turn to who has gone
+            with self._mutex:
+                queue = self._waiting.get(client_id, deque())
+                is_queued = gate in queue
+                if is_queued:
+                    queue.remove(gate)
+                    if not queue:
+                        del self._waiting[client_id]
+            if not is_queued:
+                self.give()
+            raise
+        return True
+
+    def give(self) -> None:
+        """Hand the turn on: to the client that has waited longest, another than the last."""
+        with self._mutex:
+            if not self._waiting:
+                self._is_taken = False
+                return
+            client_id = next((name for name in self._waiting if name != self._last), self._last)
+            queue = self._waiting.pop(client_id)
+            gate = queue.popleft()
+            if queue:
+                self._waiting[client_id] = queue  # behind all others
+            self._last = client_id
+        gate.release()
+
+
+class Turn:
+    """One turn of `Turns`."""
+
+    __slots__ = ("_client_id", "_has", "_turns")
+
+    def __init__(self, turns: Turns, client_id: str) -> None:
+        self._turns = turns
+        self._client_id = client_id
+
+    def __enter__(self) -> None:
+        self._has = self._turns.take(self._client_id)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._has:
+            self._turns.give()
+
+
+compute_turns = Turns(compute_lock)
+"""Turns at `compute_lock`."""
 
 
 class Seed:

@@ -29,6 +29,7 @@ from splitfed.model import execution
 from splitfed.model.attributes import Habits
 from splitfed.model.execution import Model, Run
 from splitfed.model.numerics import is_repeatable, same_bits
+from splitfed.model.rng import compute_turns
 from splitfed.model.skeleton import Template
 from splitfed.protocol.ids import BatchId, check_client_id
 from splitfed.protocol.messages import (
@@ -37,11 +38,14 @@ from splitfed.protocol.messages import (
     ForwardRequest,
     GradientRecord,
 )
+from splitfed.server.graphs import CallKey, Graphs
+from splitfed.server.memory import Memory, extent
 from splitfed.server.probe import Call, Probe, same_gradients, seeded_backward
 from splitfed.store.batches import Pile, Sealer
 from splitfed.store.cache import Bounded
 from splitfed.store.earlier import Earlier, find_earlier
 from splitfed.store.lineage import Lineage
+from splitfed.store.quota import Ledger, Quota
 from splitfed.store.store import GradientStore
 
 KEPT_LINES = 16
@@ -49,9 +53,6 @@ WRITTEN = 256
 """Of so many attributes that a body sets a client is told."""
 
 Buffers = Mapping[str, Tensor]
-
-CallKey = tuple[int, str, int, int]
-"""(version, client id, incarnation, number of the call)"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +68,11 @@ class RunnerSettings:
     keep_models: int
     """How many versions of a line stay loaded."""
     keep_graphs: int
-    """How many forwards of a line keep their graph."""
+    """How many batches of a line keep their graphs."""
+    memory: Memory = field(default_factory=Memory)
+    """How many bytes they may hold, and the calls under way."""
+    quota: Quota = field(default_factory=Quota)
+    """What each client may have open in the store."""
     habits: Habits = field(default_factory=Habits)
     """What the body's forwards were seen to do."""
     probe: Probe = field(default_factory=Probe)
@@ -93,7 +98,7 @@ class Runner:
         self._numerics = settings.numerics
         self._device = settings.device
         self._models: Bounded[int, Model] = Bounded(max(1, settings.keep_models))
-        self._graphs: Bounded[CallKey, tuple[ForwardRecord, Run]] = Bounded(settings.keep_graphs)
+        self._graphs = Graphs(settings.keep_graphs, settings.memory)
         self._ends: Bounded[CallKey, tuple[Buffers, Buffers]] = Bounded(settings.keep_graphs)
         """The buffers of calls whose graph is used up: at their end, and their version's."""
 
@@ -158,7 +163,7 @@ class Runner:
         """
         call = request.record(self._continued_buffers(request, version), self._numerics)
         model = self._model(version)
-        done = self._run(model, call, grad=request.grad, finish=finish)
+        done = self._run(model, call, request.client_id, grad=request.grad, finish=finish)
         probe = self._settings.probe
         if done.written or probe.is_waiting:
             probe.examine(model, Call(call, request.grad, finish), done, request.client_id)
@@ -168,20 +173,34 @@ class Runner:
         """The plain attributes that forwards of this body were seen to set, by module and name."""
         return tuple(sorted(self._settings.habits.written)[:WRITTEN])
 
-    def keep(self, key: CallKey, call: ForwardRecord, done: Run) -> None:
-        """Record a call that has run, and keep its graph at hand."""
+    def keep(
+        self, key: CallKey, call: ForwardRecord, done: Run, previous: int | None = None
+    ) -> None:
+        """Record a call that has run, and keep its graph at hand.
+
+        Args:
+            key: The call.
+            call: What it ran on.
+            done: Its run.
+            previous: The number of the call of the same `client(...)` before it.
+        """
         outputs = tuple(
             (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)
             for tensor in done.tensors
         )
         call = replace(call, outputs=outputs, crcs=done.crcs)
         self._pile.put_forward(*key, call)
-        self._graphs.put(key, (call, done))
+        before = None if previous is None else (*key[:3], previous)
+        self._graphs.put(key, call, done, self._bytes_of(call, done), before)
 
     def record(self, key: CallKey) -> ForwardRecord | None:
         """The record of a call, or `None` if it is gone."""
         held = self._graphs.get(key)
         return held[0] if held else self._pile.forward(*key)
+
+    def keeps(self, key: CallKey) -> bool:
+        """Whether the graph of a call is at hand."""
+        return key in self._graphs
 
     def take(self, key: CallKey, record: ForwardRecord) -> Run:
         """The call with its graph, for one backward: the graph at hand, or a recompute.
@@ -194,7 +213,9 @@ class Runner:
         if held is not None and record.training and held[1].buffers:
             # The next call may begin with what this one left.
             self._ends.put(key, (held[1].buffers, held[1].bases))
-        return held[1] if held else self._replay(record, key[0])
+        if held is not None:
+            return held[1]
+        return self._replay(record, key[0], key[1])
 
     def check_kept(
         self,
@@ -202,6 +223,7 @@ class Runner:
         done: Run,
         grad_outputs: Sequence[Tensor | None],
         answered: tuple[Sequence[Tensor | None], Mapping[str, Tensor]],
+        client_id: str,
         finish: Callable[[Any], Any] | None = None,
     ) -> None:
         """Recompute a backward that went through a kept graph: the first, then ever more seldom.
@@ -213,6 +235,7 @@ class Runner:
             done: Its run, whose graph is used up.
             grad_outputs: The gradient of each of its outputs.
             answered: Those of its inputs and, by name, of the parameters.
+            client_id: Whose call it is.
             finish: What was applied to its outputs.
 
         Raises:
@@ -227,7 +250,8 @@ class Runner:
         if record is None:
             return
         try:
-            again = self._replay(replace(record, crcs=done.crcs), done.version, finish)
+            record = replace(record, crcs=done.crcs)
+            again = self._replay(record, done.version, client_id, finish)
         except MissingError:  # its weights are gone, and the graph was all that there was
             return
         found, drew = seeded_backward(record, again, self._device, grad_outputs)
@@ -295,12 +319,14 @@ class Runner:
         self,
         model: Model,
         call: ForwardRecord,
+        client_id: str,
         *,
         grad: bool,
         finish: Callable[[Any], Any] | None = None,
     ) -> Run:
         try:
-            return execution.run(model, call, grad=grad, finish=finish)
+            with compute_turns.of(client_id):
+                return execution.run(model, call, grad=grad, finish=finish)
         finally:
             if model.is_spoilt():
                 # It shares memory with the version's tensors: nobody may read what it wrote there.
@@ -318,20 +344,34 @@ class Runner:
         if ended is not None:
             return _changed(*ended)
         held = self._graphs.get(key)
-        if held is None:
-            record = self._pile.forward(*key)
-            if record is None:
-                raise ExpiredError(
-                    f"call {request.previous} of {request.client_id!r}, "
-                    "whose buffers this one continues, is gone"
-                )
-            held = self._graphs.put(key, (record, self._replay(record, version)))
-        return changed_buffers(held[1])
+        if held is not None:
+            return changed_buffers(held[1])
+        record = self._pile.forward(*key)
+        if record is None:
+            raise ExpiredError(
+                f"call {request.previous} of {request.client_id!r}, "
+                "whose buffers this one continues, is gone"
+            )
+        done = self._replay(record, version, request.client_id)
+        self._graphs.put(key, record, done, self._bytes_of(record, done))
+        return changed_buffers(done)
+
+    def _bytes_of(self, call: ForwardRecord, done: Run) -> int:
+        """What a call holds as long as its graph is kept, roughly."""
+        size = extent(done.leaves)[0]
+        growth = self._settings.memory.growth
+        growth.see(call.cut, size, done)
+        return int(size * (1.0 + growth.of(call.cut)))
 
     def _replay(
-        self, record: ForwardRecord, version: int, finish: Callable[[Any], Any] | None = None
+        self,
+        record: ForwardRecord,
+        version: int,
+        client_id: str,
+        finish: Callable[[Any], Any] | None = None,
     ) -> Run:
-        again = self._run(self._model(version), record, grad=True, finish=finish)
+        model = self._model(version)
+        again = self._run(model, record, client_id, grad=True, finish=finish)
         kind = "the same" if record.numerics == self._numerics else "another"
         execution.check_replay(record, again, f"the forward was computed in {kind} numerics class")
         again.replayed = True
@@ -345,6 +385,7 @@ class Line:
     pile: Pile
     sealer: Sealer
     runner: Runner
+    ledger: Ledger
 
 
 class Lines:
@@ -399,7 +440,8 @@ class Lines:
         lineage = self._store.lineage(name)
         pile = self._store.pile(name)
         sealer = Sealer(lineage, pile, self._settings.numerics)
-        return Line(pile, sealer, Runner(lineage, pile, self._settings))
+        ledger = Ledger(pile, self._settings.quota)
+        return Line(pile, sealer, Runner(lineage, pile, self._settings), ledger)
 
 
 def _is_first(number: int) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from splitfed.model.boundary import fresh
 from splitfed.model.cutpoint import CutPoint
 from splitfed.model.execution import Run
 from splitfed.model.fingerprint import values_beside
+from splitfed.model.rng import compute_turns
 from splitfed.model.skeleton import Template, device_of, unwrap
 from splitfed.model.stamp import check_stamp, stamp_of
 from splitfed.protocol import pytree
@@ -49,10 +51,13 @@ from splitfed.protocol.messages import (
     PushAnswer,
     PushRequest,
 )
+from splitfed.server.graphs import CallKey
 from splitfed.server.halves import Halves
+from splitfed.server.memory import Memory, extent
 from splitfed.server.runner import Line, Lines, RunnerSettings
 from splitfed.store.beginning import begin_with
 from splitfed.store.earlier import Earlier
+from splitfed.store.quota import Quota
 from splitfed.store.store import GradientStore, check_store
 
 Loss = Callable[[Any, Any], Tensor]
@@ -71,7 +76,7 @@ class SplitServer:
         per_client: Whether each client trains against a body of its own, `body@<id>`, which begins
             as the newest `body` (SFLV1; a `PerClient` commits and averages them).
         loss_fn: For `client.loss(x, y)`: `loss_fn(outputs, target)` returns a scalar.
-        keep_graphs: How many forwards keep their autograd graph in memory, so that a backward that
+        keep_graphs: How many batches keep their autograd graphs in memory, so that a backward that
             comes to this replica needn't recompute; 0 for always recomputing.
         keep_models: How many versions stay loaded.
         settings: What clients may set of the body for their calls, as `client.layer.beta = 0.5`
@@ -79,6 +84,9 @@ class SplitServer:
             `("*.p", "layer.beta")`. `train()` and `eval()` of its parts they may always. A setting
             is for the run of one call, but a body that adds up what it gets may be led astray by
             one: name them where clients aren't trusted.
+        memory: How many bytes the calls under way and the graphs that are kept may hold, in all and
+            of each client.
+        quota: What each client may have open in the store: recorded calls, and bytes.
 
     Raises:
         ArchitectureError: the store was begun with another body, with one that was cut elsewhere,
@@ -99,6 +107,8 @@ class SplitServer:
         keep_graphs: int = 8,
         keep_models: int = 2,
         settings: bool | Iterable[str] = True,
+        memory: Memory | None = None,
+        quota: Quota | None = None,
     ) -> None:
         check_store(store)
         if per_client and lineage != "body":
@@ -108,6 +118,8 @@ class SplitServer:
         self.store = store
         self.lineage = lineage
         self.loss_fn = loss_fn
+        self.memory = Memory() if memory is None else memory
+        """What calls and kept graphs may hold."""
         _check_whole(body)
         self._settable = _patterns(settings)
         self._template = Template(body)
@@ -120,7 +132,16 @@ class SplitServer:
         store.check_beside(lineage, beside, numerics)
         self._halves = Halves(store, numerics)
         self._clients = store.registry()
-        runners = RunnerSettings(self._template, numerics, self.device, keep_models, keep_graphs)
+        self._gradient_bytes = sum(state[name].nbytes for name in self._template.trainable)
+        runners = RunnerSettings(
+            self._template,
+            numerics,
+            self.device,
+            keep_models,
+            keep_graphs,
+            self.memory,
+            Quota() if quota is None else quota,
+        )
         self._lines = Lines(store, None if per_client else lineage, runners)
 
     def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
@@ -142,11 +163,22 @@ class SplitServer:
         # A call that is repeated without grad is one that a checkpoint will make again with it.
         if incarnation is None and (request.grad or request.repeats is not None):
             incarnation = self.store.open_client(request.client_id, request.process)
-        _tidy(line, request.client_id, incarnation, request.housekeeping)
-        earlier = _earlier(line, request, incarnation)
-        version, call, done = line.runner.run_newest(_at(request, earlier.version))
-        if request.grad and incarnation is not None:
-            line.runner.keep((version, request.client_id, incarnation, request.call), call, done)
+        self._tidy(line, request.client_id, incarnation, request.housekeeping)
+        tensors = _tensors(request)
+        with self.memory.claim(request.client_id, tensors, request.cut):
+            if request.grad and incarnation is not None:
+                line.ledger.charge(request.client_id, extent(tensors)[1], calls=1)
+            earlier = _earlier(line, request, incarnation)
+            version, call, done = line.runner.run_newest(_at(request, earlier.version))
+            if request.grad and incarnation is not None:
+                key = (version, request.client_id, incarnation, request.call)
+                own = request.previous if request.previous_version is None else None
+                line.runner.keep(key, call, done, own)
+            return self._forward_answer(line, incarnation, version, done, earlier)
+
+    def _forward_answer(
+        self, line: Line, incarnation: int | None, version: int, done: Run, earlier: Earlier
+    ) -> ForwardAnswer:
         return ForwardAnswer(
             incarnation=incarnation,
             version=version,
@@ -186,7 +218,7 @@ class SplitServer:
             check_number("call", request.call)
         self._clients.check(batch.client_id, batch.incarnation)
         line = self._lines.of(batch.client_id)
-        _tidy(line, batch.client_id, batch.incarnation, request.housekeeping)
+        self._tidy(line, batch.client_id, batch.incarnation, request.housekeeping)
         if request.call is None:
             if request.seal is None:
                 raise InputError(
@@ -202,12 +234,29 @@ class SplitServer:
             raise _lost(line, batch, request)
         line.runner.check_branch(request.version)
         _check_gradients(record, request.grad_outputs)
-        done = line.runner.take(key, record)
+        if line.runner.keeps(key):
+            return self._backward(line, batch, request, key, record)
+        with self.memory.claim(batch.client_id, _tensors(record), record.cut):
+            return self._backward(line, batch, request, key, record)
+
+    def _backward(
+        self,
+        line: Line,
+        batch: BatchId,
+        request: BackwardRequest,
+        key: CallKey,
+        record: ForwardRecord,
+    ) -> BackwardAnswer:
+        """Answer and store a backward whose call is on record."""
         sent = request.grad_outputs
         counted = request.counted
-        grad_inputs, gradients = execution.backward(done, sent, counted=counted)
+        if record.training and counted:
+            line.ledger.charge(batch.client_id, self._gradient_bytes, calls=request.seal is None)
+        done = line.runner.take(key, record)
+        with compute_turns.of(batch.client_id):
+            grad_inputs, gradients = execution.backward(done, sent, counted=counted)
         if counted:
-            line.runner.check_kept(key, done, sent, (grad_inputs, gradients))
+            line.runner.check_kept(key, done, sent, (grad_inputs, gradients), batch.client_id)
         # A call in eval mode belongs to no batch.
         if not record.training or not counted:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
@@ -241,15 +290,33 @@ class SplitServer:
         self._check_resumed(ahead)
         incarnation = ahead.incarnation
         counts = ahead.grad and ahead.training and request.counted
-        is_first, earlier = False, Earlier(is_known=False)
         line = self._lines.of(check_client_id(ahead.client_id), ahead.process)
         if counts and incarnation is None:
             incarnation = self.store.open_client(ahead.client_id, ahead.process)
-        _tidy(line, ahead.client_id, incarnation, ahead.housekeeping)
+        self._tidy(line, ahead.client_id, incarnation, ahead.housekeeping)
+        spec, tensors = pytree.flatten(request.target)
+        with self.memory.claim(ahead.client_id, [*_tensors(ahead), *tensors], ahead.cut):
+            target = pytree.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
+            finish = partial(_score, self.loss_fn, target)
+            return self._loss(line, incarnation, request, finish, counts=counts)
+
+    def _loss(
+        self,
+        line: Line,
+        incarnation: int | None,
+        request: LossRequest,
+        finish: Callable[[Any], Any],
+        *,
+        counts: bool,
+    ) -> LossAnswer:
+        """Compute a one-trip batch, and store it if it counts."""
+        ahead = request.forward
+        is_first, earlier = False, Earlier(is_known=False)
         version = line.runner.version(ahead)
         batch = BatchId(ahead.client_id, incarnation or 0, request.seq)
         if counts:
             self._clients.check(batch.client_id, batch.incarnation)
+            line.ledger.charge(batch.client_id, self._gradient_bytes, calls=1)
             earlier = _earlier(line, ahead, incarnation)
             version = version if earlier.version is None else earlier.version
             # A retry runs at the version of the first try: at another one it would answer another
@@ -259,20 +326,15 @@ class SplitServer:
                 # An earlier process has noted it, and it has left the retention window since.
                 line.pile.drop_pin(batch)
                 version, is_first = line.pile.pin(batch, line.runner.version(ahead))
-        spec, tensors = pytree.flatten(request.target)
-        target = pytree.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
-        score = self.loss_fn
-
-        def finish(outputs: Any) -> Tensor:
-            return score(outputs, target)
-
         call, done = line.runner.run(ahead, version, finish=finish)
         value = _scalar(done)
         one = torch.ones_like(value) if value.requires_grad else None
         counted = request.counted
-        grad_inputs, gradients = execution.backward(done, [one], counted=counted)
+        with compute_turns.of(ahead.client_id):
+            grad_inputs, gradients = execution.backward(done, [one], counted=counted)
         if one is not None and counted:
-            line.runner.check_kept(call, done, [one], (grad_inputs, gradients), finish)
+            answered = (grad_inputs, gradients)
+            line.runner.check_kept(call, done, [one], answered, ahead.client_id, finish)
         status = "uncounted"
         if counts:
             digest = request.digest(batch, version)
@@ -325,6 +387,20 @@ class SplitServer:
         """
         return self._halves.push(check_types(request))
 
+    def _tidy(
+        self, line: Line, client_id: str, incarnation: int | None, housekeeping: Housekeeping
+    ) -> None:
+        """Do what a request confirms."""
+        if incarnation is None:
+            return
+        for version, call in housekeeping.released:
+            line.runner.forget((version, client_id, incarnation, call))
+        if housekeeping.abandoned and not self._clients.is_newest(client_id, incarnation):
+            # Nothing of a process that a newer one has superseded can count any more, nor of one
+            # that was never opened.
+            housekeeping = replace(housekeeping, abandoned=())
+        line.sealer.tidy(client_id, incarnation, housekeeping)
+
     def _check_part(self, request: ForwardRequest) -> None:
         # Before all that a call may leave in the store.
         if request.part == self._part:
@@ -351,11 +427,19 @@ def _patterns(settings: bool | Iterable[str]) -> tuple[str, ...]:
     return (settings,) if isinstance(settings, str) else tuple(settings)
 
 
-def _tidy(line: Line, client_id: str, incarnation: int | None, housekeeping: Housekeeping) -> None:
-    if incarnation is not None:
-        for version, call in housekeeping.released:
-            line.runner.forget((version, client_id, incarnation, call))
-        line.sealer.tidy(client_id, incarnation, housekeeping)
+def _tensors(call: ForwardRequest | ForwardRecord) -> Sequence[Tensor]:
+    """The input tensors of a call."""
+    args, kwargs = call.inputs
+    # The ordinary case, without a walk through the tree.
+    if not kwargs and all(type(value) is Tensor for value in args):
+        found: Sequence[Tensor] = args
+        return found
+    return pytree.flatten(call.inputs)[1]
+
+
+def _score(loss_fn: Loss, target: Any, outputs: Any) -> Tensor:
+    """The loss of outputs."""
+    return loss_fn(outputs, target)
 
 
 def _earlier(line: Line, request: ForwardRequest, incarnation: int | None) -> Earlier:

@@ -6,7 +6,6 @@ those of production; all the difference is that they share a process with their 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from splitfed.accumulator.settings import OptimizerFactory, SchedulerFactory
 from splitfed.errors import InputError
 from splitfed.federation import as_body, make_body
 from splitfed.federation.admission import Judge
-from splitfed.federation.federation import Federation
+from splitfed.federation.federation import Federation, steady_clock
 from splitfed.federation.reports import commit_rows
 from splitfed.protocol.transport import RoundRobin, Transport
 from splitfed.server.server import SplitServer
@@ -99,7 +98,8 @@ class Assembly:
             **halves,
         )
         self.server = serve(plans, store)
-        self.arrivals = Arrivals(clock or time.time, plans.mode.shared_lineages)
+        now = steady_clock() if clock is None else clock
+        self.arrivals = Arrivals(now, plans.mode.shared_lineages)
         self.meter = Meter(self.server, self.arrivals)
         self.federation = Federation(
             self.body,
@@ -107,7 +107,7 @@ class Assembly:
             mode=plans.mode,
             clients=clients,
             barrier=plans.barrier,
-            clock=clock or time.time,
+            clock=now,
             **plans.settings,
         )
         self._clock = clock

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -36,7 +37,7 @@ from splitfed.errors import (
 )
 from splitfed.model.numerics import all_finite
 from splitfed.protocol import checksum
-from splitfed.protocol.ids import BatchId, check_client_id
+from splitfed.protocol.ids import BatchId, check_client_id, check_number
 from splitfed.protocol.messages import (
     BufferUpdate,
     Chain,
@@ -46,11 +47,17 @@ from splitfed.protocol.messages import (
     Seal,
 )
 from splitfed.protocol.packing import pack, peek, unpack
-from splitfed.store.batchset import MAX_GAPS, Outcome
+from splitfed.store.batchset import MAX_GAPS, BatchSet, Outcome
+from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
 from splitfed.store.layout import TRANSIENT, Keys, read_pin
 from splitfed.store.lineage import Lineage
+from splitfed.store.numbers import MAX_SKIPS, Numbers, Skips
 
+MAX_OPEN = 64
+"""Holes that a process may have where it gives a number up: as many as it may have passes under
+way at once."""
+_PROCESSES = 4096
 OUTCOMES = {
     "gradient": Outcome.FOLDED,
     "rejected": Outcome.REJECTED,
@@ -246,10 +253,13 @@ class Sealer:
         self._lineage = lineage
         self._pile = pile
         self._numerics = numerics
+        self._numbers: Bounded[tuple[str, int], Numbers] = Bounded(_PROCESSES)
+        self._skips: Bounded[str, Skips] = Bounded(_PROCESSES)
+        self._lock = threading.Lock()
 
     def is_known(self, batch: BatchId) -> bool:
         """Whether a batch is counted or pending."""
-        return self._is_counted(batch) or self._pile.peek(batch) is not None
+        return batch in self._lineage.counted() or self._pile.peek(batch) is not None
 
     def store(self, batch: BatchId, record: GradientRecord, *, is_first: bool = False) -> str:
         """Add a pending batch, as rejected if it isn't finite; a repeated call changes nothing.
@@ -274,13 +284,15 @@ class Sealer:
                 f"loss_scale of batch {batch} is {record.loss_scale}: "
                 "expected a finite number other than 0"
             )
-        if self._is_counted(batch):
+        applied = self._lineage.counted()
+        if batch in applied:
             if is_first and not record.resumed:
                 raise AlreadyAppliedError(
                     f"batch {batch} is counted already, and the version that it ran at is no "
                     "longer on record, so its answer can't be repeated: go on with the next one"
                 )
             return _status(self._lineage.outcome(batch), record.resumed)
+        self._take(batch, applied, MAX_GAPS)
         if not all(all_finite(gradient) for gradient in record.gradients.values()):
             record = replace(record, kind="rejected", gradients={}, buffers=[])
         kind = self._pile.create(batch, record, exactly=True)
@@ -330,16 +342,39 @@ class Sealer:
         return status
 
     def tidy(self, client_id: str, incarnation: int, housekeeping: Housekeeping) -> None:
-        """Delete what a client has confirmed, and close the numbers that it gave up."""
+        """Delete what a client has confirmed, and close the numbers that it gave up.
+
+        Raises:
+            BusyError: it has given up too many.
+        """
         for version, call in housekeeping.released:
             self._pile.drop_forward(version, client_id, incarnation, call)
         for seq in housekeeping.answered:
             self._pile.drop_pin(BatchId(client_id, incarnation, seq))
-        for seq in housekeeping.abandoned:
-            batch = BatchId(client_id, incarnation, seq)
-            if not self.is_known(batch):
-                skip = GradientRecord("skip", 0, 0.0, 1.0, "", self._numerics, {}, [])
+        if housekeeping.abandoned:
+            self._give_up(client_id, incarnation, housekeeping.abandoned)
+
+    def _give_up(self, client_id: str, incarnation: int, numbers: Iterable[int]) -> None:
+        """Close numbers by skips: what comes later under them is refused."""
+        applied = self._lineage.counted()
+        skips = self._skips.get(client_id) or self._skips.put(client_id, Skips())
+        # In order: one after another they make no hole, whatever order they come in.
+        for seq in sorted(set(numbers)):
+            batch = BatchId(client_id, incarnation, check_number("seq", seq))
+            if batch in applied or batch in skips:
+                continue
+            if not skips.may_add(applied):
+                raise BusyError(
+                    f"client {client_id!r} has given up more than {MAX_SKIPS} batches that no "
+                    "commit has closed: does an accumulator run? Try again after its next commit"
+                )
+            self._take(batch, applied, MAX_OPEN)
+            skip = GradientRecord("skip", 0, 0.0, 1.0, "", self._numerics, {}, [])
+            try:
                 self._pile.create(batch, skip)
+            except (DigestError, FormatError):
+                continue  # a gradient that was late has come first: it counts
+            skips.add(batch)
 
     def _parts(self, batch: BatchId, seal: Seal) -> dict[int, GradientRecord] | None:
         """The parts that a seal names; `None` if they are gone because the batch was sealed."""
@@ -368,20 +403,42 @@ class Sealer:
             return _status(self._lineage.outcome(batch), resumed)
         return _status(OUTCOMES.get(str(header["kind"]), Outcome.FOLDED), resumed)
 
-    def _is_counted(self, batch: BatchId) -> bool:
-        applied = self._lineage.counted()
-        is_counted = batch in applied
-        # A batch that fills a hole is always let in, else a client with many holes never gets out.
-        if (
-            applied.gaps(batch.client_id) > MAX_GAPS
-            and not is_counted
-            and not applied.fills_gap(batch)
-        ):
+    def _take(self, batch: BatchId, applied: BatchSet, most: int) -> None:
+        """Take note of a number, unless its process has too many holes.
+
+        One that fills a hole is always let in, else a client with many holes never gets out.
+
+        Args:
+            batch: Whose number it is.
+            applied: The batches that are closed.
+            most: How many holes there may be.
+        """
+        process = (batch.client_id, batch.incarnation)
+        numbers = self._numbers.get(process)
+        if numbers is None:
+            numbers = self._numbers.put(process, self._look(batch, applied))
+        with self._lock:
+            if numbers.has_room(batch.seq, most):
+                numbers.add(batch.seq)
+                return
+        # Other servers may have filled some since.
+        numbers = self._numbers.put(process, self._look(batch, applied))
+        if not numbers.has_room(batch.seq, most):
             raise BusyError(
-                f"client {batch.client_id!r} has more than {MAX_GAPS} holes in its sequence of "
+                f"client {batch.client_id!r} has more than {most} holes in its sequence of "
                 "batches: earlier ones are still under way or lost. Try again after the next commit"
             )
-        return is_counted
+        with self._lock:
+            numbers.add(batch.seq)
+
+    def _look(self, batch: BatchId, applied: BatchSet) -> Numbers:
+        """The numbers of a process, as the store has them: closed and pending."""
+        runs = [*applied.runs(batch)]
+        if batch.seq > 0 or runs:  # the first number of a process has none before it
+            for pending in self._pile.waiting(batch.client_id):
+                if pending.incarnation == batch.incarnation:
+                    runs.append([pending.seq, pending.seq])
+        return Numbers(runs)
 
 
 def _status(outcome: Outcome, resumed: int) -> str:

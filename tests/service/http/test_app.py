@@ -54,6 +54,8 @@ def test_the_threads_of_the_app_compute_with_the_threads_of_torch() -> None:
 
 def test_a_store_that_fails_is_not_ready_but_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """A load balancer sends nothing there; nobody restarts it; its metrics still come."""
+    seconds = [0.0]
+    monkeypatch.setattr(app, "time", types.SimpleNamespace(monotonic=lambda: seconds[0]))
     with serving(f"memory://{uuid.uuid4()}") as (site, service):
         assert service.ask("/readyz")[1]["version"] == 0
         assert b"splitfed_version 0" in service.ask("/metrics")[1]
@@ -62,10 +64,34 @@ def test_a_store_that_fails_is_not_ready_but_alive(monkeypatch: pytest.MonkeyPat
             raise StoreError("the bucket is gone")
 
         monkeypatch.setattr(type(site.store.lineage()), "head", fail)
+        assert service.ask("/readyz")[0] == 200  # what was found a moment ago
+        seconds[0] = 1.1
         status, body, headers = service.ask("/readyz")
         assert (status, body["error"], headers["retry-after"]) == (503, "StoreError", "1")
         assert service.ask("/healthz")[0] == 200
         assert b"splitfed_version" not in service.ask("/metrics")[1]
+
+
+def test_readiness_reads_the_store_once_a_second_for_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty ask at once, of a store that answers and of one that fails: one of them reads it."""
+    seconds, reads, failing = [0.0], list[int](), [False]
+    monkeypatch.setattr(app, "time", types.SimpleNamespace(monotonic=lambda: seconds[0]))
+    with serving(f"memory://{uuid.uuid4()}") as (site, service):
+        head = type(site.store.lineage()).checked_head
+
+        def counted(self: Any) -> int:
+            reads.append(1)
+            if failing[0]:
+                raise StoreError("the bucket is gone")
+            return int(head(self))
+
+        monkeypatch.setattr(type(site.store.lineage()), "checked_head", counted)
+        with ThreadPoolExecutor(10) as pool:
+            for expected in (200, 503):
+                failing[0] = expected == 503
+                assert {found[0] for found in pool.map(service.ask, ["/readyz"] * 50)} == {expected}
+                seconds[0] += 1.1
+    assert len(reads) == 2
 
 
 def test_the_status_is_read_once_for_many_that_ask() -> None:

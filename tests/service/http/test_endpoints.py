@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness_http import Service, serving
+from harness_http import Service, read_all, serving
 from harness_requests import ONES, SEAL, Site, X, ahead, back
 from hostile import HOSTILE, REFUSED
 
@@ -298,3 +298,44 @@ def test_an_error_of_every_kind_comes_back_as_its_class(place: tuple[Site, Servi
         error = caught.value
         status, body, _ = service.send("backward", message)
         assert (status, body["error"], body["message"]) == (error.status, type(error).__name__, str(error))
+
+
+def test_a_request_with_two_tokens_is_refused(tmp_path: Path) -> None:
+    """Whatever their order: what is in front may have looked at the other one."""
+    token = new_token(tmp_path / "tokens", "a")
+    with serving(f"memory://{uuid.uuid4()}", tokens=tmp_path / "tokens") as (_, service):
+        assert service.send("pull", PullRequest("a"), authorization=f"Bearer {token}")[0] == 200
+        body = b"".join(pack(PullRequest("a")))
+        lines = [f"authorization: Bearer {token}", "authorization: Bearer other"]
+        for first, second in (lines, reversed(lines)):
+            head = f"POST /v1/pull HTTP/1.1\r\nhost: x\r\n{first}\r\n{second}\r\nconnection: close\r\n"
+            head += f"content-type: application/octet-stream\r\ncontent-length: {len(body)}\r\n\r\n"
+            found = read_all(service.raw(head.encode() + body))
+            assert found.startswith(b"HTTP/1.1 401")
+            assert b"several Authorization headers" in found
+
+
+def test_one_account_takes_a_share_of_the_places(tmp_path: Path) -> None:
+    """Two of it are served or wait; the third is its own to repeat, and another account is served meanwhile."""
+    tokens = {name: {"authorization": f"Bearer {new_token(tmp_path / 'tokens', name)}"} for name in ("a", "b")}
+    limits = Limits(client_requests=2)
+    with serving(f"memory://{uuid.uuid4()}", limits, tokens=tmp_path / "tokens") as (site, service):
+        inside, go, pull = threading.Semaphore(0), threading.Event(), site.server._halves.pull
+
+        def wait(request: Any) -> Any:
+            if request.client_id == "a":
+                inside.release()
+                assert go.wait(60)
+            return pull(request)
+
+        site.server._halves.pull = wait  # type: ignore[method-assign]
+        with ThreadPoolExecutor(3) as pool:
+            first = [pool.submit(service.send, "pull", PullRequest("a"), **tokens["a"]) for _ in range(2)]
+            assert inside.acquire(timeout=60)
+            while b"splitfed_requests_in_flight 2" not in service.ask("/metrics")[1]:
+                pass
+            check(service.send("pull", PullRequest("a"), **tokens["a"]), 429, "BusyError", "client 'a' has 2 requests")
+            assert service.send("pull", PullRequest("b"), **tokens["b"])[0] == 200
+            go.set()
+            assert [found.result()[0] for found in first] == [200, 200]
+        assert b"splitfed_bytes_in_flight 0" in service.ask("/metrics")[1]

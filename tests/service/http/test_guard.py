@@ -7,13 +7,14 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
 from harness_http import Service, read_all, running, serving
 from harness_requests import ahead
 
+from splitfed.protocol.messages import PullRequest
 from splitfed.protocol.packing import pack
 from splitfed.service.http.contract import decode_error
 from splitfed.service.http.limits import Limits
@@ -182,3 +183,44 @@ def test_body_in_small_chunks_is_no_header(service: Service) -> None:
     with service.raw(CHUNKED) as stream:
         stream.sendall(b"1\r\na\r\n" * 5000 + b"0\r\n\r\n")
         assert stream.recv(1 << 16).startswith(b"HTTP/1.1 400")
+
+
+GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+def is_answered(stream: socket.socket, request: bytes = b"") -> bool:
+    """Whether one request is answered with a 200; the whole answer is read."""
+    stream.sendall(request)
+    found = stream.recv(1 << 16)
+    while b"\r\n\r\n" not in found:
+        found += stream.recv(1 << 16)
+    size = int(found.partition(b"content-length: ")[2].partition(b"\r")[0])
+    while len(found.partition(b"\r\n\r\n")[2]) < size:
+        found += stream.recv(1 << 16)
+    return found.startswith(b"HTTP/1.1 200")
+
+
+def test_a_connection_without_a_token_may_not_be_idle_for_long() -> None:
+    """After an answer it is closed half a second later; one whose client was let in stays."""
+    limits = Limits(idle_seconds=0.5)
+    with serving(f"memory://{uuid.uuid4()}", limits) as (_, service):
+        body = b"".join(pack(PullRequest("a")))
+        post = b"POST /v1/pull HTTP/1.1\r\nhost: x\r\ncontent-type: application/octet-stream\r\n"
+        with service.raw(post + b"content-length: %d\r\n\r\n" % len(body) + body) as known:
+            assert is_answered(known)
+            assert read_all(service.raw(GET)).startswith(b"HTTP/1.1 200")  # until the other side closes
+            assert is_answered(known, GET)
+
+
+def test_a_silent_connection_gives_way_to_a_new_one() -> None:
+    """At the limit of three: the one that has been silent for longest is closed, and nobody is refused."""
+    limits = Limits(connections=3, idle_seconds=60.0)
+    with serving(f"memory://{uuid.uuid4()}", limits) as (_, service), ExitStack() as stack:
+        streams = [stack.enter_context(service.raw(GET)) for _ in range(3)]
+        assert all(map(is_answered, streams))
+        time.sleep(1.1)  # the silence itself
+        assert is_answered(streams[0], GET)
+        with service.raw(GET) as new:
+            assert is_answered(new)
+            assert streams[1].recv(100) == b""
+            assert is_answered(streams[2], GET)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import replace
 from typing import Any
@@ -90,3 +91,39 @@ def test_a_target_counts_where_the_inputs_hold_no_tensor() -> None:
     loss = LossRequest(ahead(inputs=((1.0,), {})), 0, torch.zeros(3, 4), 1.0)
     with pytest.raises(TooLargeError, match="3 samples: this server takes 2 "):
         check_message(loss, Limits(samples=2))
+
+
+def test_one_client_has_so_many_requests_and_a_body_under_way() -> None:
+    """Two of it, and eight bytes; of another client more; and what is counted goes again."""
+    budget = Budget(Limits(body=8, in_flight=100, client_requests=2))
+    budget.enter_client("a")
+    budget.check_client("a", 100)  # the limit of a body is another one
+    budget.reserve(6, "a")
+    budget.enter_client("a")
+    budget.check_client("a", 2)
+    with pytest.raises(BusyError, match="client 'a' has 6 bytes under way and this server takes 8 of one client: 3"):
+        budget.check_client("a", 3)
+    with pytest.raises(BusyError, match="client 'a' has 2 requests under way"):
+        budget.enter_client("a")
+    budget.enter_client("b")
+    budget.check_client("b", 8)
+    budget.hold("a", 5)
+    assert (budget.num_bytes, budget._bytes["a"]) == (11, 11)
+    budget.leave_client("a", 11)
+    budget.leave_client("a", 0)
+    assert (budget._requests, budget._bytes) == ({"b": 1}, {})
+
+
+def test_a_refused_client_waits_for_its_answer_and_not_with_all_its_requests() -> None:
+    """Of two that may be under way two are kept waiting for half a second, the third is answered at once."""
+    budget = Budget(Limits(client_requests=2))
+
+    async def refuse() -> list[bool]:
+        paused = [asyncio.create_task(budget.pause("a")) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        early = [task.done() for task in paused]
+        await asyncio.gather(*paused)
+        return early
+
+    assert sorted(asyncio.run(refuse())) == [False, False, True]
+    assert not budget._refused

@@ -12,8 +12,18 @@ from harness_post import Clock, answer, ends, post
 from harness_requests import Site, ahead, back
 from harness_store import Crash, Nth, crash, hooked
 
-from splitfed.errors import BodyError, FormatError, IdError, InputError, MissingError, SplitFedError
-from splitfed.protocol.messages import PullRequest
+from splitfed.errors import (
+    BodyError,
+    FormatError,
+    IdError,
+    InputError,
+    MissingError,
+    SplitFedError,
+    TooLargeError,
+)
+from splitfed.protocol.messages import Housekeeping, PullRequest
+from splitfed.protocol.packing import pack
+from splitfed.service.limits import MessageLimits
 from splitfed.service.mailbox.worker import MAX_CLAIMS, Worker
 
 PULL = PullRequest("a")
@@ -263,3 +273,54 @@ def test_a_store_is_needed() -> None:
     """A URL isn't one."""
     with pytest.raises(InputError, match="GradientStore"):
         Worker(None, "runs/demo")  # type: ignore[arg-type]
+
+
+def test_clients_take_turns(site: Site, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of twenty requests of one and one of another, that is the first or second; who comes meanwhile isn't the last."""
+    order: list[str] = []
+    pull = site.server.pull
+
+    def noted(request: PullRequest) -> Any:
+        order.append(request.client_id)
+        if len(order) == 5:
+            post(site.store, PullRequest("late"), 0, "late")
+        return pull(request)
+
+    monkeypatch.setattr(site.server, "pull", noted)
+    for number in range(20):
+        post(site.store, PULL, number)
+    post(site.store, PullRequest("b"), 0, "b")
+    assert worker.step() == 22
+    assert order.index("b") <= 1
+    assert order.index("late") <= 6
+    assert worker.step() == 0
+
+
+def test_a_request_that_is_too_large_is_answered_and_not_read(site: Site) -> None:
+    """Nor is one computed that has too many samples, tensors or numbers."""
+    limits = MessageLimits(body=5000, samples=1, tensors=1, notes=2)
+    reads = Nth()
+    worker = Worker(
+        site.server, hooked(site.store.url, reads) if "file" in site.store.url else site.store, limits=limits
+    )
+    for number, (request, said) in enumerate(
+        {
+            bytes(6000): "6000 bytes or more: this server takes 5000",
+            b"".join(pack(ahead())): "2 samples: this server takes 1",
+            b"".join(pack(ahead(inputs=((torch.ones(1), torch.ones(1)), {})))): "too many tensors: expected at most 1",
+            b"".join(pack(ahead(inputs=((), {}), housekeeping=Housekeeping(abandoned=(1, 2, 3))))): "names 3 calls",
+        }.items()
+    ):
+        place = post(site.store, request, number)
+        with reads.armed():
+            assert worker.step() == 1
+        with pytest.raises((TooLargeError, FormatError), match=said):
+            answer(site.store, place, "forward")
+        assert number or ("get", f"{place}.request") not in reads.log
+    assert site.store.waiting() == []
+
+
+def test_a_worker_s_limits_hold_for_its_server(site: Site) -> None:
+    """As those of an HTTP service do."""
+    Worker(site.server, site.store, limits=MessageLimits(client_memory=77))
+    assert site.server.memory.client == 77

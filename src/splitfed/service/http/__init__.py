@@ -5,7 +5,7 @@ that of its answer: what crosses the wire is what is on disk. Each replica is as
 server in it, so any load balancer may send any request to any replica, and every request may be
 sent again.
 
-    limits.py      size of a request, and of all that are under way
+    limits.py      what is under way, of all clients and of each
     contract.py    paths, content types, statuses, errors as JSON; the OpenAPI document
     connection.py  one request and its answer on a connection; which failures are transient
     client.py      the transport: connections, retries

@@ -18,11 +18,12 @@ import contextlib
 import functools
 import json
 import os
+import threading
 import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from starlette.applications import Starlette
@@ -42,10 +43,11 @@ from splitfed.service.http.limits import Limits
 from splitfed.service.http.threads import Threads
 from splitfed.store.status import read_status
 
+T = TypeVar("T")
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the histogram of request times."""
-_STATUS_SECONDS = 1.0
+_CACHED_SECONDS = 1.0
 
 
 def make_app(
@@ -66,6 +68,7 @@ def make_app(
     """
     limits = Limits() if limits is None else limits
     checked = None if tokens is None else Tokens(tokens)
+    limits.govern(server)
     pools = _Pools(limits)
     metrics = Metrics()
     desk = Desk(server, limits, checked, pools.serving, metrics)
@@ -130,15 +133,19 @@ def _reports(server: SplitServer, desk: Desk, pools: _Pools, metrics: Metrics) -
     versions = store.lineage(server.lineage)
     secured = desk.tokens is not None
     openapi = json.dumps(document(desk.limits, secured=secured)).encode()
-    status = _Cached(lambda: json.dumps(read_status(store).to_json()).encode(), _STATUS_SECONDS)
+    status = _Cached(lambda: json.dumps(read_status(store).to_json()).encode(), _CACHED_SECONDS)
+    newest = _Cached(lambda: versions.head(), _CACHED_SECONDS)
 
-    def ready() -> bytes:
+    def read_ready() -> bytes:
         found = {
             "status": "ready",
             "version": versions.checked_head(),
             "splitfed": __version__,
         }
         return json.dumps(found).encode()
+
+    # Anybody may ask: the store is read once a second, however many do.
+    ready = _Cached(read_ready, _CACHED_SECONDS)
 
     def measure() -> bytes:
         requests = desk.budget.requests
@@ -148,8 +155,8 @@ def _reports(server: SplitServer, desk: Desk, pools: _Pools, metrics: Metrics) -
         }
         # A store that fails is the matter of /readyz: the other metrics are needed all the more.
         with contextlib.suppress(SplitFedError):
-            head = versions.head()
-            gauges["version"] = ("The newest version of the lineage that is served.", head)
+            about = "The newest version of the lineage that is served."
+            gauges["version"] = (about, newest())
         return metrics.text(gauges)
 
     return [
@@ -161,23 +168,33 @@ def _reports(server: SplitServer, desk: Desk, pools: _Pools, metrics: Metrics) -
     ]
 
 
-class _Cached:
-    """The result of a function, kept for some seconds: frequent requests list the store once.
+class _Cached(Generic[T]):
+    """The result of a function, kept for some seconds: frequent requests read the store once.
 
-    It is called in one thread, so it needs no lock; further requests wait for that thread.
+    So is its error, if it is one of ours. One thread reads at a time; others wait for what it
+    finds.
     """
 
-    def __init__(self, read: Callable[[], bytes], seconds: float) -> None:
+    def __init__(self, read: Callable[[], T], seconds: float) -> None:
         self._read = read
         self._seconds = seconds
-        self._found: tuple[float, bytes] | None = None
+        self._found: tuple[float, T | SplitFedError] | None = None
+        self._lock = threading.Lock()
 
-    def __call__(self) -> bytes:
-        if self._found is None or time.monotonic() - self._found[0] > self._seconds:
-            data = self._read()
-            # The time after the listing, which may take longer than its result is kept.
-            self._found = (time.monotonic(), data)
-        return self._found[1]
+    def __call__(self) -> T:
+        with self._lock:
+            if self._found is None or time.monotonic() - self._found[0] > self._seconds:
+                found: T | SplitFedError
+                try:
+                    found = self._read()
+                except SplitFedError as error:
+                    found = error
+                # The time after the reading, which may take longer than its result is kept.
+                self._found = (time.monotonic(), found)
+            result = self._found[1]
+        if isinstance(result, SplitFedError):
+            raise result.with_traceback(None)  # else it would grow with each that asks
+        return result
 
 
 async def _unknown_route(request: Request, error: Exception) -> Response:

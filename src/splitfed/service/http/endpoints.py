@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,14 +34,17 @@ from splitfed.protocol.safetensors import aligned
 from splitfed.protocol.transport import VERBS, Transport
 from splitfed.service.http.auth import Tokens, check_owner
 from splitfed.service.http.contract import BINARY, JSON, PREFIX, encode_error
-from splitfed.service.http.limits import Budget, Limits, check_body, check_message
+from splitfed.service.http.limits import Budget, Limits
 from splitfed.service.http.threads import Threads
+from splitfed.service.limits import Lanes, check_body, check_message
 
-Scope = Mapping[str, Any]
+Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Buffers = list[memoryview | bytes]
 
+TRUSTED = "splitfed.trusted"
+"""Set in the scope of a request whose client is let in: `guard` lets its connection be idle."""
 # Bytes that are written at once: of more, the transport would make a copy in a buffer of its own.
 _SLICE = 256 << 10
 _log = logging.getLogger("splitfed.http")
@@ -115,13 +118,14 @@ class Desk:
         self.threads = threads
         self.observer = observer
         self.budget = Budget(limits)
+        self.lanes = Lanes()
 
     def admit(self, scope: Scope) -> tuple[dict[bytes, bytes], str | None]:
         """Return the headers of a request, and the client that its token belongs to.
 
         Raises:
             RefusedError: the headers are over the limit.
-            TokenError: it has no valid token.
+            TokenError: it has no valid token, or several.
         """
         headers = dict(scope["headers"])
         size = len(scope.get("raw_path") or b"")
@@ -133,9 +137,14 @@ class Desk:
                 f"the headers have {size} bytes: this server takes {self.limits.http_header}"
             )
             raise RefusedError(error, 431)
-        if self.tokens is None:
-            return headers, None
-        return headers, self.tokens.owner(headers.get(b"authorization"))
+        owner = None
+        if self.tokens is not None:
+            # A proxy in front may have looked at another one of them than we would.
+            if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
+                raise TokenError("the request has several Authorization headers: expected one")
+            owner = self.tokens.owner(headers.get(b"authorization"))
+        scope[TRUSTED] = True
+        return headers, owner
 
 
 class Arrival:
@@ -149,6 +158,7 @@ class Arrival:
         self._budget = budget
         self._entered = False
         self._reserved = 0
+        self._owner: str | None = None
         self.num_bytes = 0
 
     def close(self) -> None:
@@ -156,19 +166,51 @@ class Arrival:
         if self._entered:
             self._budget.leave(self._reserved)
             self._entered = False
+        if self._owner is not None:
+            self._budget.leave_client(self._owner, self._reserved)
+            self._owner = None
+
+    def hold(self, num_bytes: int) -> None:
+        """Count the bytes of the answer until it is sent."""
+        if self._entered:
+            self._budget.hold(self._owner, num_bytes)
+            self._reserved += num_bytes
+
+    def _reserve(self, num_bytes: int) -> None:
+        if self._owner is not None:
+            self._budget.check_client(self._owner, num_bytes)
+        self._reserved += self._budget.reserve(num_bytes, self._owner)
 
     async def body(
-        self, headers: Mapping[bytes, bytes], receive: Receive, limits: Limits
+        self,
+        headers: Mapping[bytes, bytes],
+        receive: Receive,
+        limits: Limits,
+        owner: str | None = None,
     ) -> memoryview:
         """Receive the body, into memory of its own that is aligned as tensors need it.
 
+        Args:
+            headers: Those of the request.
+            receive: Its parts.
+            limits: What is accepted.
+            owner: The client that its token belongs to.
+
         Raises:
             TooLargeError: it is over the limit.
-            BusyError: too many bytes are under way.
+            BusyError: too many bytes are under way, or too many requests of the client.
             RefusedError: too many requests are under way.
             FormatError: its length isn't a number, or isn't the declared one.
             GoneError: the client left.
         """
+        if owner is not None:
+            try:
+                self._budget.enter_client(owner)
+            except BusyError:
+                # A client that asks again at once would keep the event loop busy with refusals.
+                await self._budget.pause(owner)
+                raise
+            self._owner = owner
         try:
             self._budget.enter()
         except BusyError as error:
@@ -182,7 +224,7 @@ class Arrival:
             raise FormatError(f"the content length is {text[:40]!r}: expected a number of bytes")
         declared = int(text)
         check_body(declared, limits)
-        self._reserved += self._budget.reserve(declared)
+        self._reserve(declared)
         return await self._fill(aligned(declared), receive, limits)
 
     async def _fill(self, memory: memoryview, receive: Receive, limits: Limits) -> memoryview:
@@ -203,7 +245,7 @@ class Arrival:
         more = True
         while more:
             part, more = await self._part(receive, limits)
-            self._reserved += self._budget.reserve(len(part))
+            self._reserve(len(part))
             parts.append(part)
         return _joined(parts, self.num_bytes)
 
@@ -291,17 +333,25 @@ class Method(Endpoint):
         """Serve a message."""
         headers, owner = self.desk.admit(scope)
         _check_type(headers)
-        body = await arrival.body(headers, receive, self.desk.limits)
-        return Reply(200, BINARY, await self.desk.threads.run(self._run, body, owner))
+        body = await arrival.body(headers, receive, self.desk.limits, owner)
+        reply = Reply(200, BINARY, await self.desk.threads.run(self._run, body, owner))
+        arrival.hold(reply.num_bytes)
+        return reply
 
     def _run(self, body: memoryview, owner: str | None) -> Buffers:
+        if owner is None:  # anybody may call itself anything: there is no one to take turns with
+            return self._answered(self._unpacked(body), owner)
+        with self.desk.lanes.of(owner):
+            return self._answered(self._unpacked(body), owner)
+
+    def _unpacked(self, body: memoryview) -> Any:
         limits = self.desk.limits
-        request: Any = unpack(
-            self._request, body, max_tensors=limits.tensors, max_header=limits.header
-        )
+        return unpack(self._request, body, max_tensors=limits.tensors, max_header=limits.header)
+
+    def _answered(self, request: Any, owner: str | None) -> Buffers:
         # Ownership first: another client's ids are refused before anything else is said of them.
         check_owner(owner, request.client_id)
-        check_message(request, limits)
+        check_message(request, self.desk.limits)
         return pack(self._serve(request))
 
 

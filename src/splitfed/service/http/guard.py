@@ -6,6 +6,10 @@ watches the bytes themselves. A request has `receive_seconds`, and a second more
 `bytes_per_second` that have come: a large body over a slow line arrives, a trickle doesn't.
 An answer that the client doesn't read is cut off likewise.
 
+Idle connections cost their owner nothing, and a server has a limit of them. So one on which nobody
+has shown a token is closed after `idle_seconds`, and gives way to a new one where there are as many
+as the server takes.
+
 The trap is that headers don't stop where the body begins: a chunked body may have trailers, which
 uvicorn adds to the headers, and extensions of each chunk. So the limit is on the number of bytes in
 a row that aren't body.
@@ -25,8 +29,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from splitfed.errors import BusyError, InputError, SplitFedError, TooLargeError
 from splitfed.service.http.contract import JSON, encode_error
+from splitfed.service.http.endpoints import TRUSTED
 from splitfed.service.http.limits import Limits
 
+_SILENT_SECONDS = 1.0
+"""A connection that gives way to a new one has been silent for so long."""
 _PHRASES = {
     408: "Request Timeout",
     431: "Request Header Fields Too Large",
@@ -62,12 +69,16 @@ class Guarded(HttpToolsProtocol):
     _num_loose = 0
     """Bytes since the last one that was body."""
     _in_headers = True
+    _is_trusted = False
+    _touched = 0.0
+    """When bytes came last, or an answer was complete."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Watch a new connection, or refuse it if there are too many."""
         super().connection_made(transport)
+        self._touched = self.loop.time()
         limits = self.config.limits
-        if len(self.connections) > limits.connections:
+        if len(self.connections) > limits.connections and not self._replace_silent():
             error = BusyError(
                 f"this server has {limits.connections} connections open, as many as it takes"
             )
@@ -86,6 +97,7 @@ class Guarded(HttpToolsProtocol):
         """Count what comes; bytes that aren't part of a request yet begin one."""
         if self._arrival is None:
             self._watch_arrival()
+        self._touched = self.loop.time()
         self._num_bytes += len(data)
         self._num_loose += len(data)
         # The parser first: where it finds body in these bytes, it resets the count.
@@ -120,6 +132,38 @@ class Guarded(HttpToolsProtocol):
         self._end_arrival()
         self._num_loose = 0
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Let the connection be idle: for long only if its client was let in."""
+        self._touched = self.loop.time()
+        self._is_trusted = self._is_trusted or TRUSTED in self.scope
+        if not self._is_trusted:
+            shorter = min(self.config.limits.idle_seconds, self.config.timeout_keep_alive)
+            self.timeout_keep_alive = shorter  # type: ignore[assignment]
+        else:
+            self.timeout_keep_alive = self.config.timeout_keep_alive
+        super().on_response_complete()
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nobody is served here, has shown a token, or has sent anything for a moment."""
+        if self._is_trusted or (self.scope is not None and TRUSTED in self.scope):
+            return False
+        if self._arrival is None and self.timeout_keep_alive_task is None:
+            return False
+        return self.loop.time() - self._touched >= _SILENT_SECONDS
+
+    def _replace_silent(self) -> bool:
+        """Close the connection that has been silent for longest; false if there is none."""
+        silent = [
+            other
+            for other in self.connections
+            if isinstance(other, Guarded) and other.is_silent and not other.transport.is_closing()
+        ]
+        if not silent:
+            return False
+        min(silent, key=lambda other: other._touched).transport.close()
+        return True
 
     def pause_writing(self) -> None:
         """Start the timer of the answer: the client doesn't read it as fast as it is written."""

@@ -1,26 +1,27 @@
-"""Limits of a service: the size of one request, and of all that are under way at once.
+"""Limits of the HTTP service: what is under way at once, of all clients and of each.
 
-A service that reads whatever comes runs out of memory. So every size is known or bounded before
-memory is taken, and a request that is too much at the moment gets an answer that says when to come
-back.
+A service that reads whatever comes runs out of memory. A request that is too much at the moment
+gets an answer that says when to come back: 503 if the server has too many under way, and 429 if it
+is one client that has, or if the bytes don't fit.
 
-The trap is a tensor that is small on the wire and large in memory: an expanded one has few bytes
-and many elements, so the expanded size is limited too. Numbers that cost work are counted as well:
-each call that a request names as abandoned is an object to delete.
+An answer counts until it is sent: a client that doesn't read would else hold as many as it asked
+for.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+import asyncio
+from collections import Counter
+from dataclasses import dataclass
 
-from splitfed.errors import BusyError, InputError, TooLargeError
-from splitfed.protocol.fields import Request
-from splitfed.protocol.header import MAX_HEADER, MAX_TENSORS
+from splitfed.errors import BusyError, InputError
+from splitfed.service.limits import MessageLimits
+from splitfed.service.limits import check_body as check_body
+from splitfed.service.limits import check_message as check_message
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(MessageLimits):
     """The limits of one server process.
 
     Raises:
@@ -28,38 +29,27 @@ class Limits:
             in flight.
     """
 
-    body: int = 256 << 20
-    """Bytes of a request's body; also of its tensors once they are expanded."""
     in_flight: int = 1 << 30
-    """Bytes of all bodies that are being received or answered."""
+    """Bytes of all bodies that are being received or answered, and of their answers."""
     requests: int = 32
-    """Requests that are being received or answered."""
+    """Requests that are being received or answered ..."""
+    client_requests: int = 8
+    """... and of one client, where clients have tokens."""
     connections: int = 1024
     """Open connections."""
     http_header: int = 32 << 10
     """Bytes of a request's line and headers."""
-    header: int = min(1 << 20, MAX_HEADER)
-    """Bytes of a body's safetensors header."""
-    tensors: int = min(10_000, MAX_TENSORS)
-    """Tensors in a body."""
-    samples: int = 1_000_000
-    """Leading dimension of a call's first tensor, and weight of a batch."""
-    push_samples: int = 1_000_000_000
-    """Weight of a push, which counts all batches since the pull."""
-    notes: int = 4096
-    """Numbers of one kind in a request: calls released, abandoned or answered, parts of a batch."""
     receive_seconds: float = 20.0
     """Time for a request to arrive, in addition to the time of its bytes ..."""
     bytes_per_second: int = 64 << 10
     """... at this rate. An answer that isn't read for `receive_seconds` is cut off likewise."""
+    idle_seconds: float = 5.0
+    """Time that a connection on which nobody has shown a token may be idle."""
     retry_seconds: int = 1
     """Seconds after which a refused client may try again."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not math.isfinite(value) or value <= 0:
-                raise InputError(f"the limit {field.name} is {value!r}: expected a number above 0")
+        MessageLimits.__post_init__(self)
         if self.in_flight < self.body:
             raise InputError(
                 f"in_flight={self.in_flight} bytes are less than one body may have ({self.body}): "
@@ -77,6 +67,9 @@ class Budget:
         self._limits = limits
         self.requests = 0
         self.num_bytes = 0
+        self._requests: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
 
     def enter(self) -> None:
         """Count a request in.
@@ -96,8 +89,12 @@ class Budget:
         self.requests -= 1
         self.num_bytes -= num_bytes
 
-    def reserve(self, num_bytes: int) -> int:
+    def reserve(self, num_bytes: int, client_id: str | None = None) -> int:
         """Reserve bytes for a body, and return their number.
+
+        Args:
+            num_bytes: How many.
+            client_id: Whose body it is, if that is known.
 
         Raises:
             BusyError: they don't fit into the limit now.
@@ -108,43 +105,57 @@ class Budget:
                 f"this server has {self.num_bytes} bytes under way and takes {allowed}: "
                 f"{num_bytes} more don't fit now; try again in {self._limits.retry_seconds} s"
             )
-        self.num_bytes += num_bytes
+        self.hold(client_id, num_bytes)
         return num_bytes
 
+    def enter_client(self, client_id: str) -> None:
+        """Count a request of a client in.
 
-def check_body(num_bytes: int, limits: Limits) -> None:
-    """Refuse a body by its size.
-
-    Raises:
-        TooLargeError: it is over the limit.
-    """
-    if num_bytes > limits.body:
-        raise TooLargeError(
-            f"the request has {num_bytes} bytes or more: this server takes {limits.body}; "
-            "send smaller batches, or raise the limit of the body"
-        )
-
-
-def check_message(message: Request, limits: Limits) -> None:
-    """Refuse a request by the size of its tensors, the weight of its batch and its other counts.
-
-    Raises:
-        TooLargeError: it is over a limit.
-    """
-    # numel() counts the elements of an expanded tensor, not those that were sent.
-    size = sum([tensor.numel() * tensor.itemsize for tensor in message.tensors()])
-    if size > limits.body:
-        raise TooLargeError(
-            f"the tensors take {size} bytes when they are expanded: this server takes {limits.body}"
-        )
-    most = getattr(limits, message.samples_limit)
-    for samples in message.samples():
-        if samples > most:
-            raise TooLargeError(
-                f"the batch has {samples:g} samples: this server takes {most} at a time"
+        Raises:
+            BusyError: it has as many as the limit allows.
+        """
+        most = self._limits.client_requests
+        if self._requests[client_id] >= most:
+            raise BusyError(
+                f"client {client_id!r} has {most} requests under way, as many as this server takes "
+                f"of one client: try again in {self._limits.retry_seconds} s"
             )
-    for name, count in message.counts():
-        if count > limits.notes:
-            raise TooLargeError(
-                f"the request names {count} {name}: this server takes {limits.notes} at a time"
+        self._requests[client_id] += 1
+
+    async def pause(self, client_id: str) -> None:
+        """Keep a refused client waiting for its answer, unless many of its requests are."""
+        if self._refused[client_id] < self._limits.client_requests:
+            self._refused[client_id] += 1
+            try:
+                await asyncio.sleep(self._limits.retry_seconds / 2)
+            finally:
+                self._refused[client_id] -= 1
+                if not self._refused[client_id]:
+                    del self._refused[client_id]
+
+    def leave_client(self, client_id: str, num_bytes: int) -> None:
+        """Count a request of a client out, with the bytes that were counted for it."""
+        for counts, number in ((self._requests, 1), (self._bytes, num_bytes)):
+            counts[client_id] -= number
+            if counts[client_id] <= 0:
+                del counts[client_id]
+
+    def check_client(self, client_id: str, num_bytes: int) -> None:
+        """Refuse bytes of a client's body. One request alone has the room of a body in any case.
+
+        Raises:
+            BusyError: they don't fit beside its other requests.
+        """
+        held = self._bytes[client_id]
+        if held and held + num_bytes > self._limits.body:
+            raise BusyError(
+                f"client {client_id!r} has {held} bytes under way and this server takes "
+                f"{self._limits.body} of one client: {num_bytes} more don't fit now; "
+                f"try again in {self._limits.retry_seconds} s"
             )
+
+    def hold(self, client_id: str | None, num_bytes: int) -> None:
+        """Count bytes that are there already, as those of an answer."""
+        self.num_bytes += num_bytes
+        if client_id is not None:
+            self._bytes[client_id] += num_bytes

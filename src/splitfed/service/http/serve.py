@@ -43,6 +43,9 @@ _TICK = 0.2  # seconds, as are all of these
 _QUICK = 5.0
 _GRACE = 10.0
 _KEEP_ALIVE = 75
+# A thread that computes gives way to the event loop, and to others' requests, after so long. By
+# Python's 5 ms each of the six steps of a request would wait so long for a client that is busy.
+_SWITCH = 0.0005
 _log = logging.getLogger("splitfed.http")
 
 
@@ -150,9 +153,14 @@ def _serve_here(
 
     # Around all of `run`: uvicorn raises the signal once more when it has drained, and without a
     # handler the process would die of it.
-    with _signals(stop):
-        ready()
-        server.run([bound])
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH)
+    try:
+        with _signals(stop):
+            ready()
+            server.run([bound])
+    finally:
+        sys.setswitchinterval(interval)
     return _num_computing()
 
 

@@ -6,6 +6,10 @@ without an answer for so many seconds of the worker's own clock: clocks of two m
 compared, and one that is wrong costs a computation done twice. Whoever takes over creates the next
 claim, so one of several wins.
 
+Clients take turns: of each one request is answered, then the store is looked at again, so that a
+client with many requests delays another's by one answer. Limits are those of the HTTP service, as
+far as they are about messages; a request that is too large isn't even read.
+
 Two traps. A request that kills its workers would kill them all, one after another, for ever: after
 `MAX_CLAIMS` claims it is answered with an error. And files without their request are rubbish, since
 a request exists before any claim and its client deletes it before the rest; so they can be swept as
@@ -21,16 +25,17 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from splitfed.checks import positive
-from splitfed.errors import BodyError, IdError, SplitFedError
+from splitfed.errors import BodyError, IdError, SplitFedError, TooLargeError
 from splitfed.protocol import checksum
 from splitfed.protocol.backoff import Backoff, growing
 from splitfed.protocol.packing import kind_of, pack, pack_error, unpack
 from splitfed.protocol.transport import VERBS, Transport, verb_of
+from splitfed.service.limits import MessageLimits, check_body, check_message
 from splitfed.store import layout
 from splitfed.store.store import GradientStore, check_store
 
@@ -46,6 +51,8 @@ class _Post:
 
     client_id: str
     ends: list[str] = field(default_factory=list)
+    num_bytes: int = 0
+    """Size of the request."""
 
     @property
     def claims(self) -> int:
@@ -67,6 +74,7 @@ class Worker:
         claim_seconds: A claim without an answer is taken over after so many seconds; more than any
             call takes to compute.
         keep_seconds: An answer that its client hasn't fetched is deleted after so many seconds.
+        limits: What a request may be; by default the defaults of `MessageLimits`.
         clock: A clock in seconds that never goes back.
 
     Raises:
@@ -80,11 +88,14 @@ class Worker:
         *,
         claim_seconds: float = 60.0,
         keep_seconds: float = 3600.0,
+        limits: MessageLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_store(store)
         self.claim_seconds = positive("claim_seconds", claim_seconds)
         self.keep_seconds = positive("keep_seconds", keep_seconds)
+        self.limits = MessageLimits() if limits is None else limits
+        self.limits.govern(server)
         self._server = server
         self._blobs = store.blobs
         self._clock = clock
@@ -106,17 +117,26 @@ class Worker:
             StoreError: the storage failed; nothing is lost, and a later step continues.
         """
         posts = self._look()
-        waiting = [place for place, post in posts.items() if post.is_waiting]
-        # In an order of its own, or all workers would try to claim the same request first.
-        self._random.shuffle(waiting)
+        left = _waiting(posts)
         stops = [self._stop] if stop is None else [self._stop, stop]
         answered = 0
-        for place in waiting:
-            if any(event.is_set() for event in stops):
-                break
-            post = posts[place]
-            if self._claim(place, post.claims):
-                answered += self._answer(place, post)
+        while left and not any(event.is_set() for event in stops):
+            # In an order of its own, or all workers would try to claim the same request first.
+            clients = list(left)
+            self._random.shuffle(clients)
+            for client_id in clients:
+                if any(event.is_set() for event in stops):
+                    break
+                place = left[client_id].pop()
+                answered += self._claim(place, posts[place].claims) and self._answer(
+                    place, posts[place]
+                )
+            left = {client_id: places for client_id, places in left.items() if places}
+            if left:
+                # Who has come meanwhile needn't wait for all that one client has posted.
+                found = self._look()
+                posts |= found
+                left = {**_waiting(found, but=left), **left}
         self._sweep(posts)
         return answered
 
@@ -159,13 +179,16 @@ class Worker:
         """Everything beneath post/, by place."""
         found: dict[str, _Post] = {}
         timed: set[str] = set()
-        for key in self._blobs.list(layout.POST):
+        for key, size in self._blobs.sizes(layout.POST).items():
             parsed = layout.parse_post(key)
             if parsed is None:
                 continue
             client_id, place, end = parsed
-            found.setdefault(place, _Post(client_id)).ends.append(end)
-            if end != "request":
+            post = found.setdefault(place, _Post(client_id))
+            post.ends.append(end)
+            if end == "request":
+                post.num_bytes = size
+            else:
                 timed.add(key)
                 self._seen.setdefault(key, self._clock())
         # What is gone is forgotten: else this would grow for ever.
@@ -182,6 +205,11 @@ class Worker:
 
     def _answer(self, place: str, post: _Post) -> bool:
         """Create the answer; false if the client has withdrawn its request meanwhile."""
+        try:
+            check_body(post.num_bytes, self.limits)
+        except TooLargeError as error:
+            self._blobs.create(f"{place}.answer", pack_error(error), durable=False)
+            return True
         data = self._blobs.raw.get(f"{place}.request")
         if data is None:
             return False
@@ -197,13 +225,17 @@ class Worker:
         try:
             checksum.check(data, required=False)
             verb = verb_of(kind_of(data))
-            request: Any = unpack(VERBS[verb][0], data)
+            limits = self.limits
+            request: Any = unpack(
+                VERBS[verb][0], data, max_tensors=limits.tensors, max_header=limits.header
+            )
             # A bucket's policy binds a client to its folder; this binds the folder to its id.
             if request.client_id != client_id:
                 raise IdError(
                     f"a request of client {request.client_id!r} lies in the folder of "
                     f"{client_id!r}: expected its own"
                 )
+            check_message(request, limits)
             return pack(getattr(self._server, verb)(request))
         except SplitFedError as error:
             return pack_error(error)
@@ -232,3 +264,13 @@ class Worker:
 
     def _is_older(self, key: str, seconds: float) -> bool:
         return self._clock() - self._seen.get(key, self._clock()) >= seconds
+
+
+def _waiting(posts: Mapping[str, _Post], but: Container[str] = ()) -> dict[str, list[str]]:
+    """The requests without an answer, by client; without some clients."""
+    found: dict[str, list[str]] = {}
+    for place in sorted(posts, reverse=True):  # the first of each client at the end of its list
+        post = posts[place]
+        if post.is_waiting and post.client_id not in but:
+            found.setdefault(post.client_id, []).append(place)
+    return found

@@ -1,0 +1,139 @@
+"""The graphs of the last few forwards: with them a backward is no recompute.
+
+They change speed, never results: a graph that isn't here is made again with the same bits. What is
+kept is counted in batches, as the cut calls of one `client(...)` are needed together, and in bytes.
+If it is too much, the client that has most kept loses its oldest: one that never sends a backward
+displaces its own graphs and no other's. The newest is kept whatever its size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+
+from splitfed.model.execution import Run
+from splitfed.protocol.messages import ForwardRecord
+from splitfed.server.memory import Memory
+
+CallKey = tuple[int, str, int, int]
+"""(version, client id, incarnation, number of the call)"""
+MOST_CALLS = 256
+"""Graphs of one `client(...)` call; of more, the earlier ones are computed again."""
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """The calls of one `client(...)`."""
+
+    client_id: str
+    keys: list[CallKey] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """One graph."""
+
+    record: ForwardRecord
+    done: Run
+    group: _Group
+    num_bytes: int
+
+
+class Graphs:
+    """The graphs that one line keeps; safe to share between threads.
+
+    Args:
+        most: Batches; 0 keeps none.
+        memory: How many bytes.
+    """
+
+    def __init__(self, most: int, memory: Memory) -> None:
+        self._most = most
+        self._memory = memory
+        self._entries: dict[CallKey, _Held] = {}
+        self._groups: OrderedDict[int, _Group] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __contains__(self, key: CallKey) -> bool:
+        return key in self._entries
+
+    def get(self, key: CallKey) -> tuple[ForwardRecord, Run] | None:
+        """A record with its run, now among the most recent; `None` if it isn't here."""
+        with self._lock:
+            held = self._entries.get(key)
+            if held is None:
+                return None
+            self._groups.move_to_end(id(held.group))
+            return held.record, held.done
+
+    def put(
+        self,
+        key: CallKey,
+        record: ForwardRecord,
+        done: Run,
+        num_bytes: int = 0,
+        previous: CallKey | None = None,
+    ) -> None:
+        """Keep a graph, and drop others beyond the bounds.
+
+        Args:
+            key: Its call.
+            record: What the call ran on.
+            done: Its run.
+            num_bytes: What it holds, roughly.
+            previous: The call of the same `client(...)` before it.
+        """
+        if self._most < 1:
+            return
+        with self._lock:
+            self._remove(key)
+            before = None if previous is None else self._entries.get(previous)
+            group = _Group(key[1]) if before is None else before.group
+            group.keys.append(key)
+            group.num_bytes += num_bytes
+            self._memory.kept += num_bytes
+            self._entries[key] = _Held(record, done, group, num_bytes)
+            self._groups[id(group)] = group
+            self._groups.move_to_end(id(group))
+            if len(group.keys) > MOST_CALLS:
+                self._remove(group.keys[0])
+            self._shrink(group)
+
+    def pop(self, key: CallKey) -> tuple[ForwardRecord, Run] | None:
+        """Take a graph out."""
+        with self._lock:
+            held = self._remove(key)
+            return None if held is None else (held.record, held.done)
+
+    def _shrink(self, newest: _Group) -> None:
+        """Drop the oldest groups beyond the bounds, never the newest."""
+        while len(self._groups) > self._most or self._memory.kept > self._memory.total:
+            counts = Counter(group.client_id for group in self._groups.values())
+            if len(self._groups) == 1:
+                break
+            # The oldest one decides between those that have equally many.
+            others = [group for group in self._groups.values() if group is not newest]
+            self._drop(max(others, key=lambda group: counts[group.client_id]))
+        own = [group for group in self._groups.values() if group.client_id == newest.client_id]
+        total = sum(group.num_bytes for group in own)
+        for group in own[:-1]:
+            if total <= self._memory.client:
+                break
+            total -= group.num_bytes
+            self._drop(group)
+
+    def _drop(self, group: _Group) -> None:
+        for key in list(group.keys):
+            self._remove(key)
+
+    def _remove(self, key: CallKey) -> _Held | None:
+        held = self._entries.pop(key, None)
+        if held is not None:
+            held.group.keys.remove(key)
+            held.group.num_bytes -= held.num_bytes
+            self._memory.kept -= held.num_bytes
+            if not held.group.keys:
+                self._groups.pop(id(held.group), None)
+        return held
