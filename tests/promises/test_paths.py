@@ -10,10 +10,10 @@ from tracing import ROOT, Trace, trace_step
 import splitfed
 
 # A file for each thing that a call asks on its way: what it counts, whose buffers it goes on from, what the half has
-# changed, whether its arguments can cross; and what its client may still write and hold.
-FORWARD_FILES = 36
+# changed, whether its arguments can cross; what its client may still write and hold; and whether a file is whole.
+FORWARD_FILES = 38
 FORWARD_DEPTH = 17
-BACKWARD_FILES = 34
+BACKWARD_FILES = 36
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,9 @@ def sealed(parts: Sequence[Buffer]) -> list[Buffer]:
         return list(parts) if first.startswith(_JSON) else [_sealed_json(b"".join(parts))]
     if first[_LENGTH : _LENGTH + 1] != b"{" or first.startswith(_TENSORS, _LENGTH):
         return list(parts)
-    return [_sealed_header(first, parts[1:]), *parts[1:]]
+    end = _LENGTH + int.from_bytes(first[:_LENGTH], "little")
+    data = [first[end:], *parts[1:]] if len(first) > end else parts[1:]
+    return [_sealed_header(first[_LENGTH:end], data), *data]
 
 
 def text_of(data: Buffer) -> bytes:
@@ -58,8 +60,8 @@ def _sealed_json(text: bytes) -> bytes:
     return b'%b%08x"%b' % (_JSON, crc, rest)
 
 
-def _sealed_header(first: bytes, data: Sequence[Buffer]) -> bytes:
-    text = first[_LENGTH:].rstrip(b" ")
+def _sealed_header(text: bytes, data: Sequence[Buffer]) -> bytes:
+    text = text.rstrip(b" ")
     if text.startswith(_METADATA):
         rest = text[len(_METADATA) :]
         rest = rest if rest.startswith(b"}") else b"," + rest
