@@ -25,15 +25,15 @@ def test_calls_of_one_client_are_counted_until_they_are_answered(store_url: str)
     """Two are taken, the third isn't; of another client it is; once one is gone, there is room again."""
     store = GradientStore(store_url, sync="process")
     seconds = [0.0]
-    ledger = Ledger(store.pile(), Quota(calls=2), lambda: seconds[0])
+    ledger, keys = Ledger(store.pile(), Quota(calls=2), lambda: seconds[0]), store.pile().keys
     for call in range(2):
         ledger.charge("a", 10, calls=1)
-        store.blobs.create(f"body/forward/0000000000/a/00000001-{call:010d}", [bytes(10)])
-    store.blobs.create("body/forward/0000000000/ab/00000001-0000000000", [bytes(10)])
+        store.blobs.create(keys.forward(0, "a", 1, call), [bytes(10)])
+    store.blobs.create(keys.forward(0, "ab", 1, 0), [bytes(10)])
     with pytest.raises(BusyError, match=r"client 'a' has 2 open calls and 20 bytes .* takes 2 calls"):
         ledger.charge("a", 10, calls=1)
     ledger.charge("b", 10, calls=1)
-    store.blobs.delete("body/forward/0000000000/a/00000001-0000000000")
+    store.blobs.delete(keys.forward(0, "a", 1, 0))
     with pytest.raises(BusyError):  # the store isn't listed for each that is refused
         ledger.charge("a", 10, calls=1)
     seconds[0] = 1.0
