@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
 ARGS ?=
+PART ?=
 
 # A stamp says what is installed, so that a second run installs nothing; new metadata or pins install again.
 PINS := pyproject.toml constraints.txt
@@ -43,8 +44,9 @@ integrations: $(HAVE_DEV) ## with other libraries' models, adapters and trainers
 bench: $(HAVE_DEV) ## benchmarks: JSON in runs/bench, tables on the terminal
 	$(BIN)/python -m benchmarks --output runs/bench $(ARGS)
 
-soak: $(HAVE_DEV) ## the long runs under faults
-	$(BIN)/python -m pytest -m soak --timeout=3600 $(ARGS)
+soak: $(HAVE_DEV) ## the long runs under faults; PART=kills|services|stores|hostile|simulator|clients for one part
+	$(BIN)/python -m pytest -m soak --timeout=3600 $(if $(PART),--part $(PART)) $(ARGS)
+	$(BIN)/python tests/support/soak.py
 
 format: $(HAVE_DEV) ## let ruff mend and format the code
 	$(BIN)/ruff check --fix .

@@ -20,6 +20,7 @@ import hypothesis
 import pytest
 import torch
 from servers import COUNTING, azurite, ignoring, moto, seaweed
+from soak import PARTS, Ledger
 
 __all__ = ["azurite", "ignoring", "moto", "seaweed"]  # fixtures: each starts its server when a test first asks for it
 
@@ -78,10 +79,19 @@ def _name(item: pytest.Item) -> str:
     return item.path.relative_to(TESTS).with_suffix("").as_posix()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--part` of the soak."""
+    parser.addoption("--part", choices=sorted(PARTS), help="of the soak: only this part")
+
+
 @pytest.hookimpl(tryfirst=True)  # before markers choose what runs
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, the others as they came."""
-    missing = [name for name in (*LONGEST, *UNCOUNTED, *INTEGRATIONS) if not (TESTS / f"{name}.py").is_file()]
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest files first, the others as they came; of the soak, one part."""
+    part = config.getoption("part")
+    if part is not None:
+        items[:] = [item for item in items if _name(item) in PARTS[part]]
+    listed = (*LONGEST, *UNCOUNTED, *INTEGRATIONS, *(name for files in PARTS.values() for name in files))
+    missing = [name for name in listed if not (TESTS / f"{name}.py").is_file()]
     if missing:
         raise pytest.UsageError(f"conftest.py orders files that are gone: {missing}")
     place = {name: number for number, name in enumerate(LONGEST)}
@@ -95,7 +105,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the hypothesis profile: fixed examples in the tests, many fresh ones in the soak."""
-    hypothesis.settings.load_profile("soak" if config.option.markexpr == "soak" else "tests")
+    is_soak = config.option.markexpr == "soak"
+    hypothesis.settings.load_profile("soak" if is_soak else "tests")
+    if is_soak and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Ledger(config.getoption("part") or "all"))
 
 
 @pytest.fixture(autouse=True)
