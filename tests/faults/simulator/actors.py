@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 RESTARTED = ("server", "accumulator", "client", "reader", "sweeper", account.NAME)
 """Roles whose processes are started again when they die."""
 
-_MOST_PENDING = 8
-"""Clients wait when so many batches do: else an accumulator that is killed now and then never gets through."""
+_PATIENCE = 12
+"""How often clients look whether an accumulator has got through before they go on."""
 
 
 def cast(plan: Plan) -> Iterator[str]:
@@ -111,7 +111,7 @@ def accumulate(role: str, process: Process) -> None:
             raise
         except StoreError:
             made = None
-        process.pause(1 + int(process.choose.random() * (20 if made else 60)))
+        process.pause(1 + int(process.choose.random() * (20 if made else 40)))
 
 
 def read(role: str, process: Process) -> None:
@@ -185,9 +185,9 @@ def train(role: str, process: Process) -> None:
 def _train(role: str, process: Process, client: SplitClient) -> None:
     world = process.world
     while world.is_stormy:
-        if len(world.ledger.files) - len(world.ledger.closed) > _MOST_PENDING:
-            process.pause(30)
-            continue
+        for _ in range(_PATIENCE):
+            if len(world.ledger.files) - len(world.ledger.closed) >= world.plan.most_pending:
+                process.pause(30)
         try:
             _batch(client, process)
         except (SupersededError, DigestError):

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from tests.faults.simulator.world import World
 
 HOSTILE = "mallory"
+CLOSER = "closer"
+"""Makes one batch at the very end: what isn't folded is closed only together with something that is."""
 
 
 class Ledger:
@@ -134,7 +136,6 @@ class Ledger:
             commit = self._lineage.commit(version)
             weights = self._lineage.weights(version)
             applied = self._lineage.applied(version)
-            self._lineage.optimizer(version)
         except SplitFedError as error:
             self.fail(f"version {version} isn't whole: {error}")
             return
@@ -202,6 +203,7 @@ class Ledger:
     def served(self, sent: Sent, answer: Any, newest: int) -> None:
         """A server has answered a request; when it came, `newest` was its client's newest process."""
         status = getattr(answer, "status", "")
+        sent.came_late |= sent.batch in self.closed
         ahead = sent.request.forward if isinstance(sent.request, LossRequest) else sent.request
         incarnation = ahead.incarnation
         if status in ("stored", "part") and incarnation is not None and incarnation < newest:

@@ -40,6 +40,8 @@ class Sent:
     """The newest version when it was sent first."""
     answer: Any = None
     error: str = ""
+    came_late: bool = False
+    """Whether its batch was counted already when a server answered it."""
 
     @property
     def batch(self) -> BatchId | None:
@@ -96,7 +98,7 @@ class Network(Sender):
                 raise
             else:
                 self.world.ledger.answered(sent)
-                return _copied(sent.answer)
+                return sent.answer
         raise AssertionError("at least one try")
 
     def _exchange(self, sent: Sent, fault: Fault | None) -> Any:
@@ -160,7 +162,7 @@ class Exchange:
         ledger = server.process.world.ledger
         incarnation = ledger.newest_incarnation(_client_of(sent.request))
         try:
-            self.answer = getattr(server.app, sent.verb)(_copied(sent.request))
+            self.answer = getattr(server.app, sent.verb)(sent.request)
             ledger.served(sent, self.answer, incarnation)
         except SplitFedError as error:
             kind, text = type(error), str(error)
@@ -190,8 +192,6 @@ def _copied(message: Any) -> Any:
         return replace(message, inputs=_clone(message.inputs))
     if isinstance(message, BackwardRequest):
         return replace(message, grad_outputs=_clone(message.grad_outputs))
-    if hasattr(message, "grad_inputs"):
-        return replace(message, grad_inputs=_clone(message.grad_inputs))
     return message
 
 

@@ -55,6 +55,8 @@ class Plan:
     keep_versions: int = 2
     max_staleness: int | None = None
     keep_graphs: int = 0
+    most_pending: int = 2
+    """Clients wait a while when so many batches do: an accumulator that is killed now and then has to get through."""
     momentum: bool = False
     """Whether the optimizer is SGD with momentum and a schedule; else Adam."""
     dropout: float = 0.0
@@ -73,7 +75,7 @@ class Plan:
         return cls(
             seed=seed,
             rates=rates,
-            batches=random.randrange(10, 20),
+            batches=random.randrange(8, 16),
             clients=random.choice((2, 2, 3)),
             servers=random.choice((2, 2, 3)),
             accumulators=random.choice((1, 2, 2, 3)),
@@ -86,6 +88,7 @@ class Plan:
             keep_versions=(2 if max_staleness is None else max_staleness + 2) + random.choice((0, 0, 1, 3)),
             max_staleness=max_staleness,
             keep_graphs=random.choice((0, 0, 1, 2, 8)),
+            most_pending=random.choice((1, 2, 2, 3, 6)),
             momentum=random.random() < 0.5,
             dropout=random.choice((0.0, 0.3)),
         )

@@ -104,12 +104,12 @@ class Body:
             module.get_submodule(owner)._buffers[leaf] = (start or bases)[name].clone()
         module.train(request.training)
         entered = pytree.flatten(request.inputs)[1][0].detach().requires_grad_(request.requires_grad[0])
-        before = torch.get_rng_state()
-        torch.manual_seed(request.seed)
+        before = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(request.seed)
         outputs = module(entered * 1)
         if target is not None:
             outputs = model.loss_fn(outputs, target)
-        torch.set_rng_state(before)
+        torch.default_generator.set_state(before)
         end = dict(module.named_buffers())
         return Call(version, outputs, entered, module, bases, start, end)
 
@@ -219,18 +219,19 @@ def merged(head: Named, updates: Sequence[BufferUpdate]) -> dict[str, Tensor]:
     """The buffers after a commit."""
     if len(updates) == 1 and all(same(base, head[name]) for name, base in updates[0].bases.items()):
         return {**head, **updates[0].values}
-    steps = [int(update.values[COUNTER]) - int(update.bases[COUNTER]) for update in updates]
     made = dict(head)
-    if not updates:
+    changed = [update for update in updates if COUNTER in update.values]
+    if not changed:
         return made
+    steps = [int(update.values[COUNTER]) - int(update.bases[COUNTER]) for update in changed]
     made[COUNTER] = head[COUNTER] + sum(steps)
     kept = 1 - model.MOMENTUM
     for name in STATISTICS:
         total = torch.zeros_like(head[name], dtype=torch.float64)
-        for update, count in zip(updates, steps, strict=True):
+        for update, count in zip(changed, steps, strict=True):
             seen = (update.values[name].double() - kept**count * update.bases[name].double()) / (1 - kept**count)
             total += seen * update.num_samples
-        average = total / sum(update.num_samples for update in updates)
+        average = total / sum(update.num_samples for update in changed)
         share = kept ** sum(steps)
         value = share * head[name].double() + (1 - share) * average
         made[name] = (value.clamp(min=0) if name.endswith("var") else value).to(head[name].dtype)
