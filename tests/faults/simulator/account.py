@@ -82,7 +82,8 @@ class _Attacker:
 
     def _ahead(self) -> ForwardRequest:
         self.numbers += 1
-        values = torch.tensor([[self.choose.uniform(-3, 3) for _ in range(model.CUT)] for _ in range(2)])
+        rows = [[self.choose.uniform(-3, 3) for _ in range(model.CUT)] for _ in range(2)]
+        values = torch.tensor(rows, dtype=model.DTYPE)
         return ForwardRequest(
             client_id=NAME,
             incarnation=self.choose.choice((self.incarnation, self.incarnation, 7)),
@@ -112,7 +113,7 @@ class _Attacker:
         after = self.choose.choice((None, None, None, -1, 0, 5))
         chains = (Chain(2.0, self.choose.choice((own, own, 1)), after),)
         seal = Seal(parts, self.choose.choice((2.0, 2.0, 1e9, 0.0)), self.choose.choice((1.0, 1.0, -0.5)), chains)
-        gradient = torch.tensor([[self.choose.choice((1.0, -1e30, torch.inf, torch.nan))], [1.0]])
+        gradient = torch.tensor([[self.choose.choice((1.0, -1e30, torch.inf, torch.nan))], [1.0]], dtype=model.DTYPE)
         request = BackwardRequest(
             client_id=NAME,
             incarnation=self.choose.choice((self.incarnation, self.incarnation, 7)),
@@ -129,5 +130,5 @@ class _Attacker:
     def loss(self) -> None:
         """The same in one trip."""
         ahead = replace(self._ahead(), call=self.numbers)
-        target = torch.ones(self.choose.choice((2, 2, 3)), model.OUTPUTS)
+        target = torch.ones(self.choose.choice((2, 2, 3)), model.OUTPUTS, dtype=model.DTYPE)
         self.network.send("loss", LossRequest(ahead, self.number(), target, self.choose.choice((2.0, 1e9, -1.0))))

@@ -249,7 +249,7 @@ def _batch(client: SplitClient, process: Process) -> None:
 def _data(process: Process) -> tuple[Tensor, Tensor]:
     number = 2 + int(process.choose.random() * 3)
     values = [process.choose.uniform(-2.0, 2.0) for _ in range(number * (model.INPUTS + model.OUTPUTS))]
-    rows = torch.tensor(values).view(number, -1)
+    rows = torch.tensor(values, dtype=model.DTYPE).view(number, -1)
     return rows[:, : model.INPUTS], rows[:, model.INPUTS :]
 
 
@@ -310,9 +310,9 @@ def _interrupted(client: SplitClient, process: Process) -> None:
 
 
 _KINDS: dict[str, tuple[int, Callable[[SplitClient, Process], None]]] = {
-    "plain": (50, _plain),
-    "two calls": (10, _two_calls),
-    "summed": (10, _summed),
+    "plain": (42, _plain),
+    "two calls": (14, _two_calls),
+    "summed": (14, _summed),
     "one trip": (8, _one_trip),
     "infinite": (3, _infinite),
     "twice": (5, _twice),

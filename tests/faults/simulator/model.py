@@ -1,4 +1,7 @@
-"""The model of all runs, as small as one can be that has what can go wrong: weights, statistics and dropout."""
+"""The model of all runs, as small as one can be that has what can go wrong: weights, statistics and dropout.
+
+It is in float64: sums of a mean are made in that, and in float32 the result would hide in which order they were made.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from tests.faults.simulator.plan import Plan
 MOMENTUM = 0.1
 """Of the statistics."""
 INPUTS, CUT, OUTPUTS = 2, 2, 1
+DTYPE = torch.float64
 
 
 @functools.cache
@@ -26,7 +30,7 @@ def halves(dropout: float) -> tuple[nn.Module, nn.Module]:
         body = nn.Sequential(
             nn.Linear(CUT, 3), nn.BatchNorm1d(3, momentum=MOMENTUM), nn.Dropout(dropout), nn.Linear(3, OUTPUTS)
         )
-        half, cut = splitfed.split(nn.Sequential(nn.Linear(INPUTS, CUT), body), "1")
+        half, cut = splitfed.split(nn.Sequential(nn.Linear(INPUTS, CUT), body).to(DTYPE), "1")
     return half, cut
 
 
