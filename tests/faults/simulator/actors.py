@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 RESTARTED = ("server", "accumulator", "client", "reader", "sweeper", account.NAME)
 """Roles whose processes are started again when they die."""
 
-_PATIENCE = 12
+_PATIENCE = 40
 """How often clients look whether an accumulator has got through before they go on."""
 
 
@@ -101,6 +101,9 @@ def accumulate(role: str, process: Process) -> None:
     least = process.choose.choice((1, 1, 2, 3))
     accumulator = opened(process, lambda store: world.accumulator(store, least))
     while world.is_stormy:
+        if not world.ledger.num_open and process.choose.random() < 0.8:
+            process.pause(20)  # it would look in vain, which takes most of the time of a run
+            continue
         try:
             only = None
             if process.choose.random() < 0.15:
@@ -111,7 +114,7 @@ def accumulate(role: str, process: Process) -> None:
             raise
         except StoreError:
             made = None
-        process.pause(1 + int(process.choose.random() * (20 if made else 40)))
+        process.pause(1 + int(process.choose.random() * (20 if made else 100)))
 
 
 def read(role: str, process: Process) -> None:
@@ -186,8 +189,8 @@ def _train(role: str, process: Process, client: SplitClient) -> None:
     world = process.world
     while world.is_stormy:
         for _ in range(_PATIENCE):
-            if len(world.ledger.files) - len(world.ledger.closed) >= world.plan.most_pending:
-                process.pause(30)
+            if world.ledger.num_open >= world.plan.most_pending:
+                process.pause(20)
         try:
             _batch(client, process)
         except (SupersededError, DigestError):

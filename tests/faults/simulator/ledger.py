@@ -64,6 +64,11 @@ class Ledger:
         self._sleepers: list[tuple[int, Fiber]] = []
         self._incarnations: dict[str, int] = {}
 
+    @property
+    def num_open(self) -> int:
+        """How many batches are in no commit yet."""
+        return len(self.files) - len(self.closed)
+
     def watch(self, store: GradientStore) -> None:
         """Look at the storage through this store."""
         self.store = store
