@@ -17,6 +17,7 @@ design) but closes its id as rejected.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -245,8 +246,8 @@ class Sealer:
 
     def is_known(self, batch: BatchId) -> bool:
         """Whether a batch is counted or pending."""
-        # The file is looked for first: a batch that is committed in between has none any more, and is
-        # in the table then. The other way round it would be found in neither.
+        # The file is looked for first: a batch that is committed in between has none any more, and
+        # is in the table then. The other way round it would be found in neither.
         return self._pile.peek(batch) is not None or self._is_counted(batch)
 
     def store(self, batch: BatchId, record: GradientRecord, *, is_first: bool = False) -> str:
@@ -332,7 +333,9 @@ class Sealer:
             batch = BatchId(client_id, incarnation, seq)
             if not self.is_known(batch):
                 skip = GradientRecord("skip", 0, 0.0, 1.0, "", self._numerics, {}, [])
-                self._pile.create(batch, skip)
+                # A gradient that was under way may land in between: then that closes the number.
+                with contextlib.suppress(DigestError):
+                    self._pile.create(batch, skip)
 
     def _parts(self, batch: BatchId, seal: Seal) -> dict[int, GradientRecord] | None:
         """The parts that a seal names; `None` if they are gone because the batch was sealed."""

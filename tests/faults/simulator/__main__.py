@@ -8,8 +8,7 @@ import sys
 import time
 
 import torch
-
-from tests.faults.simulator.mutants import MUTANTS, installed
+from tests.faults.simulator.mutants import MUTANTS, RARE, installed
 from tests.faults.simulator.shrink import Shrinker, told
 from tests.faults.simulator.world import run
 
@@ -18,7 +17,7 @@ def main() -> int:
     """Run what the command line says; 1 if anything was wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.simulator", description="Runs under faults.")
     parser.add_argument("seeds", help="one, as 17, or a range, as 0-999")
-    parser.add_argument("--mutant", choices=MUTANTS, help="with one thing wrong in the library")
+    parser.add_argument("--mutant", choices=[*MUTANTS, *RARE], help="with one thing wrong in the library")
     parser.add_argument("--shrink", action="store_true", help="look for the fewest faults that show it")
     parser.add_argument("--trace", action="store_true", help="print all operations")
     asked = parser.parse_args()

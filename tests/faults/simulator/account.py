@@ -13,6 +13,9 @@ from random import Random
 from typing import Any
 
 import torch
+from tests.faults.simulator import model
+from tests.faults.simulator.network import Network
+from tests.faults.simulator.process import Process
 
 from splitfed.errors import SplitFedError
 from splitfed.model.stamp import stamp_of
@@ -24,9 +27,6 @@ from splitfed.protocol.messages import (
     LossRequest,
     Seal,
 )
-from tests.faults.simulator import model
-from tests.faults.simulator.network import Network
-from tests.faults.simulator.process import Process
 
 NAME = "mallory"
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from tests.faults.simulator.network import Sent
+from tests.faults.simulator.scheduler import Fiber
 from torch import Tensor
 
 from splitfed.errors import (
@@ -29,8 +31,6 @@ from splitfed.store.batches import OUTCOMES
 from splitfed.store.batchset import Outcome
 from splitfed.store.commit import Commit
 from splitfed.store.store import GradientStore
-from tests.faults.simulator.network import Sent
-from tests.faults.simulator.scheduler import Fiber
 
 if TYPE_CHECKING:
     from tests.faults.simulator.world import World

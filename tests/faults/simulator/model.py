@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tests.faults.simulator.plan import Plan
 from torch import Tensor, nn
 
 import splitfed
-from tests.faults.simulator.plan import Plan
 
 MOMENTUM = 0.1
 """Of the statistics."""

@@ -1,7 +1,7 @@
 """Wrong variants of real functions: what somebody might well write, and what the protocol doesn't stand.
 
-Each is installed in place of the real one for a run, and some seed has to show that something is wrong. A mutant that no
-seed catches is a hole in the simulator.
+Each is installed in place of the real one for a run, and some seed has to show that something is wrong. A mutant that
+no seed catches is a hole in the simulator.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 from unittest import mock
+
+from tests.faults.simulator.scheduler import current
 
 from splitfed.accumulator import accumulator as accumulating
 from splitfed.accumulator import fold as folding
@@ -30,19 +32,20 @@ from splitfed.store.batchset import BatchSet
 from splitfed.store.clients import Clients
 from splitfed.store.commit import Commit
 from splitfed.store.lineage import Lineage
-from tests.faults.simulator.scheduler import current
 
 Changes = Iterator[tuple[Any, str, Any]]
 """What to replace: of which object, under which name, by what."""
 MUTANTS: dict[str, Callable[[], Changes]] = {}
+RARE: dict[str, Callable[[], Changes]] = {}
+"""Those that take more seeds than a test can run."""
 WAITING = {
     "a base that isn't an ancestor": (
-        "today the accumulator folds gradients of a branch that a rollback has abandoned; once it closes them as stale, "
-        "set ledger.BASES_ARE_ANCESTORS and let the mutant fold them again"
+        "today the accumulator folds gradients of a branch that a rollback has abandoned; once it closes them as "
+        "stale, set ledger.BASES_ARE_ANCESTORS and let the mutant fold them again"
     ),
     "a checksum that nobody reads": (
-        "files have no checksum of their own yet; once they have, storage needs a fault that flips a bit, and the mutant "
-        "leaves the comparison out"
+        "files have no checksum of their own yet; once they have, storage needs a fault that flips a bit, and the "
+        "mutant leaves the comparison out"
     ),
 }
 """What can't be tried before the library has it, and why."""
@@ -54,11 +57,17 @@ def mutant(make: Callable[[], Changes]) -> Callable[[], Changes]:
     return make
 
 
+def rare(make: Callable[[], Changes]) -> Callable[[], Changes]:
+    """Enter a mutant into the table of those that are seldom caught."""
+    RARE[make.__name__.replace("_", " ")] = make
+    return make
+
+
 @contextmanager
 def installed(name: str) -> Iterator[None]:
     """The library with one thing wrong."""
     with ExitStack() as stack:
-        for owner, attribute, wrong in MUTANTS[name]():
+        for owner, attribute, wrong in (MUTANTS | RARE)[name]():
             stack.enter_context(mock.patch.object(owner, attribute, wrong))
         yield
 
@@ -108,7 +117,7 @@ def rollback_with_the_old_table() -> Changes:
 
 @mutant
 def no_nonce_read_back() -> Changes:
-    """ "Exists" is taken for "another has won", whatever the record says."""
+    """A record that exists is taken for another's, whatever it says."""
 
     def create_record(self: Lineage, record: Commit) -> None:
         if not self.blobs.create(self.keys.commit(record.version), [record.to_json()]):
@@ -336,14 +345,29 @@ def digest_not_compared() -> Changes:
     yield Pile, "_create", create
 
 
-@mutant
+@rare
 def file_looked_for_after_the_table() -> Changes:
-    """A batch that is committed between the two looks is in neither. (As it was: the simulator found it.)"""
+    """A batch that is committed between the two looks is in neither. As it was: the simulator found it."""
 
     def is_known(self: Sealer, batch: BatchId) -> bool:
         return self._is_counted(batch) or self._pile.peek(batch) is not None
 
     yield Sealer, "is_known", is_known
+
+
+@rare
+def skip_that_meets_a_late_gradient() -> Changes:
+    """A number that is given up while its gradient lands is an error. As it was: the simulator found it."""
+
+    def tidy(self: Sealer, client_id: str, incarnation: int, housekeeping: Any) -> None:
+        real(self, client_id, incarnation, replace(housekeeping, abandoned=()))
+        for seq in housekeeping.abandoned:
+            batch = BatchId(client_id, incarnation, seq)
+            if not self.is_known(batch):
+                self._pile.create(batch, GradientRecord("skip", 0, 0.0, 1.0, "", self._numerics, {}, []))
+
+    real = Sealer.tidy
+    yield Sealer, "tidy", tidy
 
 
 @mutant

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tests.faults.simulator.process import Fault, Process
+from tests.faults.simulator.scheduler import Fiber, Killed, current
 from torch import Tensor
 
 from splitfed.errors import CorruptedError, SplitFedError, StoreError, UnreachableError
@@ -19,8 +21,6 @@ from splitfed.protocol import pytree
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import BackwardRequest, ForwardRequest, LossRequest
 from splitfed.protocol.transport import Sender
-from tests.faults.simulator.process import Fault, Process
-from tests.faults.simulator.scheduler import Fiber, Killed, current
 
 if TYPE_CHECKING:
     from tests.faults.simulator.actors import Server
@@ -167,7 +167,7 @@ class Exchange:
         except SplitFedError as error:
             kind, text = type(error), str(error)
             self.error = lambda: kind(text)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- what a service would answer as 500
             ledger.fail(f"a server answered {sent.verb} of {sent.network.process.name} with {error!r}", error)
             self.error = lambda: UnreachableError("the server failed")
 

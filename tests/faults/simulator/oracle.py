@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from tests.faults.simulator.ledger import CLOSER, HOSTILE, Ledger
+from tests.faults.simulator.network import Network, Sent
+from tests.faults.simulator.reference import Body, Call, Replica, differing, same
 from torch import Tensor
 
 from splitfed.protocol.ids import BatchId
@@ -23,9 +26,6 @@ from splitfed.protocol.messages import (
 )
 from splitfed.protocol.packing import pack_tree
 from splitfed.store.batchset import Outcome
-from tests.faults.simulator.ledger import CLOSER, HOSTILE, Ledger
-from tests.faults.simulator.network import Network, Sent
-from tests.faults.simulator.reference import Body, Call, Replica, differing, same
 
 
 def check(ledger: Ledger) -> None:

@@ -80,7 +80,7 @@ class Plan:
             servers=random.choice((2, 2, 3)),
             accumulators=random.choice((1, 2, 2, 3)),
             rollbacks=random.choice((0, 0, 1, 2)),
-            has_fork=random.random() < 0.4,
+            has_fork=random.random() < 0.5,
             has_sweeper=random.random() < 0.4,
             has_hostile=random.random() < 0.5,
             clock_jumps=random.choice((0, 1, 3)),

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tests.faults.simulator import model
+from tests.faults.simulator.plan import Plan
 from torch import Tensor, nn
 
 from splitfed.protocol import pytree
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import BufferUpdate, ForwardRequest, GradientRecord
 from splitfed.store.commit import Commit
-from tests.faults.simulator import model
-from tests.faults.simulator.plan import Plan
 
 Named = Mapping[str, Tensor]
 _GROUP = 32

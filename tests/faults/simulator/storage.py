@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from tests.faults.simulator.process import Fault, Process
+from tests.faults.simulator.scheduler import Killed
+
 from splitfed.blobs.contract import Buffer
 from splitfed.blobs.memory import MemoryBlobs
 from splitfed.errors import StoreError
-from tests.faults.simulator.process import Fault, Process
-from tests.faults.simulator.scheduler import Killed
 
 if TYPE_CHECKING:
     from tests.faults.simulator.world import World

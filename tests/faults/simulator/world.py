@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tests.faults.simulator import actors, model, oracle
+from tests.faults.simulator.ledger import CLOSER, Ledger
+from tests.faults.simulator.plan import Plan
+from tests.faults.simulator.process import Fault, Process
+from tests.faults.simulator.scheduler import Fiber, Scheduler, current
+from tests.faults.simulator.storage import ProcessBlobs, Storage
 
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.blobs.contract import Blobs
@@ -23,12 +30,6 @@ from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import GradientRecord
 from splitfed.server.server import SplitServer
 from splitfed.store.store import GradientStore
-from tests.faults.simulator import actors, model, oracle
-from tests.faults.simulator.ledger import CLOSER, Ledger
-from tests.faults.simulator.plan import Plan
-from tests.faults.simulator.process import Fault, Process
-from tests.faults.simulator.scheduler import Fiber, Scheduler, current
-from tests.faults.simulator.storage import ProcessBlobs, Storage
 
 MOST_STEPS = 15_000
 _RESTART = 150
@@ -219,12 +220,17 @@ class World:
         def open_blobs(url: Any, **options: Any) -> Blobs:
             return ProcessBlobs(self._names[str(url).removeprefix("memory://")], self.storage)
 
+        main = threading.current_thread()
+
         def urandom(size: int, real: Callable[[int], bytes] = os.urandom) -> bytes:
             fiber = current()
-            return real(size) if fiber is None else fiber.process.entropy.randbytes(size)
+            if fiber is not None:
+                return fiber.process.entropy.randbytes(size)
+            return self.observer.entropy.randbytes(size) if threading.current_thread() is main else real(size)
 
         def now(real: Callable[[], float] = time.time) -> float:
-            return real() if current() is None else self.clock + self.scheduler.steps / 1_000
+            is_other = current() is None and threading.current_thread() is not main
+            return real() if is_other else self.clock + self.scheduler.steps / 1_000
 
         before = torch.get_rng_state()
         torch.manual_seed(self.plan.seed)
