@@ -75,6 +75,8 @@ class World:
         self.plan = plan
         self.is_stormy = True
         """Whether faults happen and clients go on."""
+        self.is_landing = False
+        """Whether a late write lands now, in nobody's turn: nobody may pause in it."""
         self.faults: list[str] = []
         self.servers: list[actors.Server] = []
         self.batches = 0
@@ -151,7 +153,9 @@ class World:
     def land(self, operation: str, key: str, write: Callable[[], Any]) -> None:
         """A write that was under way when its caller gave it up arrives."""
         self.trace.append(f"{self.scheduler.steps} {operation} {key} lands late")
+        self.is_landing = True
         write()
+        self.is_landing = False
 
     def _died(self, role: str, process: Process) -> None:
         self.servers = [server for server in self.servers if server.process is not process]
