@@ -46,14 +46,14 @@ class Shrinker:
 
     def _fewer(self, best: Outcome) -> Outcome:
         """Leave parts of the faults out, first halves, then smaller ones (Zeller and Hildebrandt 2002)."""
-        size = len(best.faults)
+        size = len(best.faults) // 2
         while size >= 1 and self.left > 0:
-            size = max(1, size // 2)
             found = self._one_less(best, size)
-            if found is not None:
+            if found is None:
+                size //= 2
+            else:
                 best = found
-            elif size == 1:
-                break
+                size = min(size, len(best.faults) // 2)
         return best
 
     def _one_less(self, best: Outcome, size: int) -> Outcome | None:
