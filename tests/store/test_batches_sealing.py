@@ -202,6 +202,34 @@ def test_holes_are_counted_with_what_is_pending() -> None:
     assert site.server.backward(back(seq=1)).status == "stored"
 
 
+def test_a_seal_repeated_while_its_batch_is_committed_is_answered_as_before() -> None:
+    """At each of its reads the commit may come: the file goes, and the number is in the table."""
+    for at in range(12):
+        site = two_parts()
+        close = back(part=2, call=None, grad_outputs=(), seal=CLOSE)
+        site.server.backward(close)
+        nth = Nth(at, meanwhile(site.commit))
+        # A server that has seen no commit yet, as one in another process hasn't.
+        other = SplitServer(body(), hooked(site.store.url, nth), keep_graphs=0)
+        with nth.armed():
+            assert other.backward(close).status == "stored"
+        if nth.count <= at:
+            break
+    assert 2 < at < 11, "it reads the parts, the file and the table"
+
+
+def test_a_number_given_up_while_its_gradient_lands_is_closed_by_the_gradient() -> None:
+    """A forward that gives the number up is answered, and the gradient that was under way counts."""
+    site = Site(f"memory://{uuid.uuid4()}")
+    site.forward()
+    late = meanwhile(lambda: site.server.backward(back(seal=SEAL)))
+    store = hooked(site.store.url, Nth(0, late, at="create body/grad"))
+    store.blobs._hook.arm()  # type: ignore[attr-defined]
+    other = SplitServer(body(), store, keep_graphs=0)
+    other.forward(ahead(incarnation=1, call=1, housekeeping=Housekeeping(abandoned=(0,))))
+    assert waiting(site).kind == "gradient"
+
+
 PARTS: list[tuple[str, Any]] = [
     ("gradients", [1]),
     ("gradients", {"weight": 1}),

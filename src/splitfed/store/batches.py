@@ -259,7 +259,9 @@ class Sealer:
 
     def is_known(self, batch: BatchId) -> bool:
         """Whether a batch is counted or pending."""
-        return batch in self._lineage.counted() or self._pile.peek(batch) is not None
+        # The file is looked for first: a batch that is committed in between has none any more, and
+        # is in the table then. The other way round it would be found in neither.
+        return self._pile.peek(batch) is not None or batch in self._lineage.counted()
 
     def store(self, batch: BatchId, record: GradientRecord, *, is_first: bool = False) -> str:
         """Add a pending batch, as rejected if it isn't finite; a repeated call changes nothing.

@@ -1,0 +1,273 @@
+"""The ledger: all that happened to the storage and between clients and servers, and what is wrong at first sight.
+
+It looks at each change as it is made, through a store of its own on which nothing goes wrong: a version must be whole
+the moment its record is there, a batch may be deleted only once it is closed.
+"""
+
+from __future__ import annotations
+
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from tests.faults.simulator.network import Sent
+from tests.faults.simulator.scheduler import Fiber
+from torch import Tensor
+
+from splitfed.errors import (
+    AlreadyAppliedError,
+    CorruptedError,
+    DigestError,
+    ExpiredError,
+    SplitFedError,
+    StoreCapabilityError,
+    StoreError,
+    SupersededError,
+    UnreachableError,
+)
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.messages import BackwardRequest, ForwardRequest, GradientRecord, LossRequest
+from splitfed.store import layout
+from splitfed.store.batches import OUTCOMES
+from splitfed.store.batchset import Outcome
+from splitfed.store.commit import Commit
+from splitfed.store.store import GradientStore
+
+if TYPE_CHECKING:
+    from tests.faults.simulator.world import World
+
+HOSTILE = "mallory"
+CLOSER = "closer"
+"""Makes one batch at the very end: what isn't folded is closed only together with something that is."""
+
+
+class Ledger:
+    """What happened.
+
+    Args:
+        world: The run.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.wrong: list[str] = []
+        self.head = -1
+        self.commits: list[Commit] = []
+        self.weights: list[dict[str, Tensor]] = []
+        """Of each version."""
+        self.closed: dict[BatchId, int] = {}
+        """The batches that are in a commit, and in which."""
+        self.files: dict[BatchId, GradientRecord] = {}
+        """Each gradient file that ever was."""
+        self.requests: list[Sent] = []
+        self.acknowledged: dict[BatchId, list[Sent]] = {}
+        self.store: GradientStore
+        self._sleepers: list[tuple[int, Fiber]] = []
+        self._incarnations: dict[str, int] = {}
+
+    @property
+    def num_open(self) -> int:
+        """How many batches are in no commit yet."""
+        return len(self.files) - len(self.closed)
+
+    def watch(self, store: GradientStore) -> None:
+        """Look at the storage through this store."""
+        self.store = store
+        self._lineage, self._pile = store.lineage(), store.pile()
+
+    def fail(self, what: str, error: BaseException | None = None) -> None:
+        """Something is wrong."""
+        if error is not None:
+            last = traceback.extract_tb(error.__traceback__)[-6:]
+            what += "".join(f"\n    {frame.filename}:{frame.lineno} {frame.name}" for frame in last)
+        self.wrong.append(f"step {self.world.scheduler.steps}: {what}")
+        self.world.scheduler.after(1, self.world.stop)
+
+    # ----------------------------------------------------------------------------------- sleepers
+
+    def wake_after(self, commits: int, fiber: Fiber | None) -> None:
+        """Wake a fiber after so many further commits."""
+        assert fiber is not None
+        self._sleepers.append((self.head + commits, fiber))
+
+    def wake_all(self) -> None:
+        """Wake all that sleep."""
+        for _, fiber in self._sleepers:
+            self.world.scheduler.unpark(fiber)
+        self._sleepers = []
+
+    # ------------------------------------------------------------------------------------ storage
+
+    def created(self, key: str) -> None:
+        """A key was created."""
+        keys = self._lineage.keys
+        batch = keys.parse_gradient(key)
+        if batch is not None:
+            record = self._pile.read(batch)
+            assert record is not None
+            self.files.setdefault(batch, record)
+        elif key == keys.commit(self.head + 1):
+            self._committed(self.head + 1)
+        client_id = layout.parse_client(key)
+        if client_id is not None and key == layout.client(client_id, self.newest_incarnation(client_id) + 1):
+            self._incarnations[client_id] = self.newest_incarnation(client_id) + 1
+
+    def replaced(self, key: str, *, existed: bool) -> None:
+        """A key is about to be written without asking whether it exists."""
+        keys = self._lineage.keys
+        batch = keys.parse_gradient(key)
+        is_record = any(key == keys.commit(version) for version in range(self.head + 2))
+        if is_record or (batch is not None and existed) or keys.parse_versioned(key) is not None:
+            self.fail(f"{key} is overwritten")
+
+    def deleted(self, key: str) -> None:
+        """A key that exists is about to be deleted."""
+        keys = self._lineage.keys
+        batch = keys.parse_gradient(key)
+        if batch is not None and batch not in self.closed:
+            self.fail(f"batch {batch} is deleted and in no commit")
+        if any(key == keys.commit(version) for version in range(self.head + 1)):
+            self.fail(f"the record {key} is deleted at version {self.head}")
+        found = keys.parse_versioned(key)
+        if found is None:
+            return
+        version, nonce = found
+        if version > self.head:
+            self.fail(f"{key} is deleted at version {self.head}: its commit may still come")
+        elif version > self.head - self.world.plan.keep_versions and nonce == self.commits[version].nonce:
+            self.fail(f"{key} is deleted at version {self.head}, within the retention window")
+
+    def _committed(self, version: int) -> None:
+        try:
+            commit = self._lineage.commit(version)
+            weights = self._lineage.weights(version)
+            applied = self._lineage.applied(version)
+        except SplitFedError as error:
+            self.fail(f"version {version} isn't whole: {error}")
+            return
+        self.head = version
+        self.commits.append(commit)
+        self.weights.append(weights)
+        for batch, outcome in commit.verdict.items():
+            self._close(commit, batch, outcome)
+        if set(applied) != set(self.closed):
+            difference = sorted(set(applied) ^ set(self.closed))
+            self.fail(f"the applied table of version {version} isn't the sum of all records: {difference}")
+        due = [fiber for wanted, fiber in self._sleepers if wanted <= version]
+        self._sleepers = [(wanted, fiber) for wanted, fiber in self._sleepers if wanted > version]
+        for fiber in due:
+            self.world.scheduler.unpark(fiber)
+
+    def _close(self, commit: Commit, batch: BatchId, outcome: Outcome) -> None:
+        if batch in self.closed:
+            self.fail(f"batch {batch} is in commits {self.closed[batch]} and {commit.version}")
+        self.closed[batch] = commit.version
+        record = self.files.get(batch)
+        if record is None:
+            self.fail(f"commit {commit.version} closes batch {batch}, which was never made")
+            return
+        expected = OUTCOMES[record.kind]
+        if expected is Outcome.SKIPPED:
+            base = commit.version - 1
+        else:
+            base = record.base_version
+            if commit.base_of(batch) != base:
+                self.fail(f"commit {commit.version} says base {commit.base_of(batch)} of {batch}: it was {base}")
+        most = self.world.plan.max_staleness
+        if expected is Outcome.FOLDED and self._is_stale(commit.version - 1, base, most):
+            expected = Outcome.STALE
+        if outcome is not expected:
+            self.fail(f"commit {commit.version} has {batch} as {outcome.value}: expected {expected.value}")
+
+    def _is_stale(self, head: int, base: int, most: int | None) -> bool:
+        if most is not None and head - base > most:
+            return True
+        return BASES_ARE_ANCESTORS and base not in self.ancestors(head)
+
+    def ancestors(self, version: int) -> set[int]:
+        """The versions that a version was made from, and itself."""
+        found = set()
+        while version >= 0:
+            found.add(version)
+            restored = self.commits[version].restored
+            version = version - 1 if restored is None else restored
+        return found
+
+    # ----------------------------------------------------------------------------------- requests
+
+    def newest_incarnation(self, client_id: str) -> int:
+        """The newest process of a client; 0 if there is none."""
+        return self._incarnations.get(client_id, 0)
+
+    def sent(self, sent: Sent) -> None:
+        """A client sends a request."""
+        request = sent.request
+        if sent.verb == "backward" and request.call is not None and request.counted:
+            sent.network.parts[request.seq, request.part] = sent
+        self.requests.append(sent)
+
+    def served(self, sent: Sent, answer: Any, newest: int) -> None:
+        """A server has answered a request; when it came, `newest` was its client's newest process."""
+        status = getattr(answer, "status", "")
+        sent.came_late |= sent.batch in self.closed
+        ahead = sent.request.forward if isinstance(sent.request, LossRequest) else sent.request
+        incarnation = ahead.incarnation
+        if status in ("stored", "part") and incarnation is not None and incarnation < newest:
+            self.fail(f"{sent.network.process.name}, process {incarnation}, may count though {newest} has begun")
+
+    def answered(self, sent: Sent) -> None:
+        """A client has got its answer."""
+        if sent.verb == "forward" and sent.answer.incarnation is not None and sent.request.grad:
+            sent.network.calls[sent.request.call] = sent
+        batch = sent.batch
+        if batch is not None and sent.answer.status in ("stored", "rejected"):
+            self.acknowledged.setdefault(batch, []).append(sent)
+            if batch.client_id != HOSTILE:
+                self.world.batches += 1
+
+    def refused(self, sent: Sent, error: SplitFedError) -> None:
+        """A client has got an error, for good."""
+        request = sent.request
+        name = sent.network.process.name
+        if isinstance(error, StoreError | UnreachableError):
+            if isinstance(error, CorruptedError | StoreCapabilityError):
+                self.fail(f"{name} was answered {error!r}")
+            return
+        if request.client_id == HOSTILE or sent.network.is_forked:
+            return
+        ahead = request.forward if isinstance(request, LossRequest) else request
+        if isinstance(error, SupersededError):
+            if self.newest_incarnation(request.client_id) <= (ahead.incarnation or 0):
+                self.fail(f"{name} was told that it is superseded, and it is the newest")
+        elif isinstance(error, ExpiredError | AlreadyAppliedError):
+            oldest = self._oldest(sent)
+            if oldest > self.head - self.world.plan.keep_versions:
+                self.fail(f"{name} got {error!r} though version {oldest} is in the window of {self.head}")
+        elif not self._lost_its_pin(sent, error):
+            self.fail(f"{name} got {error!r}")
+
+    def _lost_its_pin(self, sent: Sent, error: SplitFedError) -> bool:
+        """Whether this is a known flaw: of a one-trip batch that is repeated after its version has left the window.
+
+        Its pin is swept while its gradient is pending, so it runs at a newer version, and has another digest. It
+        should be told that it counts, by `AlreadyAppliedError`.
+        """
+        is_late = sent.head <= self.head - self.world.plan.keep_versions
+        return isinstance(error, DigestError) and isinstance(sent.request, LossRequest) and is_late
+
+    def _oldest(self, sent: Sent) -> int:
+        """The oldest version that a request needs."""
+        request = sent.request
+        if isinstance(request, BackwardRequest):
+            parts = [] if request.seal is None else [version for version, _ in request.seal.parts]
+            return min([request.version, *parts])
+        ahead = request.forward if isinstance(request, LossRequest) else request
+        assert isinstance(ahead, ForwardRequest)
+        continued = sent.network.calls.get(ahead.previous) if ahead.previous is not None else None
+        return sent.head if continued is None else continued.answer.version
+
+
+BASES_ARE_ANCESTORS = False
+"""Whether a gradient of a branch that a rollback has abandoned must end as stale.
+
+Switched on once the accumulator does so.
+"""

@@ -1,0 +1,114 @@
+"""Whole runs under faults, drawn from a seed: nothing is lost, nothing counts twice, all bits are right.
+
+And the simulation is worth something: the same seed is the same run, wrong variants of the library's functions are
+caught, and what is wrong is shrunk to a few faults.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from tests.faults.simulator.mutants import MUTANTS, RARE, installed
+from tests.faults.simulator.plan import FAULTS, KINDS, Plan
+from tests.faults.simulator.shrink import Shrinker, told
+from tests.faults.simulator.world import Outcome, run
+
+SEEDS = 150
+CHUNK = 25
+CATCHES_WITHIN = 75
+SOAK_SEEDS = int(os.environ.get("SIMULATOR_SEEDS", "2000"))
+SOAK_FIRST = int(os.environ.get("SIMULATOR_FIRST", "1000"))
+
+
+def checked(seed: int) -> Outcome:
+    """A run in which enough has happened and nothing is wrong."""
+    outcome = run(seed)
+    assert not outcome.wrong, told(outcome)
+    assert outcome.commits >= 10, f"seed {seed} has {outcome.commits} commits"
+    assert len(outcome.faults) >= 20, f"seed {seed} has {len(outcome.faults)} faults"
+    return outcome
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_nothing_is_lost_or_counted_twice_and_all_bits_are_right(first: int) -> None:
+    """Each seed has 20 faults and 10 commits or more, and each kind of fault is met by some of them."""
+    met: Counter[str] = Counter()
+    for seed in range(first, first + CHUNK):
+        met.update(label.rpartition(":")[2] for label in checked(seed).faults)
+    assert not set(KINDS) - set(met), met
+
+
+def test_the_same_seed_is_the_same_run() -> None:
+    """Operation for operation, also after other runs in the same process."""
+    once = run(3)
+    run(4)
+    again = run(3)
+    assert again.trace == once.trace
+    assert again.faults == once.faults
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_variant_of_a_function_is_caught(name: str) -> None:
+    """By one of the first 75 seeds."""
+    with installed(name):
+        assert any(run(seed).wrong for seed in range(CATCHES_WITHIN)), name
+
+
+def test_what_is_wrong_is_shrunk() -> None:
+    """A mutant that shows among many faults still does with few of them, in a run that can be made again."""
+    with installed("own files deleted after an ambiguous commit"):
+        runs = map(run, range(CATCHES_WITHIN))
+        found = next(outcome for outcome in runs if outcome.wrong and len(outcome.faults) > 10)
+        small = Shrinker(most=60).shrink(found)
+        assert small.wrong
+        assert len(small.faults) <= len(found.faults) / 3, small.faults
+        assert run(small.plan).trace == small.trace
+    assert f"seed {found.plan.seed}" in told(small)
+    assert not run(small.plan).wrong
+
+
+def test_a_plan_is_a_function_of_its_seed() -> None:
+    """And it keeps a window that its staleness allows."""
+    for seed in range(200):
+        plan = Plan.of(seed)
+        assert plan == Plan.of(seed)
+        assert plan.keep_versions >= 2 + (plan.max_staleness or 0)
+        assert any(plan.rates[kind] for kinds in FAULTS.values() for kind in kinds)
+
+
+@pytest.mark.soak
+def test_another_process_makes_the_same_run() -> None:
+    """Hash seeds and addresses have no part in it."""
+    code = "from tests.faults.simulator.world import run; print(*(run(seed).digest for seed in range(5)))"
+    found = set()
+    for hash_seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        found.add(done.stdout)
+    assert len(found) == 1, found
+    assert found == {" ".join(run(seed).digest for seed in range(5)) + "\n"}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("name", RARE)
+def test_a_rare_race_is_caught(name: str) -> None:
+    """By one of the first 2,000 seeds."""
+    with installed(name):
+        assert any(run(seed).wrong for seed in range(2_000)), name
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_many_seeds() -> None:
+    """So many seeds from one on, by the environment variables SIMULATOR_SEEDS and SIMULATOR_FIRST."""
+    commits = faults = batches = 0
+    for seed in range(SOAK_FIRST, SOAK_FIRST + SOAK_SEEDS):
+        outcome = checked(seed)
+        commits, faults = commits + outcome.commits, faults + len(outcome.faults)
+        batches += outcome.batches
+    print(f"seeds {SOAK_FIRST} to {SOAK_FIRST + SOAK_SEEDS - 1}: {batches} batches, {commits} commits, {faults} faults")
