@@ -266,8 +266,5 @@ class Ledger:
         return sent.head if continued is None else continued.answer.version
 
 
-BASES_ARE_ANCESTORS = False
-"""Whether a gradient of a branch that a rollback has abandoned must end as stale.
-
-Switched on once the accumulator does so.
-"""
+BASES_ARE_ANCESTORS = True
+"""Whether a gradient of a branch that a rollback has abandoned must end as stale."""

@@ -16,13 +16,9 @@ from tests.faults.simulator.table import MUTANTS, RARE
 __all__ = ["MUTANTS", "RARE", "WAITING", "installed", "wrong_commits", "wrong_servers"]
 
 WAITING = {
-    "a base that isn't an ancestor": (
-        "today the accumulator folds gradients of a branch that a rollback has abandoned; once it closes them as "
-        "stale, set ledger.BASES_ARE_ANCESTORS and let the mutant fold them again"
-    ),
     "a checksum that nobody reads": (
-        "files have no checksum of their own yet; once they have, storage needs a fault that flips a bit, and the "
-        "mutant leaves the comparison out"
+        "storage needs a fault that flips a bit, and the mutant leaves the comparison out; until then "
+        "tests/protocol/test_checksum.py flips each bit of each kind of file"
     ),
 }
 """What can't be tried before the library has it, and why."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from typing import Any
-from unittest import mock
 
 from tests.faults.simulator.scheduler import current
 from tests.faults.simulator.table import Changes, mutant
@@ -17,9 +16,10 @@ from splitfed.accumulator.mean import StreamingMean
 from splitfed.blobs.memory import MemoryBlobs
 from splitfed.errors import MissingError, StoreError
 from splitfed.protocol.ids import BatchId
-from splitfed.store.batchset import BatchSet
+from splitfed.store.batchset import BatchSet, Verdict
 from splitfed.store.commit import Commit
 from splitfed.store.lineage import Lineage
+from splitfed.store.table import Table
 
 # ------------------------------------------------------------------------------------- the applied table
 
@@ -39,29 +39,18 @@ def window_that_slides() -> Changes:
 @mutant
 def table_without_what_was_closed_unfolded() -> Changes:
     """Stale, rejected and skipped batches aren't entered."""
-    real = Lineage.publish
+    real = Table.adding
 
-    def publish(self: Lineage, commit: Commit, state: Any, optimizer: Any, applied: BatchSet) -> Commit | None:
-        verdict = commit.verdict
-        kept = [batch for batch in applied if batch not in verdict or batch in verdict.folded]
-        return real(self, commit, state, optimizer, BatchSet(kept))
+    def adding(self: Table, verdict: Verdict) -> Table:
+        return real(self, Verdict(folded=verdict.folded))
 
-    yield Lineage, "publish", publish
+    yield Table, "adding", adding
 
 
 @mutant
-def rollback_with_the_old_table() -> Changes:
-    """A rollback brings back the table of the older version too."""
-    real = Lineage.rollback
-
-    def rollback(self: Lineage, version: int) -> Any:
-        with mock.patch.object(self, "applied", lambda _, held=self.applied: held(version)):
-            return real(self, version)
-
-    yield Lineage, "rollback", rollback
-
-
-# ---------------------------------------------------------------------------------------------- commits
+def base_that_isnt_an_ancestor() -> Changes:
+    """Gradients of a branch that a rollback has undone are folded."""
+    yield Commit, "is_abandoned", lambda self, version: False
 
 
 @mutant
