@@ -185,7 +185,7 @@ JSON: dict[str, Any] = {
 STORED: dict[str, tuple[str, dict[str, Any]]] = {
     "format": (
         "format.json",
-        {**JSON, "other": edited(format=2), "numerics": edited(numerics=3), "no": lambda d: b'{"format": 1}'},
+        {**JSON, "other": edited(format=3), "numerics": edited(numerics=3), "no": lambda d: b'{"format": 1}'},
     ),
     "fingerprint": (
         "body/fingerprint.json",
