@@ -130,10 +130,10 @@ def read(role: str, process: Process) -> None:
 def sweep(role: str, process: Process) -> None:
     """Collect garbage beside the accumulators."""
     world = process.world
-    lineage = world.open(process).lineage()
+    store = world.open(process)
     while world.is_stormy:
         with contextlib.suppress(StoreError):
-            lineage.sweep(world.plan.keep_versions)
+            store.lineage().sweep(world.plan.keep_versions)
         process.pause(50 + int(process.choose.random() * 200))
 
 

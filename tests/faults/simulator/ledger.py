@@ -240,7 +240,8 @@ class Ledger:
                 self.fail(f"{name} was told that it is superseded, and it is the newest")
         elif isinstance(error, ExpiredError | AlreadyAppliedError):
             oldest = self._oldest(sent)
-            if oldest > self.head - self.world.plan.keep_versions:
+            is_kept = oldest > self.head - self.world.plan.keep_versions
+            if is_kept and oldest in self.ancestors(self.head):
                 self.fail(f"{name} got {error!r} though version {oldest} is in the window of {self.head}")
         elif not self._lost_its_pin(sent, error):
             self.fail(f"{name} got {error!r}")
