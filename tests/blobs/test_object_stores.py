@@ -182,7 +182,7 @@ def test_owners_that_are_killed_on_s3(s3: Place, tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_child_uses_s3_too(s3: Place) -> None:
     """A store that was used before a fork works after it, in the child and in the parent."""
-    blobs = s3.store().blobs
+    blobs = s3.store().blobs.raw
     blobs.create("a", [b"1"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads: that is what we test
@@ -196,7 +196,7 @@ def test_a_forked_child_uses_s3_too(s3: Place) -> None:
 @pytest.mark.soak
 def test_an_object_of_many_parts_is_created_once(s3: Place) -> None:
     """Beyond 100 MB the client library uploads in parts: the condition holds for their completion too."""
-    blobs = s3.store().blobs
+    blobs = s3.store().blobs.raw
     bodies = [bytes([number]) * (105 * 2**20) for number in range(2)]
     with ThreadPoolExecutor(2) as pool:
         won = [*pool.map(lambda body: blobs.create("large", [body]), bodies)]

@@ -41,6 +41,8 @@ _FRAMES = 8
 _armed: dict[int, weakref.ref[Watch]] = {}
 """By id, those that a step is told to."""
 _hooks: list[Any] = []
+_watches: weakref.WeakSet[Watch] = weakref.WeakSet()
+"""Those of all clients here: an optimizer of one is no other's mistake."""
 
 
 @dataclass(slots=True)
@@ -91,6 +93,7 @@ class Watch:
         """By the id of each optimizer: itself, its number of groups, and whether it has any."""
         key = id(self)
         self._reference = weakref.ref(self, lambda _: _armed.pop(key, None))
+        _watches.add(self)
         self._has_stepped = False
         self._sample: nn.Parameter | None = None
         self._sampled: tuple[int, int] | None = None
@@ -266,7 +269,8 @@ class Watch:
             return
         own = Counter(p.shape for p in self._half.parameters() if p.grad is not None)
         others = Counter(p.shape for group in groups for p in group["params"])
-        if own and own <= others:
+        is_a_clients = any(watch._held_by(optimizer) for watch in tuple(_watches))
+        if own and own <= others and not is_a_clients:
             kind = type(optimizer).__name__
             self._tell("optimizer", _OPTIMIZER.format(kind=kind))
 
