@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,24 +132,7 @@ class Scene:
 
     def attack(self, make: Make, count: int) -> Counter[int]:
         """Send so many requests of one kind from several threads; how often each status came."""
-        numbers, found, lock = iter(range(count)), Counter[int](), threading.Lock()
-
-        def send() -> None:
-            while True:
-                with lock:
-                    number = next(numbers, None)
-                if number is None:
-                    return
-                status = self.ask(*make(number))
-                with lock:
-                    found[status] += 1
-
-        threads = [threading.Thread(target=send) for _ in range(THREADS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return found
+        return from_threads(range(count), lambda number: self.ask(*make(number)))
 
     def disk(self) -> int:
         """Bytes of all files of the store."""
@@ -257,15 +240,22 @@ def attack(url: str, token: str, make: Make, count: int, told: Any) -> None:
     packed = [(f"/v1/{verb}", b"".join(pack(message))) for verb, message in requests]
     told.send("ready")
     told.recv()
-    found, lock, left = Counter[int](), threading.Lock(), iter(packed)
+    authorization = f"Bearer {token}"
+    found = from_threads(packed, lambda asked: service.ask(*asked, authorization=authorization)[0])
+    told.send(found)
+
+
+def from_threads(asked: Iterable[Any], ask: Callable[[Any], int]) -> Counter[int]:
+    """Ask from several threads at once, each for what is next; how often each status came."""
+    left, found, lock = iter(asked), Counter[int](), threading.Lock()
 
     def send() -> None:
         while True:
             with lock:
-                asked = next(left, None)
-            if asked is None:
+                one = next(left, None)
+            if one is None:
                 return
-            status = service.ask(*asked, authorization=f"Bearer {token}")[0]
+            status = ask(one)
             with lock:
                 found[status] += 1
 
@@ -274,7 +264,7 @@ def attack(url: str, token: str, make: Make, count: int, told: Any) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    told.send(found)
+    return found
 
 
 def compare(fresh: Scene, scene: Scene, count: int) -> float:

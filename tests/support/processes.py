@@ -17,8 +17,8 @@ import socket
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from types import MappingProxyType
@@ -241,6 +241,49 @@ class Company:
                 self.kill(role, anew=False)
 
 
+@contextmanager
+def staffed(url: str, environment: Mapping[str, str]) -> Iterator[tuple[Company, list[str]]]:
+    """Two replicas and two accumulators; yields their company and the addresses of the replicas."""
+    company, folder = Company(environment), tempfile.mkdtemp(prefix="sf")
+    listeners: list[socket.socket] = []
+    try:
+        addresses = [f"{folder}/{replica}" for replica in range(2)]
+        for replica, address in enumerate(addresses):
+            listeners.append(socket.socket(socket.AF_UNIX))
+            listeners[-1].bind(address)
+            listeners[-1].listen(64)
+            company.start(f"server {replica}", serve, listeners[-1], url)
+            company.start(f"accumulator {replica}", accumulate, url)
+        yield company, addresses
+    finally:
+        company.disband()
+        for listener in listeners:
+            listener.close()
+        shutil.rmtree(folder)
+
+
+def hear(outcome: Outcome, reports: dict[Any, str], seconds: float, note: Callable[[Any], object]) -> None:
+    """Wait for what owners report; who has ended leaves the reports.
+
+    Args:
+        outcome: Takes their halves.
+        reports: The owners that are still at work, by what they report through.
+        seconds: How long something must come.
+        note: Called with the batches that were acknowledged, and their versions.
+    """
+    ready = wait(list(reports), timeout=max(0.0, seconds))
+    assert ready, f"nothing happened any more: {len(outcome.acknowledged)} batches, killed {outcome.kills}"
+    for reading in ready:
+        try:
+            acknowledged, half = reading.recv()
+        except EOFError:
+            raise AssertionError(f"{reports[reading]} died: its traceback is on stderr") from None
+        note(acknowledged)
+        if half is not None:
+            outcome.halves[reports.pop(reading)] = half
+            reading.close()
+
+
 def train(
     url: str,
     *,
@@ -264,44 +307,21 @@ def train(
     """
     chance, outcome, began = random.Random(seed), Outcome(), time.monotonic()
     moments = sorted(chance.sample(range(1, owners * steps), kills))
-    company, folder = Company(environment), tempfile.mkdtemp(prefix="sf")
-    listeners: list[socket.socket] = []
-    try:
-        for replica in range(2):
-            listeners.append(socket.socket(socket.AF_UNIX))
-            listeners[-1].bind(f"{folder}/{replica}")
-            listeners[-1].listen(64)
-            company.start(f"server {replica}", serve, listeners[-1], url)
-            company.start(f"accumulator {replica}", accumulate, url)
+    with staffed(url, environment) as (company, addresses):
         victims = ["server 0", "server 1", "accumulator 0", "accumulator 1"]
         reports: dict[Any, str] = {}
         for name in [f"owner-{number}" for number in range(owners)]:
             reading, writing = CONTEXT.Pipe(duplex=False)
-            company.start(name, own, name, steps, [f"{folder}/0", f"{folder}/1"], writing)
+            company.start(name, own, name, steps, addresses, writing)
             writing.close()
             reports[reading] = name
         while reports:
-            ready = wait(list(reports), timeout=limit - (time.monotonic() - began))
-            assert ready, f"nothing happened any more: {len(outcome.acknowledged)} batches, killed {outcome.kills}"
-            for reading in ready:
-                try:
-                    acknowledged, half = reading.recv()
-                except EOFError:
-                    raise AssertionError(f"{reports[reading]} died: its traceback is on stderr") from None
-                outcome.acknowledged |= acknowledged
-                if half is not None:
-                    outcome.halves[reports.pop(reading)] = half
-                    reading.close()
+            hear(outcome, reports, limit - (time.monotonic() - began), outcome.acknowledged.update)
             while moments and len(outcome.acknowledged) >= moments[0]:
                 moments.pop(0)
                 time.sleep(chance.uniform(0, 0.01))  # anywhere within a request or commit, not just behind one
                 outcome.kills.append(chance.choice(victims))
                 company.kill(outcome.kills[-1])
-    finally:
-        company.disband()
-        for listener in listeners:
-            listener.close()
-        shutil.rmtree(folder)
     outcome.seconds = time.monotonic() - began
     return outcome
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection, wait
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from harness_store import commits
-from processes import CONTEXT, TRIES, Company, Noting, Outcome, Owner, Remote, accumulate, serve
+from processes import CONTEXT, TRIES, Company, Noting, Outcome, Owner, Remote, hear, staffed
 
 from splitfed.client.transports import open_transport
 from splitfed.errors import UnreachableError
@@ -107,22 +106,8 @@ def own(name: str, steps: int, addresses: list[str], file: str, report: Connecti
 @contextmanager
 def by_sockets(url: str, environment: Mapping[str, str]) -> Iterator[tuple[Company, list[str], Callable[[], None]]]:
     """Two replicas and two accumulators, as functions; yields the company, addresses, and how to wait for quiet."""
-    company, folder = Company(environment), tempfile.mkdtemp(prefix="sf")
-    listeners = []
-    try:
-        addresses = [f"{folder}/{replica}" for replica in range(2)]
-        for replica, address in enumerate(addresses):
-            listeners.append(socket.socket(socket.AF_UNIX))
-            listeners[-1].bind(address)
-            listeners[-1].listen(64)
-            company.start(f"server {replica}", serve, listeners[-1], url)
-            company.start(f"accumulator {replica}", accumulate, url)
+    with staffed(url, environment) as (company, addresses):
         yield company, addresses, lambda: [_served(address) for address in addresses] and None
-    finally:
-        company.disband()
-        for listener in listeners:
-            listener.close()
-        shutil.rmtree(folder)
 
 
 def _served(address: str) -> None:
@@ -188,17 +173,7 @@ def train(
         for number in range(owners):
             begin(f"owner-{number}")
         while reports:
-            ready = wait(list(reports), timeout=max(0.0, limit - (time.monotonic() - began)))
-            assert ready, f"nothing happened any more: {len(outcome.acknowledged)} batches, killed {outcome.kills}"
-            for reading in ready:
-                try:
-                    acknowledged, half = reading.recv()
-                except EOFError:
-                    raise AssertionError(f"{reports[reading]} died: its traceback is on stderr") from None
-                _note(outcome, acknowledged)
-                if half is not None:
-                    outcome.halves[reports.pop(reading)] = half
-                    reading.close()
+            hear(outcome, reports, limit - (time.monotonic() - began), partial(_note, outcome))
             while moments and len(outcome.acknowledged) >= moments[0]:
                 moments.pop(0)
                 time.sleep(chance.uniform(0, 0.02))  # anywhere within a request or checkpoint, not just behind one

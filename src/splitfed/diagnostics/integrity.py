@@ -24,7 +24,7 @@ from splitfed.protocol.packing import read_json
 from splitfed.store import layout
 from splitfed.store.commit import Commit
 from splitfed.store.layout import Keys
-from splitfed.store.lineage import Lineage, sha256
+from splitfed.store.lineage import Lineage, read_hint, sha256
 from splitfed.store.store import GradientStore
 from splitfed.store.table import Table
 
@@ -157,10 +157,7 @@ def newest_of(store: GradientStore, keys: Keys, listed: Iterable[str]) -> int:
     start = f"{keys.root}/commit/"
     numbers = [key[len(start) :].removesuffix(".json") for key in listed if key.startswith(start)]
     newest = max((int(number) for number in numbers if number.isdecimal()), default=-1)
-    with suppress(CorruptedError, FormatError):
-        hint = read_json(store.blobs.get(keys.head), keys.head).get("version")
-        newest = max(newest, hint if type(hint) is int else -1)
-    return newest
+    return max(newest, read_hint(store.blobs, keys)[0])
 
 
 def _of_lineage(
@@ -225,20 +222,17 @@ def _files(
             return
         # It may be the newest no more: then its files may rightly be gone.
         with suppress(SplitFedError):
-            now = Lineage(store.blobs, keys.root).head()
+            lineage = Lineage(store.blobs, keys.root)
+            now = lineage.head()
             if now > newest:
-                records = {**records, **_between(store, keys, newest, now)}
+                later = range(newest + 1, now + 1)
+                records = {**records, **{version: lineage.commit(version) for version in later}}
                 newest = now
                 continue
         for key, kind, version in missing:
             what = f"the {kind} of version {version}, which the newest version {newest} needs"
             yield Damage(key, "missing", what)
         return
-
-
-def _between(store: GradientStore, keys: Keys, newest: int, now: int) -> dict[int, Commit]:
-    lineage = Lineage(store.blobs, keys.root)
-    return {version: lineage.commit(version) for version in range(newest + 1, now + 1)}
 
 
 def _needed(head: Commit) -> list[tuple[str, int]]:

@@ -31,16 +31,15 @@ from splitfed.diagnostics.integrity import (
     read_records,
     verify,
 )
-from splitfed.errors import BusyError, CorruptedError, FormatError, SplitFedError
-from splitfed.protocol import checksum
-from splitfed.protocol.ids import BatchId
+from splitfed.errors import BusyError, CorruptedError, FormatError, IdError, SplitFedError
+from splitfed.protocol.ids import BatchId, check_lineage
 from splitfed.protocol.messages import GradientRecord
 from splitfed.protocol.packing import pack, read_json
 from splitfed.store import layout
 from splitfed.store.batchset import BatchSet, Verdict
 from splitfed.store.commit import Commit
 from splitfed.store.layout import Keys
-from splitfed.store.lineage import Lineage, hint_at, sha256
+from splitfed.store.lineage import Lineage, hint_at, read_hint, sha256
 from splitfed.store.store import GradientStore
 from splitfed.store.table import Table
 
@@ -76,9 +75,9 @@ def repair(store: GradientStore) -> Repairs:
     """
     done = Repairs()
     found = verify(store)
-    names = {"body", *(damage.key.partition("/")[0] for damage in found.damages)}
+    names = {"body", *(_lineage_of(damage) for damage in found.damages)}
     with ExitStack() as locks:
-        for name in sorted(name for name in names if name == "client" or name.startswith("body")):
+        for name in sorted(name for name in names if name is not None):
             held = store.blobs.lock(Keys(name).lock, _LOCK_SECONDS)
             if not locks.enter_context(held):
                 raise BusyError(
@@ -100,13 +99,21 @@ def _repair(store: GradientStore, found: Verification, done: Repairs) -> None:
     for damage in found.damages:
         if damage.kind != "missing":
             _set_aside(store, damage.key, done)
-        name = damage.key.partition("/")[0]
-        if name == "client" or name.startswith("body"):
-            by_lineage.setdefault(name, []).append(damage)
-        else:
+        name = _lineage_of(damage)
+        if name is None:
             _over(store, damage.key, done)
+        else:
+            by_lineage.setdefault(name, []).append(damage)
     for name, damages in by_lineage.items():
         _Mender(store, name, done).mend(damages)
+
+
+def _lineage_of(damage: Damage) -> str | None:
+    """The lineage that a damaged file is of; `None` for one of the store's own."""
+    try:
+        return check_lineage(damage.key.partition("/")[0])
+    except IdError:
+        return None
 
 
 def _set_aside(store: GradientStore, key: str, done: Repairs) -> None:
@@ -186,11 +193,13 @@ class _Mender:
 
     def _hinted(self, version: int) -> Commit | None:
         """The record of a version, if it is the newest: the hint holds it too."""
-        with suppress(CorruptedError, FormatError):
-            hint = read_json(self._store.blobs.get(self._keys.head), self._keys.head)
-            if hint.get("version") == version:
-                return Commit.from_json(str(hint.get("record")).encode())
-        return None
+        hinted, record = read_hint(self._store.blobs, self._keys)
+        if hinted != version:
+            return None
+        try:
+            return Commit.from_json(record.encode())
+        except FormatError:  # a hint that a splitfed of before has written holds none
+            return None
 
     def _in_place_of(
         self, version: int, records: dict[int, Commit], newest: int, listed: list[str]
@@ -265,17 +274,15 @@ class _Mender:
         table = Table()
         for version in range(base + 1):
             table = table.adding(records[version].verdict)
-        text = json.dumps(table.to_json(), separators=(",", ":")).encode()
-        parts = checksum.sealed([text])
+        parts = table.to_file()
         if record.files.get("applied") not in ("", None, sha256(parts)):
             self._said(f"{key}: the records don't add up to the table that was there")
         if self._store.blobs.create(key, parts):
             self._said(f"{key}: written again, from {base} records")
 
     def _hint(self, newest: int) -> None:
-        with suppress(CorruptedError, FormatError):
-            if read_json(self._store.blobs.get(self._keys.head), "").get("version") == newest:
-                return
+        if read_hint(self._store.blobs, self._keys)[0] == newest:
+            return
         record = read_records(self._store, self._keys, newest)[newest]
         self._store.blobs.put(self._keys.head, [hint_at(record)])
         self._said(f"{self._keys.head}: written again, version {newest}")

@@ -66,7 +66,7 @@ class BatchSet:
         for client_id, incarnations in added._intervals.items():
             held = merged._intervals[client_id] = dict(merged._intervals.get(client_id, {}))
             for incarnation, runs in incarnations.items():
-                held[incarnation] = _merge([*held.get(incarnation, []), *runs])
+                held[incarnation] = merge_runs([*held.get(incarnation, []), *runs])
         return merged
 
     def newest_runs(self, clients: Iterable[str], most: int) -> BatchSet:
@@ -91,11 +91,6 @@ class BatchSet:
     def gaps(self, client_id: str) -> int:
         """How many holes the numbers of a client's processes have."""
         return sum(len(runs) - 1 for runs in self._intervals.get(client_id, {}).values())
-
-    def fills_gap(self, batch: BatchId) -> bool:
-        """Whether a batch lies in one of the holes of its process."""
-        runs = self.runs(batch)
-        return bool(runs) and batch.seq < runs[-1][1] and batch not in self
 
     def to_json(self) -> dict[str, dict[str, Intervals]]:
         """As plain JSON: client id, incarnation, [first, last] of each run."""
@@ -132,7 +127,7 @@ class BatchSet:
             runs.append([batch.seq, batch.seq])
 
 
-def _merge(runs: Intervals) -> Intervals:
+def merge_runs(runs: Iterable[list[int]]) -> Intervals:
     """The same numbers as sorted runs that neither overlap nor touch."""
     merged: Intervals = []
     for low, high in sorted(runs):
@@ -147,7 +142,7 @@ def _read_runs(data: Any, process: str) -> Intervals:
     # Membership is a bisection, so runs that overlap or are out of order would lose batches
     # silently.
     runs = [[check_number("seq", low), check_number("seq", high)] for low, high in data]
-    if any(low > high for low, high in runs) or _merge(runs) != runs:
+    if any(low > high for low, high in runs) or merge_runs(runs) != runs:
         raise FormatError(f"the runs of {process} aren't sorted and apart")
     return runs
 

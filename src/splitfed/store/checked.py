@@ -51,6 +51,10 @@ class Checked:
                 self._required = read_json(data, layout.FORMAT).get("format") != 1
         return self._required is not False
 
+    def note_format(self, version: int) -> None:
+        """Take note of the format of the store, which somebody has read."""
+        self._required = version > 1
+
     def get(self, key: str) -> memoryview | None:
         """The object, compared with its checksum; None when absent.
 

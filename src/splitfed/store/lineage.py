@@ -115,16 +115,11 @@ class Lineage:
         Raises:
             CorruptedError: that version was committed, and its record isn't there any more.
         """
-        try:
-            hint = read_json(self.blobs.get(self.keys.head), self.keys.head).get("version")
-        except (FormatError, CorruptedError):  # missing, damaged, or of format 1
-            return -1
-        if type(hint) is not int or hint < 0:
-            return -1
-        if self._find(hint) is None:
+        version, _ = read_hint(self.blobs, self.keys)
+        if version >= 0 and self._find(version) is None:
             # It is written after the record: without it, what its gradients did would be undone.
-            raise self._lost_record(hint)
-        return hint
+            raise self._lost_record(version)
+        return version
 
     def _lost_record(self, version: int) -> CorruptedError:
         return CorruptedError(
@@ -339,11 +334,9 @@ class Lineage:
     def holds(self, version: int, state: Mapping[str, Tensor]) -> bool:
         """Whether a version has the bits of `state`, by the hashes in its commit."""
         commit = self.commit(version)
-        frozen = self._frozen_names()
-        if frozen:
-            parts = safetensors.encode({name: state[name] for name in frozen})
-            if not _is_file(parts, commit.frozen):
-                return False
+        frozen = self._frozen_parts(state)
+        if frozen and not _is_file(frozen, commit.frozen):
+            return False
         return _is_file(self._weights(version, state), commit.files["weights"])
 
     def publish(self, commit: Commit, state: Mapping[str, Tensor], optimizer: Any) -> Commit | None:
@@ -374,14 +367,12 @@ class Lineage:
             table = self._table(version - 1).adding(commit.verdict)
             place = parent.table or (version - 1, 0)
         if place is None or is_due(version, place):
-            text = json.dumps(table.to_json(), separators=(",", ":")).encode()
-            contents["applied"] = checksum.sealed([text])
+            contents["applied"] = table.to_file()
             place = (version, len(contents["applied"][0]))
         commit = replace(commit, table=place)
-        contents["weights"] = self._weights(version, state)
+        contents["weights"] = checksum.sealed(self._weights(version, state))
         if optimizer is not None:
-            contents["optimizer"] = pack_tree("Optimizer", optimizer)
-        contents = {kind: checksum.sealed(parts) for kind, parts in contents.items()}
+            contents["optimizer"] = checksum.sealed(pack_tree("Optimizer", optimizer))
         for kind, parts in contents.items():
             self.blobs.create(self.keys.versioned(kind, version, nonce), parts)
         files = {kind: sha256(parts) for kind, parts in sorted(contents.items())}
@@ -546,12 +537,17 @@ class Lineage:
     def _frozen_names(self) -> list[str]:
         return [name for name, entry in self.fingerprint().items() if entry.get("role") == "frozen"]
 
+    def _frozen_parts(self, state: Mapping[str, Tensor]) -> list[Any] | None:
+        """The file of the parameters that never train; `None` if there are none."""
+        frozen = self._frozen_names()
+        return safetensors.encode({name: state[name] for name in frozen}) if frozen else None
+
     def _create_frozen(self, state: Mapping[str, Tensor]) -> str | None:
         """Store the parameters that never train; returns the hash that names their file."""
-        frozen = self._frozen_names()
-        if not frozen:
+        frozen = self._frozen_parts(state)
+        if frozen is None:
             return None
-        parts = checksum.sealed(safetensors.encode({name: state[name] for name in frozen}))
+        parts = checksum.sealed(frozen)
         digest = sha256(parts)
         self.blobs.create(self.keys.frozen(digest), parts)
         return digest
@@ -561,8 +557,10 @@ class Lineage:
         name = self.commit(self.head()).frozen
         if name is None or any(state[one].is_meta for one in self._frozen_names()):
             return
-        if self.blobs.peek(self.keys.frozen(name)) is None:
-            parts = checksum.sealed(safetensors.encode({n: state[n] for n in self._frozen_names()}))
+        try:
+            self._frozen_state(name)  # read once: whoever begins here needs it soon
+        except CorruptedError:
+            parts = checksum.sealed(self._frozen_parts(state) or [])
             if sha256(parts) == name:
                 self.blobs.create(self.keys.frozen(name), parts)
 
@@ -629,7 +627,7 @@ class Lineage:
                 )
             raise ExpiredError(
                 f"the {kind} of version {version} of lineage {self.name!r} "
-                f"have left the retention window (the newest is {self.head()}): "
+                f"have left the retention window (the newest is {head}): "
                 "raise keep_versions of the Accumulator, or go on with a newer version"
             )
         return commit, data
@@ -645,6 +643,18 @@ class Lineage:
 def hint_at(commit: Commit) -> bytes:
     """The hint at the newest version. It holds the record too, for one that gets lost."""
     return json.dumps({"version": commit.version, "record": commit.to_json().decode()}).encode()
+
+
+def read_hint(blobs: Checked, keys: Keys) -> tuple[int, str]:
+    """The version that the hint names, or -1; and its record, or ''."""
+    try:
+        found = read_json(blobs.get(keys.head), keys.head)
+    except (FormatError, CorruptedError):  # missing, damaged, or of format 1
+        return -1, ""
+    version = found.get("version")
+    if type(version) is not int or version < 0:
+        return -1, ""
+    return version, str(found.get("record", ""))
 
 
 def _is_file(parts: list[Any], digest: str | None) -> bool:

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from splitfed.protocol.ids import BatchId
-from splitfed.store.batchset import BatchSet
+from splitfed.store.batchset import BatchSet, merge_runs
 
 MAX_SKIPS = 1024
 """Numbers that a client has given up and no commit has closed."""
@@ -37,13 +37,8 @@ class Numbers:
 
     __slots__ = ("_runs",)
 
-    def __init__(self, runs: Iterable[Sequence[int]] = ()) -> None:
-        self._runs: list[list[int]] = []
-        for low, high in sorted(map(tuple, runs)):
-            if self._runs and low <= self._runs[-1][1] + 1:
-                self._runs[-1][1] = max(self._runs[-1][1], high)
-            else:
-                self._runs.append([low, high])
+    def __init__(self, runs: Iterable[list[int]] = ()) -> None:
+        self._runs = merge_runs(runs)
 
     @property
     def holes(self) -> int:

@@ -21,9 +21,11 @@ from torch import Tensor
 from splitfed.blobs.url import open_blobs
 from splitfed.errors import (
     ArchitectureError,
+    CorruptedError,
     FormatError,
     InputError,
     MissingError,
+    StoreError,
     UnsupportedError,
 )
 from splitfed.model.numerics import class_id, numerics_class
@@ -219,8 +221,12 @@ class GradientStore:
         """
         if self._header is not None:
             return self._header
-        # Not through the door at first: a later format may have another one.
-        data = self.blobs.raw.get(layout.FORMAT)
+        damage: StoreError | FormatError | None = None
+        try:
+            data = self.blobs.get(layout.FORMAT)
+        except (CorruptedError, FormatError) as error:
+            # Unless it is of a later format, which may have another checksum.
+            damage, data = error, self.blobs.raw.get(layout.FORMAT)
         if data is None:
             return None
         found = read_json(data, layout.FORMAT)
@@ -230,7 +236,9 @@ class GradientStore:
                 f"{self._shown} has format {version!r}, expected one of {READABLE}: "
                 "use the splitfed that wrote it"
             )
-        self.blobs.get(layout.FORMAT)  # with its checksum
+        if damage is not None:
+            raise damage
+        self.blobs.note_format(version)
         self._header = found
         return found
 

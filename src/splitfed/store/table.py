@@ -12,10 +12,12 @@ isn't known any more, and a repeat of it is told so.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from splitfed.errors import AlreadyAppliedError, FormatError
+from splitfed.protocol import checksum
 from splitfed.protocol.ids import BatchId
 from splitfed.store.batchset import BatchSet, Outcome, Verdict
 
@@ -65,6 +67,10 @@ class Table:
                     "since that its own answer isn't on record any more: go on with the next one"
                 )
         return Outcome.FOLDED
+
+    def to_file(self) -> list[checksum.Buffer]:
+        """Its file: equal tables have equal ones."""
+        return checksum.sealed([json.dumps(self.to_json(), separators=(",", ":")).encode()])
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
