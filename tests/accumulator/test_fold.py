@@ -106,7 +106,7 @@ def test_staleness_weights_damp_by_hand_worked_numbers() -> None:
     store.pile().create(batch(1), record([4.0, 4.0], num_samples=2, base_version=0))
     found = Verdict(folded=BatchSet([batch(0), batch(1)]))
     settings = CommitSettings(staleness_weight=inverse_sqrt)
-    folded = fold(found, store.pile(), store.lineage().fingerprint(), 3, settings, "by hand")
+    folded = fold(found, store.pile().read, store.lineage().fingerprint(), 3, settings, "by hand")
     assert folded.mean.mean()["w"].tolist() == [3.0, 3.0]
     assert folded.mean.num_samples == 4
     assert dict(folded.staleness) == {0: 1, 3: 1}
@@ -121,7 +121,7 @@ def test_a_weight_that_is_none_rejects_no_batch(value: Any) -> None:
     found = Verdict(folded=BatchSet([batch(0)]))
     settings = CommitSettings(staleness_weight=lambda _: value)
     with pytest.raises(InputError, match=r"staleness_weight\(0\) is .*: expected a finite number of 0 or more"):
-        fold(found, store.pile(), store.lineage().fingerprint(), 0, settings, "by hand")
+        fold(found, store.pile().read, store.lineage().fingerprint(), 0, settings, "by hand")
     assert (list(found.folded), list(found.rejected)) == ([batch(0)], [])
 
 
@@ -131,7 +131,7 @@ def test_batches_of_another_numerics_class_are_counted() -> None:
     for seq, numerics in enumerate(["ours", "theirs", "theirs"]):
         store.pile().create(batch(seq), record(numerics=numerics))
     found = Verdict(folded=BatchSet([batch(0), batch(1), batch(2)]))
-    folded = fold(found, store.pile(), store.lineage().fingerprint(), 0, CommitSettings(), "ours")
+    folded = fold(found, store.pile().read, store.lineage().fingerprint(), 0, CommitSettings(), "ours")
     assert (folded.num_foreign, folded.mean.num_batches) == (2, 3)
 
 
@@ -140,7 +140,7 @@ def test_a_batch_that_vanished_is_missing_not_rejected() -> None:
     store, _ = opened()
     found = Verdict(folded=BatchSet([batch(0)]))
     with pytest.raises(MissingError, match="a/1/0 is gone"):
-        fold(found, store.pile(), store.lineage().fingerprint(), 0, CommitSettings(), "")
+        fold(found, store.pile().read, store.lineage().fingerprint(), 0, CommitSettings(), "")
     assert list(found.rejected) == []
 
 

@@ -117,6 +117,7 @@ def test_factories_of_the_users_own(store: GradientStore) -> None:
     assert again(store).load_weights()["w"].tolist() == [-3.0, -3.0]
 
 
+@pytest.mark.filterwarnings("ignore:version 1 .* other settings")
 def test_stale_batches_are_left_out_and_told(store: GradientStore, capsys: pytest.CaptureFixture[str]) -> None:
     """With --max-staleness 0 a batch of version 0 is stale once version 1 is there."""
     begun(store, 1)
@@ -127,6 +128,7 @@ def test_stale_batches_are_left_out_and_told(store: GradientStore, capsys: pytes
     assert capsys.readouterr().out.splitlines()[1] == "version 2: 1 batch, 1 samples, 1 stale"
 
 
+@pytest.mark.filterwarnings("ignore:version 1 .* other settings")
 def test_staleness_can_weigh_less(store: GradientStore) -> None:
     """One commit behind weighs 1/sqrt(2) of a gradient of 1, at rate 1."""
     begun(store, 1)

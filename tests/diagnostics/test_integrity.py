@@ -96,6 +96,11 @@ def test_a_whole_store_is_whole() -> None:
     assert (done.actions, done.aside, done.lost, done.left) == ([], [], [], [])
 
 
+def only_for_replay(store: GradientStore) -> bool:
+    """Whether all is well, but for settings that were lost and that no accumulator has written again."""
+    return all(damage.kind == "missing" and "/settings-" in damage.key for damage in verify(store).damages)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("how", ["flipped", "cut"])
 def test_any_damaged_file_is_found_and_repaired(how: str) -> None:
@@ -113,7 +118,7 @@ def test_any_damaged_file_is_found_and_repaired(how: str) -> None:
         assert bytes(store.blobs.raw.get(done.aside[0]) or b"") == bytes(data)
         lost = acknowledged() - goes_on(store)
         assert lost <= set(done.lost), (lost, done)
-        assert verify(store).ok
+        assert only_for_replay(store), verify(store)
         is_gone_for_good = "/grad/" in name or f"weights/{COMMITS:010d}" in name or f"optimizer/{COMMITS:010d}" in name
         assert bool(done.lost) == is_gone_for_good, done
 
@@ -129,7 +134,7 @@ def test_any_file_that_is_lost_is_no_dead_end() -> None:
         if "/grad/" in name:  # nothing else says that it was there
             expected -= {str(again(copy()).waiting()[0])}
         assert expected <= goes_on(store) | {str(one) for one in again(store).waiting()}
-        assert verify(store).ok
+        assert only_for_replay(store), verify(store)
 
 
 def test_a_lost_record_is_written_again_with_the_same_bytes() -> None:

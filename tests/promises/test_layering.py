@@ -39,8 +39,8 @@ MAY_IMPORT = {
     "federation": "base protocol model store accumulator",
     # Ways to a server in another process.
     "service": "base protocol blobs store server",
-    # Tools that examine a split.
-    "diagnostics": "base protocol model client store server",
+    # Tools that examine a split, or a run.
+    "diagnostics": "base protocol model client store server accumulator",
     # Virtual clients of a real federation.
     "simulation": "base protocol blobs model client store server accumulator tracking federation",
     # The commands.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from splitfed.accumulator.buffers import Rule, merge_buffers
 from splitfed.accumulator.fold import Folded, Older, fold, sort_batches
 from splitfed.accumulator.optimizer import Stepper, capture
 from splitfed.accumulator.policies import StalenessWeight, constant
+from splitfed.accumulator.recorded import differences, note, read, record_of
 from splitfed.accumulator.settings import (
     CommitSettings,
     Groups,
@@ -32,7 +34,7 @@ from splitfed.accumulator.settings import (
     SchedulerFactory,
 )
 from splitfed.checks import at_least
-from splitfed.errors import MissingError, StoreError
+from splitfed.errors import CorruptedError, FormatError, MissingError, StoreError
 from splitfed.model.fingerprint import personal_names
 from splitfed.model.skeleton import Template, device_of
 from splitfed.model.stamp import stamp_of
@@ -125,13 +127,18 @@ class Accumulator:
         self._template = Template(body, personal_names(body, self.settings.personal))
         state = self._template.state(body)
         place = device_of(state, self.settings.device)
+        self._recorded = record_of(self._template, optimizer, self.settings, place)
         self._stepper = Stepper(self._template, optimizer, self.settings, place)
         # All that can be wrong with the arguments is found before anything is written: this merge
         # of nothing checks the rules.
         self._merge(state, [])
+        self._noted = ""
+        self._compared: set[str] = set()
+        """The settings of others that this one's were compared with."""
         self._versions = store.lineage(lineage)
         self._pile = store.pile(lineage)
         store.begin(place)
+        self._archive = store.archive(lineage)
         store.attended = True
         begin_with(self._versions, self._template.fingerprint(), state, part=stamp_of(body))
         self._unreported: Counter[str] = Counter()
@@ -232,6 +239,7 @@ class Accumulator:
         """
         applied = self._versions.applied(head)
         newest = self._versions.commit(head)
+        self._compare_settings(newest)
         if newest.kind == "end":
             return None  # a client's round is over: its batches fold once its line begins again
         pending = self._pending(applied, only)
@@ -248,7 +256,9 @@ class Accumulator:
             verdict, older = Verdict(skipped=verdict.skipped), {}
         fingerprint = self._versions.fingerprint()
         numerics = self.store.numerics()
-        folded = fold(verdict, self._pile, fingerprint, head, self.settings, numerics, self._unfit)
+        folded = fold(
+            verdict, self._pile.read, fingerprint, head, self.settings, numerics, self._unfit
+        )
         commit = self._publish(head, folded, older)
         self._clean(list(folded.verdict))
         return commit
@@ -259,14 +269,15 @@ class Accumulator:
         # A commit deletes its batches last. One that was killed before has left them behind: the
         # applied table says that they are counted, so they may go, and must not fold again.
         counted = [batch for batch in piled if batch in applied]
-        self._pile.drop(counted)
+        self._drop(counted)
         self._unreported["duplicates"] += len(counted)
         uncounted = (batch for batch in piled if batch not in applied)
         return [batch for batch in uncounted if only is None or batch in only]
 
     def _publish(self, head: int, folded: Folded, older: Older) -> Commit:
         parent = self._versions.commit(head)
-        self._unreported["expired"] += self._versions.sweep(self.settings.window)
+        keeps_first = self._archive is not None
+        self._unreported["expired"] += self._versions.sweep(self.settings.window, first=keeps_first)
         live = self._stepper.take(self._versions, head)
         if folded.verdict.folded:
             self._stepper.step(live, folded.mean.mean())
@@ -287,6 +298,8 @@ class Accumulator:
             num_duplicates=self._unreported["duplicates"],
             num_expired=self._unreported["expired"],
             num_foreign=folded.num_foreign,
+            settings=self._own_settings(),
+            weights=folded.weights,
         )
         optimizer = None if live.optimizer is None else capture(live.optimizer, live.scheduler)
         made = self._versions.publish(commit, state, optimizer)
@@ -295,6 +308,31 @@ class Accumulator:
         self._stepper.keep(live, made.nonce)
         self._unreported.clear()
         return made
+
+    def _own_settings(self) -> str:
+        """The hash of this accumulator's settings, which are on record from its first commit on."""
+        if not self._noted:
+            self._noted = note(self._versions, self._recorded)
+        return self._noted
+
+    def _compare_settings(self, newest: Commit) -> None:
+        """Warn, once, of a commit before this accumulator's own that was made in another way."""
+        if newest.settings in self._compared:
+            return
+        self._compared.add(newest.settings)
+        if not newest.settings or newest.settings == self._own_settings():
+            return
+        with contextlib.suppress(CorruptedError, FormatError):
+            before = read(self._versions, newest.settings)
+            found = differences(before, read(self._versions, self._own_settings()))
+            if not found:
+                return
+            warnings.warn(
+                f"version {newest.version} of lineage {self.lineage!r} was committed with other "
+                f"settings than this accumulator's: {', '.join(found)}. Both are on record, and "
+                "commits of the two may alternate: stop one of them, if that isn't meant",
+                stacklevel=4,
+            )
 
     def _merge(self, held: Mapping[str, Tensor], updates: list[BufferUpdate]) -> dict[str, Tensor]:
         """The buffers after a commit with these updates, from their values before it."""
@@ -313,7 +351,14 @@ class Accumulator:
         # head of now has it as counted.
         with contextlib.suppress(StoreError, MissingError):
             counted = self._versions.counted()
-            self._pile.drop(batch for batch in closed if batch in counted)
+            self._drop([batch for batch in closed if batch in counted])
+
+    def _drop(self, counted: list[BatchId]) -> None:
+        """Delete the files of counted batches, or move them where they are kept."""
+        if self._archive is not None:
+            for batch in counted:
+                self._archive.adopt(batch)
+        self._pile.drop(counted)
 
     def _header(self, batch: BatchId) -> Mapping[str, Any]:
         if batch not in self._headers:

@@ -35,7 +35,7 @@ from splitfed.model.numerics import all_finite
 from splitfed.model.skeleton import Fingerprint
 from splitfed.protocol.ids import BatchId, check_number
 from splitfed.protocol.messages import BufferUpdate, GradientRecord
-from splitfed.store.batches import OUTCOMES, Pile
+from splitfed.store.batches import OUTCOMES
 from splitfed.store.batchset import BatchSet, Outcome, Verdict
 
 # What reading, checking or adding a foreign file can raise; MissingError isn't among them.
@@ -130,11 +130,13 @@ class Folded:
     updates: list[BufferUpdate]
     staleness: Counter[int]
     num_foreign: int
+    weights: dict[int, float]
+    """s(τ) of each staleness, where it isn't 1."""
 
 
 def fold(
     verdict: Verdict,
-    pile: Pile,
+    read: Callable[[BatchId], GradientRecord | None],
     fingerprint: Fingerprint,
     head: int,
     settings: CommitSettings,
@@ -145,7 +147,7 @@ def fold(
 
     Args:
         verdict: What becomes of each batch, by its header.
-        pile: Their files.
+        read: The gradient of a batch; `None` if it is gone.
         fingerprint: The tensors that their gradients must fit.
         head: The version that the commit builds upon.
         settings: The weight s(τ).
@@ -158,11 +160,11 @@ def fold(
         InputError: the weight isn't one.
     """
     warned = set() if unfit is None else unfit
-    folded = Folded(verdict, StreamingMean(), [], Counter(), 0)
+    folded = Folded(verdict, StreamingMean(), [], Counter(), 0, {})
     rejected: dict[BatchId, Outcome] = {}
     for batch in verdict.folded:
         try:
-            record = pile.read(batch)
+            record = read(batch)
             if record is None:
                 raise MissingError(f"batch {batch} is gone")
             age = head - record.base_version
@@ -187,6 +189,8 @@ def fold(
             continue
         folded.updates.extend(updates)
         folded.staleness[age] += 1
+        if weight != 1.0:
+            folded.weights[age] = weight
         folded.num_foreign += record.numerics != numerics
     if rejected:
         folded.verdict = Verdict.of({**dict(verdict.items()), **rejected})

@@ -73,9 +73,6 @@ class Stepper:
         optimizer: Makes the optimizer.
         settings: Scheduler, parameter groups and clipping.
         device: Where to step; where the weights are if it isn't given.
-
-    Raises:
-        UnsupportedError: optimizer or scheduler can't work from a stored mean.
     """
 
     def __init__(
@@ -90,8 +87,6 @@ class Stepper:
         self._clip_norm = settings.clip_norm
         self._device = device
         self._kept: Live | None = None
-        if template.trainable:
-            build(template.blueprint, *self._factories)
 
     def take(self, lineage: Lineage, head: int) -> Live:
         """The state at the head, for the caller to change: from memory or else from the store."""
@@ -128,18 +123,29 @@ class Stepper:
 
     def step(self, live: Live, mean: Mapping[str, Tensor]) -> None:
         """One step of optimizer and scheduler; a parameter not in `mean` has no gradient."""
-        if live.optimizer is None:
-            return
-        for name, parameter in live.module.named_parameters():
-            # A compiled submodule calls its parameters otherwise than the checkpoint does.
-            gradient = mean.get(name.replace("_orig_mod.", ""))
-            parameter.grad = None if gradient is None else gradient.to(parameter.device)
-        if self._clip_norm is not None:
-            nn.utils.clip_grad_norm_(live.module.parameters(), self._clip_norm)
-        live.optimizer.step()
-        if live.scheduler is not None:
-            live.scheduler.step()
-        live.optimizer.zero_grad(set_to_none=True)
+        take_step(live, mean, self._clip_norm)
+
+
+def take_step(live: Live, mean: Mapping[str, Tensor], clip_norm: float | None) -> None:
+    """One step of optimizer and scheduler; a parameter not in `mean` has no gradient.
+
+    Args:
+        live: Module, optimizer and scheduler.
+        mean: The mean gradient by parameter.
+        clip_norm: Its largest 2-norm; `None` for any.
+    """
+    if live.optimizer is None:
+        return
+    for name, parameter in live.module.named_parameters():
+        # A compiled submodule calls its parameters otherwise than the checkpoint does.
+        gradient = mean.get(name.replace("_orig_mod.", ""))
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(live.module.parameters(), clip_norm)
+    live.optimizer.step()
+    if live.scheduler is not None:
+        live.scheduler.step()
+    live.optimizer.zero_grad(set_to_none=True)
 
 
 def _hyperparameters(optimizer: Optimizer) -> list[dict[str, object]]:

@@ -49,7 +49,7 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_body(parser)
-    _add_optimizer(parser.add_argument_group("optimizer"))
+    add_optimizer(parser.add_argument_group("optimizer"))
     _add_policy(parser.add_argument_group("when to commit, and what counts"))
     parser.add_argument(
         "--once",
@@ -66,13 +66,15 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_optimizer(group: argparse._ArgumentGroup) -> None:
+def add_optimizer(group: argparse._ArgumentGroup, *, required: bool = True) -> None:
+    """Add the arguments that name optimizer and scheduler."""
     group.add_argument(
         "--optimizer",
-        required=True,
+        required=required,
         metavar="NAME",
         help="a class of torch.optim, such as AdamW; "
-        "or module:attribute, a function that makes one from parameters",
+        "or module:attribute, a function that makes one from parameters"
+        + ("" if required else " (default: what is on record)"),
     )
     group.add_argument(
         "--lr",
@@ -168,14 +170,11 @@ def open_accumulator(arguments: argparse.Namespace) -> Accumulator:
     from splitfed.accumulator import policies
     from splitfed.accumulator.accumulator import Accumulator
 
-    scheduler = None
-    if arguments.lr_scheduler is not None:
-        scheduler = _user_factory(arguments.lr_scheduler, "--lr-scheduler")
     return Accumulator(
         load_body(arguments.app),
         store,
         optimizer_factory(arguments),
-        lr_scheduler=scheduler,
+        lr_scheduler=scheduler_factory(arguments),
         lineage=arguments.lineage,
         min_batches=arguments.min_batches,
         max_staleness=arguments.max_staleness,
@@ -184,6 +183,13 @@ def open_accumulator(arguments: argparse.Namespace) -> Accumulator:
         keep_versions=arguments.keep_versions,
         device=check_device(arguments.device),
     )
+
+
+def scheduler_factory(arguments: argparse.Namespace) -> Callable[[Any], Any] | None:
+    """The function that makes the scheduler from the optimizer, if one is named."""
+    if arguments.lr_scheduler is None:
+        return None
+    return _user_factory(arguments.lr_scheduler, "--lr-scheduler")
 
 
 def optimizer_factory(arguments: argparse.Namespace) -> Callable[[Any], Any]:

@@ -177,6 +177,16 @@ def add_store(parser: argparse.ArgumentParser, *, writes: bool = True) -> None:
     )
 
 
+def add_keep_forwards(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of the verbs that may begin a run."""
+    parser.add_argument(
+        "--keep-forwards",
+        action="store_true",
+        help="a run that begins here keeps what its gradients follow from, for `splitfed replay`: "
+        "as many bytes a batch as cross the cut",
+    )
+
+
 def open_store(arguments: argparse.Namespace) -> GradientStore:
     """The store that the arguments name; nothing is read or written yet.
 
@@ -189,13 +199,18 @@ def open_store(arguments: argparse.Namespace) -> GradientStore:
         )
     from splitfed.store.store import GradientStore
 
-    return GradientStore(arguments.store, sync=arguments.sync, shared=arguments.shared)
+    return GradientStore(
+        arguments.store,
+        sync=arguments.sync,
+        shared=arguments.shared,
+        keep_forwards=getattr(arguments, "keep_forwards", False),
+    )
 
 
 # ---------------------------------------------------------------------------- body and server
 
 
-def add_body(parser: argparse.ArgumentParser) -> None:
+def add_body(parser: argparse.ArgumentParser, *, writes: bool = True) -> None:
     """Add the arguments of all verbs that compute: the body, the store, device and threads."""
     parser.add_argument(
         "app",
@@ -203,7 +218,9 @@ def add_body(parser: argparse.ArgumentParser) -> None:
         help="the body as module:attribute: an nn.Module, or a function that returns it, "
         "such as my_model:body",
     )
-    add_store(parser)
+    add_store(parser, writes=writes)
+    if writes:
+        add_keep_forwards(parser)
     parser.add_argument(
         "--device",
         metavar="D",

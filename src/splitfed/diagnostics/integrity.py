@@ -33,7 +33,7 @@ ASIDE = "aside"
 _LINEAGE = re.compile(r"(body|client|body@[^/]+)/(?:commit/\d{10,12}\.json|fingerprint\.json)")
 _OURS = re.compile(
     r"format\.json|clients/.+|rounds/.+|history/.+|post/.+|(?:body|client|body@[^/]+)/"
-    r"(?:fingerprint(?:-copy)?\.json|beside\.json|head|frozen-.+|(?:forward|part|pin|grad|weights|optimizer"
+    r"(?:fingerprint(?:-copy)?\.json|beside\.json|head|frozen-.+|settings-.+|(?:forward|part|pin|grad|kept|weights|optimizer"
     r"|applied|commit)/.+)"
 )
 _LOOKS = 5
@@ -179,6 +179,7 @@ def _of_lineage(
         key = keys.frozen(frozen)
         if key not in listed:
             yield Damage(key, "missing", "parameters that never train")
+    yield from _of_replay(store, keys, records, set(listed))
     yield from _files(store, keys, newest, records, damaged)
     yield from _tables(store, keys, records, damaged, newest)
 
@@ -192,6 +193,38 @@ def _chain(keys: Keys, records: Mapping[int, Commit]) -> Iterator[Damage]:
         if record.parent not in (before.digest, before.was):
             what = f"version {version} was made from another record of version {version - 1}"
             yield Damage(keys.commit(version - 1), "other", what)
+
+
+def _of_replay(
+    store: GradientStore, keys: Keys, records: Mapping[int, Commit], listed: set[str]
+) -> Iterator[Damage]:
+    """What is gone that only a replay needs: settings, and what gradients follow from."""
+    needed = {
+        keys.settings(record.settings): f"how commits stepped, as version {version}"
+        for version, record in records.items()
+        if record.settings
+    }
+    if _keeps_forwards(store, keys, listed):
+        forgotten = store.registry().forgotten()
+        for version, record in records.items():
+            if version == 0:
+                key = keys.versioned("weights", 0, record.nonce)
+                needed[key] = "the weights of version 0, which a replay begins with"
+            for batch in record.folded:
+                if batch.client_id not in forgotten:
+                    what = f"what batch {batch} of version {version} follows from, for a replay"
+                    needed[keys.kept(batch)] = what
+    for key, what in needed.items():
+        # It may have come since the listing.
+        if key not in listed and store.blobs.raw.get(key) is None:
+            yield Damage(key, "missing", what)
+
+
+def _keeps_forwards(store: GradientStore, keys: Keys, listed: Iterable[str]) -> bool:
+    with suppress(CorruptedError, FormatError):  # the header may be what is damaged
+        if store.keeps_forwards:
+            return True
+    return any(key.startswith(f"{keys.root}/kept/") for key in listed)
 
 
 def _files(

@@ -46,6 +46,12 @@ from splitfed.store.table import Table
 _LOCK_SECONDS = 10.0
 # What follows from the model, which isn't here.
 _BY_MODEL = re.compile(r"(?:format|fingerprint|beside)\.json$|/frozen-")
+# What nothing but a replay needs.
+_FOR_REPLAY = re.compile(r"/settings-|/kept/|/weights/0{10}-")
+_NO_REPLAY = (
+    "gone, and nothing but `splitfed replay` needs it; settings are written again by the next "
+    "accumulator that has them"
+)
 LOST = "lost"
 """The kind of a record that stands for one whose content isn't known any more."""
 
@@ -89,6 +95,8 @@ def repair(store: GradientStore) -> Repairs:
             if damage.kind == "missing" and _BY_MODEL.search(damage.key):
                 text = "the next server or accumulator of the same model writes it again"
                 done.actions.append(f"{damage.key}: {text}")
+            elif damage.kind == "missing" and _FOR_REPLAY.search(damage.key):
+                done.actions.append(f"{damage.key}: {_NO_REPLAY}")
             else:
                 done.left.append(damage)
     return done

@@ -287,6 +287,8 @@ class Run:
     """The plain attributes that it left otherwise than they were, by module and name."""
     replayed: bool = False
     """Whether it is a recompute, whose outputs were compared."""
+    unfinished: tuple[Tensor, ...] = ()
+    """The distinct tensors of the body's own outputs, where something was applied to them."""
 
 
 def run(
@@ -347,7 +349,9 @@ def run(
                 outputs = part(outputs)
             if watched:
                 check_unchanged(spec, entered, (args, kwargs), outputs)
+            unfinished: list[Tensor] = []
             if finish is not None:
+                unfinished = pytree.flatten(outputs)[1]
                 outputs = finish(outputs)
         # Still under the lock: the next run puts its own buffers into the module. And still in the
         # call's grad mode: a registered container may compute when it is flattened.
@@ -372,6 +376,7 @@ def run(
         crcs=tuple(map(safetensors.crc32, live)),
         moved=moved,
         written=tuple(written),
+        unfinished=tuple(unfinished),
     )
 
 
@@ -409,22 +414,50 @@ def backward(
         BodyError: autograd raised.
     """
     torch.get_num_threads()  # as in `run`
+    of_inputs, of_parameters, _ = backward_within(done, grad_outputs, (), counted=counted)
+    return of_inputs, of_parameters
+
+
+def backward_within(
+    done: Run,
+    grad_outputs: Sequence[Tensor | None],
+    within: Sequence[Tensor],
+    *,
+    counted: bool = True,
+) -> tuple[list[Tensor | None], dict[str, Tensor], list[Tensor | None]]:
+    """As `backward`, with the gradients of further tensors of the graph from the same pass.
+
+    Args:
+        done: The run.
+        grad_outputs: For each distinct output tensor, its gradient or `None`.
+        within: The further tensors.
+        counted: Whether those of the parameters are wanted.
+
+    Returns:
+        What `backward` does, and the gradients of `within` (`None` where there is none).
+
+    Raises:
+        BodyError: autograd raised.
+    """
     outputs, gradients = _seeds(done, grad_outputs)
     inputs = [leaf for leaf in done.leaves if leaf.requires_grad]
     parameters = done.parameters if counted else {}
-    targets = [*inputs, *parameters.values()]
+    further = [tensor for tensor in within if tensor.requires_grad]
+    targets = [*inputs, *parameters.values(), *further]
     if not outputs or not targets:
-        return [None] * len(done.leaves), {}
+        return [None] * len(done.leaves), {}, [None] * len(within)
     device = outputs[0].device
     # The lock, as a hook of the body may draw, which would change what a run in another thread
     # draws under its seed. Autocast off, as what surrounds this call is written down nowhere.
     with compute_lock, torch.inference_mode(False), _autocast(None, device), _BodyErrors():
         found = torch.autograd.grad(outputs, targets, gradients, allow_unused=True)
-    _check_dense([*["an input"] * len(inputs), *parameters], found)
-    of_inputs = iter(found)
+    end = len(inputs) + len(parameters)
+    _check_dense([*["an input"] * len(inputs), *parameters], found[:end])
+    of_inputs, of_further = iter(found), iter(found[end:])
     grad_inputs = [next(of_inputs) if leaf.requires_grad else None for leaf in done.leaves]
-    of_parameters = zip(parameters, found[len(inputs) :], strict=True)
-    return grad_inputs, {name: g for name, g in of_parameters if g is not None}
+    of_parameters = zip(parameters, found[len(inputs) : end], strict=True)
+    named = {name: gradient for name, gradient in of_parameters if gradient is not None}
+    return grad_inputs, named, [next(of_further) if t.requires_grad else None for t in within]
 
 
 def _parts(module: nn.Module, cut: str) -> list[nn.Module]:

@@ -476,6 +476,37 @@ class GradientRecord:
     """Which process of those that share an incarnation has sent it, as in the request."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptCall:
+    """What a call's share of a gradient follows from, with the weights of its version.
+
+    `replay` computes it again.
+    """
+
+    version: int
+    forward: ForwardRecord
+    grad_outputs: tuple[Tensor | None, ...]
+    """The gradient of each output, as the client sent it or the loss gave it."""
+    seal: Seal | None
+    """Which parts make the batch, if this is the last; `None` for an earlier part, and for a loss
+    on the server."""
+    part: int
+    """Its place in the batch."""
+    num_samples: float
+    """nᵢ of a batch without a seal, in examples."""
+    digest: str
+    """Of the request."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptSeal:
+    """The close of a batch by a request of its own."""
+
+    seal: Seal
+    digest: str
+    """Of the request."""
+
+
 def _leading(tensors: Sequence[Tensor]) -> int:
     """The leading dimension of the first tensor; 0 if there is none."""
     return tensors[0].shape[0] if tensors and tensors[0].dim() else 0

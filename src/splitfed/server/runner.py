@@ -28,19 +28,19 @@ from splitfed.errors import ExpiredError, MissingError, ReplayError, StoreError
 from splitfed.model import execution
 from splitfed.model.attributes import Habits
 from splitfed.model.execution import Model, Run
-from splitfed.model.numerics import is_repeatable, same_bits
+from splitfed.model.numerics import is_repeatable
 from splitfed.model.rng import compute_turns
 from splitfed.model.skeleton import Template
 from splitfed.protocol.ids import BatchId, check_client_id
 from splitfed.protocol.messages import (
-    BufferUpdate,
     ForwardRecord,
     ForwardRequest,
-    GradientRecord,
 )
 from splitfed.server.graphs import CallKey, Graphs
 from splitfed.server.memory import Memory, extent
 from splitfed.server.probe import Call, Probe, same_gradients, seeded_backward
+from splitfed.server.shares import changed_buffers, changed_of, with_outputs
+from splitfed.store.archive import Archive
 from splitfed.store.batches import Pile, Sealer
 from splitfed.store.cache import Bounded
 from splitfed.store.earlier import Earlier, find_earlier
@@ -184,11 +184,7 @@ class Runner:
             done: Its run.
             previous: The number of the call of the same `client(...)` before it.
         """
-        outputs = tuple(
-            (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)
-            for tensor in done.tensors
-        )
-        call = replace(call, outputs=outputs, crcs=done.crcs)
+        call = with_outputs(call, done.tensors, done.crcs)
         self._pile.put_forward(*key, call)
         before = None if previous is None else (*key[:3], previous)
         self._graphs.put(key, call, done, self._bytes_of(call, done), before)
@@ -269,41 +265,6 @@ class Runner:
         """Drop a graph."""
         self._graphs.pop(key)
 
-    def share(
-        self,
-        done: Run,
-        gradients: dict[str, Tensor],
-        digest: str,
-        num_samples: float = 1.0,
-        start: Mapping[str, Tensor] | None = None,
-    ) -> GradientRecord:
-        """What a call contributes to its batch.
-
-        Args:
-            done: The call.
-            gradients: Of its parameters.
-            digest: Of the request.
-            num_samples: Its weight.
-            start: The buffers that it began with, where they aren't the version's: then its update
-                is there twice, as the change from the version and as that from these.
-        """
-        values = changed_buffers(done)
-        bases = {name: done.bases[name] for name in values}
-        buffers = [BufferUpdate(values, bases, num_samples)]
-        if start is not None:
-            own = {name: start.get(name, base) for name, base in bases.items()}
-            buffers.append(BufferUpdate(values, own, num_samples))
-        return GradientRecord(
-            kind="gradient",
-            base_version=done.version,
-            num_samples=num_samples,
-            loss_scale=1.0,
-            digest=digest,
-            numerics=self._numerics,
-            gradients=gradients,
-            buffers=buffers,
-        )
-
     def _model(self, version: int) -> Model:
         found = self._models.get(version)
         if found is None:
@@ -342,7 +303,7 @@ class Runner:
         key = (version, request.client_id, request.incarnation, request.previous)
         ended = self._ends.get(key)
         if ended is not None:
-            return _changed(*ended)
+            return changed_of(*ended)
         held = self._graphs.get(key)
         if held is not None:
             return changed_buffers(held[1])
@@ -386,6 +347,8 @@ class Line:
     sealer: Sealer
     runner: Runner
     ledger: Ledger
+    archive: Archive | None
+    """Where what gradients follow from is kept; `None` where it isn't."""
 
 
 class Lines:
@@ -441,25 +404,10 @@ class Lines:
         pile = self._store.pile(name)
         sealer = Sealer(lineage, pile, self._settings.numerics)
         ledger = Ledger(pile, self._settings.quota)
-        return Line(pile, sealer, Runner(lineage, pile, self._settings), ledger)
+        runner = Runner(lineage, pile, self._settings)
+        return Line(pile, sealer, runner, ledger, self._store.archive(name))
 
 
 def _is_first(number: int) -> bool:
     """Whether a backward is to be checked: numbers 1, 2, 8, 32, 128 and so on."""
     return number == 1 or (number & (number - 1) == 0 and number.bit_length() % 2 == 0)
-
-
-def changed_buffers(done: Run) -> dict[str, Tensor]:
-    """The buffers of each submodule that changed one of its own.
-
-    A statistic may come out of an update as it was, and still count.
-    """
-    return _changed(done.buffers, done.bases)
-
-
-def _changed(buffers: Buffers, bases: Buffers) -> dict[str, Tensor]:
-    owners = set()
-    for name, value in buffers.items():
-        if not same_bits(value, bases[name]):
-            owners.add(name.rpartition(".")[0])
-    return {name: v for name, v in buffers.items() if name.rpartition(".")[0] in owners}

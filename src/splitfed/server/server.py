@@ -44,6 +44,8 @@ from splitfed.protocol.messages import (
     ForwardRecord,
     ForwardRequest,
     Housekeeping,
+    KeptCall,
+    KeptSeal,
     LossAnswer,
     LossRequest,
     PullAnswer,
@@ -55,6 +57,7 @@ from splitfed.server.graphs import CallKey
 from splitfed.server.halves import Halves
 from splitfed.server.memory import Memory, extent
 from splitfed.server.runner import Line, Lines, RunnerSettings
+from splitfed.server.shares import of_loss, share_of
 from splitfed.store.beginning import begin_with
 from splitfed.store.earlier import Earlier
 from splitfed.store.quota import Quota
@@ -127,7 +130,7 @@ class SplitServer:
         beside = values_beside(self._template.blueprint)
         state = self._template.state(body)
         self.device = device_of(state, device)
-        numerics = store.begin(self.device)
+        numerics = self._numerics = store.begin(self.device)
         begin_with(store.lineage(lineage), self._template.fingerprint(), state, part=self._part)
         store.check_beside(lineage, beside, numerics)
         self._halves = Halves(store, numerics)
@@ -225,6 +228,9 @@ class SplitServer:
                     f"the request for batch {batch} has neither a call nor a seal: "
                     "expected one of them"
                 )
+            if line.archive is not None:
+                kept = KeptSeal(request.seal, request.seal.digest(batch))
+                line.archive.put(batch, None, kept, line.sealer.is_known)
             status = line.sealer.seal(batch, request.part, request.seal, None, request.resumed)
             return BackwardAnswer((), status)
         key = (request.version, batch.client_id, batch.incarnation, request.call)
@@ -261,12 +267,27 @@ class SplitServer:
         if not record.training or not counted:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
         # Acknowledged only once it is on file: whatever dies after this answer, the batch counts.
-        share = line.runner.share(done, gradients, request.digest(), start=record.buffers)
+        digest = request.digest()
+        share = share_of(done, gradients, digest, self._numerics, start=record.buffers)
+        if line.archive is not None:
+            self._keep_call(line, batch, request, key, digest)
         if request.seal is not None:
             status = line.sealer.seal(batch, request.part, request.seal, share, request.resumed)
             return BackwardAnswer(tuple(grad_inputs), status)
         line.pile.put_part(request.version, batch, request.part, replace(share, kind="part"))
         return BackwardAnswer(tuple(grad_inputs), "part")
+
+    def _keep_call(
+        self, line: Line, batch: BatchId, request: BackwardRequest, key: CallKey, digest: str
+    ) -> None:
+        """Keep what a backward follows from, before its gradient is acknowledged."""
+        # As it was stored: what is at hand may hold the client's own tensors, changed since.
+        record = line.pile.forward(*key)
+        if line.archive is None or record is None:  # a late repetition: it is kept already
+            return
+        seal, part = request.seal, request.part
+        kept = KeptCall(request.version, record, request.grad_outputs, seal, part, 1.0, digest)
+        line.archive.put(batch, part if seal is None else None, kept, line.sealer.is_known)
 
     def loss(self, request: LossRequest, /) -> LossAnswer:
         """Forward, loss and backward in one trip.
@@ -330,16 +351,24 @@ class SplitServer:
         value = _scalar(done)
         one = torch.ones_like(value) if value.requires_grad else None
         counted = request.counted
+        archive = line.archive if counts else None
+        within = () if archive is None else done.unfinished
         with compute_turns.of(ahead.client_id):
-            grad_inputs, gradients = execution.backward(done, [one], counted=counted)
+            grad_inputs, gradients, of_outputs = execution.backward_within(
+                done, [one], within, counted=counted
+            )
         if one is not None and counted:
             answered = (grad_inputs, gradients)
             line.runner.check_kept(call, done, [one], answered, ahead.client_id, finish)
         status = "uncounted"
         if counts:
             digest = request.digest(batch, version)
-            share = line.runner.share(done, gradients, digest, request.num_samples)
+            samples = request.num_samples
+            share = share_of(done, gradients, digest, self._numerics, num_samples=samples)
             share = replace(share, resumed=ahead.resumed)
+            if archive is not None:
+                kept = of_loss(call, done, of_outputs, samples, digest)
+                archive.put(batch, None, kept, line.sealer.is_known)
             status = line.sealer.store(batch, share, is_first=is_first)
         return LossAnswer(
             incarnation,

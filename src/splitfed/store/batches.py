@@ -325,18 +325,9 @@ class Sealer:
             parts[own] = share
         if not parts:
             raise InputError(f"the seal of batch {batch} names no part: expected at least one")
-        record = GradientRecord(
-            kind="gradient",
-            base_version=min(part.base_version for part in parts.values()),
-            num_samples=seal.num_samples,
-            loss_scale=seal.loss_scale,
-            digest=seal.digest(batch) if share is None else share.digest,
-            numerics=self._numerics,
-            gradients=_sum([part.gradients for part in parts.values()]),
-            buffers=_updates(seal.chains, parts),
-            resumed=resumed,
-        )
-        status = self.store(batch, record)
+        digest = seal.digest(batch) if share is None else share.digest
+        record = sum_of(parts, seal, digest, self._numerics)
+        status = self.store(batch, replace(record, resumed=resumed))
         # Only now: were the parts dropped first and the process killed, the retry would find
         # neither parts nor batch.
         for version, number in seal.parts:
@@ -446,6 +437,29 @@ class Sealer:
 def _status(outcome: Outcome, resumed: int) -> str:
     """What a client is answered; one that repeats a batch is told if that was given up."""
     return "skipped" if resumed and outcome is Outcome.SKIPPED else outcome.status
+
+
+def sum_of(
+    parts: Mapping[int, GradientRecord], seal: Seal, digest: str, numerics: str
+) -> GradientRecord:
+    """The gradient of a batch.
+
+    Args:
+        parts: Its parts by number, in the order in which they are added.
+        seal: What closes it.
+        digest: Of the request that does.
+        numerics: The short name of the numerics class that it was computed in.
+    """
+    return GradientRecord(
+        kind="gradient",
+        base_version=min(part.base_version for part in parts.values()),
+        num_samples=seal.num_samples,
+        loss_scale=seal.loss_scale,
+        digest=digest,
+        numerics=numerics,
+        gradients=_sum([part.gradients for part in parts.values()]),
+        buffers=_updates(seal.chains, parts),
+    )
 
 
 def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

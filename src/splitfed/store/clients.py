@@ -60,6 +60,12 @@ class Clients:
         found = {layout.parse_client(key) for key in self._blobs.list(layout.CLIENTS)}
         return sorted(client_id for client_id in found if client_id is not None)
 
+    def forgotten(self) -> set[str]:
+        """The clients whose data was deleted on request."""
+        keys = self._blobs.list(layout.CLIENTS)
+        found = (layout.parse_client(key) for key in keys if key.endswith("/forgotten"))
+        return {client_id for client_id in found if client_id is not None}
+
     def join(self, client_id: str) -> None:
         """Make a client known, so that it can be sampled."""
         if not self._joined.get(client_id):

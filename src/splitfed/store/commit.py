@@ -29,7 +29,7 @@ from splitfed.store.batchset import BatchSet, Outcome, Verdict
 _KEYS = (
     "version kind nonce parent table files frozen restored abandoned source turn num_samples "
     "staleness folded older stale rejected skipped num_duplicates num_expired num_foreign time "
-    "part was"
+    "part was settings weights"
 ).split()
 _ALWAYS = ("version", "kind", "nonce", "files", "num_samples", "time")
 """What is in each record, whatever its value."""
@@ -46,6 +46,7 @@ _DEFAULTS = {
     "num_foreign": 0,
     "part": None,
     "was": None,
+    "settings": "",
 }
 
 
@@ -98,6 +99,11 @@ class Commit:
     was: str | None = None
     """Of one that `repair` has made in place of a lost record: the hash of that one, as the record
     after it names it."""
+    settings: str = ""
+    """The hash of the settings that it was made with, which are on file; '' where nothing
+    stepped."""
+    weights: Mapping[int, float] = field(default_factory=dict)
+    """s(τ) of each staleness τ at which batches were folded, where it isn't 1."""
     digest: str = ""
     """SHA-256 of the record itself, once it was read."""
 
@@ -185,11 +191,13 @@ class Commit:
             }
             older = record.pop("older", {})
             staleness = record.pop("staleness", {})
+            weights = record.pop("weights", {})
             table = record.pop("table", None)
             found = cls(
                 verdict=Verdict(**sets),
                 older={int(version): BatchSet.from_json(ids) for version, ids in older.items()},
                 staleness={int(age): int(count) for age, count in staleness.items()},
+                weights={int(age): float(weight) for age, weight in weights.items()},
                 table=None if table is None else (int(table[0]), int(table[1])),
                 abandoned=tuple(
                     (check_number("version", first), check_number("version", last))
@@ -199,7 +207,8 @@ class Commit:
                 **record,
             )
             # What a reader relies on without a further look: its files, and names that are text.
-            texts = [found.kind, found.nonce, found.part or "", found.parent, *found.files.values()]
+            texts = [found.kind, found.nonce, found.part or "", found.parent, found.settings]
+            texts += found.files.values()
             needed = {"weights", "applied"} if found.base == found.version else {"weights"}
             is_whole = needed <= set(found.files) and found.base <= found.version
             if not is_whole or not all(type(text) is str for text in texts):

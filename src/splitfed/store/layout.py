@@ -3,6 +3,7 @@
     format.json                              create-once: format version, numerics of version 0
     clients/<id>/<incarnation>               create-once: one per client process
     clients/<id>/joined                      create-once: it has pulled, and may be sampled
+    clients/<id>/forgotten                   create-once: what was kept of it is gone (`forget`)
     rounds/<number>/                         each create-once, in this order:
       plan.json                                who is sampled, and from which versions
       ending.json                              the decision which updates count
@@ -22,6 +23,9 @@
       part/<id>/<version>-<incarnation>-<seq>-<k>   one call's share of an open batch; transient
       pin/<id>/<incarnation>-<seq>             the version of a one-trip loss call; transient
       grad/<id>/<incarnation>-<seq>            create-once: a pending batch
+      kept/<id>/<incarnation>-<seq>            what a folded batch follows from (keep_forwards)
+      kept/<id>/<incarnation>-<seq>-<k>        ... and one of its earlier parts
+      settings-<hash>.safetensors              create-once: how commits step
       weights/<version>-<nonce>.safetensors    never overwritten
       optimizer/<version>-<nonce>.safetensors  never overwritten
       applied/<version>-<nonce>.json           now and then: never overwritten
@@ -47,7 +51,7 @@ from splitfed.protocol.packing import read_json
 FORMAT = "format.json"
 HISTORY = "history"
 CLIENTS = "clients"
-_CLIENT = re.compile(r"clients/([A-Za-z0-9][A-Za-z0-9_.-]{0,63})/(?:\d{8,12}|joined)")
+_CLIENT = re.compile(r"clients/([A-Za-z0-9][A-Za-z0-9_.-]{0,63})/(?:\d{8,12}|joined|forgotten)")
 _GRADIENT = re.compile(r"grad/([^/]+)/(\d{8,12})-(\d{10,12})")
 _VERSIONED = re.compile(
     r"(?:weights|optimizer|applied)/(\d{10,12})-([0-9a-f]+)\.(?:safetensors|json)"
@@ -73,6 +77,11 @@ def client(client_id: str, incarnation: int | None = None) -> str:
 def joined(client_id: str) -> str:
     """The mark of a client that has pulled."""
     return f"{client(client_id)}/joined"
+
+
+def forgotten(client_id: str) -> str:
+    """The mark of a client whose data was deleted."""
+    return f"{client(client_id)}/forgotten"
 
 
 def round_file(number: int, kind: str) -> str:
@@ -170,6 +179,15 @@ class Keys:
     def pin(self, batch: BatchId) -> str:
         """The version that a one-trip loss call runs at."""
         return f"{self.root}/pin/{_batch(batch)}"
+
+    def kept(self, batch: BatchId, part: int | None = None) -> str:
+        """What a batch follows from, or one of its earlier parts."""
+        key = f"{self.root}/kept/{_batch(batch)}"
+        return key if part is None else f"{key}-{_padded('part', part, 6)}"
+
+    def settings(self, digest: str) -> str:
+        """How commits step, by the hash of what is in the file."""
+        return f"{self.root}/settings-{digest}.safetensors"
 
     def parse_gradient(self, key: str) -> BatchId | None:
         """The batch whose gradient is at `key`; `None` for anything else."""

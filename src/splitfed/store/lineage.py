@@ -214,7 +214,7 @@ class Lineage:
             return found
         data = self._file(version, "weights")
         self._verified.add(version)
-        return self._states.put(version, self._decoded(version, data))
+        return self._states.put(version, self.decoded(version, data))
 
     def weights(self, version: int) -> dict[str, Tensor]:
         """Copies of a version's tensors, with the keys of the module's `state_dict()`."""
@@ -337,7 +337,7 @@ class Lineage:
         frozen = self._frozen_parts(state)
         if frozen and not _is_file(frozen, commit.frozen):
             return False
-        return _is_file(self._weights(version, state), commit.files["weights"])
+        return _is_file(self.weights_file(version, state), commit.files["weights"])
 
     def publish(self, commit: Commit, state: Mapping[str, Tensor], optimizer: Any) -> Commit | None:
         """Make `commit.version` from these.
@@ -370,7 +370,7 @@ class Lineage:
             contents["applied"] = table.to_file()
             place = (version, len(contents["applied"][0]))
         commit = replace(commit, table=place)
-        contents["weights"] = checksum.sealed(self._weights(version, state))
+        contents["weights"] = checksum.sealed(self.weights_file(version, state))
         if optimizer is not None:
             contents["optimizer"] = checksum.sealed(pack_tree("Optimizer", optimizer))
         for kind, parts in contents.items():
@@ -440,18 +440,19 @@ class Lineage:
             raise StoreError(f"version {head + 1} was committed meanwhile: try the rollback again")
         return made, lost
 
-    def sweep(self, keep: int) -> int:
+    def sweep(self, keep: int, *, first: bool = False) -> int:
         """Delete what no reader may need any more; without clocks, and never beyond the head.
 
         Args:
             keep: How many of the newest versions stay.
+            first: Whether the weights of version 0 stay too, for a replay.
 
         Returns:
             How many forwards and parts were dropped with their versions.
         """
         head = self.head()
         oldest = head - keep + 1
-        self._sweep_files(head, oldest)
+        self._sweep_files(head, oldest, first=first)
         if head % PRUNE_EVERY == 0:
             for folder in (*TRANSIENT, "grad"):
                 self.blobs.prune(f"{self.name}/{folder}")
@@ -459,7 +460,7 @@ class Lineage:
             return 0
         return self._sweep_pins(oldest) + self._sweep_transient(oldest)
 
-    def _sweep_files(self, head: int, oldest: int) -> None:
+    def _sweep_files(self, head: int, oldest: int, *, first: bool) -> None:
         """Delete the files of expired versions, and those that no commit names."""
         # Later versions need the table that the oldest one needs.
         base = self.commit(max(0, oldest)).base
@@ -470,6 +471,8 @@ class Lineage:
                 if found is None:
                     continue
                 version, nonce = found
+                if first and version == 0 and nonce == self.commit(0).nonce:
+                    continue
                 # Files of head + 1 may be those of a commit under way: they are left alone.
                 if version <= head and (version < floor or self.commit(version).nonce != nonce):
                     self.blobs.delete(key)
@@ -528,8 +531,8 @@ class Lineage:
         restored = self.commit(version).restored
         return version - 1 if restored is None else restored
 
-    def _weights(self, version: int, state: Mapping[str, Tensor]) -> list[Any]:
-        """The weights file of a version: a function of its state."""
+    def weights_file(self, version: int, state: Mapping[str, Tensor]) -> list[Any]:
+        """The weights file of a version, without its checksum: a function of its state."""
         frozen = self._frozen_names()
         kept = {name: tensor for name, tensor in state.items() if name not in frozen}
         return safetensors.encode(kept, {"lineage": self.name, "version": str(version)})
@@ -577,9 +580,14 @@ class Lineage:
         self._verified.discard(version)
         if not self.blobs.required and sha256([data]) != commit.files["weights"]:
             raise self._corrupted(version, "weights")  # a store of format 1 has no checksums
-        return self._decoded(version, data)
+        return self.decoded(version, data)
 
-    def _decoded(self, version: int, data: memoryview) -> dict[str, Tensor]:
+    def decoded(self, version: int, data: memoryview) -> dict[str, Tensor]:
+        """The distinct tensors of a version, from the bytes of its weights file.
+
+        Raises:
+            CorruptedError: they can't be read.
+        """
         commit = self.commit(version)
         try:
             state = safetensors.decode(data)[0]

@@ -32,6 +32,7 @@ from splitfed.model.numerics import class_id, numerics_class
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.packing import read_json
 from splitfed.store import layout
+from splitfed.store.archive import Archive
 from splitfed.store.batches import Pile
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
@@ -56,6 +57,11 @@ class GradientStore:
         shared: Whether the users of a group share a local folder: what is created in it is for the
             group too, as far as the umask lets it. That is so without it where the folder that
             holds the store is setgid; elsewhere a store is its owner's alone.
+        keep_forwards: Whether a run that begins here keeps what its gradients follow from
+            (activations, the gradients at the cut, the weights of version 0) after they are
+            counted, so that `replay` can compute each version again from the store alone. It is
+            noted in the store, and whoever opens it later does so too. About as many bytes a batch
+            as cross the cut, for ever.
         storage_options: Passed to the fsspec filesystem.
 
     Raises:
@@ -72,6 +78,7 @@ class GradientStore:
         *,
         sync: Literal["power", "process"] = "power",
         shared: bool = False,
+        keep_forwards: bool = False,
         **storage_options: Any,
     ) -> None:
         if sync not in ("power", "process"):
@@ -86,6 +93,7 @@ class GradientStore:
         self.url = os.fspath(url)
         self.sync = sync
         self.shared = shared
+        self._keeps_forwards = keep_forwards
         self.storage_options: Mapping[str, Any] = MappingProxyType(dict(storage_options))
         """What the fsspec filesystem is given; it may hold secrets."""
         self.attended = False
@@ -168,6 +176,18 @@ class GradientStore:
         """The files of a lineage's batches."""
         return self._open(lineage)[1]
 
+    def archive(self, lineage: str = "body") -> Archive | None:
+        """What folded gradients of a lineage follow from; `None` where that isn't kept."""
+        if not self.keeps_forwards:
+            return None
+        return Archive(self.blobs, self.lineage(lineage).keys)
+
+    @property
+    def keeps_forwards(self) -> bool:
+        """Whether what gradients follow from is kept after they are counted."""
+        found = self.header()
+        return self._keeps_forwards if found is None else bool(found.get("keep_forwards"))
+
     def rounds(self) -> Rounds:
         """The rounds of a federation: plans, decisions and reports."""
         if self._rounds is None:
@@ -206,10 +226,19 @@ class GradientStore:
         if self.header() is None:
             self.blobs.probe()
             header = {"format": FORMAT_VERSION, "numerics": numerics}
+            # The header may have been lost: then what was kept says that it is kept.
+            if self._keeps_forwards or self.blobs.list("body/kept"):
+                header["keep_forwards"] = True
             self.blobs.create(layout.FORMAT, [json.dumps(header, indent=1).encode()])
         found = self.header()
         if found is None:
             raise FormatError(f"{self._shown} has no {layout.FORMAT}, though it was just created")
+        if self._keeps_forwards and not found.get("keep_forwards"):
+            raise InputError(
+                f"the run in {self._shown} was begun without keep_forwards=True, so what its "
+                "earlier gradients follow from is gone: begin a new run with it, or open this one "
+                "without it"
+            )
         return found
 
     def header(self) -> dict[str, Any] | None:
