@@ -43,7 +43,7 @@ def test_what_cant_come_back(
         assert "expected" in capsys.readouterr().err
     assert main(["rollback", "--store", store.url, "--to", "1", "--lineage", "client"]) == 1
     assert "no lineage 'client'" in capsys.readouterr().err
-    monkeypatch.setattr("splitfed.cli.rollback._LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("splitfed.store.store.LOCK_SECONDS", 0.1)
     with store.blobs.lock(store.lineage().keys.lock, 1.0):
         assert main(["rollback", "--store", store.url, "--to", "1"]) == 1
     assert "at work" in capsys.readouterr().err

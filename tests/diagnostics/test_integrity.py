@@ -220,7 +220,7 @@ def test_repair_refuses_while_an_accumulator_works(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both would write the next version."""
-    monkeypatch.setattr("splitfed.diagnostics.repair._LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("splitfed.store.store.LOCK_SECONDS", 0.1)
     store = copy()
     with store.blobs.lock(store.lineage().keys.lock, 1.0) as held:
         assert held

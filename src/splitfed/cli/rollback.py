@@ -7,13 +7,12 @@ import json
 from typing import Any
 
 from splitfed.cli.options import add_store, open_store
-from splitfed.errors import BusyError, InputError
+from splitfed.errors import InputError
 
 _DESCRIPTION = """\
 Make the next version of a lineage from the state of an older one, whose weights are still kept.
 Nothing is deleted and no batch counts again. The batches whose effect is undone are listed; what is
 pending from the undone versions is closed as stale by the next commit."""
-_LOCK_SECONDS = 10.0
 
 
 def add(verbs: argparse._SubParsersAction[Any]) -> None:
@@ -46,11 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     store = open_store(arguments)
     store.latest_version(arguments.lineage)
     lineage = store.lineage(arguments.lineage)
-    with store.blobs.lock(lineage.keys.lock, _LOCK_SECONDS) as held:
-        if not held:
-            raise BusyError(
-                f"an accumulator is at work on lineage {arguments.lineage!r}: stop it first"
-            )
+    with store.alone([arguments.lineage]):
         if arguments.to < 0:
             raise InputError(f"--to {arguments.to}: expected a version, 0 or more")
         commit, lost = lineage.rollback(arguments.to)

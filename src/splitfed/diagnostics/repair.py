@@ -20,7 +20,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from splitfed.diagnostics.integrity import (
@@ -31,7 +31,7 @@ from splitfed.diagnostics.integrity import (
     read_records,
     verify,
 )
-from splitfed.errors import BusyError, CorruptedError, FormatError, IdError, SplitFedError
+from splitfed.errors import CorruptedError, FormatError, IdError, SplitFedError
 from splitfed.protocol.ids import BatchId, check_lineage
 from splitfed.protocol.messages import GradientRecord
 from splitfed.protocol.packing import pack, read_json
@@ -43,7 +43,6 @@ from splitfed.store.lineage import Lineage, hint_at, read_hint, sha256
 from splitfed.store.store import GradientStore
 from splitfed.store.table import Table
 
-_LOCK_SECONDS = 10.0
 # What follows from the model, which isn't here.
 _BY_MODEL = re.compile(r"(?:format|fingerprint|beside)\.json$|/frozen-")
 # What nothing but a replay needs.
@@ -82,14 +81,7 @@ def repair(store: GradientStore) -> Repairs:
     done = Repairs()
     found = verify(store)
     names = {"body", *(_lineage_of(damage) for damage in found.damages)}
-    with ExitStack() as locks:
-        for name in sorted(name for name in names if name is not None):
-            held = store.blobs.lock(Keys(name).lock, _LOCK_SECONDS)
-            if not locks.enter_context(held):
-                raise BusyError(
-                    f"an accumulator is at work on lineage {name!r} of {found.url}: "
-                    "stop it, then repair"
-                )
+    with store.alone(name for name in names if name is not None):
         _repair(store, found, done)
         for damage in verify(store).damages:
             if damage.kind == "missing" and _BY_MODEL.search(damage.key):

@@ -28,12 +28,13 @@ from splitfed.model.arguments import check_fit, check_unchanged, description, ma
 from splitfed.model.attributes import Attributes, Habits, buffer_slots
 from splitfed.model.boundary import enter, fresh, uncached, unhooked
 from splitfed.model.fingerprint import check_kind
+from splitfed.model.numerics import same_bits
 from splitfed.model.rng import compute_lock, seeded
 from splitfed.model.settings import apply_settings
 from splitfed.model.skeleton import Template
 from splitfed.model.slices import split_names
 from splitfed.protocol import pytree, safetensors
-from splitfed.protocol.messages import ForwardRecord
+from splitfed.protocol.messages import BufferUpdate, ForwardRecord, GradientRecord
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -289,6 +290,58 @@ class Run:
     """Whether it is a recompute, whose outputs were compared."""
     unfinished: tuple[Tensor, ...] = ()
     """The distinct tensors of the body's own outputs, where something was applied to them."""
+
+    def changed_buffers(self) -> dict[str, Tensor]:
+        """The buffers of each submodule that changed one of its own.
+
+        A statistic may come out of an update as it was, and still count.
+        """
+        return changed_of(self.buffers, self.bases)
+
+    def share(
+        self,
+        gradients: dict[str, Tensor],
+        digest: str,
+        numerics: str,
+        *,
+        num_samples: float = 1.0,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> GradientRecord:
+        """What the call contributes to its batch.
+
+        Args:
+            gradients: Of its parameters.
+            digest: Of the request.
+            numerics: The short name of the numerics class that it ran in.
+            num_samples: Its weight.
+            start: The buffers that it began with, where they aren't the version's: then its update
+                is there twice, as the change from the version and as that from these.
+        """
+        values = self.changed_buffers()
+        bases = {name: self.bases[name] for name in values}
+        buffers = [BufferUpdate(values, bases, num_samples)]
+        if start is not None:
+            own = {name: start.get(name, base) for name, base in bases.items()}
+            buffers.append(BufferUpdate(values, own, num_samples))
+        return GradientRecord(
+            kind="gradient",
+            base_version=self.version,
+            num_samples=num_samples,
+            loss_scale=1.0,
+            digest=digest,
+            numerics=numerics,
+            gradients=gradients,
+            buffers=buffers,
+        )
+
+
+def changed_of(buffers: Mapping[str, Tensor], bases: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As `Run.changed_buffers`, of the buffers at the end of a run and those of its version."""
+    owners = set()
+    for name, value in buffers.items():
+        if not same_bits(value, bases[name]):
+            owners.add(name.rpartition(".")[0])
+    return {name: v for name, v in buffers.items() if name.rpartition(".")[0] in owners}
 
 
 def run(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from torch import Tensor
@@ -439,6 +439,14 @@ class ForwardRecord:
     """The short name of the numerics class that it ran in."""
     settings: Settings = field(default_factory=dict, metadata=ADDED)
     """As in the request."""
+
+    def with_outputs(self, tensors: Sequence[Tensor], crcs: Iterable[int]) -> ForwardRecord:
+        """The record once the call has run."""
+        outputs = tuple(
+            (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)
+            for tensor in tensors
+        )
+        return replace(self, outputs=outputs, crcs=tuple(crcs))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

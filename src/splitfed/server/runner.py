@@ -39,7 +39,6 @@ from splitfed.protocol.messages import (
 from splitfed.server.graphs import CallKey, Graphs
 from splitfed.server.memory import Memory, extent
 from splitfed.server.probe import Call, Probe, same_gradients, seeded_backward
-from splitfed.server.shares import changed_buffers, changed_of, with_outputs
 from splitfed.store.archive import Archive
 from splitfed.store.batches import Pile, Sealer
 from splitfed.store.cache import Bounded
@@ -184,7 +183,7 @@ class Runner:
             done: Its run.
             previous: The number of the call of the same `client(...)` before it.
         """
-        call = with_outputs(call, done.tensors, done.crcs)
+        call = call.with_outputs(done.tensors, done.crcs)
         self._pile.put_forward(*key, call)
         before = None if previous is None else (*key[:3], previous)
         self._graphs.put(key, call, done, self._bytes_of(call, done), before)
@@ -303,10 +302,10 @@ class Runner:
         key = (version, request.client_id, request.incarnation, request.previous)
         ended = self._ends.get(key)
         if ended is not None:
-            return changed_of(*ended)
+            return execution.changed_of(*ended)
         held = self._graphs.get(key)
         if held is not None:
-            return changed_buffers(held[1])
+            return held[1].changed_buffers()
         record = self._pile.forward(*key)
         if record is None:
             raise ExpiredError(
@@ -315,7 +314,7 @@ class Runner:
             )
         done = self._replay(record, version, request.client_id)
         self._graphs.put(key, record, done, self._bytes_of(record, done))
-        return changed_buffers(done)
+        return done.changed_buffers()
 
     def _bytes_of(self, call: ForwardRecord, done: Run) -> int:
         """What a call holds as long as its graph is kept, roughly."""

@@ -57,7 +57,7 @@ from splitfed.server.graphs import CallKey
 from splitfed.server.halves import Halves
 from splitfed.server.memory import Memory, extent
 from splitfed.server.runner import Line, Lines, RunnerSettings
-from splitfed.server.shares import of_loss, share_of
+from splitfed.server.shares import of_loss
 from splitfed.store.beginning import begin_with
 from splitfed.store.earlier import Earlier
 from splitfed.store.quota import Quota
@@ -268,7 +268,7 @@ class SplitServer:
             return BackwardAnswer(tuple(grad_inputs), "uncounted")
         # Acknowledged only once it is on file: whatever dies after this answer, the batch counts.
         digest = request.digest()
-        share = share_of(done, gradients, digest, self._numerics, start=record.buffers)
+        share = done.share(gradients, digest, self._numerics, start=record.buffers)
         if line.archive is not None:
             self._keep_call(line, batch, request, key, digest)
         if request.seal is not None:
@@ -364,7 +364,7 @@ class SplitServer:
         if counts:
             digest = request.digest(batch, version)
             samples = request.num_samples
-            share = share_of(done, gradients, digest, self._numerics, num_samples=samples)
+            share = done.share(gradients, digest, self._numerics, num_samples=samples)
             share = replace(share, resumed=ahead.resumed)
             if archive is not None:
                 kept = of_loss(call, done, of_outputs, samples, digest)

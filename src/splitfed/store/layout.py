@@ -123,6 +123,11 @@ def parse_post(key: str) -> tuple[str, str, str] | None:
         return None
 
 
+_OWNED = re.compile(
+    r"(?:(?:forward|part)/([^/]+)/\d{10,12}-|(?:pin|grad|kept)/([^/]+)/)(\d{8,12})-[\d-]+"
+)
+
+
 class Keys:
     """The keys of one lineage.
 
@@ -204,6 +209,17 @@ class Keys:
         """(version, nonce) of a file of a commit; `None` for anything else."""
         found = _VERSIONED.fullmatch(key.removeprefix(f"{self.root}/"))
         return (int(found[1]), found[2]) if found else None
+
+    def owner_of(self, key: str) -> tuple[str, int, int] | None:
+        """Whose call or batch a file is of: client, incarnation, and the version of a call or -1.
+
+        `None` for anything else.
+        """
+        found = _OWNED.fullmatch(key.removeprefix(f"{self.root}/"))
+        if found is None:
+            return None
+        version = self.parse_transient(key)
+        return found[1] or found[2], int(found[3]), -1 if version is None else version
 
     def parse_transient(self, key: str) -> int | None:
         """The version of a forward or a part; `None` for anything else."""

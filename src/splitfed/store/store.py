@@ -7,11 +7,13 @@ client counts in `clients`, and the storage backends are `splitfed.blobs`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from splitfed.blobs.url import open_blobs
 from splitfed.errors import (
     ArchitectureError,
+    BusyError,
     CorruptedError,
     FormatError,
     InputError,
@@ -44,6 +47,9 @@ FORMAT_VERSION = 2
 """The format of stores that are begun here; since 2 each file has a checksum."""
 READABLE = (1, 2)
 KEPT_LINEAGES = 32
+LOCK_SECONDS = 10.0
+"""How long who changes a store by hand waits for the accumulator's lock."""
+_BEGUN = re.compile(r"(body|client|body@[^/]+)/(?:commit/\d{10,12}\.json|fingerprint\.json)")
 
 
 class GradientStore:
@@ -167,6 +173,28 @@ class GradientStore:
             ExpiredError: it has left the retention window.
         """
         return self.lineage(lineage).rollback(version)[1]
+
+    def lineages(self) -> list[str]:
+        """The names of all lineages that were begun, sorted."""
+        found = (_BEGUN.fullmatch(key) for key in self.blobs.list(""))
+        return sorted({match[1] for match in found if match is not None})
+
+    @contextlib.contextmanager
+    def alone(self, lineages: Iterable[str]) -> Iterator[None]:
+        """Keep accumulators of this host away from lineages, for who changes what they rely on.
+
+        Raises:
+            BusyError: one is at work on them.
+        """
+        with contextlib.ExitStack() as locks:
+            for name in sorted(set(lineages)):
+                lock = self.blobs.lock(layout.Keys(name).lock, LOCK_SECONDS)
+                if not locks.enter_context(lock):
+                    raise BusyError(
+                        f"an accumulator is at work on lineage {name!r} of {self._shown}: "
+                        "stop it first"
+                    )
+            yield
 
     def lineage(self, name: str = "body") -> Lineage:
         """The versions of a lineage."""
