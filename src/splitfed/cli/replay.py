@@ -81,5 +81,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _line(version: Replayed) -> str:
     batches = f", {version.num_batches} batches" if version.kind == "fold" else ""
-    verdict = "the same bits" if version.ok else f"DIFFERS: {version.what}"
+    verdict = "the same bits" if version.ok else f"{version.verdict.upper()}: {version.what}"
     return f"version {version.version} ({version.kind}{batches}): {verdict}"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +66,16 @@ class Replayed:
     """How it came about, as in its commit."""
     num_batches: int
     """Folded in it."""
-    ok: bool
-    """Whether weights and optimizer state have the bits on record."""
+    verdict: Literal["same", "differs", "unknown"]
+    """Whether weights and optimizer state have the bits on record; 'unknown' if it can't be
+    computed."""
     what: str = ""
-    """If not: what differs, or why it can't be computed."""
+    """What differs, or why it can't be computed."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it has the bits on record."""
+        return self.verdict == "same"
 
 
 @dataclass(slots=True)
@@ -205,20 +211,24 @@ class _Line:
         wanted = set(wanted)
         ends = self._last_uses()
         for commit in self._commits:
+            verdict: Literal["same", "differs", "unknown"] = "differs"
             try:
                 what = self._version(commit)
+            except ReplayError as error:
+                what = str(error)
             except InputError as error:
                 if not isinstance(error, FormatError):
                     raise  # what was given, not what is on record
-                what = str(error)
+                verdict, what = "unknown", str(error)
             except SplitFedError as error:
-                what = f"it can't be computed: {error}"
+                verdict, what = "unknown", str(error)
             if what:
                 self._from_file(commit)
             version, lineage = commit.version, self._lineage.name
             if version in wanted and version in self._states:
                 found[version] = self._states[version]
-            tell(Replayed(lineage, version, commit.kind, commit.num_batches, not what, what))
+            verdict = verdict if what else "same"
+            tell(Replayed(lineage, version, commit.kind, commit.num_batches, verdict, what))
             for earlier in ends.get(version, ()):
                 self._states.pop(earlier, None)
                 self._trees.pop(earlier, None)
@@ -271,10 +281,12 @@ class _Line:
         elif commit.kind == "begin":
             at = -1 if commit.source is None else commit.source
             if at not in self._sources:
-                return f"version {commit.source} of 'body', which it began from, isn't known"
+                raise MissingError(
+                    f"version {commit.source} of 'body', which it began from, isn't known"
+                )
             state, tree = self._sources[at], self._trees.get(version - 1)
         else:
-            return f"its record was lost: `repair` has made a {commit.kind!r} in its place"
+            raise MissingError("its record was lost: `repair` has put another in its place")
         if "optimizer" not in commit.files:
             tree = None
         return self._compared(commit, state, tree)
@@ -403,7 +415,11 @@ class _Line:
         """
         kept = None if self._archive is None else self._archive.read(batch)
         if kept is None:
-            raise MissingError(f"nothing is kept that the gradient of batch {batch} follows from")
+            is_forgotten = batch.client_id in self._store.registry().forgotten()
+            raise MissingError(
+                f"nothing is kept that the gradient of batch {batch} follows from"
+                + (": its client was forgotten" if is_forgotten else "")
+            )
         if isinstance(kept, GradientRecord):
             return kept
         if kept.seal is None:
