@@ -66,8 +66,14 @@ class Ledger:
 
     @property
     def num_open(self) -> int:
-        """How many batches are in no commit yet."""
-        return len(self.files) - len(self.closed)
+        """How many batches that can be folded are in no commit yet."""
+        most, ancestors = self.world.plan.max_staleness, self.ancestors(self.head)
+        return sum(
+            record.kind == "gradient" and record.base_version in ancestors
+            and (most is None or self.head - record.base_version <= most)
+            for batch, record in self.files.items()
+            if batch not in self.closed
+        )
 
     def watch(self, store: GradientStore) -> None:
         """Look at the storage through this store."""

@@ -65,7 +65,8 @@ def check_counted(ledger: Ledger) -> None:
 
 def check_replay(ledger: Ledger) -> None:
     """Each version has the bits of a serial replay."""
-    replica = Replica(ledger.world.plan, ledger.weights[0])
+    restored = {commit.restored for commit in ledger.commits if commit.restored is not None}
+    replica = Replica(ledger.world.plan, ledger.weights[0], restored)
     for commit in ledger.commits[1:]:
         replica.commit(commit, ledger.files)
         wrong = differing(ledger.weights[commit.version], replica.state)
