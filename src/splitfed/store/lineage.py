@@ -243,6 +243,19 @@ class Lineage:
         """
         return self._newest_table().outcome(batch)
 
+    def ran_elsewhere(self, batch: BatchId, version: int) -> bool:
+        """Whether a closed batch was computed at another version than this one.
+
+        As far as is known here: nothing is read. Records that aren't at hand say nothing.
+        """
+        for number in range(self._head, -1, -1):
+            commit = self._commits.get(number)
+            if commit is None:
+                return False
+            if batch in commit.verdict:
+                return batch not in commit.skipped and commit.base_of(batch) != version
+        return False
+
     def _newest_table(self) -> Table:
         # The head and its table are two reads. Commits in between may take the table out of the
         # retention window: then the head has moved, and the question is asked again.
