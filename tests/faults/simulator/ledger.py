@@ -71,7 +71,8 @@ class Ledger:
         """How many batches that can be folded are in no commit yet."""
         most, ancestors = self.world.plan.max_staleness, self.ancestors(self.head)
         return sum(
-            record.kind == "gradient" and record.base_version in ancestors
+            record.kind == "gradient"
+            and record.base_version in ancestors
             and (most is None or self.head - record.base_version <= most)
             for batch, record in self.files.items()
             if batch not in self.closed

@@ -15,6 +15,7 @@ from tests.faults.simulator.table import MUTANTS, RARE
 
 __all__ = ["MUTANTS", "RARE", "installed", "wrong_commits", "wrong_servers"]
 
+
 @contextmanager
 def installed(name: str) -> Iterator[None]:
     """The library with one thing wrong."""

@@ -95,7 +95,7 @@ class Plan:
             keep_versions=(2 if max_staleness is None else max_staleness + 2) + random.choice((0, 0, 1, 3)),
             max_staleness=max_staleness,
             keep_graphs=random.choice((0, 0, 1, 2, 8)),
-            most_pending=random.choice((1, 1, 2, 2, 4)),
+            most_pending=random.choice((1, 1, 1, 2, 4)),
             momentum=random.random() < 0.5,
             dropout=random.choice((0.0, 0.3)),
         )
