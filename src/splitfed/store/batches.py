@@ -276,7 +276,8 @@ class Sealer:
         Args:
             batch: Its id.
             record: What it contributes.
-            is_one_trip: Whether the record was computed just now, at a version that the store chose.
+            is_one_trip: Whether the record was computed just now, at a version of this side's
+                choice.
             is_first: Whether the store knows of no earlier try; then a batch that is counted was
                 computed at another version than this record may be.
 

@@ -20,11 +20,12 @@ FAULTS: dict[str, tuple[str, ...]] = {
 """What may happen at an operation.
 
 fail: an error, without effect. garbled: a bit of what is read has changed on the way. rotten: a bit of the file has
-changed for good, if it is one of a batch; of others it is garbled, as only `splitfed repair` mends those. lost: done, and an error. exists: created, and said to have existed, as a retry within a
-storage library does. late: an error, and it is done some time later, or never. kill: the process dies before, after, or
-its write lands later. sleep: the actor goes on some commits later. stale: a listing of some time ago; patchy: one that
-lacks some new keys and has some that are gone. unsent, unanswered: a request, or its answer, is lost. twice: it arrives
-twice. impatient: the client gives up waiting and asks once more.
+changed for good, if it is one of a batch; of others it is garbled, as only `splitfed repair` mends those. lost: done,
+and an error. exists: created, and said to have existed, as a retry within a storage library does. late: an error, and
+it is done some time later, or never. kill: the process dies before, after, or its write lands later. sleep: the actor
+goes on some commits later. stale: a listing of some time ago; patchy: one that lacks some new keys and has some that
+are gone. unsent, unanswered: a request, or its answer, is lost. twice: it arrives twice. impatient: the client gives up
+waiting and asks once more.
 """
 KINDS = tuple(dict.fromkeys(kind for kinds in FAULTS.values() for kind in kinds))
 _RATES = (0.0, 0.005, 0.012, 0.025)
