@@ -60,6 +60,8 @@ class Ledger:
         """Each gradient file that ever was."""
         self.damaged: set[str] = set()
         """The keys of files that a bit has changed in."""
+        self._open: dict[BatchId, GradientRecord] = {}
+        """Those of batches that are in no commit yet."""
         self.requests: list[Sent] = []
         self.acknowledged: dict[BatchId, list[Sent]] = {}
         self.store: GradientStore
@@ -69,13 +71,10 @@ class Ledger:
     @property
     def num_open(self) -> int:
         """How many batches that can be folded are in no commit yet."""
-        most, ancestors = self.world.plan.max_staleness, self.ancestors(self.head)
+        most = self.world.plan.max_staleness
         return sum(
-            record.kind == "gradient"
-            and record.base_version in ancestors
-            and (most is None or self.head - record.base_version <= most)
-            for batch, record in self.files.items()
-            if batch not in self.closed
+            record.kind == "gradient" and not self._is_stale(self.head, record.base_version, most)
+            for record in self._open.values()
         )
 
     def watch(self, store: GradientStore) -> None:
@@ -114,6 +113,8 @@ class Ledger:
             record = self._pile.read(batch)
             assert record is not None
             self.files.setdefault(batch, record)
+            if batch not in self.closed:
+                self._open[batch] = record
         elif key == keys.commit(self.head + 1):
             self._committed(self.head + 1)
         client_id = layout.parse_client(key)
@@ -170,6 +171,7 @@ class Ledger:
         if batch in self.closed:
             self.fail(f"batch {batch} is in commits {self.closed[batch]} and {commit.version}")
         self.closed[batch] = commit.version
+        self._open.pop(batch, None)
         record = self.files.get(batch)
         if record is None:
             self.fail(f"commit {commit.version} closes batch {batch}, which was never made")
