@@ -21,6 +21,7 @@ PARTS = {
     "services": ("faults/test_service_processes", "promises/test_deploy"),
     "stores": ("blobs/test_object_stores",),
     "hostile": ("faults/test_hostile_account",),
+    "faults": ("faults/test_system_calls",),
     "simulator": ("faults/test_simulator",),
     "clients": ("client/test_resume", "simulation/test_launch"),
 }

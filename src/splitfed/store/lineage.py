@@ -449,6 +449,7 @@ class Lineage:
         Returns:
             How many forwards and parts were dropped with their versions.
         """
+        self.blobs.sweep()
         head = self.head()
         oldest = head - keep + 1
         self._sweep_files(head, oldest)
