@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import resource
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator

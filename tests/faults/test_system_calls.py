@@ -15,7 +15,7 @@ from faulty import Faults, Outcome, Remote, Training, opened
 
 BACKENDS = ["found", "unnamed", "named", "locked", "memory", "remote"]
 FEW = 4
-MANY = {"found": 1500, "unnamed": 1500, "named": 1500, "locked": 800, "memory": 500, "remote": 500}
+MANY = {"found": 1000, "unnamed": 1000, "named": 1000, "locked": 600, "memory": 900, "remote": 900}
 """Pairs of the soak, by backend."""
 
 

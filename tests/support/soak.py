@@ -19,7 +19,7 @@ LEDGER = ROOT / "runs/soak.jsonl"
 PARTS = {
     "kills": ("faults/test_kill", "faults/test_kill_owners"),
     "services": ("faults/test_service_processes", "promises/test_deploy"),
-    "stores": ("blobs/test_object_stores",),
+    "stores": ("blobs/test_object_stores", "faults/test_damage"),
     "hostile": ("faults/test_hostile_account", "faults/test_http_mutations"),
     "faults": ("faults/test_system_calls",),
     "simulator": ("faults/test_simulator",),

@@ -259,6 +259,8 @@ class Accumulator:
         # A commit deletes its batches last. One that was killed before has left them behind: the
         # applied table says that they are counted, so they may go, and must not fold again.
         counted = [batch for batch in piled if batch in applied]
+        if counted:
+            self._versions.confirm_hint()
         self._pile.drop(counted)
         self._unreported["duplicates"] += len(counted)
         uncounted = (batch for batch in piled if batch not in applied)
@@ -313,6 +315,7 @@ class Accumulator:
         # head of now has it as counted.
         with contextlib.suppress(StoreError, MissingError):
             counted = self._versions.counted()
+            self._versions.confirm_hint()
             self._pile.drop(batch for batch in closed if batch in counted)
 
     def _header(self, batch: BatchId) -> Mapping[str, Any]:
