@@ -192,7 +192,7 @@ def test_a_lost_record_that_wrote_a_table_is_found_in_it() -> None:
 
 
 def test_no_gradient_is_deleted_before_its_record_has_a_copy() -> None:
-    """The hint is the copy. Whoever is killed before it moves leaves the gradients; if the record is lost, they fold."""
+    """The hint is the copy: whoever deletes what a killed accumulator has left moves it first."""
     hook = Nth(0, crash, at="put body/head")
     url = f"memory://{uuid.uuid4()}"
     killed = Accumulator(Point(), hooked(url, hook), sgd())

@@ -12,7 +12,7 @@ import os
 import random
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ AGAIN = {"link": "EEXIST", "mkdir": "EEXIST", "create": "EEXIST", "unlink": "ENO
 """What a repeated call is answered whose first try was done."""
 NAMES = (*ON_OPEN_FILES, "open", "link", "replace", "unlink", "mkdir", "rmdir", "scandir", "listdir", "stat", "chmod")
 """The system calls that are numbered."""
-TRIES = 12
+TRIES = 60
 _NONCE = re.compile(r"-[0-9a-f]{16}\.")
 
 
@@ -55,22 +55,27 @@ def kinds(name: str) -> tuple[str, ...]:
 
 
 class Faults:
-    """Numbers the calls of one thread, and lets two of them fail.
+    """Numbers the calls of one thread, and lets some of them fail.
 
     Args:
         chance: Chooses the kinds of the faults.
-        first: The number of the first call that fails; -1 for none.
-        gap: How many calls later the second one fails.
+        pairs: The numbers of the calls that fail, two and two.
     """
 
-    def __init__(self, chance: random.Random, first: int = -1, gap: int = 0) -> None:
+    def __init__(self, chance: random.Random, pairs: Sequence[tuple[int, int]] = ()) -> None:
         self._chance = chance
-        self._at = {first, first + gap} - {-1} if gap else set[int]()
+        self._pairs = pairs
+        self._at = {number for pair in pairs for number in pair}
         self._thread = get_ident()
         self.count = 0
         self.armed = True
         self.seen: list[tuple[str, str, str]] = []
         """Name, argument and kind of those that failed."""
+
+    @property
+    def num_pairs(self) -> int:
+        """The number of pairs both of which came about."""
+        return sum(max(pair) < self.count for pair in self._pairs)
 
     def __call__(self, name: str, what: Any, perform: Callable[[], Any], cut: Callable[[], Any] | None = None) -> Any:
         """One call."""

@@ -1,4 +1,4 @@
-"""Healthy stores of many kinds: random runs with clients, commits, rollbacks, rounds, killed processes and open calls."""
+"""Healthy stores of many kinds: random runs of clients, commits, rollbacks, rounds, killed processes, open calls."""
 
 from __future__ import annotations
 
@@ -332,15 +332,16 @@ class Healthy:
     """Makes the next version or round of a copy of it, and fails if that doesn't come about."""
 
 
-def make(chance: random.Random, folder: Path, look: Look | None = None) -> Healthy:
-    """A healthy store of a random kind.
+def make(chance: random.Random, folder: Path, look: Look | None = None, kind: str = "") -> Healthy:
+    """A healthy store.
 
     Args:
         chance: Chooses it.
         folder: Where a store of files goes.
         look: Called with the store while commits are under way.
+        kind: Of which kind, if not of a random one.
     """
-    kind = chance.choices(("memory", "file", "format 1", "rounds"), (80, 10, 6, 4))[0]
+    kind = kind or chance.choices(("memory", "file", "format 1", "rounds"), (80, 10, 6, 4))[0]
     url = folder.as_uri() if kind == "file" else f"memory://{uuid.uuid4()}"
     torch.manual_seed(chance.randrange(2**32))
     with warnings.catch_warnings():
@@ -350,7 +351,7 @@ def make(chance: random.Random, folder: Path, look: Look | None = None) -> Healt
         if kind == "format 1":
             return Healthy(kind, _old(chance, url), lambda store: None)
         run = Run(chance, url, look)
-        run.steps(chance.randrange(chance.choice((2, 20, 60, 200))))
+        run.steps(chance.randrange(chance.choice((2, 15, 40, 120))))
     if kind == "file":
         (folder / ".tmp").mkdir(exist_ok=True)
         (folder / ".tmp" / "left").write_bytes(b"of a killed writer")

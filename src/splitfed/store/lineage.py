@@ -619,7 +619,8 @@ class Lineage:
         if name not in self._frozen:
             raise CorruptedError(
                 f"the frozen parameters of lineage {self.name!r} are missing or changed: "
-                f"restore {self.keys.frozen(name)!r} from a copy"
+                f"restore {self.keys.frozen(name)!r} from a copy, or run `splitfed repair` and "
+                "begin a server of the same model, which writes them again"
             )
         return self._frozen[name]
 
@@ -654,9 +655,10 @@ class Lineage:
         return commit, data
 
     def _corrupted(self, version: int, kind: str) -> CorruptedError:
+        key = self.keys.versioned(kind, version, self.commit(version).nonce)
         return CorruptedError(
             f"the {kind} of version {version} of lineage {self.name!r} aren't what was committed: "
-            "the file was changed from outside. Restore it from a copy, run `splitfed repair`, "
+            f"{key!r} was changed from outside. Restore it from a copy, run `splitfed repair`, "
             "or go back with GradientStore.rollback()"
         )
 
