@@ -23,7 +23,7 @@ from splitfed.store import layout
 from splitfed.store.layout import Keys
 from splitfed.store.store import GradientStore
 
-FEW, MANY = 8, int(os.environ.get("DAMAGE_STORES", "1000"))
+FEW, MANY = 6, int(os.environ.get("DAMAGE_STORES", "1000"))
 DAMAGED_EACH = 2
 """Files of a store that are damaged, one at a time."""
 FLIPS, FLIPS_EACH = 100, 8
