@@ -64,6 +64,7 @@ UNCOUNTED = (
     "faults/test_simulator",
     "blobs/test_object_stores",
     "faults/test_race",
+    "faults/test_system_calls",
     "promises/test_stragglers",
     "promises/test_transparency",
 )

@@ -79,7 +79,7 @@ def test_a_killed_writer_leaves_whole_objects_only(way: Way, kills: int, tmp_pat
         local.delete_tree(f"w/{tag}")
         assert local.create(f"w/{tag}/0", [b"free"])
     local.probe()
-    assert not [name for name in names_beneath(tmp_path) if ".tmp" in name]
+    assert not [name for name in names_beneath(tmp_path) if ".tmp/" in name]
 
 
 def test_files_and_directories_are_private(local: LocalBlobs, tmp_path: Path) -> None:

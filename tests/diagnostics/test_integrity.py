@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from harness_store import Point, again, batch, bits, drain, record, sgd
+from harness_store import Crash, Nth, Point, again, batch, bits, crash, drain, hooked, record, sgd
 
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.blobs.memory import _REGISTRY
@@ -39,6 +39,7 @@ def objects() -> dict[str, bytes]:
     store = GradientStore(url)
     body = Point(frozen=torch.ones(2))
     accumulator = Accumulator(body, store, momentum, keep_versions=WINDOW)
+    assert store.open_client(batch(0).client_id) == batch(0).incarnation
     half, _ = split(torch.nn.Sequential(torch.nn.Linear(2, 2), Point(frozen=torch.ones(2))), "1")
     client = SplitClient(half, SplitServer(body, store), "c")
     client.pull()
@@ -149,6 +150,70 @@ def test_a_lost_record_is_written_again_with_the_same_bytes() -> None:
     assert again(store).latest_version() == COMMITS
 
 
+def test_a_lost_file_of_a_clients_process_is_found() -> None:
+    """The next process would bear its number, and its batches be taken for those that are counted."""
+    name = f"clients/a/{batch(0).incarnation:08d}"
+    store = copy(without=name)
+    assert [(damage.key, damage.kind) for damage in verify(store).damages] == [(name, "missing")]
+    assert repair(store).left == []
+    assert verify(store).ok
+    assert again(store).open_client("a", "another") == batch(0).incarnation + 1
+
+
+@pytest.mark.parametrize("name", ["format.json", "body/head", "body/fingerprint.json"])
+def test_an_empty_file_is_repaired(name: str) -> None:
+    """As a power cut may leave it: there are no bytes to be set aside."""
+    store = copy(without=name)
+    store.blobs.raw._content.store(name, b"")
+    assert [damage.key for damage in verify(store).damages] == [name]
+    assert repair(store).left == []
+    goes_on(store)
+    assert verify(store).ok
+
+
+def test_a_lost_record_of_version_0_closes_nothing() -> None:
+    """Its table says so, and the frozen parameters are those of the others."""
+    name = "body/commit/0000000000.json"
+    store = copy(without=name)
+    assert repair(store).left == []
+    first = again(store).lineage().commit(0)
+    assert (len(first.folded), first.frozen) == (0, copy().lineage().commit(0).frozen)
+
+
+def test_a_lost_record_that_wrote_a_table_is_found_in_it() -> None:
+    """Which batches it closed is in no other record, but in its own table."""
+    url = f"memory://{uuid.uuid4()}"
+    store = GradientStore(url)
+    accumulator = Accumulator(Point(), store, sgd())
+    for version in range(LEAST_RECORDS + 1):
+        one = batch(0, client=f"c{version}")
+        store.open_client(one.client_id)
+        store.pile().create(one, record(base_version=version))
+        accumulator.step()
+    expected = again(store).lineage().counted().to_json()
+    store.blobs.raw.delete(f"body/commit/{LEAST_RECORDS:010d}.json")
+    assert repair(again(store)).left == []
+    assert again(store).lineage().counted().to_json() == expected
+
+
+def test_no_gradient_is_deleted_before_its_record_has_a_copy() -> None:
+    """The hint is the copy: whoever deletes what a killed accumulator has left moves it first."""
+    hook = Nth(0, crash, at="put body/head")
+    url = f"memory://{uuid.uuid4()}"
+    killed = Accumulator(Point(), hooked(url, hook), sgd())
+    store = GradientStore(url)
+    store.open_client("a")
+    store.pile().create(batch(0), record())
+    hook.arm()
+    with pytest.raises(Crash):
+        killed.step()
+    assert Accumulator(Point(), again(store), sgd()).step() is None  # nothing to fold: it deletes what is counted
+    assert again(store).pile().waiting() == []
+    store.blobs.raw.delete("body/commit/0000000001.json")
+    assert repair(again(store)).left == []
+    assert batch(0) in again(store).lineage().counted()
+
+
 def test_a_lost_table_is_written_again_with_the_same_bytes() -> None:
     """It is the sum of the records."""
     name = max(key for key in objects() if "body/applied/" in key)
@@ -173,6 +238,7 @@ def test_no_false_alarm_over_a_live_store(tmp_path) -> None:  # type: ignore[no-
     """While batches come and are folded, and versions expire."""
     store = GradientStore(tmp_path / "store", sync="process")
     accumulator = Accumulator(Point(), store, sgd(), keep_versions=2)
+    store.open_client(batch(0).client_id)
     stop = threading.Event()
 
     def work() -> None:

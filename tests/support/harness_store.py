@@ -139,10 +139,19 @@ def folder(store: GradientStore) -> Path:
     return Path(store.blobs.root)
 
 
-def check_counted_once(store: GradientStore, issued: Iterable[BatchId]) -> None:
-    """Every batch is in exactly one list of one commit, or waits; and nothing else is anywhere."""
+def check_counted_once(
+    store: GradientStore, issued: Iterable[BatchId], opened: Callable[[], GradientStore] | None = None
+) -> None:
+    """Every batch is in exactly one list of one commit, or waits; and nothing else is anywhere.
+
+    Args:
+        store: Where.
+        issued: The batches.
+        opened: Opens the store anew, where its URL isn't enough.
+    """
     seen: list[BatchId] = [*store.waiting()]
-    for commit in commits(store):
+    versions = (again(store) if opened is None else opened()).lineage()
+    for commit in map(versions.commit, range(versions.head() + 1)):
         seen += [*commit.folded, *commit.stale, *commit.rejected, *commit.skipped]
     expected = sorted(issued)
     assert sorted(seen) == expected, (

@@ -19,8 +19,9 @@ LEDGER = ROOT / "runs/soak.jsonl"
 PARTS = {
     "kills": ("faults/test_kill", "faults/test_kill_owners"),
     "services": ("faults/test_service_processes", "promises/test_deploy"),
-    "stores": ("blobs/test_object_stores",),
-    "hostile": ("faults/test_hostile_account",),
+    "stores": ("blobs/test_object_stores", "faults/test_damage"),
+    "hostile": ("faults/test_hostile_account", "faults/test_http_mutations"),
+    "faults": ("faults/test_system_calls",),
     "simulator": ("faults/test_simulator",),
     "clients": ("client/test_resume", "simulation/test_launch"),
 }

@@ -355,6 +355,9 @@ class Accumulator:
 
     def _drop(self, counted: list[BatchId]) -> None:
         """Delete the files of counted batches, or move them where they are kept."""
+        if not counted:
+            return
+        self._versions.confirm_hint()
         if self._archive is not None:
             for batch in counted:
                 self._archive.adopt(batch)

@@ -32,6 +32,8 @@ MAX_KEY = 512
 _SEGMENT = r"[A-Za-z0-9][A-Za-z0-9_.@=-]{0,249}"
 _NAME = re.compile(_SEGMENT)
 _KEY = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*")
+PROBES = "probe"
+"""The folder of the keys that are raced for."""
 _PROBE_WRITERS = 4
 _PROBE_KEYS = 8
 _PROBE_LANES = 2  # races at one time: some servers answer the losers of a race a second late
@@ -160,7 +162,7 @@ def check_create(blobs: Blobs) -> None:
     Raises:
         StoreCapabilityError: a key had two winners, none, or other content than its winner's.
     """
-    base = f"probe/{os.urandom(8).hex()}"
+    base = f"{PROBES}/{os.urandom(8).hex()}"
     try:
         _check_twice(blobs, f"{base}/twice")
         _check_race(blobs, base)

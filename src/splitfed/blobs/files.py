@@ -8,8 +8,8 @@ what it names is whole. There are three ways to do so, and an experiment at the 
 out which one the file system offers:
 
 - `unnamed` (Linux): a file without a name, linked through /proc. A killed writer leaves nothing.
-- `named`: a temporary file in the same directory, linked, then unlinked. A killed writer may leave
-  a `.tmp-*`, which no listing shows and which `sweep` removes once its process is gone.
+- `named`: a temporary file in the folder `.tmp` of the store, linked, then unlinked. A killed
+  writer may leave it there, where no listing shows it, and `sweep` removes it.
 - `locked`, where there are no hard links (FAT, some network and FUSE mounts): a question and a
   rename under a file lock. **Writers on one host only**: another host may not see the lock, and
   two could win one name.
@@ -17,6 +17,13 @@ out which one the file system offers:
 All writers of a directory must come to the same answer, because a lock doesn't stop a writer that
 links. Therefore the way is the outcome of an experiment in the root of the store, and never of an
 error that one writer meets later.
+
+A writer holds a lock on its temporary file, which the system lets go of when the process dies. So a
+sweep needs no clock and no process numbers: what it can lock has no writer, be it of this process,
+of another or of another container. Nor can it do harm: a writer whose temporary file was taken away
+nevertheless (between its creation and the lock, or between the last byte and the link) finds no
+file to link, and writes it once more. (Where a folder of the store is a mount of its own, temporary
+files are beside their targets, and no sweep looks there.)
 
 Files are their owner's alone, unless the folder that holds the store says by its setgid bit that a
 group works in it, or the store is opened as shared: then the umask decides what the group may do.
@@ -31,15 +38,13 @@ Windows.
 from __future__ import annotations
 
 import errno
-import hashlib
 import mmap
 import os
 import queue
-import re
-import socket
 import stat
 import sys
 import threading
+import time
 import weakref
 import zlib
 from collections import deque
@@ -50,13 +55,17 @@ from typing import Literal, TypeAlias
 
 from filelock import FileLock
 
-if sys.platform == "darwin":
+if sys.platform != "win32":
     import fcntl
 
 Way: TypeAlias = Literal["unnamed", "named", "locked"]
 
 LOCKS = ".locks"
-_TEMPORARY = re.compile(r"\.tmp-([0-9a-f]{8})-([0-9]+)-[0-9a-f]+")
+TEMPORARIES = ".tmp"
+"""The folder of a store where files are written before they have their names."""
+_UNTOUCHED_SECONDS = 86_400.0
+"""Where the file system has no locks, a file that nobody has written to for so long has no writer.
+A clock that is wrong costs a writer a second try, and nothing else."""
 
 _BINARY: int = getattr(os, "O_BINARY", 0)  # Windows
 _READ_FLAGS = os.O_RDONLY | _BINARY
@@ -131,6 +140,9 @@ def read(path: str) -> memoryview | None:
     try:
         data = os.read(fd, _SMALL)
         if len(data) < _SMALL:
+            # Not the end yet: a network mount may answer with a part of what was asked for.
+            while more := os.read(fd, _SMALL):
+                data += more
             return memoryview(bytearray(data))
         if sys.version_info >= (3, 13):  # before, each mapping kept a file descriptor
             return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_COPY, trackfd=False))
@@ -177,7 +189,6 @@ class Publisher:
         self._root = root
         self._way = way
         self._shared = shared
-        self._host = host_tag()
         self._modes: Modes | None = None
         self._spares: Spares | None = None
 
@@ -220,7 +231,18 @@ class Publisher:
                 # then this is one system call less than a temporary name and a rename.
                 if not replace:
                     return False
-        with self._temporary(directory, parts, sync) as temporary:
+        try:
+            return self._publish_named(self._temporaries, path, parts, sync, replace=replace)
+        except OSError as exc:
+            if exc.errno != errno.EXDEV:
+                raise
+            # Another file system is mounted there, and no name leads from one into the other.
+            return self._publish_named(directory, path, parts, sync, replace=replace)
+
+    def _publish_named(
+        self, folder: str, path: str, parts: Sequence[memoryview], sync: bool, *, replace: bool
+    ) -> bool:
+        with self._temporary(folder, parts, sync) as temporary:
             if not replace:
                 return self._claim(temporary, path)
             os.replace(temporary, path)
@@ -239,13 +261,15 @@ class Publisher:
             # Another file system is mounted in that directory: a spare of the root can't go there.
             _write_and_link(_open_unnamed(directory, self.modes().file), path, parts, sync)
 
-    def sweep(self, directory: str) -> None:
-        """Remove the temporary files that dead processes of this host left in `directory`."""
-        for name in os.listdir(directory):
-            match = _TEMPORARY.fullmatch(name)
-            if match and match[1] == self._host and not is_alive(int(match[2])):
-                with suppress(FileNotFoundError):
-                    os.unlink(os.path.join(directory, name))
+    def sweep(self) -> None:
+        """Remove the temporary files whose writers are gone.
+
+        Whatever fails here is tried again by the next sweep.
+        """
+        with suppress(OSError):
+            for name in os.listdir(self._temporaries):
+                with suppress(OSError):
+                    _remove_abandoned(os.path.join(self._temporaries, name))
 
     def _claim(self, temporary: str, path: str) -> bool:
         """Give the temporary file the name `path`; return False if that is taken."""
@@ -272,44 +296,84 @@ class Publisher:
             os.replace(temporary, path)
             return True
 
-    def _temporary_name(self, directory: str) -> str:
-        return f"{directory}/.tmp-{self._host}-{os.getpid()}-{os.urandom(8).hex()}"
+    @property
+    def _temporaries(self) -> str:
+        return os.path.join(self._root, TEMPORARIES)
 
     @contextmanager
-    def _temporary(self, directory: str, parts: Sequence[memoryview], sync: bool) -> Iterator[str]:
+    def _temporary(self, folder: str, parts: Sequence[memoryview], sync: bool) -> Iterator[str]:
         """Write a temporary file for the block; after it, unlink that name if it is still there."""
-        path = self._temporary_name(directory)
-        fd = os.open(path, _NEW_FLAGS, self.modes().file)
+        path = os.path.join(folder, f"{TEMPORARIES}-{os.urandom(8).hex()}")
+        try:
+            fd = os.open(path, _NEW_FLAGS, self.modes().file)
+        except FileNotFoundError:
+            with suppress(FileExistsError):
+                self.make_directory(folder)
+            fd = os.open(path, _NEW_FLAGS, self.modes().file)
         try:
             try:
+                if sys.platform != "win32":
+                    with suppress(OSError):  # without locks its age tells
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 write(fd, parts, sync)
             finally:
                 os.close(fd)
             yield path
         finally:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
+            # What can't be unlinked now is swept later: the file has its name, or an error says why
+            # it hasn't.
+            _unlink(path)
 
     def _experiment(self) -> Way:
-        """Publish a file in the root by each way, the best one first, and unlink it again."""
-        target = self._temporary_name(self._root)
+        """Publish a file among the temporary ones by each way, the best one first."""
+        target = os.path.join(self._temporaries, f"{TEMPORARIES}-{os.urandom(8).hex()}")
+        with suppress(FileExistsError):
+            self.make_directory(self._temporaries)
         parts = [memoryview(b"experiment")]
         # Whatever fails here, be it a full disk: the next way meets it too, unless it was a trouble
         # of this way only.
         with suppress(OSError):
             unnamed = _open_unnamed(self._root, self.modes().file)
             _write_and_link(unnamed, target, parts, sync=False)
-            os.unlink(target)
+            _unlink(target)
             return "unnamed"
-        with self._temporary(self._root, parts, sync=False) as temporary:
+        with self._temporary(self._temporaries, parts, sync=False) as temporary:
             try:
                 os.link(temporary, target)
             except OSError as exc:
                 if exc.errno not in _NO_LINKS:
                     raise
                 return "locked"
-            os.unlink(target)
+            _unlink(target)
             return "named"
+
+
+def _unlink(path: str) -> None:
+    """Unlink a temporary file, or leave that to the next sweep."""
+    with suppress(OSError):
+        os.unlink(path)
+
+
+def _remove_abandoned(path: str) -> None:
+    """Unlink a temporary file unless its writer lives.
+
+    Raises:
+        OSError: its writer lives, or that can't be found out here.
+    """
+    if sys.platform == "win32":
+        os.unlink(path)  # which fails while somebody has it open
+        return
+    fd = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    except OSError:  # no locks on this file system
+        if time.time() - os.fstat(fd).st_mtime < _UNTOUCHED_SECONDS:
+            return
+    finally:
+        os.close(fd)
+    os.unlink(path)
 
 
 LEAST_SPARES = 2
@@ -457,28 +521,3 @@ def sync_directory(path: str) -> None:
             raise
     finally:
         os.close(fd)
-
-
-def host_tag() -> str:
-    """Return 8 hex digits for where a process id means something: host and PID namespace."""
-    namespace = ""
-    with suppress(OSError):  # Linux only; containers of one host differ in it
-        namespace = os.readlink("/proc/self/ns/pid")
-    place = f"{socket.gethostname()} {namespace}"
-    return hashlib.blake2s(place.encode(), digest_size=4).hexdigest()
-
-
-def is_alive(pid: int) -> bool:
-    """Tell whether a process of this number may be running here.
-
-    True where that can't be asked harmlessly, so that nobody's file is removed in error.
-    """
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True

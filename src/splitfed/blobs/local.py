@@ -24,6 +24,7 @@ from filelock import BaseFileLock, FileLock
 from splitfed.blobs import files
 from splitfed.blobs.contract import (
     MAX_KEY,
+    PROBES,
     Buffer,
     check_create,
     check_key,
@@ -158,15 +159,17 @@ class LocalBlobs:
         return found
 
     def probe(self) -> None:
-        """Race for a few keys, then remove the temporary files of dead processes of this host."""
+        """Race for a few keys, then sweep."""
         check_create(self)
         # Nothing stays of it, unless somebody else is at it too.
         with suppress(OSError):
-            os.rmdir(f"{self._prefix}probe")
+            os.rmdir(f"{self._prefix}{PROBES}")
         self._made.clear()
-        for directory in self._scan("")[1]:
-            with suppress(OSError):
-                self._publisher.sweep(self._prefix + directory)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove what killed writers have left behind in the middle of a write."""
+        self._publisher.sweep()
 
     @contextmanager
     def lock(self, key: str, timeout: float) -> Iterator[bool]:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 
 from splitfed.errors import CorruptedError, FormatError, MissingError, SplitFedError
 from splitfed.protocol import checksum
@@ -104,8 +105,10 @@ def verify(store: GradientStore) -> Verification:
             found.damages.append(damage)
             damaged.add(key)
         found.num_files += 1
+    processes: dict[str, int] = {}
     for name in sorted({match[1] for match in map(_LINEAGE.fullmatch, keys) if match}):
-        found.damages += _of_lineage(store, name, keys, damaged)
+        found.damages += _of_lineage(store, name, keys, damaged, processes)
+    found.damages += _processes(store, processes, damaged)
     found.seconds = time.perf_counter() - began
     return found
 
@@ -161,8 +164,13 @@ def newest_of(store: GradientStore, keys: Keys, listed: Iterable[str]) -> int:
 
 
 def _of_lineage(
-    store: GradientStore, name: str, listed: list[str], damaged: set[str]
+    store: GradientStore,
+    name: str,
+    listed: list[str],
+    damaged: set[str],
+    processes: dict[str, int],
 ) -> Iterator[Damage]:
+    """What is wrong in one lineage; the newest process of each client is noted in `processes`."""
     keys = Keys(name, by_version=not store.blobs.required)
     newest = newest_of(store, keys, listed)
     if keys.fingerprint not in listed:
@@ -182,6 +190,10 @@ def _of_lineage(
     yield from _of_replay(store, keys, records, set(listed))
     yield from _files(store, keys, newest, records, damaged)
     yield from _tables(store, keys, records, damaged, newest)
+    pending = [batch for batch in map(keys.parse_gradient, listed) if batch is not None]
+    for batch in chain(pending, *(record.verdict for record in records.values())):
+        number = max(processes.get(batch.client_id, 0), batch.incarnation)
+        processes[batch.client_id] = number
 
 
 def _chain(keys: Keys, records: Mapping[int, Commit]) -> Iterator[Damage]:
@@ -299,3 +311,28 @@ def _tables(
             table = Table.from_json(read_json(data, key))
             if table.closed.to_json() != total.closed.to_json():
                 yield Damage(key, "other", f"the table of version {version} isn't the records' sum")
+
+
+# ----------------------------------------------------------------------------------------- clients
+
+
+def _processes(
+    store: GradientStore, newest: Mapping[str, int], damaged: set[str]
+) -> Iterator[Damage]:
+    """Clients of whose newest process nothing is on file.
+
+    The next one would bear its number, and its batches would be taken for those that are counted.
+
+    Args:
+        store: The store.
+        newest: The newest process of each client that has batches.
+        damaged: Keys that are listed already.
+    """
+    for client_id, number in newest.items():
+        key = layout.client(client_id, number)
+        if key in damaged or store.blobs.raw.get(key) is not None:
+            continue
+        names = [key.rpartition("/")[2] for key in store.blobs.list(layout.client(client_id))]
+        if not any(name.isdecimal() and int(name) >= number for name in names):
+            what = f"process {number} of client {client_id!r}, whose number the next would take"
+            yield Damage(key, "missing", what)

@@ -120,6 +120,9 @@ def _set_aside(store: GradientStore, key: str, done: Repairs) -> None:
     data = store.blobs.raw.get(key)
     if data is None:
         return
+    if not data:  # as a power cut may leave it: nothing of it is there to be kept
+        store.blobs.raw.delete(key)
+        return
     place = f"{ASIDE}/{os.urandom(4).hex()}/{key}"
     if store.blobs.raw.create(place, [data]):
         store.blobs.raw.delete(key)
@@ -210,11 +213,16 @@ class _Mender:
         known = BatchSet()
         for record in records.values():
             known = known.union(record.verdict)
-        closed = self._next_table(version, records, newest)
+        closed = self._own_table(version, listed)
+        if closed is None:
+            closed = self._next_table(version, records, newest)
         pending = set(self._store.pile(self._name).waiting())
         closed = _filled(known) if closed is None else closed
         lost = [batch for batch in closed if batch not in known and batch not in pending]
+        if version == 0:
+            lost = []
         table, nonce, files = self._files_of(version, before, after, listed)
+        near = before or after
         return Commit(
             version=version,
             kind=LOST,
@@ -222,7 +230,7 @@ class _Mender:
             files=files,
             parent="" if before is None else before.digest,
             table=table,
-            frozen=None if before is None else before.frozen,
+            frozen=self._frozen(listed) if near is None else near.frozen,
             abandoned=() if before is None else before.abandoned,
             verdict=Verdict(folded=BatchSet(lost)),
             was=None if after is None else after.parent,
@@ -248,17 +256,35 @@ class _Mender:
                 files[key.split("/")[1]] = sha256([data])
         return place, nonce, files
 
+    def _frozen(self, listed: list[str]) -> str | None:
+        """The hash of the parameters that never train, by the name of their file."""
+        start = f"{self._name}/frozen-"
+        found = [key for key in listed if key.startswith(start)]
+        return found[0][len(start) :].removesuffix(".safetensors") if len(found) == 1 else None
+
+    def _own_table(self, version: int, listed: list[str]) -> BatchSet | None:
+        """What was closed by the table of a version itself, if one file alone may be it."""
+        found = [key for key in listed if key.startswith(f"{self._name}/applied/")]
+        found = [key for key in found if (self._keys.parse_versioned(key) or (-1,))[0] == version]
+        return self._closed_in(found[0]) if len(found) == 1 else None
+
+    def _closed_in(self, key: str) -> BatchSet | None:
+        """What was closed by the table at a key, if it is whole."""
+        with suppress(CorruptedError, FormatError):
+            data = self._store.blobs.get(key)
+            if data is not None:
+                return Table.from_json(read_json(data, key)).closed
+        return None
+
     def _next_table(self, version: int, records: dict[int, Commit], newest: int) -> BatchSet | None:
         """What was closed by the first table after a version, if there is one."""
         for later in range(version, newest + 1):
             record = records.get(later)
             if record is None or "applied" not in record.files:
                 continue
-            with suppress(CorruptedError, FormatError):
-                key = self._keys.versioned("applied", later, record.nonce)
-                data = self._store.blobs.get(key)
-                if data is not None:
-                    return Table.from_json(read_json(data, key)).closed
+            closed = self._closed_in(self._keys.versioned("applied", later, record.nonce))
+            if closed is not None:
+                return closed
         return None
 
     # -------------------------------------------------------------------------------- what follows

@@ -206,7 +206,9 @@ def _check_ties(state: Mapping[str, Tensor], personal: set[str]) -> None:
 
 
 def _is_fingerprint(value: object) -> TypeGuard[Fingerprint]:
-    return isinstance(value, dict) and bool(value) and all(map(is_entry, value.values()))
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(type(name) is str for name in value) and all(map(is_entry, value.values()))
 
 
 def _description(fingerprint: Fingerprint, name: str) -> str:

@@ -165,7 +165,7 @@ def _test_of(hint: Any) -> Test | None:
     if origin is Mapping:
         return _mapping_of(args[0], args[1])
     if origin is dict:
-        return lambda value: isinstance(value, dict)
+        return lambda value: isinstance(value, dict) and all(type(key) is args[0] for key in value)
     return _test_of_class(hint)
 
 

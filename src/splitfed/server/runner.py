@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitfed.errors import ExpiredError, MissingError, ReplayError, StoreError
+from splitfed.errors import BusyError, ExpiredError, MissingError, ReplayError
 from splitfed.model import execution
 from splitfed.model.attributes import Habits
 from splitfed.model.execution import Model, Run
@@ -105,14 +105,16 @@ class Runner:
         """The version to run at: the pinned one, or the head, for which the store is asked.
 
         Raises:
-            StoreError: the head is older than what the client has seen.
+            BusyError: the head is older than what the client has seen, or says that it has.
         """
         if request.version is not None:
             self.check_branch(request.version)
             return request.version
         head = self._lineage.head()
         if head < request.seen:
-            raise StoreError(
+            # A 429 and not a 503: whoever says it has seen what isn't there mustn't look like a
+            # failure of the server.
+            raise BusyError(
                 f"this replica's store is at version {head}, the client has seen {request.seen}: "
                 "is it the same store?"
             )

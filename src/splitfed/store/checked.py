@@ -16,8 +16,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-from splitfed.blobs.contract import Blobs, Buffer
-from splitfed.errors import CorruptedError, FormatError, SplitFedError, StoreError
+from splitfed.blobs.contract import PROBES, Blobs, Buffer
+from splitfed.errors import (
+    CorruptedError,
+    FormatError,
+    SplitFedError,
+    StoreCapabilityError,
+    StoreError,
+)
 from splitfed.protocol import checksum
 from splitfed.protocol.packing import read_json
 from splitfed.store import layout
@@ -34,6 +40,8 @@ class Checked:
         self.raw = raw
         """The backend, for who wants the bytes as they are."""
         self._required: bool | None = None
+        self._is_swept = False
+        """Whether nothing was left of probes; who probes comes before, or is `doctor`."""
 
     def __repr__(self) -> str:
         return repr(self.raw)
@@ -95,6 +103,14 @@ class Checked:
         if prune is not None:
             prune(prefix)
 
+    def sweep(self) -> None:
+        """Remove what killed processes have left: files that never got their names, and probes."""
+        sweep = getattr(self.raw, "sweep", None)
+        if sweep is not None:
+            sweep()
+        if not self._is_swept:
+            self._is_swept = self.raw.delete_tree(PROBES) == 0
+
     def list(self, prefix: str) -> builtins.list[str]:
         """All keys beneath a directory, sorted."""
         return self.raw.list(prefix)
@@ -105,7 +121,13 @@ class Checked:
 
     def probe(self) -> None:
         """Race for a few keys: whether the backend can be relied on."""
-        self.raw.probe()
+        try:
+            self.raw.probe()
+        except StoreCapabilityError:
+            if self.raw.get(layout.FORMAT) is None:
+                raise
+            # In a store that was begun, an accumulator may have taken them for leftovers: once.
+            self.raw.probe()
 
     def lock(self, key: str, timeout: float) -> AbstractContextManager[bool]:
         """Hold the lock of that name on this host."""

@@ -75,6 +75,8 @@ class Lineage:
         self._frozen: dict[str, dict[str, Tensor]] = {}
         self.warned_of_unused = False
         """Whether it was said that a body's weights came too late (`beginning`)."""
+        self._hint = -1
+        """The version that the hint was last seen to name, or made to."""
         self._verified: set[int] = set()
         """The versions whose cached weights have their commit's hash."""
 
@@ -398,8 +400,26 @@ class Lineage:
             return None
         self._tables.put(version, table)
         with contextlib.suppress(StoreError):  # a hint only
-            self.blobs.put(self.keys.head, [hint_at(winner)])
+            self._put_hint(winner)
         return winner
+
+    def confirm_hint(self) -> None:
+        """Have the hint hold the newest known record: to be called before gradients are deleted.
+
+        It is the second copy of that record. Who commits may be killed before it is written; were
+        the gradients deleted then, and the record lost later, nothing would say that they count.
+
+        Raises:
+            StoreError: it can't be written.
+        """
+        if self._hint < self._head:
+            self._hint, _ = read_hint(self.blobs, self.keys)
+        if self._hint < self._head:
+            self._put_hint(self.commit(self._head))
+
+    def _put_hint(self, commit: Commit) -> None:
+        self.blobs.put(self.keys.head, [hint_at(commit)])
+        self._hint = commit.version
 
     def restate(
         self, commit: Commit, state: Mapping[str, Tensor], *, optimizer: bool = True
@@ -463,6 +483,7 @@ class Lineage:
         Returns:
             How many forwards and parts were dropped with their versions.
         """
+        self.blobs.sweep()
         head = self.head()
         oldest = head - keep + 1
         self._sweep_files(head, oldest, first=first)
@@ -626,7 +647,8 @@ class Lineage:
         if name not in self._frozen:
             raise CorruptedError(
                 f"the frozen parameters of lineage {self.name!r} are missing or changed: "
-                f"restore {self.keys.frozen(name)!r} from a copy"
+                f"restore {self.keys.frozen(name)!r} from a copy, or run `splitfed repair` and "
+                "begin a server of the same model, which writes them again"
             )
         return self._frozen[name]
 
@@ -661,9 +683,10 @@ class Lineage:
         return commit, data
 
     def _corrupted(self, version: int, kind: str) -> CorruptedError:
+        key = self.keys.versioned(kind, version, self.commit(version).nonce)
         return CorruptedError(
             f"the {kind} of version {version} of lineage {self.name!r} aren't what was committed: "
-            "the file was changed from outside. Restore it from a copy, run `splitfed repair`, "
+            f"{key!r} was changed from outside. Restore it from a copy, run `splitfed repair`, "
             "or go back with GradientStore.rollback()"
         )
 

@@ -122,6 +122,26 @@ def test_a_field_of_the_wrong_kind_is_never_a_500(service: Service) -> None:
     assert not wrong, f"{len(wrong)} of {tried}: {wrong[:5]}"
 
 
+def test_a_name_that_isn_t_text_is_the_clients_mistake(service: Service) -> None:
+    """In any mapping of a message: of a first push too, whose names become those of the lineage."""
+    fingerprint = {None: {"role": "trainable", "shape": [2, 2], "dtype": "float32"}}
+    first = {**_plain(PUSH), "base_version": -1, "gradients": {"weight": ONES}}
+    trees: list[tuple[str, dict[str, Any]]] = [
+        ("push", {**first, "fingerprint": fingerprint}),
+        *(("push", {**first, name: {None: ONES}}) for name in ("gradients", "values", "bases")),
+        ("forward", {**_plain(ahead()), "inputs": ((X,), {3: X})}),
+        ("forward", {**_plain(ahead()), "settings": {None: 1.0}}),
+    ]
+    for method, tree in trees:
+        status, said, _ = service.ask(f"/v1/{method}", b"".join(pack_tree(VERBS[method][0].__name__, tree)))
+        assert 400 <= status < 500, (method, tree, said)
+
+
+def test_whoever_has_seen_more_than_there_is_is_no_failure_of_the_server(service: Service) -> None:
+    """A client may say anything: a 429, after which another replica may be asked, and not a 5xx."""
+    check(service.send("forward", ahead(seen=514)), 429, "BusyError")
+
+
 @pytest.mark.parametrize(
     ("message", "said"),
     [
