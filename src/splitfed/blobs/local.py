@@ -50,6 +50,9 @@ class LocalBlobs:
         shared: Whether the group may be let in although the folder around isn't setgid.
     """
 
+    is_near = True
+    """A read takes microseconds."""
+
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -64,6 +67,8 @@ class LocalBlobs:
         self._publisher = files.Publisher(self.root, way, shared=shared)
         # Directories known to exist -> whether their names are durable.
         self._made: dict[str, bool] = {}
+        self._is_begun = False
+        """Whether something was written: then the root isn't made again, should it be gone."""
 
     def __repr__(self) -> str:
         return f"LocalBlobs({self.root!r})"
@@ -98,6 +103,7 @@ class LocalBlobs:
             try:
                 self._make(directory, sync)
                 published = self._publisher.publish(directory, path, flat, sync, replace=replace)
+                self._is_begun = True
                 if not published:
                     _check_existing(path, sync)
                 if sync:
@@ -105,6 +111,8 @@ class LocalBlobs:
                 return published
             except FileNotFoundError:
                 self._made.clear()
+                if self._is_begun and not os.path.isdir(self.root):
+                    break
             except OSError as exc:
                 raise self._failed(verb, key, exc) from exc
         raise self._vanished(verb, key)
@@ -197,6 +205,9 @@ class LocalBlobs:
             return
         parent = os.path.dirname(directory)
         inside = len(directory) > len(self.root)
+        if not inside and self._is_begun:
+            # A run that was deleted mustn't rise again from a process that still has it open.
+            os.stat(self.root)
         if inside or not os.path.isdir(parent):
             self._make(parent, sync)
         with suppress(FileExistsError):
@@ -278,6 +289,11 @@ class LocalBlobs:
             return StoreError(
                 f"can't {verb} {key!r} in {self!r}: that is a link to {os.readlink(self.root)!r}, "
                 "which isn't there; is its disk mounted?"
+            )
+        if self._is_begun and not os.path.isdir(self.root):
+            return StoreError(
+                f"can't {verb} {key!r} in {self!r}: the store was deleted while it was open, and "
+                "isn't made again by what had it open. Start that process again"
             )
         return BusyError(
             f"can't {verb} {key!r} in {self!r}: its directory vanished {_TRIES} times; try again"

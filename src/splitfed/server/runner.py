@@ -119,6 +119,14 @@ class Runner:
             )
         return head
 
+    def confirm(self) -> None:
+        """Check that the run is still there, as something of it is missing.
+
+        Raises:
+            CorruptedError: it was deleted, or another one was begun in its place.
+        """
+        self._lineage.confirm(now=True)
+
     def check_branch(self, version: int) -> None:
         """Refuse a version that a rollback has undone.
 

@@ -155,6 +155,7 @@ class SplitServer:
             ProtocolError: the client has resumed from a position of another run.
         """
         check_types(request)
+        self.store.confirm()
         self._check_part(request)
         self._check_settings(request)
         self._check_resumed(request)
@@ -216,6 +217,7 @@ class SplitServer:
         check_number("resumed", request.resumed)
         if request.call is not None:
             check_number("call", request.call)
+        self.store.confirm()
         self._clients.check(batch.client_id, batch.incarnation)
         line = self._lines.of(batch.client_id)
         self._tidy(line, batch.client_id, batch.incarnation, request.housekeeping)
@@ -284,6 +286,7 @@ class SplitServer:
                 "this server computes no loss: give it one, SplitServer(body, store, loss_fn=...)"
             )
         check_types(request)
+        self.store.confirm()
         ahead = request.forward
         self._check_part(ahead)
         self._check_settings(ahead)
@@ -371,6 +374,7 @@ class SplitServer:
 
     def pull(self, request: PullRequest, /) -> PullAnswer:
         """The client half, newest or at a version; version -1 if nobody has published one."""
+        self.store.confirm()
         return self._halves.pull(check_types(request))
 
     @property
@@ -385,6 +389,7 @@ class SplitServer:
             ArchitectureError: the half isn't the lineage's.
             SupersededError: the client has a newer process.
         """
+        self.store.confirm()
         return self._halves.push(check_types(request))
 
     def _tidy(
@@ -465,6 +470,8 @@ def _scalar(done: Run) -> Tensor:
 
 
 def _lost(line: Line, batch: BatchId, request: BackwardRequest) -> SplitFedError:
+    """Why a call isn't on record any more."""
+    line.runner.confirm()
     if line.sealer.is_known(batch):
         return AlreadyAppliedError(
             f"batch {batch} is counted already, and its answer was confirmed: nothing counts twice"

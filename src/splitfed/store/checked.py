@@ -18,6 +18,10 @@ from splitfed.protocol import checksum
 from splitfed.protocol.packing import read_json
 from splitfed.store import layout
 
+LOOK_EVERY = 64
+"""Where a read takes milliseconds, whether the run is still the same is looked at so seldom: once
+in so many requests, and wherever a file is missing that must be there."""
+
 
 class Checked:
     """A storage backend whose objects carry checksums.
@@ -30,6 +34,8 @@ class Checked:
         self.raw = raw
         """The backend, for who wants the bytes as they are."""
         self._required: bool | None = None
+        self._run: bytes | None = None
+        self._asked = 0
 
     def __repr__(self) -> str:
         return repr(self.raw)
@@ -51,9 +57,38 @@ class Checked:
                 self._required = read_json(data, layout.FORMAT).get("format") != 1
         return self._required is not False
 
-    def note_format(self, version: int) -> None:
-        """Take note of the format of the store, which somebody has read."""
+    def note_format(self, version: int, record: Buffer) -> None:
+        """Take note of the format of the store, which somebody has read, and of its whole record.
+
+        The record tells one run from another (`is_same_run`).
+        """
         self._required = version > 1
+        self._run = bytes(record)
+
+    def is_same_run(self, *, now: bool = False) -> bool:
+        """Whether the store still is of the run that was opened, by its format's record.
+
+        Where a read costs next to nothing each call looks, elsewhere one in `LOOK_EVERY`: by count
+        and not by time, so that what a process asks of the storage follows from what it is asked.
+
+        Args:
+            now: Whether to look in any case, because something is missing.
+        """
+        if self._run is None:
+            return True
+        self._asked += 1
+        if not now and not getattr(self.raw, "is_near", False) and self._asked % LOOK_EVERY:
+            return True
+        found = self.raw.get(layout.FORMAT)
+        return found is not None and found == self._run
+
+    def gone(self) -> CorruptedError:
+        """The error of a store that is of no run any more, or of another one."""
+        return CorruptedError(
+            f"the run in {getattr(self.raw, 'url', repr(self.raw))} isn't there any more, or is "
+            "another: it was deleted or begun anew while a server or accumulator used it. That "
+            "process has to be started again; batches of the old run count in no other"
+        )
 
     def get(self, key: str) -> memoryview | None:
         """The object, compared with its checksum; None when absent.

@@ -86,6 +86,7 @@ class Lineage:
         """
         data = self.blobs.get(self.keys.fingerprint)
         if data is None:
+            self.confirm(now=True)
             raise MissingError(
                 f"the store has no lineage {self.name!r} yet: "
                 "a SplitServer or Accumulator begins it with its module's weights"
@@ -144,25 +145,47 @@ class Lineage:
         files = map(self.keys.parse_versioned, self.blobs.list(f"{self.name}/weights"))
         return {file[0] for file in files if file is not None}
 
-    def checked_head(self) -> int:
-        """As `head`, after a check that the newest version known here is still what it was.
+    def confirm(self, *, now: bool = False) -> None:
+        """Check that the store still holds the run that is cached here.
 
-        For who begins something on it: a run that was deleted and begun again under the same URL
-        would otherwise be mixed with what is cached of the old one.
+        A run that was deleted, or begun again under the same URL, would otherwise be mixed with
+        what is known of the old one, and a batch acknowledged that counts nowhere.
+
+        Args:
+            now: Whether something is missing that must be there: then all that tells is read.
 
         Raises:
             CorruptedError: the run was deleted or replaced meanwhile.
         """
-        version = self._head
-        known = self._commits.get(version)
-        if version >= 0:
-            data = self.blobs.get(self.keys.commit(version))
-            if data is None or (known is not None and Commit.from_json(data).nonce != known.nonce):
-                raise CorruptedError(
-                    f"version {version} of lineage {self.name!r} isn't there any more, "
-                    "or is another: the run was deleted or begun anew "
-                    "while a server or accumulator used it, and that one has to be started again"
-                )
+        is_same = self.blobs.is_same_run(now=now)
+        if is_same and not now:
+            return
+        # The record of the format may have been lost alone, and written again since: the run is the
+        # same as long as the newest version that is known here is what it was.
+        if not self._is_newest_known() and (self._head >= 0 or not is_same):
+            raise self.blobs.gone()
+
+    def _is_newest_known(self) -> bool:
+        """Whether the newest version known here is there, and what it was."""
+        if self._head < 0:
+            return False
+        known = self._commits.get(self._head)
+        data = self.blobs.get(self.keys.commit(self._head))
+        if data is None:
+            return False
+        return known is None or Commit.from_json(data).nonce == known.nonce
+
+    def checked_head(self) -> int:
+        """As `head`, after a check that the newest version known here is still what it was.
+
+        For who begins something on it.
+
+        Raises:
+            CorruptedError: the run was deleted or replaced meanwhile.
+        """
+        # One read tells it here, on whatever storage: a commit under another nonce, or none.
+        if self._head >= 0 and not self._is_newest_known():
+            raise self.blobs.gone()
         return self.head()
 
     def commit(self, version: int) -> Commit:
@@ -176,6 +199,7 @@ class Lineage:
         if found is None:
             head = self.head()
             if 0 <= version < head:
+                self.confirm(now=True)
                 raise self._lost_record(version)
             raise MissingError(
                 f"lineage {self.name!r} has no version {version}: the newest is {head}"
@@ -618,6 +642,7 @@ class Lineage:
         except (CorruptedError, FormatError) as error:
             raise self._corrupted(version, kind) from error
         if data is None:
+            self.confirm(now=True)
             head = self.head()
             if version == (self.commit(head).base if kind == "applied" else head):
                 raise CorruptedError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import uuid
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -116,6 +117,7 @@ class GradientStore:
         Raises:
             MissingError: nobody has begun it.
         """
+        self.confirm()
         head = self.lineage(lineage).head()
         if head < 0:
             self.lineage(lineage).fingerprint()
@@ -141,6 +143,7 @@ class GradientStore:
 
     def waiting(self, lineage: str = "body") -> list[BatchId]:
         """The batches that are pending: on file and in no commit yet, in canonical order."""
+        self.confirm()
         versions = self.lineage(lineage)
         # The files are listed first: a batch that is folded in between is then in the table, and
         # the other way round it would be found on file and not counted.
@@ -167,6 +170,14 @@ class GradientStore:
     def pile(self, lineage: str = "body") -> Pile:
         """The files of a lineage's batches."""
         return self._open(lineage)[1]
+
+    def confirm(self) -> None:
+        """Check that the run that was opened is still there, where that costs next to nothing.
+
+        Raises:
+            CorruptedError: it was deleted, or another one was begun in its place.
+        """
+        self.lineage().confirm()
 
     def rounds(self) -> Rounds:
         """The rounds of a federation: plans, decisions and reports."""
@@ -205,7 +216,9 @@ class GradientStore:
         """The store's format record; if there is none, it is begun with this numerics class."""
         if self.header() is None:
             self.blobs.probe()
-            header = {"format": FORMAT_VERSION, "numerics": numerics}
+            # The name of the run tells it from one that is begun later under the same URL.
+            run = uuid.uuid4().hex
+            header = {"format": FORMAT_VERSION, "run": run, "numerics": numerics}
             self.blobs.create(layout.FORMAT, [json.dumps(header, indent=1).encode()])
         found = self.header()
         if found is None:
@@ -238,7 +251,7 @@ class GradientStore:
             )
         if damage is not None:
             raise damage
-        self.blobs.note_format(version)
+        self.blobs.note_format(version, data)
         self._header = found
         return found
 
