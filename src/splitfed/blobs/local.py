@@ -6,6 +6,11 @@ again. And a caller acknowledges a batch on the answer "exists", while the proce
 object may have been killed before its own fsync: so a durable create that finds its key taken syncs
 what it found before it returns False.
 
+A folder of a store may be a symbolic link, to another disk for one: reads and writes go through it,
+so listings must do so too, or a batch would be acknowledged and never found. A link that leads
+nowhere, or to a folder that has a name in the store already, is refused wherever it is met: its
+keys would be lost, or be there twice. Nothing is deleted through a link but single keys.
+
 Durability (against power loss) takes an fsync of the file, of the directory that names it, and once
 of each directory above.
 """
@@ -75,10 +80,14 @@ class LocalBlobs:
 
     def get(self, key: str) -> memoryview | None:
         """Return the object, mapped copy-on-write from 64 KiB on; None when absent."""
+        path = self._prefix + check_key(key)
         try:
-            return files.read(self._prefix + check_key(key))
+            found = files.read(path)
+            if found is None and os.path.islink(path):
+                _check_linked(path)
         except OSError as exc:
             raise self._failed("read", key, exc) from exc
+        return found
 
     # `create` and `put` have the same loop: as one function for both, it would be one more call in
     # the deepest stack of every request.
@@ -124,6 +133,8 @@ class LocalBlobs:
     def delete_tree(self, prefix: str) -> int:
         """Delete all keys beneath `prefix` and the directories that this empties.
 
+        What a symbolic link beneath it leads to stays, and so does the link.
+
         Returns:
             The number of keys that this call deleted.
         """
@@ -131,7 +142,7 @@ class LocalBlobs:
             raise IdError(
                 "delete_tree of the whole store isn't allowed: expected a directory within it"
             )
-        keys, directories = self._scan(check_prefix(prefix))
+        keys, directories = self._scan(check_prefix(prefix), follow=False)
         deleted = sum(self._unlink(key) for key in keys)
         for directory in reversed(directories):
             # It may not be empty: somebody writes there, or a foreign file is in it.
@@ -142,7 +153,7 @@ class LocalBlobs:
 
     def prune(self, prefix: str) -> None:
         """Remove the directories beneath `prefix` that are empty."""
-        _, directories = self._scan(check_prefix(prefix))
+        _, directories = self._scan(check_prefix(prefix), follow=False)
         for directory in reversed(directories[1:]):
             # One that isn't stays, and one that somebody is about to write to is made again.
             with suppress(OSError):
@@ -150,7 +161,11 @@ class LocalBlobs:
                 self._made.pop(self._prefix + directory, None)
 
     def list(self, prefix: str) -> builtins.list[str]:
-        """Return all keys beneath `prefix`, sorted; symbolic links are not followed."""
+        """Return all keys beneath `prefix`, sorted, those in linked folders included.
+
+        Raises:
+            StoreError: a symbolic link leads nowhere, or to where another key leads.
+        """
         return sorted(self._scan(check_prefix(prefix))[0])
 
     def sizes(self, prefix: str) -> dict[str, int]:
@@ -232,13 +247,20 @@ class LocalBlobs:
             raise self._failed("delete", key, exc) from exc
         return True
 
-    def _scan(self, prefix: str) -> tuple[builtins.list[str], builtins.list[str]]:
+    def _scan(
+        self, prefix: str, *, follow: bool = True
+    ) -> tuple[builtins.list[str], builtins.list[str]]:
         """Return the keys and the directories beneath `prefix`, itself included.
 
         Parents come before their children. Directories that vanish meanwhile are left out.
+
+        Args:
+            prefix: Where to look.
+            follow: Whether symbolic links are followed, or left out.
         """
         keys: list[str] = []
         directories: list[str] = []
+        linked: set[str] = set()
         waiting = [prefix]
         while waiting:
             directory = waiting.pop()
@@ -249,17 +271,69 @@ class LocalBlobs:
                         key = f"{directory}/{entry.name}" if directory else entry.name
                         if not is_name(entry.name) or len(key) > MAX_KEY:
                             continue
-                        # A symbolic link may lead out of the store: it is no key, and a
-                        # delete_tree must not follow it.
                         if entry.is_dir(follow_symlinks=False):
                             waiting.append(key)
                         elif entry.is_file(follow_symlinks=False):
                             keys.append(key)
+                        elif follow and entry.is_symlink():
+                            mode = self._follow(key, linked)
+                            if stat.S_ISDIR(mode):
+                                waiting.append(key)
+                            elif stat.S_ISREG(mode):
+                                keys.append(key)
             except (FileNotFoundError, NotADirectoryError):
+                if follow and directory == prefix:
+                    self._check_way("list", prefix)
                 continue
+            except StoreError:
+                raise
             except OSError as exc:
                 raise self._failed("list", directory, exc) from exc
         return keys, directories
+
+    def _follow(self, key: str, linked: set[str]) -> int:
+        """The mode of what a symbolic link leads to; 0 if it was deleted meanwhile.
+
+        Args:
+            key: Where the link is.
+            linked: Where other links of this listing lead; this one's place joins them.
+
+        Raises:
+            StoreError: it leads nowhere, or to where another key leads.
+        """
+        path = self._prefix + key
+        try:
+            _check_linked(path)
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            return 0
+        except OSError as exc:
+            raise self._failed("list", key, exc) from exc
+        root, target = os.path.realpath(self.root), os.path.realpath(path)
+        inside = target == root or target.startswith(os.path.join(root, ""))
+        around = root.startswith(os.path.join(target, ""))
+        if inside or around or target in linked:
+            raise StoreError(
+                f"can't list {key!r} in {self!r}: it is a symbolic link to {target!r}, which has a "
+                "name in the store already, so each object there would count twice. Remove the "
+                "link"
+            )
+        linked.add(target)
+        return mode
+
+    def _check_way(self, verb: str, key: str) -> None:
+        """Refuse a link to nowhere on the way to a key, as a disk leaves it that isn't mounted.
+
+        Raises:
+            StoreError: there is one.
+        """
+        step = os.path.join(self.root, key) if key else self.root
+        while len(step) >= len(self.root):
+            try:
+                _check_linked(step)
+            except OSError as exc:
+                raise self._failed(verb, key, exc) from exc
+            step = os.path.dirname(step)
 
     def _failed(self, verb: str, key: str, exc: OSError) -> StoreError:
         why = str(exc.strerror or exc)
@@ -284,12 +358,7 @@ class LocalBlobs:
 
     def _vanished(self, verb: str, key: str) -> StoreError:
         """Return the error of a write whose directory was gone at each try."""
-        if os.path.islink(self.root) and not os.path.exists(self.root):
-            # As a disk that isn't mounted leaves it: another try wouldn't help.
-            return StoreError(
-                f"can't {verb} {key!r} in {self!r}: that is a link to {os.readlink(self.root)!r}, "
-                "which isn't there; is its disk mounted?"
-            )
+        self._check_way(verb, key)
         if self._is_begun and not os.path.isdir(self.root):
             return StoreError(
                 f"can't {verb} {key!r} in {self!r}: the store was deleted while it was open, and "
@@ -319,8 +388,25 @@ def _first_shut(path: str, root: str, writes: bool) -> str | None:
     return None
 
 
+def _check_linked(path: str) -> None:
+    """Refuse a symbolic link that leads nowhere: what it names looks absent, and can't be created.
+
+    Raises:
+        OSError: it does.
+    """
+    if os.path.islink(path) and not os.path.exists(path):
+        raise OSError(
+            errno.ENOLINK,
+            f"{path!r} is a link to {os.readlink(path)!r}, which isn't there; is its disk mounted?",
+        )
+
+
 def _check_existing(path: str, sync: bool) -> None:
-    """Refuse a directory where a create found its name taken; with `sync`, make a file durable."""
+    """Refuse a directory, or a link to nowhere, where a create found its name taken.
+
+    With `sync`, make a file durable.
+    """
+    _check_linked(path)
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "it is the directory of other keys")
     if sync:

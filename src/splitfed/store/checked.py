@@ -80,7 +80,7 @@ class Checked:
         if not now and not getattr(self.raw, "is_near", False) and self._asked % LOOK_EVERY:
             return True
         found = self.raw.get(layout.FORMAT)
-        return found is not None and found == self._run
+        return found is not None and bytes(found) == self._run
 
     def gone(self) -> CorruptedError:
         """The error of a store that is of no run any more, or of another one."""
