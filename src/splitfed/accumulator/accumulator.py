@@ -256,6 +256,7 @@ class Accumulator:
     def _pending(self, applied: BatchSet, only: Verdict | None) -> list[BatchId]:
         """The batches to take up; files of batches that are counted already are deleted."""
         piled = self._pile.waiting()
+        self._forget(piled)
         # A commit deletes its batches last. One that was killed before has left them behind: the
         # applied table says that they are counted, so they may go, and must not fold again.
         counted = [batch for batch in piled if batch in applied]
@@ -263,6 +264,16 @@ class Accumulator:
         self._unreported["duplicates"] += len(counted)
         uncounted = (batch for batch in piled if batch not in applied)
         return [batch for batch in uncounted if only is None or batch in only]
+
+    def _forget(self, piled: list[BatchId]) -> None:
+        """Drop what is known of batches that aren't on file any more.
+
+        One's own are dropped as they are closed; these another accumulator has closed.
+        """
+        if self._headers or self._unfit:
+            there = set(piled)
+            self._headers = {batch: self._headers[batch] for batch in there & self._headers.keys()}
+            self._unfit &= there
 
     def _publish(self, head: int, folded: Folded, older: Older) -> Commit:
         parent = self._versions.commit(head)
