@@ -72,6 +72,9 @@ class Accumulator:
             `SplitClient`'s.
         keep_versions: How many versions stay readable, at least `max_staleness + 2`; 16 if neither
             says otherwise.
+        keep_bytes: So many bytes of older versions stay for calls that are still open, with what
+            these have stored; 0 for none. By default 64 MiB, or four versions' weights if that is
+            more. The oldest calls go first, and so do those of clients with many.
         device: Where the optimizer steps; the body's device if it isn't given.
         lock_seconds: How long to wait for another accumulator of this host to finish. It only saves
             duplicate work.
@@ -99,6 +102,7 @@ class Accumulator:
         buffer_rules: Mapping[str, Rule] | None = None,
         personal: Iterable[str] = (),
         keep_versions: int | None = None,
+        keep_bytes: int | None = None,
         device: torch.device | str | None = None,
         lock_seconds: float = 10.0,
     ) -> None:
@@ -113,6 +117,7 @@ class Accumulator:
             buffer_rules=buffer_rules,
             personal=personal,
             keep_versions=keep_versions,
+            keep_bytes=keep_bytes,
             device=device,
             lock_seconds=lock_seconds,
         )
@@ -277,7 +282,9 @@ class Accumulator:
 
     def _publish(self, head: int, folded: Folded, older: Older) -> Commit:
         parent = self._versions.commit(head)
-        self._unreported["expired"] += self._versions.sweep(self.settings.window)
+        self._unreported["expired"] += self._versions.sweep(
+            self.settings.window, self.settings.keep_bytes
+        )
         live = self._stepper.take(self._versions, head)
         if folded.verdict.folded:
             self._stepper.step(live, folded.mean.mean())

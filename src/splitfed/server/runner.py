@@ -201,6 +201,15 @@ class Runner:
         before = None if previous is None else (*key[:3], previous)
         self._graphs.put(key, call, done, self._bytes_of(call, done), before)
 
+    def has_left(self, version: int) -> bool:
+        """Whether a version that was the newest a moment ago can't be run any more."""
+        return self._lineage.has_left(version)
+
+    def drop(self, key: CallKey) -> None:
+        """Take the record of a call back."""
+        self._graphs.pop(key)
+        self._pile.drop_forward(*key)
+
     def record(self, key: CallKey) -> ForwardRecord | None:
         """The record of a call, or `None` if it is gone."""
         held = self._graphs.get(key)

@@ -170,12 +170,25 @@ class SplitServer:
             if request.grad and incarnation is not None:
                 line.ledger.charge(request.client_id, extent(tensors)[1], calls=1)
             earlier = _earlier(line, request, incarnation)
-            version, call, done = line.runner.run_newest(_at(request, earlier.version))
-            if request.grad and incarnation is not None:
-                key = (version, request.client_id, incarnation, request.call)
-                own = request.previous if request.previous_version is None else None
-                line.runner.keep(key, call, done, own)
+            version, done = self._record(line, _at(request, earlier.version), incarnation)
             return self._forward_answer(line, incarnation, version, done, earlier)
+
+    def _record(
+        self, line: Line, request: ForwardRequest, incarnation: int | None
+    ) -> tuple[int, Run]:
+        """Run a call and record it if it may have a backward; its version, and the run."""
+        own = request.previous if request.previous_version is None else None
+        while True:
+            version, call, done = line.runner.run_newest(request)
+            if not request.grad or incarnation is None:
+                return version, done
+            key = (version, request.client_id, incarnation, request.call)
+            line.runner.keep(key, call, done, own)
+            if request.version is not None or not line.runner.has_left(version):
+                return version, done
+            # From here on the record holds the version, but it was computed for so long that the
+            # version has gone before.
+            line.runner.drop(key)
 
     def _forward_answer(
         self, line: Line, incarnation: int | None, version: int, done: Run, earlier: Earlier
@@ -479,7 +492,7 @@ def _lost(line: Line, batch: BatchId, request: BackwardRequest) -> SplitFedError
     return ExpiredError(
         f"call {request.call} of client {batch.client_id!r} at version {request.version} "
         "isn't in the store: its graph was released, the run was finished, "
-        "or its version has left the retention window (keep_versions). "
+        "or its version has left the retention window (keep_versions, keep_bytes). "
         "This batch is lost and counts nowhere; the loop may go on"
     )
 

@@ -57,6 +57,11 @@ class Checked:
                 self._required = read_json(data, layout.FORMAT).get("format") != 1
         return self._required is not False
 
+    @property
+    def is_near(self) -> bool:
+        """Whether a read takes microseconds."""
+        return getattr(self.raw, "is_near", False)
+
     def note_format(self, version: int, record: Buffer) -> None:
         """Take note of the format of the store, which somebody has read, and of its whole record.
 
@@ -77,7 +82,7 @@ class Checked:
         if self._run is None:
             return True
         self._asked += 1
-        if not now and not getattr(self.raw, "is_near", False) and self._asked % LOOK_EVERY:
+        if not now and not self.is_near and self._asked % LOOK_EVERY:
             return True
         found = self.raw.get(layout.FORMAT)
         return found is not None and bytes(found) == self._run

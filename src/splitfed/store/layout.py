@@ -58,8 +58,9 @@ _POST = re.compile(r"post/([^/]+)/([0-9a-f]{32}-\d{10,12})\.(request|answer|clai
 TRANSIENT = ("forward", "part", "pin")
 """The folders of a lineage whose files are needed until calls are answered, and not after."""
 _TRANSIENT = re.compile(
-    r"(?:forward|part)/(?:[^/]+/(\d{10,12})-|(\d{10,12})/[^/]+/)\d{8,12}-[\d-]+"
+    r"(?:forward|part)/(?:([^/]+)/(\d{10,12})-|(\d{10,12})/([^/]+)/)(\d{8,12})-[\d-]+"
 )
+_PIN = re.compile(r"pin/([^/]+)/(\d{8,12})-\d{10,12}")
 
 
 def client(client_id: str, incarnation: int | None = None) -> str:
@@ -189,8 +190,20 @@ class Keys:
 
     def parse_transient(self, key: str) -> int | None:
         """The version of a forward or a part; `None` for anything else."""
-        found = _TRANSIENT.fullmatch(key.removeprefix(f"{self.root}/"))
-        return int(found[1] or found[2]) if found else None
+        found = self.parse_call(key)
+        return None if found is None else found[2]
+
+    def parse_call(self, key: str) -> tuple[str, int, int | None] | None:
+        """(client, incarnation, version) of a file of `TRANSIENT`; `None` for anything else.
+
+        The version of a pin is in its file.
+        """
+        name = key.removeprefix(f"{self.root}/")
+        found = _TRANSIENT.fullmatch(name)
+        if found is not None:
+            return found[1] or found[4], int(found[5]), int(found[2] or found[3])
+        found = _PIN.fullmatch(name)
+        return None if found is None else (found[1], int(found[2]), None)
 
 
 def read_pin(data: memoryview, key: str) -> int:

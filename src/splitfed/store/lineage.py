@@ -45,7 +45,8 @@ from splitfed.store.batchset import BatchSet, Outcome
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
 from splitfed.store.commit import Commit
-from splitfed.store.layout import TRANSIENT, Keys, read_pin
+from splitfed.store.layout import TRANSIENT, Keys
+from splitfed.store.retention import Retention
 from splitfed.store.search import newest
 from splitfed.store.table import Table, is_due
 
@@ -73,6 +74,7 @@ class Lineage:
         self._states: Bounded[int, dict[str, Tensor]] = Bounded(CACHED)
         self._tables: Bounded[int, Table] = Bounded(CACHED)
         self._frozen: dict[str, dict[str, Tensor]] = {}
+        self._retention = Retention(blobs, self.keys)
         self.warned_of_unused = False
         """Whether it was said that a body's weights came too late (`beginning`)."""
         self._verified: set[int] = set()
@@ -464,26 +466,44 @@ class Lineage:
             raise StoreError(f"version {head + 1} was committed meanwhile: try the rollback again")
         return made, lost
 
-    def sweep(self, keep: int) -> int:
+    def has_left(self, version: int) -> bool:
+        """Whether a version that was the newest a moment ago has left the window since.
+
+        Far away, where a commit takes as long as many reads, nobody asks for a newer one.
+        """
+        newest = self.head() if self.blobs.is_near else self._head
+        if newest - version < 2:
+            return False
+        key = self.keys.versioned("weights", version, self.commit(version).nonce)
+        return self.blobs.raw.get(key) is None
+
+    def sweep(self, keep: int, keep_bytes: int | None = 0) -> int:
         """Delete what no reader may need any more; without clocks, and never beyond the head.
 
         Args:
             keep: How many of the newest versions stay.
+            keep_bytes: So many bytes of older versions, and of the open calls that need them, stay
+                besides (`retention`); `None` for its default.
 
         Returns:
-            How many forwards and parts were dropped with their versions.
+            How many forwards, parts and pins were dropped with their versions.
         """
         head = self.head()
-        oldest = head - keep + 1
-        self._sweep_files(head, oldest)
         if head % PRUNE_EVERY == 0:
             for folder in (*TRANSIENT, "grad"):
                 self.blobs.prune(f"{self.name}/{folder}")
-        if oldest <= 0:
+        oldest = head - keep + 1
+        if not self._retention.is_due(oldest):
             return 0
-        return self._sweep_pins(oldest) + self._sweep_transient(oldest)
+        # What is open is listed right before its weights may go: a call that is recorded in between
+        # finds that they are gone, and runs again at a newer version.
+        held, dropped = self._retention.sort(oldest, keep_bytes) if oldest > 0 else (set(), [])
+        self._sweep_files(head, oldest, held)
+        for key in dropped:
+            self.blobs.delete(key)
+        return len(dropped)
 
-    def _sweep_files(self, head: int, oldest: int) -> None:
+    def _sweep_files(self, head: int, oldest: int, held: set[int]) -> None:
         """Delete the files of expired versions, and those that no commit names."""
         # Later versions need the table that the oldest one needs.
         base = self.commit(max(0, oldest)).base
@@ -494,28 +514,13 @@ class Lineage:
                 if found is None:
                     continue
                 version, nonce = found
-                # Files of head + 1 may be those of a commit under way: they are left alone.
-                if version <= head and (version < floor or self.commit(version).nonce != nonce):
+                if version < floor:
+                    is_over = kind != "weights" or version not in held
+                else:
+                    # Files of head + 1 may be those of a commit under way: they are left alone.
+                    is_over = version <= head and self.commit(version).nonce != nonce
+                if is_over:
                     self.blobs.delete(key)
-
-    def _sweep_pins(self, oldest: int) -> int:
-        dropped = 0
-        for key in self.blobs.list(f"{self.name}/pin"):
-            data = self.blobs.get(key)
-            if data is not None and read_pin(data, key) < oldest:
-                self.blobs.delete(key)
-                dropped += 1
-        return dropped
-
-    def _sweep_transient(self, oldest: int) -> int:
-        dropped = 0
-        for kind in ("forward", "part"):
-            for key in self.blobs.list(f"{self.name}/{kind}"):
-                version = self.keys.parse_transient(key)
-                if version is not None and version < oldest:
-                    self.blobs.delete(key)
-                    dropped += 1
-        return dropped
 
     def _find(self, version: int) -> Commit | None:
         found = self._commits.get(version)
@@ -653,7 +658,8 @@ class Lineage:
             raise ExpiredError(
                 f"the {kind} of version {version} of lineage {self.name!r} "
                 f"have left the retention window (the newest is {head}): "
-                "raise keep_versions of the Accumulator, or go on with a newer version"
+                "raise keep_versions of the Accumulator, or keep_bytes for calls that are open; "
+                "or go on with a newer version"
             )
         return commit, data
 
