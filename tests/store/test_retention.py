@@ -14,13 +14,13 @@ from splitfed.accumulator.accumulator import Accumulator
 from splitfed.client.client import SplitClient
 from splitfed.errors import ExpiredError
 from splitfed.model.cutpoint import CutPoint
-from splitfed.protocol.messages import ForwardRecord
+from splitfed.protocol.messages import ForwardRecord, GradientRecord
 from splitfed.server.server import SplitServer
 from splitfed.store.lineage import Lineage
 from splitfed.store.retention import BYTES_A_CALL, CALLS_A_CLIENT
 from splitfed.store.store import GradientStore
 
-WEIGHTS = 4 << 20
+WEIGHTS = 1 << 20
 """Bytes of a version's weights in tests of the bound."""
 
 
@@ -45,6 +45,11 @@ def kept(store: GradientStore) -> list[int]:
 def open_call(store: GradientStore, version: int, client: str, call: int = 0, incarnation: int = 1) -> None:
     """A forward on file, as any server would record one."""
     store.pile().put_forward(version, client, incarnation, call, forward_record())
+
+
+def large(version: int) -> GradientRecord:
+    """A gradient as large as the weights."""
+    return record(gradients={"w": torch.ones(WEIGHTS // 4)}, base_version=version)
 
 
 def forward_record() -> ForwardRecord:
@@ -105,10 +110,10 @@ def test_a_one_trip_batch_is_repeated_at_its_version_however_late(store_url: str
 def test_above_the_bound_the_oldest_go_first(store_url: str) -> None:
     """Here there is room for two versions' weights and two calls, and no more."""
     store = GradientStore(store_url, sync="process")
-    accumulator = Accumulator(Point(WEIGHTS // 4), store, sgd(), keep_versions=2, keep_bytes=int(2.1 * WEIGHTS))
+    accumulator = Accumulator(Point(WEIGHTS // 4), store, sgd(), keep_versions=2, keep_bytes=int(2.2 * WEIGHTS))
     for version in range(6):
         open_call(store, version, f"c{version}")
-        store.pile().create(batch(version), record(torch.ones(WEIGHTS // 4), base_version=version))
+        store.pile().create(batch(version), large(version))
         assert accumulator.step() is not None
     # At the last sweep the newest was 5, and the window 4 and 5.
     assert kept(store) == [2, 3, 4, 5, 6]
@@ -116,14 +121,14 @@ def test_above_the_bound_the_oldest_go_first(store_url: str) -> None:
     assert sum(commit.num_expired for commit in commits(store)) == 2
 
 
-def test_by_default_four_versions_weights_fit(store_url: str) -> None:
+def test_by_default_four_versions_weights_fit(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However large the body is."""
-    size = 20 << 20
+    monkeypatch.setattr("splitfed.store.retention.LEAST_BYTES", WEIGHTS)
     store = GradientStore(store_url, sync="process")
-    accumulator = Accumulator(Point(size // 4), store, sgd(), keep_versions=2)
+    accumulator = Accumulator(Point(WEIGHTS // 4), store, sgd(), keep_versions=2)
     for version in range(8):
         open_call(store, version, f"c{version}")
-        store.pile().create(batch(version), record(torch.ones(size // 4), base_version=version))
+        store.pile().create(batch(version), large(version))
         assert accumulator.step() is not None
     assert kept(store)[-3:] == [6, 7, 8]
     assert len(kept(store)) in (6, 7)
@@ -137,7 +142,7 @@ def test_a_superseded_process_holds_nothing(store_url: str) -> None:
         open_call(store, store.latest_version(), "a", incarnation=incarnation)
         commit_some(store, accumulator, 4)
     assert len(store.blobs.list("body/forward")) == 1
-    assert len(kept(store)) == 3
+    assert kept(store) == [16, 18, 19, 20]
 
 
 def test_a_client_holds_no_more_than_its_share(store_url: str) -> None:
@@ -151,7 +156,7 @@ def test_a_client_holds_no_more_than_its_share(store_url: str) -> None:
         for call in range(100):
             store.pile().put_forward(version, "a", 1, 100 * version + call, content)
         commit_some(store, accumulator, 1)
-    commit_some(store, accumulator, 4)
+    commit_some(store, accumulator, 10)
     found = store.blobs.list("body/forward")
     assert [key for key in found if "/a/" not in key] == [f"body/forward/{n}/0000000000-00000001-0000000000" for n in "bcd"]
     assert len(found) == CALLS_A_CLIENT + 3
@@ -172,7 +177,7 @@ def test_many_held_calls_are_listed_seldom(store_url: str) -> None:
     accumulator = Accumulator(Point(), counted, sgd(), keep_versions=2)
     with count.armed():
         commit_some(store, accumulator, 100)
-    assert 3 <= count.count <= 7
+    assert 9 <= count.count <= 11
     assert len(store.blobs.list("body/forward")) == 640
     assert len(kept(store)) <= 3 + 25
 

@@ -22,6 +22,7 @@ PARTS = {
     "stores": ("blobs/test_object_stores",),
     "hostile": ("faults/test_hostile_account",),
     "simulator": ("faults/test_simulator",),
+    "growth": ("store/test_growth",),
     "clients": ("client/test_resume", "simulation/test_launch"),
 }
 """The test files of each part."""

@@ -16,9 +16,8 @@ one may wait, as long as the versions that pile up meanwhile are few bytes, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 
 from splitfed.store.checked import Checked
 from splitfed.store.layout import Keys, read_pin
@@ -79,10 +78,11 @@ class Retention:
         live = [call for call in late if call.incarnation == newest[call.client_id]]
         self._measure(live)
         held = self._held(live, most) if live else []
-        self._postpone(oldest, len(calls) + len(held))
         stay = {call.key for call in held}
         versions = {call.version for call in held if call.kind != "part"}
-        return versions, [call.key for call in late if call.key not in stay]
+        dropped = [call.key for call in late if call.key not in stay]
+        self._postpone(oldest, len(calls) - len(dropped))
+        return versions, dropped
 
     def is_due(self, oldest: int) -> bool:
         """Whether a sweep is due that leaves a window from that version on."""
@@ -137,16 +137,10 @@ class Retention:
         """The calls that stay, as many as there is room for: the newest, of all clients in turns."""
         if most is None:
             most = max(LEAST_BYTES, WEIGHTS_HELD * max(self._weights.values()))
-        by_client: dict[str, list[_Call]] = {}
-        for call in sorted(calls, key=lambda call: (-call.version, call.key)):
-            by_client.setdefault(call.client_id, []).append(call)
-        queues = [by_client[client_id][:CALLS_A_CLIENT] for client_id in sorted(by_client)]
         held = []
         versions: set[int] = set()
         room = most
-        for call in chain.from_iterable(zip_longest(*queues)):
-            if call is None:
-                continue
+        for call in _in_turns(calls):
             cost = max(BYTES_A_CALL, self._sizes[call.key])
             if call.kind != "part" and call.version not in versions:
                 # Without its weights no call can be answered. (A part has been.)
@@ -158,3 +152,15 @@ class Retention:
                 if call.kind != "part":
                     versions.add(call.version)
         return held
+
+
+def _in_turns(calls: list[_Call]) -> list[_Call]:
+    """The newest call of each client, newest first, then the second of each, and so on."""
+    ranks = Counter[str]()
+    ranked = []
+    for call in sorted(calls, key=lambda call: (-call.version, call.key)):
+        rank = ranks[call.client_id]
+        ranks[call.client_id] += 1
+        if rank < CALLS_A_CLIENT:
+            ranked.append((rank, -call.version, call.key, call))
+    return [call for *_, call in sorted(ranked, key=lambda entry: entry[:3])]
