@@ -271,32 +271,49 @@ class LocalBlobs:
                         key = f"{directory}/{entry.name}" if directory else entry.name
                         if not is_name(entry.name) or len(key) > MAX_KEY:
                             continue
+                        # Asked first: an ordinary entry costs no further system call.
                         if entry.is_dir(follow_symlinks=False):
                             waiting.append(key)
                         elif entry.is_file(follow_symlinks=False):
                             keys.append(key)
                         elif follow and entry.is_symlink():
-                            mode = self._follow(key, linked)
-                            if stat.S_ISDIR(mode):
-                                waiting.append(key)
-                            elif stat.S_ISREG(mode):
-                                keys.append(key)
-            except (FileNotFoundError, NotADirectoryError):
-                if follow and directory == prefix:
-                    self._check_way("list", prefix)
-                continue
-            except StoreError:
-                raise
+                            self._follow(key, linked, keys, waiting)
             except OSError as exc:
-                raise self._failed("list", directory, exc) from exc
+                self._check_vanished(exc, directory, named=follow and directory == prefix)
         return keys, directories
 
-    def _follow(self, key: str, linked: set[str]) -> int:
-        """The mode of what a symbolic link leads to; 0 if it was deleted meanwhile.
+    def _check_vanished(self, exc: OSError, directory: str, *, named: bool) -> None:
+        """Pass over a directory that isn't there; other errors of a listing are the caller's.
+
+        Args:
+            exc: What was raised.
+            directory: Which was to be listed.
+            named: Whether the caller asked for it by name: then a link to nowhere may hide it.
+
+        Raises:
+            StoreError: it can't be listed.
+        """
+        if isinstance(exc, StoreError):
+            raise exc
+        if not isinstance(exc, FileNotFoundError | NotADirectoryError):
+            raise self._failed("list", directory, exc) from exc
+        if named:
+            self._check_way("list", directory)
+
+    def _follow(
+        self,
+        key: str,
+        linked: set[str],
+        keys: builtins.list[str],
+        directories: builtins.list[str],
+    ) -> None:
+        """List a symbolic link as what it leads to.
 
         Args:
             key: Where the link is.
             linked: Where other links of this listing lead; this one's place joins them.
+            keys: If it leads to a file, it joins these ...
+            directories: ... and if to a directory, these.
 
         Raises:
             StoreError: it leads nowhere, or to where another key leads.
@@ -305,8 +322,8 @@ class LocalBlobs:
         try:
             _check_linked(path)
             mode = os.stat(path).st_mode
-        except FileNotFoundError:
-            return 0
+        except FileNotFoundError:  # deleted since the listing
+            return
         except OSError as exc:
             raise self._failed("list", key, exc) from exc
         root, target = os.path.realpath(self.root), os.path.realpath(path)
@@ -319,7 +336,10 @@ class LocalBlobs:
                 "link"
             )
         linked.add(target)
-        return mode
+        if stat.S_ISDIR(mode):
+            directories.append(key)
+        elif stat.S_ISREG(mode):
+            keys.append(key)
 
     def _check_way(self, verb: str, key: str) -> None:
         """Refuse a link to nowhere on the way to a key, as a disk leaves it that isn't mounted.

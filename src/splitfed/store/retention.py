@@ -134,7 +134,7 @@ class Retention:
                     self._weights[parsed[0]] = size
 
     def _held(self, calls: list[_Call], most: int | None) -> list[_Call]:
-        """The calls that stay, as many as there is room for: the newest, of all clients in turns."""
+        """The calls that stay, as many as there is room for: the newest, clients in turns."""
         if most is None:
             most = max(LEAST_BYTES, WEIGHTS_HELD * max(self._weights.values()))
         held = []
