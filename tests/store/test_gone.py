@@ -102,12 +102,13 @@ def test_far_away_it_is_looked_at_seldom(far: str, monkeypatch: pytest.MonkeyPat
     """One read in so many calls: an ordinary batch costs none, and no clock decides."""
     store = GradientStore(far, sync="process")
     Accumulator(Point(), store, sgd())
+    store.lineage().head()
     read: list[str] = []
     get = store.blobs.raw.get
     monkeypatch.setattr(store.blobs.raw, "get", lambda key: read.append(key) or get(key))
     for _ in range(2 * LOOK_EVERY):
         store.confirm()
-    assert read == ["format.json"] * 2
+    assert read == [store.lineage().keys.commit(0)] * 2
     for key in store.blobs.list(""):
         store.blobs.delete(key)
     for _ in range(LOOK_EVERY - 1):
@@ -124,6 +125,7 @@ def test_far_away_a_missing_file_makes_it_look(far: str) -> None:
     assert accumulator.step() is not None
     reader = again(store)
     assert reader.latest_version() == 1
+    reader.lineage().commit(0)
     remove(store, "deleted")
     for call in (lambda: reader.load_weights(0), lambda: reader.lineage().state(0), reader.lineage().fingerprint):
         with pytest.raises(CorruptedError, match=GONE):
@@ -168,7 +170,7 @@ def test_a_step_costs_a_read_for_each_of_its_calls(store_url: str) -> None:
     server = SplitServer(Point(), store)
     client = SplitClient(torch.nn.Sequential(torch.nn.Linear(2, 2), CutPoint()), server, client_id="a")
     client(torch.ones(1, 2)).sum().backward()
-    count = Nth(at="get format.json")
+    count = Nth(at=f"get {store.lineage().keys.commit(0)}")
     raw: Blobs = store.blobs.raw
     store.blobs.raw = Hooked(raw, count)  # type: ignore[assignment]
     with count.armed():

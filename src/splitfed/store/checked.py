@@ -34,7 +34,7 @@ class Checked:
         self.raw = raw
         """The backend, for who wants the bytes as they are."""
         self._required: bool | None = None
-        self._run: bytes | None = None
+        self._format: bytes | None = None
         self._asked = 0
 
     def __repr__(self) -> str:
@@ -65,27 +65,26 @@ class Checked:
     def note_format(self, version: int, record: Buffer) -> None:
         """Take note of the format of the store, which somebody has read, and of its whole record.
 
-        The record tells one run from another (`is_same_run`).
+        A store of no run any more hasn't got it (`has_format`).
         """
         self._required = version > 1
-        self._run = bytes(record)
+        self._format = bytes(record)
 
-    def is_same_run(self, *, now: bool = False) -> bool:
-        """Whether the store still is of the run that was opened, by its format's record.
+    def is_look_due(self) -> bool:
+        """Whether to look if the run is still there, asked once for each call.
 
-        Where a read costs next to nothing each call looks, elsewhere one in `LOOK_EVERY`: by count
+        Where a read costs next to nothing it always is, elsewhere once in `LOOK_EVERY`: by count
         and not by time, so that what a process asks of the storage follows from what it is asked.
-
-        Args:
-            now: Whether to look in any case, because something is missing.
         """
-        if self._run is None:
-            return True
         self._asked += 1
-        if not now and not self.is_near and self._asked % LOOK_EVERY:
+        return self.is_near or self._asked % LOOK_EVERY == 0
+
+    def has_format(self) -> bool:
+        """Whether the format's record is what it was when it was read; nothing is, if none was."""
+        if self._format is None:
             return True
         found = self.raw.get(layout.FORMAT)
-        return found is not None and bytes(found) == self._run
+        return found is not None and bytes(found) == self._format
 
     def gone(self) -> CorruptedError:
         """The error of a store that is of no run any more, or of another one."""

@@ -112,7 +112,7 @@ class Clients:
             # A milestone's own file stays for long.
             is_passed = incarnation % BRANCH == 0 and self._milestone(client_id, incarnation)
             if is_passed or self._blobs.get(layout.client(client_id, incarnation)) is None:
-                if not self._blobs.is_same_run(now=True):
+                if not self._blobs.has_format():
                     raise self._blobs.gone()
                 raise SupersededError(
                     f"client {client_id!r} never opened process {incarnation} in this store, "

@@ -159,23 +159,24 @@ class Lineage:
         Raises:
             CorruptedError: the run was deleted or replaced meanwhile.
         """
-        is_same = self.blobs.is_same_run(now=now)
-        if is_same and not now:
+        if not now and not self.blobs.is_look_due():
             return
-        # The record of the format may have been lost alone, and written again since: the run is the
-        # same as long as the newest version that is known here is what it was.
-        if not self._is_newest_known() and (self._head >= 0 or not is_same):
+        # A commit's record is never another: while the newest that is known is there, the run is.
+        if not (self.blobs.has_format() if self._head < 0 else self._is_newest_known()):
             raise self.blobs.gone()
 
     def _is_newest_known(self) -> bool:
         """Whether the newest version known here is there, and what it was."""
-        if self._head < 0:
-            return False
+        key = self.keys.commit(self._head)
         known = self._commits.get(self._head)
-        data = self.blobs.get(self.keys.commit(self._head))
+        data = self.blobs.raw.get(key)
         if data is None:
             return False
-        return known is None or Commit.from_json(data).nonce == known.nonce
+        if known is None or sha256([data]) == known.digest:
+            return True
+        # Other bytes: damaged, which is said as that, or another commit.
+        found = self.blobs.get(key)
+        return found is not None and Commit.from_json(found).nonce == known.nonce
 
     def checked_head(self) -> int:
         """As `head`, after a check that the newest version known here is still what it was.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import uuid
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -216,9 +215,7 @@ class GradientStore:
         """The store's format record; if there is none, it is begun with this numerics class."""
         if self.header() is None:
             self.blobs.probe()
-            # The name of the run tells it from one that is begun later under the same URL.
-            run = uuid.uuid4().hex
-            header = {"format": FORMAT_VERSION, "run": run, "numerics": numerics}
+            header = {"format": FORMAT_VERSION, "numerics": numerics}
             self.blobs.create(layout.FORMAT, [json.dumps(header, indent=1).encode()])
         found = self.header()
         if found is None:
