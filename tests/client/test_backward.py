@@ -214,7 +214,7 @@ def test_a_gradient_that_isnt_finite_is_warned_of_once() -> None:
 
 def test_a_backward_that_comes_too_late_says_so() -> None:
     """When its version has left the window the batch is lost, loudly; the loop goes on."""
-    made = split(keep_versions=2)
+    made = split(keep_versions=2, keep_bytes=0)
     late = made.client(x()).sum()
     for _ in range(3):
         made.client(x()).sum().backward()

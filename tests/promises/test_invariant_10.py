@@ -135,7 +135,7 @@ def test_a_batch_whose_version_left_raises_from_the_users_backward() -> None:
     store = GradientStore(memory())
     server = SplitServer(split(model(), AT)[1], store, keep_graphs=0)
     client = SplitClient(split(model(), AT)[0], server, "a")
-    accumulator = new_accumulator(store, keep_versions=2)
+    accumulator = new_accumulator(store, keep_versions=2, keep_bytes=0)
     held = client(torch.ones(4, 6)).sum()
     for seq in range(5):
         Owner(f"b{seq}", Noting(server)).step()
@@ -153,7 +153,7 @@ def test_orphaned_forwards_and_parts_are_counted_when_they_expire() -> None:
     store = GradientStore(memory())
     server = SplitServer(split(model(), AT)[1], store)
     client = SplitClient(split(model(), AT)[0], server, "a")
-    accumulator = new_accumulator(store, keep_versions=2)
+    accumulator = new_accumulator(store, keep_versions=2, keep_bytes=0)
     graphs = [client(torch.ones(4, 6)) for _ in range(3)]
     for seq in range(4):
         Owner(f"b{seq}", Noting(server)).step()
@@ -165,7 +165,7 @@ def test_orphaned_forwards_and_parts_are_counted_when_they_expire() -> None:
 def test_one_trip_calls_that_nobody_confirmed_are_counted_when_they_expire(store_url: str) -> None:
     """The version that such a batch is pinned to is forgotten with that version, and not before."""
     store = GradientStore(store_url, sync="process")
-    accumulator = Accumulator(Point(), store, sgd(), keep_versions=2)
+    accumulator = Accumulator(Point(), store, sgd(), keep_versions=2, keep_bytes=0)
     expired = []
     for seq in range(4):
         assert store.pile().pin(batch(seq), seq) == (seq, True)
@@ -178,9 +178,9 @@ def test_one_trip_calls_that_nobody_confirmed_are_counted_when_they_expire(store
 def test_what_a_loser_dropped_is_counted_by_whoever_commits(store_url: str) -> None:
     """It sweeps, loses the race, and goes on: the parts that it dropped are in a record all the same."""
     quick = GradientStore(store_url, sync="process")
-    other = Accumulator(Point(), quick, sgd(), keep_versions=2, lock_seconds=0)
+    other = Accumulator(Point(), quick, sgd(), keep_versions=2, keep_bytes=0, lock_seconds=0)
     hook = Nth(0, h.meanwhile(other.step), at="create body/commit")
-    mine = Accumulator(Point(), hooked(store_url, hook), sgd(), keep_versions=2, lock_seconds=0)
+    mine = Accumulator(Point(), hooked(store_url, hook), sgd(), keep_versions=2, keep_bytes=0, lock_seconds=0)
     for seq in range(2):
         quick.pile().create(batch(seq), record())
         other.step()

@@ -218,7 +218,7 @@ def test_a_forward_that_isnt_there_is_expired(site: Site) -> None:
 
 
 def test_versions_come_and_go(site: Site) -> None:
-    """One that isn't made yet is missing; with keep_versions=2 version 0 has expired when version 2 is there."""
+    """One that isn't made yet is missing; in a window of two, with none held, version 0 has expired at version 2."""
     with pytest.raises(MissingError, match="no version 9: the newest is 0"):
         site.forward(version=9)
     site.forward()

@@ -136,7 +136,7 @@ def test_a_batch_whose_version_has_gone_is_lost_and_counted() -> None:
     """The version of its forward left the retention window before its backward; the rest of the pass goes on."""
     site = Site("expired")
     site.server = SplitServer(site.body, site.store, keep_graphs=0, keep_models=1)
-    body = Accumulator(site.body, site.store, toy.sgd, keep_versions=2)
+    body = Accumulator(site.body, site.store, toy.sgd, keep_versions=2, keep_bytes=0)
     run = site.local_run(ClientState())
     steps = run.requests()
     assert [next(steps) for _ in range(3)] == [Verb.PULL, Verb.FORWARD, Verb.BACKWARD]

@@ -41,7 +41,9 @@ class Site:
 
     def commit(self) -> Commit:
         """Fold what waits."""
-        commit = Accumulator(body(), self.store, lambda p: torch.optim.SGD(p, lr=1.0), keep_versions=2).step()
+        commit = Accumulator(
+            body(), self.store, lambda p: torch.optim.SGD(p, lr=1.0), keep_versions=2, keep_bytes=0
+        ).step()
         assert commit is not None
         return commit
 

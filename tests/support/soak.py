@@ -23,6 +23,7 @@ PARTS = {
     "hostile": ("faults/test_hostile_account", "faults/test_http_mutations"),
     "faults": ("faults/test_system_calls",),
     "simulator": ("faults/test_simulator",),
+    "growth": ("store/test_growth",),
     "clients": ("client/test_resume", "simulation/test_launch"),
 }
 """The test files of each part."""

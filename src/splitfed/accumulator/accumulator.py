@@ -74,6 +74,9 @@ class Accumulator:
             `SplitClient`'s.
         keep_versions: How many versions stay readable, at least `max_staleness + 2`; 16 if neither
             says otherwise.
+        keep_bytes: So many bytes of older versions stay for calls that are still open, with what
+            these have stored; 0 for none. By default 64 MiB, or four versions' weights if that is
+            more. The oldest calls go first, and so do those of clients with many.
         device: Where the optimizer steps; the body's device if it isn't given.
         lock_seconds: How long to wait for another accumulator of this host to finish. It only saves
             duplicate work.
@@ -101,6 +104,7 @@ class Accumulator:
         buffer_rules: Mapping[str, Rule] | None = None,
         personal: Iterable[str] = (),
         keep_versions: int | None = None,
+        keep_bytes: int | None = None,
         device: torch.device | str | None = None,
         lock_seconds: float = 10.0,
     ) -> None:
@@ -115,6 +119,7 @@ class Accumulator:
             buffer_rules=buffer_rules,
             personal=personal,
             keep_versions=keep_versions,
+            keep_bytes=keep_bytes,
             device=device,
             lock_seconds=lock_seconds,
         )
@@ -266,6 +271,7 @@ class Accumulator:
     def _pending(self, applied: BatchSet, only: Verdict | None) -> list[BatchId]:
         """The batches to take up; files of batches that are counted already are deleted."""
         piled = self._pile.waiting()
+        self._forget(piled)
         # A commit deletes its batches last. One that was killed before has left them behind: the
         # applied table says that they are counted, so they may go, and must not fold again.
         counted = [batch for batch in piled if batch in applied]
@@ -274,10 +280,22 @@ class Accumulator:
         uncounted = (batch for batch in piled if batch not in applied)
         return [batch for batch in uncounted if only is None or batch in only]
 
+    def _forget(self, piled: list[BatchId]) -> None:
+        """Drop what is known of batches that aren't on file any more.
+
+        One's own are dropped as they are closed; these another accumulator has closed.
+        """
+        if self._headers or self._unfit:
+            there = set(piled)
+            self._headers = {batch: self._headers[batch] for batch in there & self._headers.keys()}
+            self._unfit &= there
+
     def _publish(self, head: int, folded: Folded, older: Older) -> Commit:
         parent = self._versions.commit(head)
         keeps_first = self._archive is not None
-        self._unreported["expired"] += self._versions.sweep(self.settings.window, first=keeps_first)
+        self._unreported["expired"] += self._versions.sweep(
+            self.settings.window, self.settings.keep_bytes, first=keeps_first
+        )
         live = self._stepper.take(self._versions, head)
         if folded.verdict.folded:
             self._stepper.step(live, folded.mean.mean())

@@ -44,6 +44,7 @@ class CommitSettings:
     buffer_rules: Mapping[str, Rule] | None = None
     personal: Iterable[str] = ()
     keep_versions: int | None = None
+    keep_bytes: int | None = None
     device: torch.device | str | None = None
     lock_seconds: float = 10.0
 
@@ -56,6 +57,8 @@ class CommitSettings:
             at_least("max_staleness", self.max_staleness, 0)
         if self.keep_versions is not None:
             at_least("keep_versions", self.keep_versions, self._least_window)
+        if self.keep_bytes is not None:
+            at_least("keep_bytes", self.keep_bytes, 0)
         if self.clip_norm is not None:
             positive("clip_norm", self.clip_norm)
 

@@ -47,6 +47,9 @@ class Blobs(Protocol):
     another (`a` beside `a/b`). Every method raises `IdError` for a malformed key and `StoreError`
     when the storage fails; after a `StoreError` from `create` or `put` the object may or may not be
     there, whole: read it back.
+
+    Two members are optional: `prune(prefix)`, which removes empty folders beneath a directory, and
+    `is_near = True`, which says that a read takes microseconds, so that it may be asked often.
     """
 
     def get(self, key: str) -> memoryview | None:

@@ -6,6 +6,11 @@ again. And a caller acknowledges a batch on the answer "exists", while the proce
 object may have been killed before its own fsync: so a durable create that finds its key taken syncs
 what it found before it returns False.
 
+A folder of a store may be a symbolic link, to another disk for one: reads and writes go through it,
+so listings must do so too, or a batch would be acknowledged and never found. A link that leads
+nowhere, or to a folder that has a name in the store already, is refused wherever it is met: its
+keys would be lost, or be there twice. Nothing is deleted through a link but single keys.
+
 Durability (against power loss) takes an fsync of the file, of the directory that names it, and once
 of each directory above.
 """
@@ -51,6 +56,9 @@ class LocalBlobs:
         shared: Whether the group may be let in although the folder around isn't setgid.
     """
 
+    is_near = True
+    """A read takes microseconds."""
+
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -65,16 +73,22 @@ class LocalBlobs:
         self._publisher = files.Publisher(self.root, way, shared=shared)
         # Directories known to exist -> whether their names are durable.
         self._made: dict[str, bool] = {}
+        self._is_begun = False
+        """Whether something was written: then the root isn't made again, should it be gone."""
 
     def __repr__(self) -> str:
         return f"LocalBlobs({self.root!r})"
 
     def get(self, key: str) -> memoryview | None:
         """Return the object, mapped copy-on-write from 64 KiB on; None when absent."""
+        path = self._prefix + check_key(key)
         try:
-            return files.read(self._prefix + check_key(key))
+            found = files.read(path)
+            if found is None and os.path.islink(path):
+                _check_linked(path)
         except OSError as exc:
             raise self._failed("read", key, exc) from exc
+        return found
 
     # `create` and `put` have the same loop: as one function for both, it would be one more call in
     # the deepest stack of every request.
@@ -99,6 +113,7 @@ class LocalBlobs:
             try:
                 self._make(directory, sync)
                 published = self._publisher.publish(directory, path, flat, sync, replace=replace)
+                self._is_begun = True
                 if not published:
                     _check_existing(path, sync)
                 if sync:
@@ -106,6 +121,8 @@ class LocalBlobs:
                 return published
             except FileNotFoundError:
                 self._made.clear()
+                if self._is_begun and not os.path.isdir(self.root):
+                    break
             except OSError as exc:
                 raise self._failed(verb, key, exc) from exc
         raise self._vanished(verb, key)
@@ -117,6 +134,8 @@ class LocalBlobs:
     def delete_tree(self, prefix: str) -> int:
         """Delete all keys beneath `prefix` and the directories that this empties.
 
+        What a symbolic link beneath it leads to stays, and so does the link.
+
         Returns:
             The number of keys that this call deleted.
         """
@@ -124,7 +143,7 @@ class LocalBlobs:
             raise IdError(
                 "delete_tree of the whole store isn't allowed: expected a directory within it"
             )
-        keys, directories = self._scan(check_prefix(prefix))
+        keys, directories = self._scan(check_prefix(prefix), follow=False)
         deleted = sum(self._unlink(key) for key in keys)
         for directory in reversed(directories):
             # It may not be empty: somebody writes there, or a foreign file is in it.
@@ -135,7 +154,7 @@ class LocalBlobs:
 
     def prune(self, prefix: str) -> None:
         """Remove the directories beneath `prefix` that are empty."""
-        _, directories = self._scan(check_prefix(prefix))
+        _, directories = self._scan(check_prefix(prefix), follow=False)
         for directory in reversed(directories[1:]):
             # One that isn't stays, and one that somebody is about to write to is made again.
             with suppress(OSError):
@@ -143,7 +162,11 @@ class LocalBlobs:
                 self._made.pop(self._prefix + directory, None)
 
     def list(self, prefix: str) -> builtins.list[str]:
-        """Return all keys beneath `prefix`, sorted; symbolic links are not followed."""
+        """Return all keys beneath `prefix`, sorted, those in linked folders included.
+
+        Raises:
+            StoreError: a symbolic link leads nowhere, or to where another key leads.
+        """
         return sorted(self._scan(check_prefix(prefix))[0])
 
     def sizes(self, prefix: str) -> dict[str, int]:
@@ -200,6 +223,9 @@ class LocalBlobs:
             return
         parent = os.path.dirname(directory)
         inside = len(directory) > len(self.root)
+        if not inside and self._is_begun:
+            # A run that was deleted mustn't rise again from a process that still has it open.
+            os.stat(self.root)
         if inside or not os.path.isdir(parent):
             self._make(parent, sync)
         with suppress(FileExistsError):
@@ -224,13 +250,20 @@ class LocalBlobs:
             raise self._failed("delete", key, exc) from exc
         return True
 
-    def _scan(self, prefix: str) -> tuple[builtins.list[str], builtins.list[str]]:
+    def _scan(
+        self, prefix: str, *, follow: bool = True
+    ) -> tuple[builtins.list[str], builtins.list[str]]:
         """Return the keys and the directories beneath `prefix`, itself included.
 
         Parents come before their children. Directories that vanish meanwhile are left out.
+
+        Args:
+            prefix: Where to look.
+            follow: Whether symbolic links are followed, or left out.
         """
         keys: list[str] = []
         directories: list[str] = []
+        linked: set[str] = set()
         waiting = [prefix]
         while waiting:
             directory = waiting.pop()
@@ -241,17 +274,89 @@ class LocalBlobs:
                         key = f"{directory}/{entry.name}" if directory else entry.name
                         if not is_name(entry.name) or len(key) > MAX_KEY:
                             continue
-                        # A symbolic link may lead out of the store: it is no key, and a
-                        # delete_tree must not follow it.
+                        # Asked first: an ordinary entry costs no further system call.
                         if entry.is_dir(follow_symlinks=False):
                             waiting.append(key)
                         elif entry.is_file(follow_symlinks=False):
                             keys.append(key)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
+                        elif follow and entry.is_symlink():
+                            self._follow(key, linked, keys, waiting)
             except OSError as exc:
-                raise self._failed("list", directory, exc) from exc
+                self._check_vanished(exc, directory, named=follow and directory == prefix)
         return keys, directories
+
+    def _check_vanished(self, exc: OSError, directory: str, *, named: bool) -> None:
+        """Pass over a directory that isn't there; other errors of a listing are the caller's.
+
+        Args:
+            exc: What was raised.
+            directory: Which was to be listed.
+            named: Whether the caller asked for it by name: then a link to nowhere may hide it.
+
+        Raises:
+            StoreError: it can't be listed.
+        """
+        if isinstance(exc, StoreError):
+            raise exc
+        if not isinstance(exc, FileNotFoundError | NotADirectoryError):
+            raise self._failed("list", directory, exc) from exc
+        if named:
+            self._check_way("list", directory)
+
+    def _follow(
+        self,
+        key: str,
+        linked: set[str],
+        keys: builtins.list[str],
+        directories: builtins.list[str],
+    ) -> None:
+        """List a symbolic link as what it leads to.
+
+        Args:
+            key: Where the link is.
+            linked: Where other links of this listing lead; this one's place joins them.
+            keys: If it leads to a file, it joins these ...
+            directories: ... and if to a directory, these.
+
+        Raises:
+            StoreError: it leads nowhere, or to where another key leads.
+        """
+        path = self._prefix + key
+        try:
+            _check_linked(path)
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:  # deleted since the listing
+            return
+        except OSError as exc:
+            raise self._failed("list", key, exc) from exc
+        root, target = os.path.realpath(self.root), os.path.realpath(path)
+        inside = target == root or target.startswith(os.path.join(root, ""))
+        around = root.startswith(os.path.join(target, ""))
+        if inside or around or target in linked:
+            raise StoreError(
+                f"can't list {key!r} in {self!r}: it is a symbolic link to {target!r}, which has a "
+                "name in the store already, so each object there would count twice. Remove the "
+                "link"
+            )
+        linked.add(target)
+        if stat.S_ISDIR(mode):
+            directories.append(key)
+        elif stat.S_ISREG(mode):
+            keys.append(key)
+
+    def _check_way(self, verb: str, key: str) -> None:
+        """Refuse a link to nowhere on the way to a key, as a disk leaves it that isn't mounted.
+
+        Raises:
+            StoreError: there is one.
+        """
+        step = os.path.join(self.root, key) if key else self.root
+        while len(step) >= len(self.root):
+            try:
+                _check_linked(step)
+            except OSError as exc:
+                raise self._failed(verb, key, exc) from exc
+            step = os.path.dirname(step)
 
     def _failed(self, verb: str, key: str, exc: OSError) -> StoreError:
         why = str(exc.strerror or exc)
@@ -276,11 +381,11 @@ class LocalBlobs:
 
     def _vanished(self, verb: str, key: str) -> StoreError:
         """Return the error of a write whose directory was gone at each try."""
-        if os.path.islink(self.root) and not os.path.exists(self.root):
-            # As a disk that isn't mounted leaves it: another try wouldn't help.
+        self._check_way(verb, key)
+        if self._is_begun and not os.path.isdir(self.root):
             return StoreError(
-                f"can't {verb} {key!r} in {self!r}: that is a link to {os.readlink(self.root)!r}, "
-                "which isn't there; is its disk mounted?"
+                f"can't {verb} {key!r} in {self!r}: the store was deleted while it was open, and "
+                "isn't made again by what had it open. Start that process again"
             )
         return BusyError(
             f"can't {verb} {key!r} in {self!r}: its directory vanished {_TRIES} times; try again"
@@ -306,8 +411,25 @@ def _first_shut(path: str, root: str, writes: bool) -> str | None:
     return None
 
 
+def _check_linked(path: str) -> None:
+    """Refuse a symbolic link that leads nowhere: what it names looks absent, and can't be created.
+
+    Raises:
+        OSError: it does.
+    """
+    if os.path.islink(path) and not os.path.exists(path):
+        raise OSError(
+            errno.ENOLINK,
+            f"{path!r} is a link to {os.readlink(path)!r}, which isn't there; is its disk mounted?",
+        )
+
+
 def _check_existing(path: str, sync: bool) -> None:
-    """Refuse a directory where a create found its name taken; with `sync`, make a file durable."""
+    """Refuse a directory, or a link to nowhere, where a create found its name taken.
+
+    With `sync`, make a file durable.
+    """
+    _check_linked(path)
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "it is the directory of other keys")
     if sync:

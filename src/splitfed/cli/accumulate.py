@@ -128,6 +128,12 @@ def _add_policy(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="versions that stay readable (default: 16, or staleness + 2)",
     )
+    group.add_argument(
+        "--keep-bytes",
+        type=int,
+        metavar="N",
+        help="bytes of older versions that stay for open calls (default: 64 MiB, or 4 x weights)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -181,6 +187,7 @@ def open_accumulator(arguments: argparse.Namespace) -> Accumulator:
         staleness_weight=getattr(policies, arguments.staleness_weight),
         clip_norm=arguments.clip_norm,
         keep_versions=arguments.keep_versions,
+        keep_bytes=arguments.keep_bytes,
         device=check_device(arguments.device),
     )
 

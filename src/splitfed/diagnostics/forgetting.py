@@ -86,7 +86,7 @@ def _in_lineage(store: GradientStore, name: str, found: Forgotten, *, dry_run: b
     counted = lineage.counted()
     found.num_folded += sum(1 for batch in counted if batch.client_id == found.client_id)
     for key in store.blobs.list(name):
-        owner = lineage.keys.owner_of(key)
+        owner = lineage.keys.parse_call(key)
         if owner is None or owner[0] != found.client_id:
             continue
         batch = lineage.keys.parse_gradient(key)

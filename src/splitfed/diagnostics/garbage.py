@@ -153,15 +153,15 @@ class _Line:
         return self._why_call(key)
 
     def _why_call(self, key: str) -> str:
-        owner = self._lineage.keys.owner_of(key)
+        owner = self._lineage.keys.parse_call(key)
         if owner is None:
             return ""
         client_id, incarnation, version = owner
         if incarnation < self._processes.get(client_id, 0):
             return "a call of a process that a newer one has superseded"
-        if version >= 0 and version not in self._kept:
+        if version is not None and version not in self._kept:
             return "a call at a version whose weights are gone"
-        if version >= 0 and self._lineage.commit(self._head).is_abandoned(version):
+        if version is not None and self._lineage.commit(self._head).is_abandoned(version):
             return "a call at a version that a rollback has undone"
         return ""
 

@@ -120,6 +120,14 @@ class Runner:
             )
         return head
 
+    def confirm(self) -> None:
+        """Check that the run is still there, as something of it is missing.
+
+        Raises:
+            CorruptedError: it was deleted, or another one was begun in its place.
+        """
+        self._lineage.confirm(now=True)
+
     def check_branch(self, version: int) -> None:
         """Refuse a version that a rollback has undone.
 
@@ -189,6 +197,15 @@ class Runner:
         self._pile.put_forward(*key, call)
         before = None if previous is None else (*key[:3], previous)
         self._graphs.put(key, call, done, self._bytes_of(call, done), before)
+
+    def has_left(self, version: int) -> bool:
+        """Whether a version that was the newest a moment ago can't be run any more."""
+        return self._lineage.has_left(version)
+
+    def drop(self, key: CallKey) -> None:
+        """Take the record of a call back."""
+        self._graphs.pop(key)
+        self._pile.drop_forward(*key)
 
     def record(self, key: CallKey) -> ForwardRecord | None:
         """The record of a call, or `None` if it is gone."""

@@ -160,6 +160,7 @@ class SplitServer:
             ProtocolError: the client has resumed from a position of another run.
         """
         check_types(request)
+        self.store.confirm()
         self._check_part(request)
         self._check_settings(request)
         self._check_resumed(request)
@@ -174,12 +175,25 @@ class SplitServer:
             if request.grad and incarnation is not None:
                 line.ledger.charge(request.client_id, extent(tensors)[1], calls=1)
             earlier = _earlier(line, request, incarnation)
-            version, call, done = line.runner.run_newest(_at(request, earlier.version))
-            if request.grad and incarnation is not None:
-                key = (version, request.client_id, incarnation, request.call)
-                own = request.previous if request.previous_version is None else None
-                line.runner.keep(key, call, done, own)
+            version, done = self._record(line, _at(request, earlier.version), incarnation)
             return self._forward_answer(line, incarnation, version, done, earlier)
+
+    def _record(
+        self, line: Line, request: ForwardRequest, incarnation: int | None
+    ) -> tuple[int, Run]:
+        """Run a call and record it if it may have a backward; its version, and the run."""
+        own = request.previous if request.previous_version is None else None
+        while True:
+            version, call, done = line.runner.run_newest(request)
+            if not request.grad or incarnation is None:
+                return version, done
+            key = (version, request.client_id, incarnation, request.call)
+            line.runner.keep(key, call, done, own)
+            if request.version is not None or not line.runner.has_left(version):
+                return version, done
+            # From here on the record holds the version, but it was computed for so long that the
+            # version has gone before.
+            line.runner.drop(key)
 
     def _forward_answer(
         self, line: Line, incarnation: int | None, version: int, done: Run, earlier: Earlier
@@ -221,6 +235,7 @@ class SplitServer:
         check_number("resumed", request.resumed)
         if request.call is not None:
             check_number("call", request.call)
+        self.store.confirm()
         self._clients.check(batch.client_id, batch.incarnation)
         line = self._lines.of(batch.client_id)
         self._tidy(line, batch.client_id, batch.incarnation, request.housekeeping)
@@ -307,6 +322,7 @@ class SplitServer:
                 "this server computes no loss: give it one, SplitServer(body, store, loss_fn=...)"
             )
         check_types(request)
+        self.store.confirm()
         ahead = request.forward
         self._check_part(ahead)
         self._check_settings(ahead)
@@ -408,6 +424,7 @@ class SplitServer:
 
     def pull(self, request: PullRequest, /) -> PullAnswer:
         """The client half, newest or at a version; version -1 if nobody has published one."""
+        self.store.confirm()
         return self._halves.pull(check_types(request))
 
     @property
@@ -422,6 +439,7 @@ class SplitServer:
             ArchitectureError: the half isn't the lineage's.
             SupersededError: the client has a newer process.
         """
+        self.store.confirm()
         return self._halves.push(check_types(request))
 
     def _tidy(
@@ -517,6 +535,8 @@ def _check_repeated(line: Line, batch: BatchId, request: LossRequest) -> None:
 
 
 def _lost(line: Line, batch: BatchId, request: BackwardRequest) -> SplitFedError:
+    """Why a call isn't on record any more."""
+    line.runner.confirm()
     if line.sealer.is_known(batch):
         return AlreadyAppliedError(
             f"batch {batch} is counted already, and its answer was confirmed: nothing counts twice"
@@ -524,7 +544,7 @@ def _lost(line: Line, batch: BatchId, request: BackwardRequest) -> SplitFedError
     return ExpiredError(
         f"call {request.call} of client {batch.client_id!r} at version {request.version} "
         "isn't in the store: its graph was released, the run was finished, "
-        "or its version has left the retention window (keep_versions). "
+        "or its version has left the retention window (keep_versions, keep_bytes). "
         "This batch is lost and counts nowhere; the loop may go on"
     )
 

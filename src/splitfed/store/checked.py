@@ -28,6 +28,10 @@ from splitfed.protocol import checksum
 from splitfed.protocol.packing import read_json
 from splitfed.store import layout
 
+LOOK_EVERY = 64
+"""Where a read takes milliseconds, whether the run is still the same is looked at so seldom: once
+in so many requests, and wherever a file is missing that must be there."""
+
 
 class Checked:
     """A storage backend whose objects carry checksums.
@@ -42,6 +46,8 @@ class Checked:
         self._required: bool | None = None
         self._is_swept = False
         """Whether nothing was left of probes; who probes comes before, or is `doctor`."""
+        self._format: bytes | None = None
+        self._asked = 0
 
     def __repr__(self) -> str:
         return repr(self.raw)
@@ -63,9 +69,42 @@ class Checked:
                 self._required = read_json(data, layout.FORMAT).get("format") != 1
         return self._required is not False
 
-    def note_format(self, version: int) -> None:
-        """Take note of the format of the store, which somebody has read."""
+    @property
+    def is_near(self) -> bool:
+        """Whether a read takes microseconds."""
+        return getattr(self.raw, "is_near", False)
+
+    def note_format(self, version: int, record: Buffer) -> None:
+        """Take note of the format of the store, which somebody has read, and of its whole record.
+
+        A store of no run any more hasn't got it (`has_format`).
+        """
         self._required = version > 1
+        self._format = bytes(record)
+
+    def is_look_due(self) -> bool:
+        """Whether to look if the run is still there, asked once for each call.
+
+        Where a read costs next to nothing it always is, elsewhere once in `LOOK_EVERY`: by count
+        and not by time, so that what a process asks of the storage follows from what it is asked.
+        """
+        self._asked += 1
+        return self.is_near or self._asked % LOOK_EVERY == 0
+
+    def has_format(self) -> bool:
+        """Whether the format's record is what it was when it was read; nothing is, if none was."""
+        if self._format is None:
+            return True
+        found = self.raw.get(layout.FORMAT)
+        return found is not None and bytes(found) == self._format
+
+    def gone(self) -> CorruptedError:
+        """The error of a store that is of no run any more, or of another one."""
+        return CorruptedError(
+            f"the run in {getattr(self.raw, 'url', repr(self.raw))} isn't there any more, or is "
+            "another: it was deleted or begun anew while a server or accumulator used it. That "
+            "process has to be started again; batches of the old run count in no other"
+        )
 
     def get(self, key: str) -> memoryview | None:
         """The object, compared with its checksum; None when absent.

@@ -23,11 +23,11 @@ import json
 import os
 import time
 
-from splitfed.blobs.contract import Blobs
 from splitfed.errors import InputError, ProtocolError, SupersededError
 from splitfed.protocol.checksum import text_of
 from splitfed.store import layout
 from splitfed.store.cache import Bounded
+from splitfed.store.checked import Checked
 
 BRANCH = 256
 """So many files of processes stay at most, and so many milestones of each level."""
@@ -48,7 +48,7 @@ class Clients:
         blobs: The storage backend.
     """
 
-    def __init__(self, blobs: Blobs) -> None:
+    def __init__(self, blobs: Checked) -> None:
         self._blobs = blobs
         self._joined: Bounded[str, bool] = Bounded(_KNOWN)
         self._opened: Bounded[tuple[str, int], float] = Bounded(_KNOWN)
@@ -103,6 +103,7 @@ class Clients:
 
         Raises:
             SupersededError: it isn't, or was never opened.
+            CorruptedError: the run was deleted, or another one was begun in its place.
         """
         if self._blobs.get(layout.client(client_id, incarnation + 1)) is not None:
             raise SupersededError(
@@ -117,6 +118,8 @@ class Clients:
             # A milestone's own file stays for long.
             is_passed = incarnation % BRANCH == 0 and self._milestone(client_id, incarnation)
             if is_passed or self._blobs.get(layout.client(client_id, incarnation)) is None:
+                if not self._blobs.has_format():
+                    raise self._blobs.gone()
                 raise SupersededError(
                     f"client {client_id!r} never opened process {incarnation} in this store, "
                     "or has begun many newer ones: make a new SplitClient"

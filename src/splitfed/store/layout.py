@@ -62,8 +62,9 @@ _POST = re.compile(r"post/([^/]+)/([0-9a-f]{32}-\d{10,12})\.(request|answer|clai
 TRANSIENT = ("forward", "part", "pin")
 """The folders of a lineage whose files are needed until calls are answered, and not after."""
 _TRANSIENT = re.compile(
-    r"(?:forward|part)/(?:[^/]+/(\d{10,12})-|(\d{10,12})/[^/]+/)\d{8,12}-[\d-]+"
+    r"(?:forward|part)/(?:([^/]+)/(\d{10,12})-|(\d{10,12})/([^/]+)/)(\d{8,12})-[\d-]+"
 )
+_BATCH = re.compile(r"(?:pin|grad|kept)/([^/]+)/(\d{8,12})-\d{10,12}")
 
 
 def client(client_id: str, incarnation: int | None = None) -> str:
@@ -121,11 +122,6 @@ def parse_post(key: str) -> tuple[str, str, str] | None:
         return check_client_id(found[1]), key.removesuffix(f".{end}"), end
     except IdError:
         return None
-
-
-_OWNED = re.compile(
-    r"(?:(?:forward|part)/([^/]+)/\d{10,12}-|(?:pin|grad|kept)/([^/]+)/)(\d{8,12})-[\d-]+"
-)
 
 
 class Keys:
@@ -210,21 +206,22 @@ class Keys:
         found = _VERSIONED.fullmatch(key.removeprefix(f"{self.root}/"))
         return (int(found[1]), found[2]) if found else None
 
-    def owner_of(self, key: str) -> tuple[str, int, int] | None:
-        """Whose call or batch a file is of: client, incarnation, and the version of a call or -1.
-
-        `None` for anything else.
-        """
-        found = _OWNED.fullmatch(key.removeprefix(f"{self.root}/"))
-        if found is None:
-            return None
-        version = self.parse_transient(key)
-        return found[1] or found[2], int(found[3]), -1 if version is None else version
-
     def parse_transient(self, key: str) -> int | None:
         """The version of a forward or a part; `None` for anything else."""
-        found = _TRANSIENT.fullmatch(key.removeprefix(f"{self.root}/"))
-        return int(found[1] or found[2]) if found else None
+        found = self.parse_call(key)
+        return None if found is None else found[2]
+
+    def parse_call(self, key: str) -> tuple[str, int, int | None] | None:
+        """(client, incarnation, version) of a file of a call or a batch; else `None`.
+
+        Only the names of forwards and parts tell the version.
+        """
+        name = key.removeprefix(f"{self.root}/")
+        found = _TRANSIENT.fullmatch(name)
+        if found is not None:
+            return found[1] or found[4], int(found[5]), int(found[2] or found[3])
+        found = _BATCH.fullmatch(name)
+        return None if found is None else (found[1], int(found[2]), None)
 
 
 def read_pin(data: memoryview, key: str) -> int:

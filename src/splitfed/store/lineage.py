@@ -45,7 +45,8 @@ from splitfed.store.batchset import BatchSet, Outcome
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
 from splitfed.store.commit import Commit
-from splitfed.store.layout import TRANSIENT, Keys, read_pin
+from splitfed.store.layout import TRANSIENT, Keys
+from splitfed.store.retention import Retention
 from splitfed.store.search import newest
 from splitfed.store.table import Table, is_due
 
@@ -73,6 +74,7 @@ class Lineage:
         self._states: Bounded[int, dict[str, Tensor]] = Bounded(CACHED)
         self._tables: Bounded[int, Table] = Bounded(CACHED)
         self._frozen: dict[str, dict[str, Tensor]] = {}
+        self._retention = Retention(blobs, self.keys)
         self.warned_of_unused = False
         """Whether it was said that a body's weights came too late (`beginning`)."""
         self._hint = -1
@@ -88,6 +90,7 @@ class Lineage:
         """
         data = self.blobs.get(self.keys.fingerprint)
         if data is None:
+            self.confirm(now=True)
             raise MissingError(
                 f"the store has no lineage {self.name!r} yet: "
                 "a SplitServer or Accumulator begins it with its module's weights"
@@ -146,25 +149,48 @@ class Lineage:
         files = map(self.keys.parse_versioned, self.blobs.list(f"{self.name}/weights"))
         return {file[0] for file in files if file is not None}
 
-    def checked_head(self) -> int:
-        """As `head`, after a check that the newest version known here is still what it was.
+    def confirm(self, *, now: bool = False) -> None:
+        """Check that the store still holds the run that is cached here.
 
-        For who begins something on it: a run that was deleted and begun again under the same URL
-        would otherwise be mixed with what is cached of the old one.
+        A run that was deleted, or begun again under the same URL, would otherwise be mixed with
+        what is known of the old one, and a batch acknowledged that counts nowhere.
+
+        Args:
+            now: Whether something is missing that must be there: then all that tells is read.
 
         Raises:
             CorruptedError: the run was deleted or replaced meanwhile.
         """
-        version = self._head
-        known = self._commits.get(version)
-        if version >= 0:
-            data = self.blobs.get(self.keys.commit(version))
-            if data is None or (known is not None and sha256([data]) != known.digest):
-                raise CorruptedError(
-                    f"version {version} of lineage {self.name!r} isn't there any more, "
-                    "or is another: the run was deleted or begun anew "
-                    "while a server or accumulator used it, and that one has to be started again"
-                )
+        if not now and not self.blobs.is_look_due():
+            return
+        # A commit's record is never another: while the newest that is known is there, the run is.
+        if not (self.blobs.has_format() if self._head < 0 else self._is_newest_known()):
+            raise self.blobs.gone()
+
+    def _is_newest_known(self) -> bool:
+        """Whether the newest version known here is there, and what it was."""
+        key = self.keys.commit(self._head)
+        known = self._commits.get(self._head)
+        data = self.blobs.raw.get(key)
+        if data is None:
+            return False
+        if known is None or sha256([data]) == known.digest:
+            return True
+        # Other bytes: damaged, which is said as that, or another commit.
+        found = self.blobs.get(key)
+        return found is not None and Commit.from_json(found).nonce == known.nonce
+
+    def checked_head(self) -> int:
+        """As `head`, after a check that the newest version known here is still what it was.
+
+        For who begins something on it.
+
+        Raises:
+            CorruptedError: the run was deleted or replaced meanwhile.
+        """
+        # One read tells it here, on whatever storage: a commit under another nonce, or none.
+        if self._head >= 0 and not self._is_newest_known():
+            raise self.blobs.gone()
         return self.head()
 
     def commit(self, version: int) -> Commit:
@@ -178,6 +204,7 @@ class Lineage:
         if found is None:
             head = self.head()
             if 0 <= version < head:
+                self.confirm(now=True)
                 raise self._lost_record(version)
             raise MissingError(
                 f"lineage {self.name!r} has no version {version}: the newest is {head}"
@@ -473,28 +500,46 @@ class Lineage:
             raise StoreError(f"version {head + 1} was committed meanwhile: try the rollback again")
         return made, lost
 
-    def sweep(self, keep: int, *, first: bool = False) -> int:
+    def has_left(self, version: int) -> bool:
+        """Whether a version that was the newest a moment ago has left the window since.
+
+        Far away, where a commit takes as long as many reads, nobody asks for a newer one.
+        """
+        newest = self.head() if self.blobs.is_near else self._head
+        if newest - version < 2:
+            return False
+        key = self.keys.versioned("weights", version, self.commit(version).nonce)
+        return self.blobs.raw.get(key) is None
+
+    def sweep(self, keep: int, keep_bytes: int | None = 0, *, first: bool = False) -> int:
         """Delete what no reader may need any more; without clocks, and never beyond the head.
 
         Args:
             keep: How many of the newest versions stay.
+            keep_bytes: So many bytes of older versions, and of the open calls that need them, stay
+                besides (`retention`); `None` for its default.
             first: Whether the weights of version 0 stay too, for a replay.
 
         Returns:
-            How many forwards and parts were dropped with their versions.
+            How many forwards, parts and pins were dropped with their versions.
         """
         self.blobs.sweep()
         head = self.head()
-        oldest = head - keep + 1
-        self._sweep_files(head, oldest, first=first)
         if head % PRUNE_EVERY == 0:
             for folder in (*TRANSIENT, "grad"):
                 self.blobs.prune(f"{self.name}/{folder}")
-        if oldest <= 0:
+        oldest = head - keep + 1
+        if not self._retention.is_due(oldest):
             return 0
-        return self._sweep_pins(oldest) + self._sweep_transient(oldest)
+        # What is open is listed right before its weights may go: a call that is recorded in between
+        # finds that they are gone, and runs again at a newer version.
+        held, dropped = self._retention.sort(oldest, keep_bytes) if oldest > 0 else (set(), [])
+        self._sweep_files(head, oldest, held, first=first)
+        for key in dropped:
+            self.blobs.delete(key)
+        return len(dropped)
 
-    def _sweep_files(self, head: int, oldest: int, *, first: bool) -> None:
+    def _sweep_files(self, head: int, oldest: int, held: set[int], *, first: bool) -> None:
         """Delete the files of expired versions, and those that no commit names."""
         # Later versions need the table that the oldest one needs.
         base = self.commit(max(0, oldest)).base
@@ -507,35 +552,13 @@ class Lineage:
                 version, nonce = found
                 if first and version == 0 and nonce == self.commit(0).nonce:
                     continue
-                # Files of head + 1 may be those of a commit under way: they are left alone.
-                if version <= head and (version < floor or self.commit(version).nonce != nonce):
+                if version < floor:
+                    is_over = kind != "weights" or version not in held
+                else:
+                    # Files of head + 1 may be those of a commit under way: they are left alone.
+                    is_over = version <= head and self.commit(version).nonce != nonce
+                if is_over:
                     self.blobs.delete(key)
-
-    def _sweep_pins(self, oldest: int) -> int:
-        dropped = 0
-        for key in self.blobs.list(f"{self.name}/pin"):
-            if self._is_needless(key, oldest):
-                self.blobs.delete(key)
-                dropped += 1
-        return dropped
-
-    def _is_needless(self, pin: str, oldest: int) -> bool:
-        try:
-            data = self.blobs.get(pin)
-            return data is not None and read_pin(data, pin) < oldest
-        except (CorruptedError, FormatError):
-            # It says nothing any more, and as an error it would stop the commits of everybody.
-            return True
-
-    def _sweep_transient(self, oldest: int) -> int:
-        dropped = 0
-        for kind in ("forward", "part"):
-            for key in self.blobs.list(f"{self.name}/{kind}"):
-                version = self.keys.parse_transient(key)
-                if version is not None and version < oldest:
-                    self.blobs.delete(key)
-                    dropped += 1
-        return dropped
 
     def _find(self, version: int) -> Commit | None:
         found = self._commits.get(version)
@@ -668,6 +691,7 @@ class Lineage:
         except (CorruptedError, FormatError) as error:
             raise self._corrupted(version, kind) from error
         if data is None:
+            self.confirm(now=True)
             head = self.head()
             if version == (self.commit(head).base if kind == "applied" else head):
                 raise CorruptedError(
@@ -678,7 +702,8 @@ class Lineage:
             raise ExpiredError(
                 f"the {kind} of version {version} of lineage {self.name!r} "
                 f"have left the retention window (the newest is {head}): "
-                "raise keep_versions of the Accumulator, or go on with a newer version"
+                "raise keep_versions of the Accumulator, or keep_bytes for calls that are open; "
+                "or go on with a newer version"
             )
         return commit, data
 

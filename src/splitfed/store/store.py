@@ -130,6 +130,7 @@ class GradientStore:
         Raises:
             MissingError: nobody has begun it.
         """
+        self.confirm()
         head = self.lineage(lineage).head()
         if head < 0:
             self.lineage(lineage).fingerprint()
@@ -155,6 +156,7 @@ class GradientStore:
 
     def waiting(self, lineage: str = "body") -> list[BatchId]:
         """The batches that are pending: on file and in no commit yet, in canonical order."""
+        self.confirm()
         versions = self.lineage(lineage)
         # The files are listed first: a batch that is folded in between is then in the table, and
         # the other way round it would be found on file and not counted.
@@ -215,6 +217,14 @@ class GradientStore:
         """Whether what gradients follow from is kept after they are counted."""
         found = self.header()
         return self._keeps_forwards if found is None else bool(found.get("keep_forwards"))
+
+    def confirm(self) -> None:
+        """Check that the run that was opened is still there, where that costs next to nothing.
+
+        Raises:
+            CorruptedError: it was deleted, or another one was begun in its place.
+        """
+        self.lineage().confirm()
 
     def rounds(self) -> Rounds:
         """The rounds of a federation: plans, decisions and reports."""
@@ -295,7 +305,7 @@ class GradientStore:
             )
         if damage is not None:
             raise damage
-        self.blobs.note_format(version)
+        self.blobs.note_format(version, data)
         self._header = found
         return found
 

@@ -97,6 +97,7 @@ class Worker:
         self.limits = MessageLimits() if limits is None else limits
         self.limits.govern(server)
         self._server = server
+        self._store = store
         self._blobs = store.blobs
         self._clock = clock
         self._seen: dict[str, float] = {}
@@ -115,7 +116,10 @@ class Worker:
 
         Raises:
             StoreError: the storage failed; nothing is lost, and a later step continues.
+            CorruptedError: the run was deleted, or another one was begun in its place.
         """
+        # A folder that was deleted looks like one in which nobody asks for anything.
+        self._store.confirm()
         posts = self._look()
         left = _waiting(posts)
         stops = [self._stop] if stop is None else [self._stop, stop]
