@@ -33,6 +33,7 @@ def used(**settings: object) -> GradientStore:
         accumulator.step()
     old(torch.ones(1, 2))
     SplitClient(half, server, "a")(torch.ones(1, 2))
+    store.open_client("b")
     store.pile().create(batch(0, "b"), record(base_version=6))
     store.pile().create(batch(0, "a", 1), record(base_version=0))  # counted: its clean-up crashed
     return store

@@ -117,7 +117,7 @@ def one_trip_site() -> Site:
     """A site with a one-trip batch that is pending, two versions after the window of its own has closed."""
     site = Site(f"memory://{uuid.uuid4()}", loss_fn=lambda outputs, target: (outputs * target).sum())
     assert site.server.loss(one_trip()).status == "stored"
-    accumulator = Accumulator(body(), site.store, lambda p: torch.optim.SGD(p, lr=1.0), keep_versions=2)
+    accumulator = Accumulator(body(), site.store, lambda p: torch.optim.SGD(p, lr=1.0), keep_versions=2, keep_bytes=0)
     for seq in range(1, 4):
         call = site.forward(incarnation=1, call=seq)
         site.server.backward(back(seq=seq, call=seq, version=call.version))

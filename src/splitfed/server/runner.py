@@ -183,29 +183,37 @@ class Runner:
         return tuple(sorted(self._settings.habits.written)[:WRITTEN])
 
     def keep(
-        self, key: CallKey, call: ForwardRecord, done: Run, previous: int | None = None
-    ) -> None:
+        self,
+        request: ForwardRequest,
+        incarnation: int,
+        version: int,
+        call: ForwardRecord,
+        done: Run,
+    ) -> bool:
         """Record a call that has run, and keep its graph at hand.
 
         Args:
-            key: The call.
+            request: The call.
+            incarnation: The client's process.
+            version: The version that it ran at.
             call: What it ran on.
             done: Its run.
-            previous: The number of the call of the same `client(...)` before it.
+
+        Returns:
+            Whether it can have a backward: not if it was computed for so long that its version has
+            left the retention window before the record held it there.
         """
+        key = (version, request.client_id, incarnation, request.call)
+        own = request.previous if request.previous_version is None else None
         call = call.with_outputs(done.tensors, done.crcs)
         self._pile.put_forward(*key, call)
-        before = None if previous is None else (*key[:3], previous)
+        before = None if own is None else (*key[:3], own)
         self._graphs.put(key, call, done, self._bytes_of(call, done), before)
-
-    def has_left(self, version: int) -> bool:
-        """Whether a version that was the newest a moment ago can't be run any more."""
-        return self._lineage.has_left(version)
-
-    def drop(self, key: CallKey) -> None:
-        """Take the record of a call back."""
-        self._graphs.pop(key)
+        if request.version is not None or not self._lineage.has_left(version):
+            return True
+        self.forget(key)
         self._pile.drop_forward(*key)
+        return False
 
     def record(self, key: CallKey) -> ForwardRecord | None:
         """The record of a call, or `None` if it is gone."""

@@ -137,6 +137,8 @@ class SplitServer:
         store.check_beside(lineage, beside, numerics)
         self._halves = Halves(store, numerics)
         self._clients = store.registry()
+        self._confirm = store.lineage().confirm
+        """Whether the run is still there is asked before anything else."""
         self._gradient_bytes = sum(state[name].nbytes for name in self._template.trainable)
         runners = RunnerSettings(
             self._template,
@@ -160,7 +162,7 @@ class SplitServer:
             ProtocolError: the client has resumed from a position of another run.
         """
         check_types(request)
-        self.store.confirm()
+        self._confirm()
         self._check_part(request)
         self._check_settings(request)
         self._check_resumed(request)
@@ -175,25 +177,12 @@ class SplitServer:
             if request.grad and incarnation is not None:
                 line.ledger.charge(request.client_id, extent(tensors)[1], calls=1)
             earlier = _earlier(line, request, incarnation)
-            version, done = self._record(line, _at(request, earlier.version), incarnation)
+            asked = _at(request, earlier.version)
+            version, call, done = line.runner.run_newest(asked)
+            if request.grad and incarnation is not None:
+                while not line.runner.keep(asked, incarnation, version, call, done):
+                    version, call, done = line.runner.run_newest(asked)
             return self._forward_answer(line, incarnation, version, done, earlier)
-
-    def _record(
-        self, line: Line, request: ForwardRequest, incarnation: int | None
-    ) -> tuple[int, Run]:
-        """Run a call and record it if it may have a backward; its version, and the run."""
-        own = request.previous if request.previous_version is None else None
-        while True:
-            version, call, done = line.runner.run_newest(request)
-            if not request.grad or incarnation is None:
-                return version, done
-            key = (version, request.client_id, incarnation, request.call)
-            line.runner.keep(key, call, done, own)
-            if request.version is not None or not line.runner.has_left(version):
-                return version, done
-            # From here on the record holds the version, but it was computed for so long that the
-            # version has gone before.
-            line.runner.drop(key)
 
     def _forward_answer(
         self, line: Line, incarnation: int | None, version: int, done: Run, earlier: Earlier
@@ -235,7 +224,7 @@ class SplitServer:
         check_number("resumed", request.resumed)
         if request.call is not None:
             check_number("call", request.call)
-        self.store.confirm()
+        self._confirm()
         self._clients.check(batch.client_id, batch.incarnation)
         line = self._lines.of(batch.client_id)
         self._tidy(line, batch.client_id, batch.incarnation, request.housekeeping)
@@ -322,7 +311,7 @@ class SplitServer:
                 "this server computes no loss: give it one, SplitServer(body, store, loss_fn=...)"
             )
         check_types(request)
-        self.store.confirm()
+        self._confirm()
         ahead = request.forward
         self._check_part(ahead)
         self._check_settings(ahead)
@@ -424,7 +413,7 @@ class SplitServer:
 
     def pull(self, request: PullRequest, /) -> PullAnswer:
         """The client half, newest or at a version; version -1 if nobody has published one."""
-        self.store.confirm()
+        self._confirm()
         return self._halves.pull(check_types(request))
 
     @property
@@ -439,7 +428,7 @@ class SplitServer:
             ArchitectureError: the half isn't the lineage's.
             SupersededError: the client has a newer process.
         """
-        self.store.confirm()
+        self._confirm()
         return self._halves.push(check_types(request))
 
     def _tidy(
