@@ -44,9 +44,11 @@ from splitfed.protocol.messages import (
     ForwardRecord,
     GradientRecord,
     Housekeeping,
+    Recipe,
     Seal,
 )
 from splitfed.protocol.packing import pack, peek, unpack
+from splitfed.store.archive import Archive
 from splitfed.store.batchset import MAX_GAPS, BatchSet, Outcome
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
@@ -57,6 +59,8 @@ from splitfed.store.numbers import MAX_SKIPS, Numbers, Skips
 MAX_OPEN = 64
 """Holes that a process may have where it gives a number up: as many as it may have passes under
 way at once."""
+_UNFIT = "unfit"
+"""The kind of a part in a log whose gradient isn't finite."""
 _PROCESSES = 4096
 OUTCOMES = {
     "gradient": Outcome.FOLDED,
@@ -180,6 +184,7 @@ class Pile:
         if exactly and kind == record.kind:
             found = self.read(batch)
             if found is not None and found.digest == record.digest:
+                _check_recipes(found.recipes, record.recipes, name)
                 _check_same(found.gradients, record.gradients, name)
         return kind
 
@@ -247,12 +252,19 @@ class Sealer:
         lineage: Its applied table says which batches are counted.
         pile: The files of its batches.
         numerics: The short name of this process's numerics class.
+        archive: Where recipes are kept; `None` where they aren't.
     """
 
-    def __init__(self, lineage: Lineage, pile: Pile, numerics: str) -> None:
+    def __init__(
+        self, lineage: Lineage, pile: Pile, numerics: str, archive: Archive | None = None
+    ) -> None:
         self._lineage = lineage
         self._pile = pile
         self._numerics = numerics
+        self._archive = archive
+        self._in_log = lineage.durability == "log"
+        self.wants_recipes = self._in_log or archive is not None
+        """Whether what is stored must say what its gradient follows from."""
         self._numbers: Bounded[tuple[str, int], Numbers] = Bounded(_PROCESSES)
         self._skips: Bounded[str, Skips] = Bounded(_PROCESSES)
         self._lock = threading.Lock()
@@ -295,10 +307,35 @@ class Sealer:
                 )
             return _status(self._lineage.outcome(batch), record.resumed)
         self._take(batch, applied, MAX_GAPS)
-        if not all(all_finite(gradient) for gradient in record.gradients.values()):
-            record = replace(record, kind="rejected", gradients={}, buffers=[])
+        record = self._as_stored(batch, record)
         kind = self._pile.create(batch, record, exactly=True)
         return _status(OUTCOMES[kind], record.resumed)
+
+    def _as_stored(self, batch: BatchId, record: GradientRecord) -> GradientRecord:
+        """What is on file of a batch: its gradient, or in a log its recipes; neither if it's unfit.
+
+        What it follows from is archived, where that is done, before the gradient is there.
+        """
+        if record.kind != "gradient" or not _is_finite(record):
+            unfit = replace(record, kind="rejected", gradients={}, buffers=[])
+            return replace(unfit, recipes=(), seal=None)
+        if self._in_log and record.recipes:
+            return record.as_recipes()
+        if self._archive is not None and record.recipes:
+            self._archive.put(batch, record, self.is_known)
+        return record.as_gradient()
+
+    def put_part(self, version: int, batch: BatchId, part: int, share: GradientRecord) -> None:
+        """Keep one call's share of a batch until the batch is sealed.
+
+        Raises:
+            DigestError: this part was sent before with other content.
+        """
+        record = replace(share, kind="part")
+        if self._in_log and share.recipes:
+            kind = "part" if _is_finite(share) else _UNFIT
+            record = replace(share.as_recipes(), kind=kind)
+        self._pile.put_part(version, batch, part, record)
 
     def seal(
         self, batch: BatchId, own: int, seal: Seal, share: GradientRecord | None, resumed: int = 0
@@ -326,7 +363,10 @@ class Sealer:
         if not parts:
             raise InputError(f"the seal of batch {batch} names no part: expected at least one")
         digest = seal.digest(batch) if share is None else share.digest
-        record = sum_of(parts, seal, digest, self._numerics)
+        if self._in_log and all(part.recipes for part in parts.values()):
+            record = _listed(parts, seal, digest, self._numerics)
+        else:
+            record = sum_of(parts, seal, digest, self._numerics)
         status = self.store(batch, replace(record, resumed=resumed))
         # Only now: were the parts dropped first and the process killed, the retry would find
         # neither parts nor batch.
@@ -381,7 +421,7 @@ class Sealer:
                     f"part {number} of batch {batch} has left the store, "
                     "so the batch is lost and counts nowhere: go on with the next one"
                 )
-            if len(part.buffers) not in (1, 2):
+            if len(part.buffers) not in (1, 2) and not part.recipes:
                 raise FormatError(
                     f"part {number} of batch {batch} isn't one call's share: "
                     f"{len(part.buffers)} of them"
@@ -450,16 +490,33 @@ def sum_of(
         digest: Of the request that does.
         numerics: The short name of the numerics class that it was computed in.
     """
+    record = _listed(parts, seal, digest, numerics)
+    gradients = _sum([part.gradients for part in parts.values()])
+    return replace(record, gradients=gradients, buffers=_updates(seal.chains, parts))
+
+
+def _listed(
+    parts: Mapping[int, GradientRecord], seal: Seal, digest: str, numerics: str
+) -> GradientRecord:
+    """A batch as the recipes of its parts."""
+    recipes = [recipe for part in parts.values() for recipe in part.recipes]
     return GradientRecord(
-        kind="gradient",
+        kind="rejected" if any(part.kind == _UNFIT for part in parts.values()) else "gradient",
         base_version=min(part.base_version for part in parts.values()),
         num_samples=seal.num_samples,
         loss_scale=seal.loss_scale,
         digest=digest,
         numerics=numerics,
-        gradients=_sum([part.gradients for part in parts.values()]),
-        buffers=_updates(seal.chains, parts),
+        # Of the call that rides along: whether it is finite is tested when it is stored.
+        gradients=[*parts.values()][-1].gradients,
+        buffers=[],
+        recipes=tuple(recipes),
+        seal=seal if recipes else None,
     )
+
+
+def _is_finite(record: GradientRecord) -> bool:
+    return all(all_finite(gradient) for gradient in record.gradients.values())
 
 
 def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -506,6 +563,24 @@ def _asked(record: ForwardRecord) -> bytes:
     return b"".join(pack(replace(record, buffers=None, outputs=(), crcs=(), numerics="")))
 
 
+def _check_recipes(found: Sequence[Recipe], computed: Sequence[Recipe], name: str) -> None:
+    """Refuse recipes whose digest is on file with other inputs.
+
+    Raises:
+        DigestError: they are others.
+    """
+    pairs = zip(found, computed, strict=False)
+    if any(_asked(one.forward) != _asked(other.forward) for one, other in pairs):
+        raise _other_inputs(name)
+
+
+def _other_inputs(name: str) -> DigestError:
+    return DigestError(
+        f"{name} was sent before for other inputs: two processes bear the incarnation of its "
+        "client, as copies of a running one do. Make a new SplitClient in each of them"
+    )
+
+
 def _check_same(found: Mapping[str, Tensor], computed: Mapping[str, Tensor], name: str) -> None:
     """Refuse a gradient whose digest is on file with another gradient.
 
@@ -525,7 +600,4 @@ def _check_same(found: Mapping[str, Tensor], computed: Mapping[str, Tensor], nam
                 continue
             if not math.isfinite(float(distance)):
                 continue
-        raise DigestError(
-            f"{name} was sent before for other inputs: two processes bear the incarnation of its "
-            "client, as copies of a running one do. Make a new SplitClient in each of them"
-        )
+        raise _other_inputs(name)
