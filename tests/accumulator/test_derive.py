@@ -1,4 +1,4 @@
-"""The log: a batch is acknowledged on what its gradient follows from, and versions have the bits that gradients give."""
+"""The log: a batch is acknowledged on what its gradient follows from; versions have the bits that gradients give."""
 
 from __future__ import annotations
 
@@ -214,3 +214,60 @@ def test_two_calls_with_one_gradient_and_other_inputs_are_told_apart() -> None:
     assert found is not None
     (recipe,) = found.recipes
     assert recipe.forward.inputs[0][0].shape == (4, 3)
+
+
+def test_in_one_process_nothing_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last gradients are handed over in memory, with the same bits; what was displaced is derived."""
+    stores = []
+    for most in (0, 2**20):
+        store = GradientStore(f"memory://{uuid.uuid4()}")
+        monkeypatch.setattr("splitfed.store.fresh.BYTES", most)
+        half, body = parts()
+        client = SplitClient(half, SplitServer(body, store, durability="log"), "a")
+        accumulator = Accumulator(body, store, torch.optim.Adam)
+        fresh, derived = store.fresh(), []
+        fresh._most = most
+        monkeypatch.setattr(accumulator._deriver, "gradient", _noted(accumulator._deriver.gradient, derived))
+        torch.manual_seed(1)
+        for _ in range(5):
+            one(client, X)
+        accumulator.step()
+        assert len(derived) == (3 if most == 0 else 0)
+        assert fresh.take(batch(4), "") is None
+        stores.append(store)
+    assert bits(stores[0].load_weights()) == bits(stores[1].load_weights())
+
+
+def _noted(function: Callable[[Any], Any], calls: list[Any]) -> Callable[[Any], Any]:
+    def noted(record: Any) -> Any:
+        calls.append(record)
+        return function(record)
+
+    return noted
+
+
+def test_a_gradient_in_memory_is_nobody_elses() -> None:
+    """Autograd hands a bias the gradient of the output itself, which the client may write to."""
+
+    class Shift(nn.Module):
+        """Its gradient is the output's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            """A shift."""
+            return x + self.shift
+
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    half, body = split(nn.Sequential(nn.Linear(3, 3), Shift()), "1")
+    client = SplitClient(half, SplitServer(body, store, durability="log"), "a")
+    accumulator = Accumulator(body, store, sgd())
+    outputs = client(X)
+    sent = torch.ones(4, 3)
+    outputs.register_hook(lambda grad: None)
+    outputs.backward(sent)
+    sent.zero_()
+    accumulator.step()
+    assert torch.equal(store.load_weights()["shift"], -torch.ones(4, 3))

@@ -146,6 +146,8 @@ class Accumulator:
         self._versions = store.lineage(lineage)
         self._pile = store.pile(lineage)
         numerics = store.begin(place)
+        self._fresh = store.fresh(lineage)
+        self._fresh.wanted = True
         self._deriver = Deriver(self._template, self._versions.state, place, numerics)
         self._archive = store.archive(lineage)
         store.attended = True
@@ -371,7 +373,9 @@ class Accumulator:
     def _read(self, batch: BatchId) -> GradientRecord | None:
         """The gradient of a pending batch; in a log it is computed from its recipes."""
         record = self._pile.read(batch)
-        return None if record is None else self._deriver.gradient(record)
+        if record is None or not record.recipes:
+            return record
+        return self._fresh.take(batch, record.digest) or self._deriver.gradient(record)
 
     def _merge(self, held: Mapping[str, Tensor], updates: list[BufferUpdate]) -> dict[str, Tensor]:
         """The buffers after a commit with these updates, from their values before it."""

@@ -398,7 +398,13 @@ class Lines:
     def _open(self, name: str) -> Line:
         lineage = self._store.lineage(name)
         pile = self._store.pile(name)
-        sealer = Sealer(lineage, pile, self._settings.numerics, self._store.archive(name))
+        sealer = Sealer(
+            lineage,
+            pile,
+            self._settings.numerics,
+            self._store.archive(name),
+            self._store.fresh(name),
+        )
         ledger = Ledger(pile, self._settings.quota)
         runner = Runner(lineage, pile, self._settings)
         return Line(pile, sealer, runner, ledger)

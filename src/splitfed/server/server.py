@@ -59,6 +59,7 @@ from splitfed.server.memory import Memory, extent
 from splitfed.server.runner import Line, Lines, RunnerSettings
 from splitfed.store.beginning import begin_with, check_durability
 from splitfed.store.earlier import Earlier
+from splitfed.store.fresh import apart
 from splitfed.store.quota import Quota
 from splitfed.store.store import GradientStore, check_store
 
@@ -281,6 +282,7 @@ class SplitServer:
         digest = request.digest()
         share = done.share(gradients, digest, self._numerics, start=record.buffers)
         if line.sealer.wants_recipes:
+            share = replace(share, gradients=apart(gradients, [*sent, *grad_inputs]))
             made = self._recipe(line, batch, request, key, done, grad_inputs, digest)
             share = replace(share, recipes=made)
         if request.seal is not None:
@@ -390,6 +392,7 @@ class SplitServer:
             share = done.share(gradients, digest, self._numerics, num_samples=samples)
             share = replace(share, resumed=ahead.resumed)
             if line.sealer.wants_recipes:
+                share = replace(share, gradients=apart(gradients, [*of_outputs, *grad_inputs]))
                 made = recipe_of(call, done, of_outputs, grad_inputs, part=0, digest=digest)
                 share = replace(share, recipes=(made,))
             status = line.sealer.store(batch, share, is_first=is_first)

@@ -52,6 +52,7 @@ from splitfed.store.archive import Archive
 from splitfed.store.batchset import MAX_GAPS, BatchSet, Outcome
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
+from splitfed.store.fresh import Fresh
 from splitfed.store.layout import TRANSIENT, Keys, read_pin
 from splitfed.store.lineage import Lineage
 from splitfed.store.numbers import MAX_SKIPS, Numbers, Skips
@@ -253,15 +254,22 @@ class Sealer:
         pile: The files of its batches.
         numerics: The short name of this process's numerics class.
         archive: Where recipes are kept; `None` where they aren't.
+        fresh: Where gradients in a log are handed on in memory; `None` for nowhere.
     """
 
     def __init__(
-        self, lineage: Lineage, pile: Pile, numerics: str, archive: Archive | None = None
+        self,
+        lineage: Lineage,
+        pile: Pile,
+        numerics: str,
+        archive: Archive | None = None,
+        fresh: Fresh | None = None,
     ) -> None:
         self._lineage = lineage
         self._pile = pile
         self._numerics = numerics
         self._archive = archive
+        self._fresh = fresh if lineage.durability == "log" else None
         self._in_log = lineage.durability == "log"
         self.wants_recipes = self._in_log or archive is not None
         """Whether what is stored must say what its gradient follows from."""
@@ -307,8 +315,10 @@ class Sealer:
                 )
             return _status(self._lineage.outcome(batch), record.resumed)
         self._take(batch, applied, MAX_GAPS)
-        record = self._as_stored(batch, record)
-        kind = self._pile.create(batch, record, exactly=True)
+        stored = self._as_stored(batch, record)
+        kind = self._pile.create(batch, stored, exactly=True)
+        if self._fresh is not None and len(stored.recipes) == 1:
+            self._fresh.put(batch, record)
         return _status(OUTCOMES[kind], record.resumed)
 
     def _as_stored(self, batch: BatchId, record: GradientRecord) -> GradientRecord:
@@ -363,10 +373,9 @@ class Sealer:
         if not parts:
             raise InputError(f"the seal of batch {batch} names no part: expected at least one")
         digest = seal.digest(batch) if share is None else share.digest
-        if self._in_log and all(part.recipes for part in parts.values()):
-            record = _listed(parts, seal, digest, self._numerics)
-        else:
-            record = sum_of(parts, seal, digest, self._numerics)
+        # In a log the parts of before are recipes alone.
+        add_up = sum_of if all(part.buffers for part in parts.values()) else _listed
+        record = add_up(parts, seal, digest, self._numerics)
         status = self.store(batch, replace(record, resumed=resumed))
         # Only now: were the parts dropped first and the process killed, the retry would find
         # neither parts nor batch.
