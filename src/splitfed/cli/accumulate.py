@@ -182,6 +182,7 @@ def open_accumulator(arguments: argparse.Namespace) -> Accumulator:
         clip_norm=arguments.clip_norm,
         keep_versions=arguments.keep_versions,
         device=check_device(arguments.device),
+        durability=arguments.durability,
     )
 
 
