@@ -30,7 +30,7 @@ from splitfed.errors import (
 )
 from splitfed.model.cut import split
 from splitfed.protocol.ids import BatchId
-from splitfed.protocol.messages import Chain, Housekeeping
+from splitfed.protocol.messages import Chain, Housekeeping, LossRequest
 from splitfed.server.server import SplitServer
 from splitfed.store.batchset import BatchSet, Verdict
 from splitfed.store.store import GradientStore
@@ -105,6 +105,58 @@ def test_the_same_id_with_other_content_is_refused(changes: dict[str, Any], site
     with pytest.raises(DigestError, match="batch a/1/0 was sent before with other content"):
         site.other.backward(back(**changes))
     assert site.store.pile().peek(BatchId("a", 1, 0))["num_samples"] == 2  # type: ignore[index]
+
+
+def one_trip() -> LossRequest:
+    """A batch in one trip, as its retry is too."""
+    return LossRequest(ahead(), 0, ONES, 2.0)
+
+
+@pytest.fixture
+def one_trip_site() -> Site:
+    """A site with a one-trip batch that is pending, two versions after the window of its own has closed."""
+    site = Site(f"memory://{uuid.uuid4()}", loss_fn=lambda outputs, target: (outputs * target).sum())
+    assert site.server.loss(one_trip()).status == "stored"
+    accumulator = Accumulator(body(), site.store, lambda p: torch.optim.SGD(p, lr=1.0), keep_versions=2)
+    for seq in range(1, 4):
+        call = site.forward(incarnation=1, call=seq)
+        site.server.backward(back(seq=seq, call=seq, version=call.version))
+        assert accumulator.step(only=Verdict(folded=BatchSet([BatchId("a", 1, seq)]))) is not None
+    assert site.store.blobs.list("body/pin") == []
+    return site
+
+
+@pytest.mark.parametrize("note", [None, 3], ids=["gone", "of a retry that was killed"])
+def test_a_one_trip_batch_whose_version_is_gone_is_told_that_it_counts(note: int | None, one_trip_site: Site) -> None:
+    """Not that its content is another's: pending or counted, on any replica, it counts once."""
+    site, batch = one_trip_site, BatchId("a", 1, 0)
+    for committed in (False, True):
+        for server in (site.server, site.other, site.cached):
+            if note is not None:
+                site.store.pile().pin(batch, note)
+            with pytest.raises(AlreadyAppliedError, match=r"batch a/1/0 is counted already, or will be.*no longer on"):
+                server.loss(one_trip())
+        assert site.store.waiting() == ([] if committed else [batch])
+        if not committed:
+            assert list(site.commit().folded) == [batch]
+
+
+def test_other_content_under_the_id_of_a_one_trip_batch_is_refused_all_the_same(one_trip_site: Site) -> None:
+    """Also where the version is gone that the first ran at."""
+    other = replace(one_trip(), target=ONES * 2)
+    for _ in range(2):
+        with pytest.raises(DigestError, match="batch a/1/0 was sent before with other content"):
+            one_trip_site.server.loss(other)
+
+
+def test_a_copy_of_a_process_isnt_told_that_its_batch_counts(site: Site) -> None:
+    """A number that the other copy has had counted, at an older version."""
+    site.forward()
+    site.server.backward(back())
+    site.commit()
+    call = site.forward(incarnation=1, call=1)
+    with pytest.raises(DigestError, match="batch a/1/0 is counted with other content, of another version"):
+        site.server.backward(back(call=1, version=call.version))
 
 
 def test_a_number_that_was_given_up_cant_come_late(site: Site) -> None:

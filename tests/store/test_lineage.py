@@ -184,6 +184,21 @@ def test_a_sweep_drops_forwards_and_parts_of_versions_that_left_and_counts_them(
     assert store.lineage().sweep(keep=2) == 0
 
 
+def test_a_damaged_pin_of_one_client_stops_nobody(store: GradientStore) -> None:
+    """The sweep of a commit takes it away; those that can be read and are within the window stay."""
+    for version in range(1, 4):
+        publish(store.lineage(), version, 1.0)
+    for seq in range(3):
+        store.pile().pin(batch(seq), seq + 1)
+    keys = store.blobs.list("body/pin")
+    for key, text in zip(keys[1:], (b'{"crc32":"00000000","version": 2}', b"not a pin"), strict=True):
+        store.blobs.raw.put(key, [text])
+    assert store.lineage().sweep(keep=4) == 0
+    publish(store.lineage(), 4, 1.0)
+    assert store.lineage().sweep(keep=4) == 2
+    assert store.blobs.list("body/pin") == keys[:1]
+
+
 def test_rollback_makes_a_new_version_of_an_old_state(store: GradientStore) -> None:
     """Weights and optimizer are those of version 1; what was folded since is listed as lost and doesn't count again."""
     accumulator = Accumulator(Point(), store, h.adam)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from splitfed.errors import (
     AlreadyAppliedError,
+    DigestError,
     ExpiredError,
     InputError,
     SplitFedError,
@@ -57,6 +58,7 @@ from splitfed.server.graphs import CallKey
 from splitfed.server.halves import Halves
 from splitfed.server.memory import Memory, extent
 from splitfed.server.runner import Line, Lines, RunnerSettings
+from splitfed.store.batches import answer_is_lost
 from splitfed.store.beginning import begin_with, check_durability
 from splitfed.store.earlier import Earlier
 from splitfed.store.fresh import apart
@@ -395,7 +397,13 @@ class SplitServer:
                 share = replace(share, gradients=apart(gradients, [*of_outputs, *grad_inputs]))
                 made = recipe_of(call, done, of_outputs, grad_inputs, part=0, digest=digest)
                 share = replace(share, recipes=(made,))
-            status = line.sealer.store(batch, share, is_first=is_first)
+            try:
+                status = line.sealer.store(batch, share, is_one_trip=True, is_first=is_first)
+            except (AlreadyAppliedError, DigestError):
+                if is_first:  # it names a version that the batch didn't run at
+                    line.pile.drop_pin(batch)
+                _check_repeated(line, batch, request)
+                raise
         return LossAnswer(
             incarnation,
             version,
@@ -517,6 +525,21 @@ def _scalar(done: Run) -> Tensor:
     raise InputError(
         f"loss_fn returned {type(done.outputs).__name__}: expected a tensor with one element"
     )
+
+
+def _check_repeated(line: Line, batch: BatchId, request: LossRequest) -> None:
+    """Tell a one-trip batch that is repeated from other content under its id.
+
+    Its version has left the retention window, and the note of it with that, so it has run at
+    another one now, and its digest is another.
+
+    Raises:
+        AlreadyAppliedError: it is pending, or was counted just now.
+    """
+    held = line.pile.peek(batch)
+    base = None if held is None else held["base_version"]
+    if held is None or (isinstance(base, int) and held["digest"] == request.digest(batch, base)):
+        raise answer_is_lost(batch)
 
 
 def _lost(line: Line, batch: BatchId, request: BackwardRequest) -> SplitFedError:

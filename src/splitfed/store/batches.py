@@ -283,12 +283,21 @@ class Sealer:
         # is in the table then. The other way round it would be found in neither.
         return self._pile.peek(batch) is not None or batch in self._lineage.counted()
 
-    def store(self, batch: BatchId, record: GradientRecord, *, is_first: bool = False) -> str:
+    def store(
+        self,
+        batch: BatchId,
+        record: GradientRecord,
+        *,
+        is_one_trip: bool = False,
+        is_first: bool = False,
+    ) -> str:
         """Add a pending batch, as rejected if it isn't finite; a repeated call changes nothing.
 
         Args:
             batch: Its id.
             record: What it contributes.
+            is_one_trip: Whether the record was computed just now, at a version of this side's
+                choice.
             is_first: Whether the store knows of no earlier try; then a batch that is counted was
                 computed at another version than this record may be.
 
@@ -296,7 +305,8 @@ class Sealer:
             'stored' or 'rejected'; 'skipped' if it repeats one that an earlier process gave up.
 
         Raises:
-            AlreadyAppliedError: the batch is counted, though this is the first try that is known.
+            AlreadyAppliedError: the batch is counted, and was computed at another version, which
+                the store has no record of any more.
             DigestError: the batch was sent before with other content.
             BusyError: too many of the client's earlier batches are missing.
         """
@@ -308,11 +318,8 @@ class Sealer:
             )
         applied = self._lineage.counted()
         if batch in applied:
-            if is_first and not record.resumed:
-                raise AlreadyAppliedError(
-                    f"batch {batch} is counted already, and the version that it ran at is no "
-                    "longer on record, so its answer can't be repeated: go on with the next one"
-                )
+            if not record.resumed:
+                self._check_counted(batch, record, is_one_trip=is_one_trip, is_first=is_first)
             return _status(self._lineage.outcome(batch), record.resumed)
         self._take(batch, applied, MAX_GAPS)
         stored = self._as_stored(batch, record)
@@ -346,6 +353,21 @@ class Sealer:
             kind = "part" if _is_finite(share) else _UNFIT
             record = replace(share.as_recipes(), kind=kind)
         self._pile.put_part(version, batch, part, record)
+
+    def _check_counted(
+        self, batch: BatchId, record: GradientRecord, *, is_one_trip: bool, is_first: bool
+    ) -> None:
+        """Refuse a batch that is counted and surely isn't this one."""
+        ran_elsewhere = self._lineage.ran_elsewhere(batch, record.base_version)
+        if is_first or (is_one_trip and ran_elsewhere):
+            raise answer_is_lost(batch)
+        if ran_elsewhere:
+            # What was sent is on file no more; but a retry has the version of its first try.
+            raise DigestError(
+                f"batch {batch} is counted with other content, of another version: two processes "
+                "bear its client's incarnation, as copies of a running one do. "
+                "Make a new SplitClient in each of them"
+            )
 
     def seal(
         self, batch: BatchId, own: int, seal: Seal, share: GradientRecord | None, resumed: int = 0
@@ -481,6 +503,14 @@ class Sealer:
                 if pending.incarnation == batch.incarnation:
                     runs.append([pending.seq, pending.seq])
         return Numbers(runs)
+
+
+def answer_is_lost(batch: BatchId) -> AlreadyAppliedError:
+    """What a one-trip batch is told whose first try ran at a version that isn't on record."""
+    return AlreadyAppliedError(
+        f"batch {batch} is counted already, or will be by the next commit, and the version that it "
+        "ran at is no longer on record, so its answer can't be repeated: go on with the next one"
+    )
 
 
 def _status(outcome: Outcome, resumed: int) -> str:

@@ -3,6 +3,10 @@
 Whatever reads a store reads through it, so no file is used that was damaged, whoever wrote it.
 Stores of format 1 have no checksums; there what has one is compared, and the rest is taken as it
 is.
+
+What comes damaged is read once more. Bytes that were damaged on the way come otherwise then; a file
+that is damaged comes as it came before, and only that is called damaged: who is told so gives a
+batch up for good.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from splitfed.blobs.contract import Blobs, Buffer
-from splitfed.errors import CorruptedError, FormatError
+from splitfed.errors import CorruptedError, FormatError, SplitFedError, StoreError
 from splitfed.protocol import checksum
 from splitfed.protocol.packing import read_json
 from splitfed.store import layout
@@ -61,6 +65,7 @@ class Checked:
         Raises:
             CorruptedError: they differ.
             FormatError: there is no checksum.
+            StoreError: it comes with other bytes each time.
         """
         return self._checked(key, header_only=False)
 
@@ -110,14 +115,31 @@ class Checked:
         data = self.raw.get(key)
         if data is None:
             return None
+        damage = self._damage(key, data, header_only=header_only)
+        if damage is None:
+            return data
+        again = self.raw.get(key)
+        if again is None:  # deleted meanwhile
+            return None
+        if bytes(again) == bytes(data):
+            raise damage
+        if self._damage(key, again, header_only=header_only) is None:
+            return again
+        raise StoreError(
+            f"{key!r} came with other bytes each time it was read: is the way to the storage, or "
+            "its memory, sound? Try again"
+        )
+
+    def _damage(self, key: str, data: memoryview, *, header_only: bool) -> SplitFedError | None:
+        """What is wrong with the bytes of an object, if anything is."""
         try:
             checksum.check(data, header_only=header_only)
         except CorruptedError as error:
-            raise CorruptedError(f"{key!r} is damaged: {error}. {_CURE}") from error
+            return CorruptedError(f"{key!r} is damaged: {error}. {_CURE}")
         except FormatError as error:
             if self.required:
-                raise FormatError(f"{key!r} can't be used: {error}. {_CURE}") from error
-        return data
+                return FormatError(f"{key!r} can't be used: {error}. {_CURE}")
+        return None
 
 
 _CURE = (

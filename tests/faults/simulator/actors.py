@@ -86,11 +86,11 @@ def serve(role: str, process: Process) -> None:
 def accumulate(role: str, process: Process) -> None:
     """Commit, now and then only what was decided on, as the end of a round does."""
     world = process.world
-    least = process.choose.choice((1, 1, 2, 3))
+    least = min(process.choose.choice((1, 1, 2, 3)), world.plan.most_pending)
     accumulator = opened(process, lambda store: world.accumulator(store, least))
     while world.is_stormy:
-        if not world.ledger.num_open and process.choose.random() < 0.8:
-            process.pause(20)  # it would look in vain, which takes most of the time of a run
+        if world.ledger.num_open < least and process.choose.random() < 0.9:
+            process.pause(8)  # it would look in vain, which takes most of the time of a run
             continue
         try:
             only = None
@@ -102,7 +102,7 @@ def accumulate(role: str, process: Process) -> None:
             raise
         except StoreError:
             made = None
-        process.pause(1 + int(process.choose.random() * (20 if made else 100)))
+        process.pause(1 + int(process.choose.random() * (8 if made else 30)))
 
 
 def read(role: str, process: Process) -> None:

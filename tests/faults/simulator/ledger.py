@@ -16,8 +16,8 @@ from torch import Tensor
 from splitfed.errors import (
     AlreadyAppliedError,
     CorruptedError,
-    DigestError,
     ExpiredError,
+    FormatError,
     SplitFedError,
     StoreCapabilityError,
     StoreError,
@@ -58,6 +58,10 @@ class Ledger:
         """The batches that are in a commit, and in which."""
         self.files: dict[BatchId, GradientRecord] = {}
         """Each gradient file that ever was."""
+        self.damaged: set[str] = set()
+        """The keys of files that a bit has changed in."""
+        self._open: dict[BatchId, GradientRecord] = {}
+        """Those of batches that are in no commit yet."""
         self.requests: list[Sent] = []
         self.acknowledged: dict[BatchId, list[Sent]] = {}
         self.store: GradientStore
@@ -66,8 +70,12 @@ class Ledger:
 
     @property
     def num_open(self) -> int:
-        """How many batches are in no commit yet."""
-        return len(self.files) - len(self.closed)
+        """How many batches that can be folded are in no commit yet."""
+        most = self.world.plan.max_staleness
+        return sum(
+            record.kind == "gradient" and not self._is_stale(self.head, record.base_version, most)
+            for record in self._open.values()
+        )
 
     def watch(self, store: GradientStore) -> None:
         """Look at the storage through this store."""
@@ -105,6 +113,8 @@ class Ledger:
             record = self._pile.read(batch)
             assert record is not None
             self.files.setdefault(batch, record)
+            if batch not in self.closed:
+                self._open[batch] = record
         elif key == keys.commit(self.head + 1):
             self._committed(self.head + 1)
         client_id = layout.parse_client(key)
@@ -161,11 +171,14 @@ class Ledger:
         if batch in self.closed:
             self.fail(f"batch {batch} is in commits {self.closed[batch]} and {commit.version}")
         self.closed[batch] = commit.version
+        self._open.pop(batch, None)
         record = self.files.get(batch)
         if record is None:
             self.fail(f"commit {commit.version} closes batch {batch}, which was never made")
             return
         expected = OUTCOMES[record.kind]
+        if self.is_damaged(batch) and outcome is Outcome.REJECTED:
+            return
         if expected is Outcome.SKIPPED:
             base = commit.version - 1
         else:
@@ -177,6 +190,10 @@ class Ledger:
             expected = Outcome.STALE
         if outcome is not expected:
             self.fail(f"commit {commit.version} has {batch} as {outcome.value}: expected {expected.value}")
+
+    def is_damaged(self, batch: BatchId) -> bool:
+        """Whether the file of a batch was damaged: it is to be rejected, unless it was read before."""
+        return self._lineage.keys.gradient(batch) in self.damaged
 
     def _is_stale(self, head: int, base: int, most: int | None) -> bool:
         if most is not None and head - base > most:
@@ -228,6 +245,8 @@ class Ledger:
         """A client has got an error, for good."""
         request = sent.request
         name = sent.network.process.name
+        if isinstance(error, CorruptedError | FormatError) and any(repr(key) in str(error) for key in self.damaged):
+            return
         if isinstance(error, StoreError | UnreachableError):
             if isinstance(error, CorruptedError | StoreCapabilityError):
                 self.fail(f"{name} was answered {error!r}")
@@ -243,17 +262,8 @@ class Ledger:
             is_kept = oldest > self.head - self.world.plan.keep_versions
             if is_kept and oldest in self.ancestors(self.head):
                 self.fail(f"{name} got {error!r} though version {oldest} is in the window of {self.head}")
-        elif not self._lost_its_pin(sent, error):
+        else:
             self.fail(f"{name} got {error!r}")
-
-    def _lost_its_pin(self, sent: Sent, error: SplitFedError) -> bool:
-        """Whether this is a known flaw: of a one-trip batch that is repeated after its version has left the window.
-
-        Its pin is swept while its gradient is pending, so it runs at a newer version, and has another digest. It
-        should be told that it counts, by `AlreadyAppliedError`.
-        """
-        is_late = sent.head <= self.head - self.world.plan.keep_versions
-        return isinstance(error, DigestError) and isinstance(sent.request, LossRequest) and is_late
 
     def _oldest(self, sent: Sent) -> int:
         """The oldest version that a request needs."""

@@ -13,15 +13,7 @@ from unittest import mock
 from tests.faults.simulator import wrong_commits, wrong_servers
 from tests.faults.simulator.table import MUTANTS, RARE
 
-__all__ = ["MUTANTS", "RARE", "WAITING", "installed", "wrong_commits", "wrong_servers"]
-
-WAITING = {
-    "a checksum that nobody reads": (
-        "storage needs a fault that flips a bit, and the mutant leaves the comparison out; until then "
-        "tests/protocol/test_checksum.py flips each bit of each kind of file"
-    ),
-}
-"""What can't be tried before the library has it, and why."""
+__all__ = ["MUTANTS", "RARE", "installed", "wrong_commits", "wrong_servers"]
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def check_counted(ledger: Ledger) -> None:
         expected = (Outcome.REJECTED,) if status == "rejected" else (Outcome.FOLDED, Outcome.STALE)
         if any(sent.network.is_forked and sent.came_late for sent in acknowledgements):
             continue
-        if batch.client_id == HOSTILE:
+        if batch.client_id == HOSTILE or (ledger.is_damaged(batch) and outcome is Outcome.REJECTED):
             expected = tuple(Outcome)  # it gives up what it has sent, and sends what it has given up
         if outcome not in expected:
             ledger.fail(f"batch {batch} was acknowledged as {status} and is {outcome} in commit {number}")
@@ -65,7 +65,8 @@ def check_counted(ledger: Ledger) -> None:
 
 def check_replay(ledger: Ledger) -> None:
     """Each version has the bits of a serial replay."""
-    replica = Replica(ledger.world.plan, ledger.weights[0])
+    restored = {commit.restored for commit in ledger.commits if commit.restored is not None}
+    replica = Replica(ledger.world.plan, ledger.weights[0], restored)
     for commit in ledger.commits[1:]:
         replica.commit(commit, ledger.files)
         wrong = differing(ledger.weights[commit.version], replica.state)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 FAULTS: dict[str, tuple[str, ...]] = {
-    "get": ("fail", "sleep", "kill"),
+    "get": ("fail", "garbled", "rotten", "sleep", "kill"),
     "create": ("fail", "lost", "exists", "late", "sleep", "kill", "kill after", "kill late"),
     "put": ("fail", "lost", "late", "sleep", "kill", "kill after", "kill late"),
     "delete": ("fail", "lost", "late", "sleep", "kill", "kill after"),
@@ -19,15 +19,22 @@ FAULTS: dict[str, tuple[str, ...]] = {
 }
 """What may happen at an operation.
 
-fail: an error, without effect. lost: done, and an error. exists: created, and said to have existed, as a retry within a
-storage library does. late: an error, and it is done some time later, or never. kill: the process dies before, after, or
-its write lands later. sleep: the actor goes on some commits later. stale: a listing of some time ago; patchy: one that
-lacks some new keys and has some that are gone. unsent, unanswered: a request, or its answer, is lost. twice: it arrives
-twice. impatient: the client gives up waiting and asks once more.
+fail: an error, without effect. garbled: a bit of what is read has changed on the way. rotten: a bit of the file has
+changed for good, if it is one of a batch; of others it is garbled, as only `splitfed repair` mends those. lost: done,
+and an error. exists: created, and said to have existed, as a retry within a storage library does. late: an error, and
+it is done some time later, or never. kill: the process dies before, after, or its write lands later. sleep: the actor
+goes on some commits later. stale: a listing of some time ago; patchy: one that lacks some new keys and has some that
+are gone. unsent, unanswered: a request, or its answer, is lost. twice: it arrives twice. impatient: the client gives up
+waiting and asks once more.
 """
 KINDS = tuple(dict.fromkeys(kind for kinds in FAULTS.values() for kind in kinds))
 _RATES = (0.0, 0.005, 0.012, 0.025)
 _SELDOM = ("kill", "kill after", "kill late", "sleep")
+_OFTEN = {"get": 0.66, "list": 0.09, "create": 0.08, "delete": 0.08, "request": 0.08, "put": 0.01}
+"""The share of each operation in all of a run, roughly."""
+_PER_OPERATION = 0.028
+"""How many faults there are for each operation: with fewer, runs are over long before the faults are many enough; with
+more, hardly anything gets through, and a run takes long without showing more."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class Plan:
         # No run without any.
         rates[random.choice(KINDS)] = 0.025
         rates["sleep"] = max(rates["sleep"], 0.002)
+        rates = _scaled(rates)
         max_staleness = random.choice((None, None, 0, 1, 2))
         return cls(
             seed=seed,
@@ -88,7 +96,7 @@ class Plan:
             keep_versions=(2 if max_staleness is None else max_staleness + 2) + random.choice((0, 0, 1, 3)),
             max_staleness=max_staleness,
             keep_graphs=random.choice((0, 0, 1, 2, 8)),
-            most_pending=random.choice((1, 2, 2, 3, 6)),
+            most_pending=random.choice((1, 1, 1, 2, 4)),
             momentum=random.random() < 0.5,
             dropout=random.choice((0.0, 0.3)),
         )
@@ -96,3 +104,10 @@ class Plan:
     def without(self, labels: frozenset[str], **smaller: int | bool) -> Plan:
         """The same run with only these faults, and perhaps with fewer actors."""
         return replace(self, only=labels, faults=0, **smaller)
+
+
+def _scaled(rates: dict[str, float]) -> dict[str, float]:
+    """The same mixture, with as many faults as other plans have."""
+    expected = sum(often * sum(rates[kind] for kind in FAULTS[operation]) for operation, often in _OFTEN.items())
+    share = min(4.0, _PER_OPERATION / expected)
+    return {kind: rate * share for kind, rate in rates.items()}

@@ -7,14 +7,15 @@ canonical order, in float64, one step of a torch optimizer that never stopped, a
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tests.faults.simulator import model
 from tests.faults.simulator.plan import Plan
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
 from splitfed.protocol import pytree
 from splitfed.protocol.ids import BatchId
@@ -31,16 +32,18 @@ BUFFERS = (*STATISTICS, COUNTER)
 
 def same(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether two tensors have the same bits."""
-    if one is None or other is None:
+    if one is None or other is None or one is other:
         return one is other
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
+    return one.dtype == other.dtype and one.shape == other.shape and _bytes(one) == _bytes(other)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().numpy().tobytes()
 
 
 def differing(some: Named, others: Named) -> list[str]:
     """The names under which two sets of tensors differ."""
-    return sorted(name for name in {*some, *others} if not same(some.get(name), others.get(name)))
+    return sorted(name for name in some.keys() | others.keys() if not same(some.get(name), others.get(name)))
 
 
 @dataclass
@@ -50,21 +53,24 @@ class Call:
     version: int
     outputs: Tensor
     entered: Tensor
-    module: nn.Module
+    parameters: Named
     bases: Named
     """The version's buffers."""
     start: Named | None
     """Those that it began with, where they aren't the version's."""
     end: Named
+    _made: dict[bytes, tuple[Tensor | None, dict[str, Tensor]]] = field(default_factory=dict)
 
     def gradients(self, gradient: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Those of its input and of the parameters; may be asked for again."""
-        names = [name for name, _ in self.module.named_parameters()]
-        inputs = [self.entered] if self.entered.requires_grad else []
-        targets = [*inputs, *self.module.parameters()]
-        found = torch.autograd.grad(self.outputs, targets, gradient, retain_graph=True, allow_unused=True)
-        of_parameters = zip(names, found[len(inputs) :], strict=True)
-        return found[0] if inputs else None, {name: g for name, g in of_parameters if g is not None}
+        key = _bytes(gradient)
+        if key not in self._made:
+            inputs = [self.entered] if self.entered.requires_grad else []
+            targets = [*inputs, *self.parameters.values()]
+            found = torch.autograd.grad(self.outputs, targets, gradient, retain_graph=True)
+            of_parameters = dict(zip(self.parameters, found[len(inputs) :], strict=True))
+            self._made[key] = (found[0] if inputs else None, of_parameters)
+        return self._made[key]
 
     def update(self, num_samples: float, *, own: bool = False) -> BufferUpdate | None:
         """What it did to the buffers, as change from the version or from what it began with."""
@@ -83,9 +89,9 @@ class Body:
     """
 
     def __init__(self, plan: Plan, weights: Sequence[Named]) -> None:
-        self._plan = plan
+        self._dropout = plan.dropout
         self._weights = weights
-        self._modules: dict[int, nn.Module] = {}
+        self._parameters: dict[int, dict[str, Tensor]] = {}
 
     def call(self, request: ForwardRequest, version: int, start: Named | None, target: Any = None) -> Call:
         """Run a call.
@@ -96,28 +102,37 @@ class Body:
             start: The buffers that an earlier call left, if it continues one.
             target: For a loss on the server.
         """
-        module = self._module(version)
         weights = self._weights[version]
         bases = {name: weights[name] for name in BUFFERS}
-        for name in BUFFERS:
-            owner, _, leaf = name.rpartition(".")
-            module.get_submodule(owner)._buffers[leaf] = (start or bases)[name].clone()
-        module.train(request.training)
+        end = {name: buffer.clone() for name, buffer in (start or bases).items()}
         entered = pytree.flatten(request.inputs)[1][0].detach().requires_grad_(request.requires_grad[0])
         before = torch.default_generator.get_state()
         torch.default_generator.manual_seed(request.seed)
-        outputs = module(entered * 1)
+        parameters = self._of(version)
+        outputs = self._run(entered * 1, parameters, end, is_training=request.training)
         if target is not None:
             outputs = model.loss_fn(outputs, target)
         torch.default_generator.set_state(before)
-        end = dict(module.named_buffers())
-        return Call(version, outputs, entered, module, bases, start, end)
+        return Call(version, outputs, entered, parameters, bases, start, end)
 
-    def _module(self, version: int) -> nn.Module:
-        if version not in self._modules:
-            made = self._modules[version] = copy.deepcopy(model.body_of(self._plan))
-            made.load_state_dict(self._weights[version])
-        return self._modules[version]
+    def _run(self, entered: Tensor, weights: Named, buffers: Named, *, is_training: bool) -> Tensor:
+        """The body, as a function: it moves the buffers."""
+        found = functional.linear(entered, weights["0.weight"], weights["0.bias"])
+        if is_training:
+            buffers[COUNTER].add_(1)
+        statistics = (buffers[name] for name in STATISTICS)
+        scale = (weights["1.weight"], weights["1.bias"])
+        found = functional.batch_norm(found, *statistics, *scale, is_training, model.MOMENTUM)
+        found = functional.dropout(found, self._dropout, is_training)
+        return functional.linear(found, weights["3.weight"], weights["3.bias"])
+
+    def _of(self, version: int) -> dict[str, Tensor]:
+        """The parameters of a version."""
+        if version not in self._parameters:
+            weights = self._weights[version].items()
+            parameters = {name: tensor.detach().requires_grad_() for name, tensor in weights if name not in BUFFERS}
+            self._parameters[version] = parameters
+        return self._parameters[version]
 
 
 class Replica:
@@ -126,22 +141,25 @@ class Replica:
     Args:
         plan: The settings of the commits.
         weights: Of version 0.
+        needed: The versions that are restored later on.
     """
 
-    def __init__(self, plan: Plan, weights: Named) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, weights: Named, needed: Set[int]) -> None:
+        self._needed = needed
         self._module = copy.deepcopy(model.body_of(plan))
         self._module.load_state_dict(weights)
         self._optimizer = model.optimizer_of(plan)(list(self._module.parameters()))
         schedule = model.schedule_of(plan)
         self._schedule = None if schedule is None else schedule(self._optimizer)
-        self._versions = [self._snapshot()]
+        self._parameters = dict(self._module.named_parameters())
+        self._buffers = dict(self._module.named_buffers())
+        self._versions: dict[int, tuple[Any, ...]] = {}
+        self._keep(0)
 
     @property
     def state(self) -> Named:
         """The weights and buffers now."""
-        found: Named = self._module.state_dict()
-        return found
+        return {**self._parameters, **self._buffers}
 
     def optimizer(self) -> dict[str, Any]:
         """The state of the optimizer now."""
@@ -154,28 +172,27 @@ class Replica:
         elif commit.kind == "fold" and commit.folded:
             records = [(batch, files[batch]) for batch in sorted(commit.folded)]
             self._step(records)
-            head = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
+            head = {name: buffer.clone() for name, buffer in self._buffers.items()}
             updates = [update for _, record in records for update in record.buffers]
             for name, value in merged(head, updates).items():
-                self._module.get_buffer(name).copy_(value)
-        self._versions.append(self._snapshot())
+                self._buffers[name].copy_(value)
+        self._keep(commit.version)
 
     def _step(self, records: Sequence[tuple[BatchId, GradientRecord]]) -> None:
         means = mean(records)
-        for name, parameter in self._module.named_parameters():
+        for name, parameter in self._parameters.items():
             parameter.grad = means.get(name)
         self._optimizer.step()
         if self._schedule is not None:
             self._schedule.step()
 
-    def _snapshot(self) -> tuple[Any, ...] | None:
-        if not self._plan.rollbacks:
-            return None
-        schedule = None if self._schedule is None else self._schedule.state_dict()
-        return copy.deepcopy((self._module.state_dict(), self._optimizer.state_dict(), schedule))
+    def _keep(self, version: int) -> None:
+        if version in self._needed:
+            schedule = None if self._schedule is None else self._schedule.state_dict()
+            now = (self._module.state_dict(), self._optimizer.state_dict(), schedule)
+            self._versions[version] = copy.deepcopy(now)
 
-    def _restore(self, snapshot: tuple[Any, ...] | None) -> None:
-        assert snapshot is not None
+    def _restore(self, snapshot: tuple[Any, ...]) -> None:
         state, optimizer, schedule = copy.deepcopy(snapshot)
         self._module.load_state_dict(state)
         self._optimizer.load_state_dict(optimizer)

@@ -61,6 +61,11 @@ class Storage:
         self.blobs.put(key, parts)
         self._born.setdefault(key, self._world.scheduler.steps)
 
+    def rot(self, key: str, where: float) -> None:
+        """Change a bit of it for good."""
+        self._world.ledger.damaged.add(key)
+        self.blobs.put(key, [flipped(self.blobs.get(key) or b"", where)])
+
     def delete(self, key: str) -> None:
         """Delete it now."""
         if self.blobs.get(key) is None:
@@ -94,11 +99,24 @@ class ProcessBlobs:
     def __init__(self, process: Process, storage: Storage) -> None:
         self._process = process
         self._storage = storage
+        self._garbled = ""
 
     def get(self, key: str) -> memoryview | None:
         """As the contract has it."""
-        _refuse(self._process.step("get", key), "get", key)
-        return self._storage.get(key)
+        fault = self._process.step("get", key)
+        _refuse(fault, "get", key)
+        data = self._storage.get(key)
+        again, self._garbled = self._garbled, ""
+        if not data or fault not in ("garbled", "rotten"):
+            return data
+        assert fault is not None
+        if fault == "rotten" and _may_rot(key):
+            self._storage.rot(key, fault.size)
+            return self._storage.get(key)
+        if again == key:  # two in a row of one file can't be told from a file that is damaged for good
+            return data
+        self._garbled = key
+        return memoryview(flipped(data, fault.size))
 
     def create(self, key: str, parts: Sequence[Buffer], *, durable: bool = True) -> bool:
         """As the contract has it."""
@@ -166,6 +184,20 @@ class ProcessBlobs:
         if fault == "lost":
             raise StoreError(f"the reply to {operation} {key} was lost")
         return answer
+
+
+def flipped(data: Buffer, where: float) -> bytes:
+    """The bytes with one bit changed."""
+    changed = bytearray(data)
+    place = int(where * 8 * len(changed))
+    changed[place // 8] ^= 1 << place % 8
+    return bytes(changed)
+
+
+def _may_rot(key: str) -> bool:
+    """Whether the run goes on, and is right, when this file is damaged: those of batches, and the hint."""
+    parts = key.split("/")
+    return parts[0] == "body" and parts[1] in ("grad", "part", "forward", "pin", "head")
 
 
 def _refuse(fault: Fault | None, operation: str, key: str) -> None:

@@ -17,6 +17,7 @@ from splitfed.errors import (
     AlreadyAppliedError,
     DigestError,
     ExpiredError,
+    FormatError,
     SplitFedError,
     StoreError,
     SupersededError,
@@ -45,7 +46,7 @@ def _train(role: str, process: Process, client: SplitClient) -> None:
         except (SupersededError, DigestError):
             process.kill()
             return
-        except (_InterruptedError, StoreError, UnreachableError, ExpiredError, AlreadyAppliedError):
+        except (_InterruptedError, StoreError, FormatError, UnreachableError, ExpiredError, AlreadyAppliedError):
             pass
         except SplitFedError as error:
             if not client._connection.transport.is_forked:

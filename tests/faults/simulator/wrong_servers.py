@@ -11,6 +11,7 @@ from tests.faults.simulator.table import Changes, mutant, rare
 
 from splitfed.errors import StoreError
 from splitfed.model import execution
+from splitfed.protocol import checksum
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import GradientRecord
 from splitfed.protocol.packing import pack, peek
@@ -20,6 +21,12 @@ from splitfed.store.batches import Pile, Sealer
 from splitfed.store.clients import Clients
 
 # ----------------------------------------------------------------------------------------- servers: batches
+
+
+@mutant
+def checksum_unread() -> Changes:
+    """Files have checksums, and nobody compares them."""
+    yield checksum, "check", lambda data, **options: None
 
 
 @mutant
