@@ -7,6 +7,8 @@ Variants, for each model, all with the same input, loss and client optimizer (SG
     no files     split over a store on memory://; the server still has the graph at the backward
     kept         split over a store on file://, sync="process"; the server still has the graph at the backward
     no spares    as kept, but each file is made when it is written and not ahead (`splitfed.blobs.files.Spares`)
+    log          as kept, with durability="log": what is on file is what the gradient follows from
+    power        as log, with sync="power": it survives a power cut
     recomputed   as kept with keep_graphs=0: every backward runs the forward again from its file
     commit       what the accumulator needs to fold the last four such gradients into the next version (not in the step)
 
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import splitfed
-from benchmarks.models import resnet18, tiny
+from benchmarks.models import resnet18, tiny, transformer
 from splitfed.blobs import files
 from splitfed.blobs.local import LocalBlobs
 
@@ -36,25 +38,40 @@ EVERY = 4
 Step = Callable[[], Any]
 
 
-def run(rounds: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Milliseconds and ratios of both models, by model and variant.
+LARGE = ("unsplit", "kept", "log", "power", "recomputed")
+"""The variants of a body of hundreds of megabytes."""
+CASES: dict[str, Callable[[int], tuple[nn.Module, str, Tensor, int, tuple[str, ...]]]] = {
+    "tiny": lambda rounds: (tiny(), "2", torch.randn(64, 784), 20 * rounds, ()),
+    "resnet18": lambda rounds: (resnet18(), "2:7", torch.randn(32, 3, 32, 32), rounds, ()),
+    "transformer 3.2 M": lambda rounds: (transformer(256, 4, 0.1), "1:5", _tokens(16, 64), rounds, ()),
+    "transformer 75.6 M, 4×32": lambda rounds: (transformer(1024, 6, 0.0), "1:7", _tokens(4, 32), rounds // 2, LARGE),
+    "transformer 75.6 M, 8×128": lambda rounds: (transformer(1024, 6, 0.0), "1:7", _tokens(8, 128), rounds // 4, LARGE),
+}
+
+
+def run(rounds: int, only: str = "") -> dict[str, dict[str, dict[str, float]]]:
+    """Milliseconds and ratios of each model, by model and variant.
 
     Args:
-        rounds: Timed rounds of ResNet-18; tiny takes 20 times as many.
+        rounds: Timed rounds of ResNet-18; tiny takes 20 times as many, large bodies fewer.
+        only: Only the cases whose name has this in it.
     """
-    cases = {
-        "tiny": (tiny(), "2", torch.randn(64, 784), 20 * rounds),
-        "resnet18": (resnet18(), "2:7", torch.randn(32, 3, 32, 32), rounds),
-    }
-    return {name: time_case(*case) for name, case in cases.items()}
+    return {name: time_case(*made(rounds)) for name, made in CASES.items() if only in name}
 
 
-def time_case(model: nn.Module, at: str, x: Tensor, rounds: int) -> dict[str, dict[str, float]]:
+def _tokens(batch: int, length: int) -> Tensor:
+    return torch.randint(0, 64, (batch, length))
+
+
+def time_case(
+    model: nn.Module, at: str, x: Tensor, rounds: int, only: tuple[str, ...] = ()
+) -> dict[str, dict[str, float]]:
     """Minimum and median of each variant, in milliseconds, and its median ratio to unsplit, round by round."""
-    y = torch.randint(0, 10, (x.shape[0],))
+    with torch.no_grad():
+        y = torch.randint(0, 10, (model(x).shape[0],))
     folder = Path(tempfile.mkdtemp())
     try:
-        steps = variants(model, at, x, y, folder)
+        steps = variants(model, at, x, y, folder, only)
         times: dict[str, list[float]] = {name: [] for name in steps}
         for warm in range(rounds + 3):
             for name, step in steps.items():
@@ -79,21 +96,27 @@ def time_case(model: nn.Module, at: str, x: Tensor, rounds: int) -> dict[str, di
     }
 
 
-def variants(model: nn.Module, at: str, x: Tensor, y: Tensor, folder: Path) -> dict[str, Step]:
-    """One function per variant; each call is one step."""
+def variants(
+    model: nn.Module, at: str, x: Tensor, y: Tensor, folder: Path, only: tuple[str, ...] = ()
+) -> dict[str, Step]:
+    """One function per variant, or of some; each call is one step."""
     optimizer = lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9)  # noqa: E731
     steps = {"unsplit": training(model, model, x, y)}
-    inner = InMemory(*splitfed.split(model, at))
-    steps["in memory"] = training(nn.ModuleList([inner.half, inner.body]), inner, x, y)
-    places = {"no files": f"memory:/{folder}"}
-    places |= {name: str(folder / name.replace(" ", "-")) for name in ("kept", "no spares", "recomputed")}
-    for name, place in places.items():
+    if not only:
+        inner = InMemory(*splitfed.split(model, at))
+        steps["in memory"] = training(nn.ModuleList([inner.half, inner.body]), inner, x, y)
+    for name in only or ("no files", "kept", "no spares", "log", "power", "recomputed"):
+        if name == "unsplit":
+            continue
+        place = f"memory:/{folder}" if name == "no files" else str(folder / name.replace(" ", "-"))
         half, body = splitfed.split(model, at)
-        store = splitfed.GradientStore(place, sync="process")
+        store = splitfed.GradientStore(place, sync="power" if name == "power" else "process")
         if name == "no spares":
             without_spares(store)
         graphs = 0 if name == "recomputed" else 8
-        client = splitfed.SplitClient(half, splitfed.SplitServer(body, store, keep_graphs=graphs), "a")
+        durability = "log" if name in ("log", "power") else "gradient"
+        server = splitfed.SplitServer(body, store, keep_graphs=graphs, durability=durability)
+        client = splitfed.SplitClient(half, server, "a")
         accumulator = splitfed.Accumulator(body, store, optimizer, keep_versions=2)
         steps[name] = training(client, client, x, y)
         steps[f"commit after {name}"] = accumulator.step

@@ -31,6 +31,7 @@ from splitfed.protocol.messages import (
     PullRequest,
     PushAnswer,
     PushRequest,
+    Recipe,
     RoundInfo,
     Seal,
     content_digest,
@@ -70,6 +71,8 @@ BACK = BackwardRequest(
     housekeeping=NOTES,
 )
 SHARE = BufferUpdate({"mean": T}, {"mean": T + 1}, 8.0)
+RAN = ForwardRecord("", INPUTS, (True, False), True, 5, None, {"m": T}, (((2, 3), "float32", True),), (7,), "x")
+RECIPE = Recipe(3, 0, RAN, (T, None), (7, 0), "d")
 MESSAGES = [
     AHEAD,
     ForwardAnswer(1, 7, {"out": T}, (True,), False, {0: T}, (2**32 - 1,)),
@@ -85,8 +88,10 @@ MESSAGES = [
     PullAnswer(3, {"w": {"role": "trainable", "shape": [2, 3], "dtype": "float32"}}, {"w": T}),
     PushRequest("a", None, "3f", 0, -1, {"w": {"tied": "v"}}, {"w": T}, {"m": T}, {"m": T}, 4.0, 1.0),
     PushAnswer(1, "published"),
-    ForwardRecord("", INPUTS, (True, False), True, 5, None, {"m": T}, (((2, 3), "float32", True),), (7,), "x"),
+    RAN,
+    RECIPE,
     GradientRecord("gradient", 3, 8.0, 0.5, "d", "n", {"w": T}, [SHARE]),
+    GradientRecord("gradient", 3, 8.0, 0.5, "d", "n", {}, [], recipes=(RECIPE, RECIPE), seal=SEAL),
     GradientRecord("skip", 0, 0.0, 1.0, "", "n", {}, []),
 ]
 

@@ -17,12 +17,14 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from splitfed.accumulator.buffers import Rule, merge_buffers
+from splitfed.accumulator.derive import Deriver
 from splitfed.accumulator.fold import Folded, Older, fold, sort_batches
 from splitfed.accumulator.optimizer import Stepper, capture
 from splitfed.accumulator.policies import StalenessWeight, constant
@@ -34,14 +36,14 @@ from splitfed.accumulator.settings import (
     SchedulerFactory,
 )
 from splitfed.checks import at_least
-from splitfed.errors import CorruptedError, FormatError, MissingError, StoreError
+from splitfed.errors import CorruptedError, FormatError, InputError, MissingError, StoreError
 from splitfed.model.fingerprint import personal_names
 from splitfed.model.skeleton import Template, device_of
 from splitfed.model.stamp import stamp_of
 from splitfed.protocol.ids import BatchId
-from splitfed.protocol.messages import BufferUpdate
+from splitfed.protocol.messages import BufferUpdate, GradientRecord
 from splitfed.store.batchset import BatchSet, Verdict
-from splitfed.store.beginning import begin_with
+from splitfed.store.beginning import begin_with, check_durability
 from splitfed.store.commit import Commit
 from splitfed.store.store import GradientStore, check_store
 
@@ -80,6 +82,10 @@ class Accumulator:
         device: Where the optimizer steps; the body's device if it isn't given.
         lock_seconds: How long to wait for another accumulator of this host to finish. It only saves
             duplicate work.
+        durability: What is on file when a batch is acknowledged, as for `SplitServer`. In a
+            `"log"` a gradient is computed here, from the weights that it ran at: so staleness is
+            bounded by what stays readable, `keep_versions - 2` if `max_staleness` isn't given, and
+            all accumulators of the lineage need the same of both.
 
     Raises:
         ArchitectureError: the store was begun with another body, or one that was cut elsewhere.
@@ -107,8 +113,10 @@ class Accumulator:
         keep_bytes: int | None = None,
         device: torch.device | str | None = None,
         lock_seconds: float = 10.0,
+        durability: str | None = None,
     ) -> None:
         check_store(store)
+        check_durability(durability)
         self.settings = CommitSettings(
             min_batches=min_batches,
             max_staleness=max_staleness,
@@ -142,10 +150,21 @@ class Accumulator:
         """The settings of others that this one's were compared with."""
         self._versions = store.lineage(lineage)
         self._pile = store.pile(lineage)
-        store.begin(place)
+        numerics = store.begin(place)
+        self._fresh = store.fresh(lineage)
+        self._fresh.wanted = True
+        self._deriver = Deriver(self._template, self._versions.state, place, numerics)
         self._archive = store.archive(lineage)
         store.attended = True
-        begin_with(self._versions, self._template.fingerprint(), state, part=stamp_of(body))
+        begin_with(
+            self._versions,
+            self._template.fingerprint(),
+            state,
+            part=stamp_of(body),
+            durability=durability,
+        )
+        if self._versions.durability == "log":
+            self.settings = self._within_window()
         self._unreported: Counter[str] = Counter()
         """What was cleaned up since the last commit of this accumulator, for the next record."""
         self._headers: dict[BatchId, dict[str, object]] = {}
@@ -261,9 +280,7 @@ class Accumulator:
             verdict, older = Verdict(skipped=verdict.skipped), {}
         fingerprint = self._versions.fingerprint()
         numerics = self.store.numerics()
-        folded = fold(
-            verdict, self._pile.read, fingerprint, head, self.settings, numerics, self._unfit
-        )
+        folded = fold(verdict, self._read, fingerprint, head, self.settings, numerics, self._unfit)
         commit = self._publish(head, folded, older)
         self._clean(list(folded.verdict))
         return commit
@@ -327,6 +344,25 @@ class Accumulator:
         self._unreported.clear()
         return made
 
+    def _within_window(self) -> CommitSettings:
+        """The settings, with a bound on staleness; the first accumulator of a log decides on it.
+
+        Raises:
+            InputError: another has decided otherwise.
+        """
+        settings = self.settings
+        if settings.max_staleness is None:
+            settings = replace(settings, max_staleness=settings.window - 2)
+        own = {"max_staleness": settings.max_staleness, "keep_versions": settings.window}
+        decided = self._versions.window(own)
+        if decided != own:
+            raise InputError(
+                f"the accumulators of lineage {self.lineage!r} work with {decided}, and this one "
+                f"is set to {own}: in a log all need the same, as a batch is computed from weights "
+                "that no other may have deleted"
+            )
+        return settings
+
     def _own_settings(self) -> str:
         """The hash of this accumulator's settings, which are on record from its first commit on."""
         if not self._noted:
@@ -351,6 +387,13 @@ class Accumulator:
                 "commits of the two may alternate: stop one of them, if that isn't meant",
                 stacklevel=4,
             )
+
+    def _read(self, batch: BatchId) -> GradientRecord | None:
+        """The gradient of a pending batch; in a log it is computed from its recipes."""
+        record = self._pile.read(batch)
+        if record is None or not record.recipes:
+            return record
+        return self._fresh.take(batch, record.digest) or self._deriver.gradient(record)
 
     def _merge(self, held: Mapping[str, Tensor], updates: list[BufferUpdate]) -> dict[str, Tensor]:
         """The buffers after a commit with these updates, from their values before it."""

@@ -24,11 +24,13 @@ from splitfed.accumulator.settings import CommitSettings
 from splitfed.checks import positive
 from splitfed.errors import (
     ArchitectureError,
+    BodyError,
     CorruptedError,
     FormatError,
     IdError,
     InputError,
     MissingError,
+    ReplayError,
 )
 from splitfed.model.fingerprint import check_tensors
 from splitfed.model.numerics import all_finite
@@ -47,6 +49,8 @@ _UNFIT = (
     KeyError,
     TypeError,
     AttributeError,
+    ReplayError,
+    BodyError,
 )
 
 Older = Mapping[int, BatchSet]

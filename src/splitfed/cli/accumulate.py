@@ -189,6 +189,7 @@ def open_accumulator(arguments: argparse.Namespace) -> Accumulator:
         keep_versions=arguments.keep_versions,
         keep_bytes=arguments.keep_bytes,
         device=check_device(arguments.device),
+        durability=arguments.durability,
     )
 
 

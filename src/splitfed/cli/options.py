@@ -177,8 +177,15 @@ def add_store(parser: argparse.ArgumentParser, *, writes: bool = True) -> None:
     )
 
 
-def add_keep_forwards(parser: argparse.ArgumentParser) -> None:
-    """Add the argument of the verbs that may begin a run."""
+def add_beginning(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verbs that may begin a run, which decide on how it is kept."""
+    parser.add_argument(
+        "--durability",
+        choices=("gradient", "log"),
+        help="what of a batch is on file when it is acknowledged: its gradient, as large as the "
+        "body, or what that follows from, as large as what crosses the cut; said by whoever begins "
+        "the run (default: the run's; gradient for a new one)",
+    )
     parser.add_argument(
         "--keep-forwards",
         action="store_true",
@@ -220,7 +227,7 @@ def add_body(parser: argparse.ArgumentParser, *, writes: bool = True) -> None:
     )
     add_store(parser, writes=writes)
     if writes:
-        add_keep_forwards(parser)
+        add_beginning(parser)
     parser.add_argument(
         "--device",
         metavar="D",
@@ -386,6 +393,7 @@ def open_server(arguments: argparse.Namespace) -> SplitServer:
         keep_graphs=arguments.keep_graphs,
         settings=arguments.settings,
         quota=quota,
+        durability=arguments.durability,
     )
 
 

@@ -34,7 +34,7 @@ ASIDE = "aside"
 _LINEAGE = re.compile(r"(body|client|body@[^/]+)/(?:commit/\d{10,12}\.json|fingerprint\.json)")
 _OURS = re.compile(
     r"format\.json|clients/.+|rounds/.+|history/.+|post/.+|(?:body|client|body@[^/]+)/"
-    r"(?:fingerprint(?:-copy)?\.json|beside\.json|head|frozen-.+|settings-.+|(?:forward|part|pin|grad|kept|weights|optimizer"
+    r"(?:fingerprint(?:-copy)?\.json|beside\.json|window\.json|head|frozen-.+|settings-.+|(?:forward|part|pin|grad|kept|weights|optimizer"
     r"|applied|commit)/.+)"
 )
 _LOOKS = 5

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from splitfed.accumulator import recorded
 from splitfed.accumulator.buffers import Rule, merge_buffers
+from splitfed.accumulator.derive import Deriver
 from splitfed.accumulator.fold import Folded, fold
 from splitfed.accumulator.optimizer import Live, build, capture, restore, take_step
 from splitfed.accumulator.recorded import Recorded
@@ -33,24 +34,18 @@ from splitfed.accumulator.settings import (
     SchedulerFactory,
 )
 from splitfed.errors import FormatError, InputError, MissingError, ReplayError, SplitFedError
-from splitfed.model.attributes import Habits
-from splitfed.model.execution import Model
 from splitfed.model.fingerprint import compare, personal_names
 from splitfed.model.numerics import same_bits
 from splitfed.model.skeleton import Template
 from splitfed.protocol import checksum
 from splitfed.protocol.ids import BatchId
-from splitfed.protocol.messages import GradientRecord, KeptCall
+from splitfed.protocol.messages import GradientRecord
 from splitfed.protocol.packing import pack_tree, unpack_tree
-from splitfed.server.shares import share_again
-from splitfed.store.batches import sum_of
 from splitfed.store.batchset import Verdict
-from splitfed.store.cache import Bounded
 from splitfed.store.commit import Commit
 from splitfed.store.lineage import sha256
 from splitfed.store.store import GradientStore, check_store
 
-_MODELS = 2
 _SHOWN = 3
 
 State = Mapping[str, Tensor]
@@ -200,8 +195,7 @@ class _Line:
         """The states of optimizer and scheduler."""
         self._live: tuple[str, int, Live] | None = None
         """As the last commit left them: by its settings and version."""
-        self._models: Bounded[int, Model] = Bounded(_MODELS)
-        self._habits = Habits()
+        self._deriver = Deriver(self._template, self._state, device, numerics)
 
     def run(
         self, tell: Callable[[Replayed], None], wanted: Iterable[int | None] = ()
@@ -411,7 +405,7 @@ class _Line:
 
         Raises:
             MissingError: nothing is kept that it follows from.
-            ReplayError: a forward gave other outputs than on record.
+            ReplayError: a call gave other outputs than on record.
         """
         kept = None if self._archive is None else self._archive.read(batch)
         if kept is None:
@@ -420,34 +414,10 @@ class _Line:
                 f"nothing is kept that the gradient of batch {batch} follows from"
                 + (": its client was forgotten" if is_forgotten else "")
             )
-        if isinstance(kept, GradientRecord):
-            return kept
-        if kept.seal is None:
-            return self._share(batch, kept)
-        parts: dict[int, GradientRecord] = {}
-        for _, number in kept.seal.parts:
-            part = None if self._archive is None else self._archive.read(batch, number)
-            if not isinstance(part, KeptCall):
-                raise MissingError(f"part {number} of batch {batch} isn't kept")
-            parts[number] = self._share(batch, part)
-        if isinstance(kept, KeptCall):
-            parts[kept.part] = self._share(batch, kept)
-        return sum_of(parts, kept.seal, kept.digest, self._numerics)
-
-    def _share(self, batch: BatchId, kept: KeptCall) -> GradientRecord:
         try:
-            return share_again(self._model(kept.version), kept, self._numerics)
+            return self._deriver.gradient(kept)
         except ReplayError as error:
             raise ReplayError(f"batch {batch}: {error}") from error
-
-    def _model(self, version: int) -> Model:
-        found = self._models.get(version)
-        if found is None or found.is_spoilt():
-            with torch.inference_mode(False):
-                state = {n: tensor.clone() for n, tensor in self._state(version).items()}
-                made = Model(self._template, state, version, self._device, self._habits)
-                found = self._models.put(version, made)
-        return found
 
 
 def _same(one: State, other: State) -> bool:

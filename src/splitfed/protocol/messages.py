@@ -467,8 +467,27 @@ class BufferUpdate:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Recipe:
+    """What a call's share of a gradient follows from, with the weights of its version."""
+
+    version: int
+    part: int
+    """The place of the call in its batch."""
+    forward: ForwardRecord
+    grad_outputs: tuple[Tensor | None, ...]
+    """The gradient of each output, as the client sent it or the loss gave it."""
+    crcs: tuple[int, ...]
+    """Of the gradients of the inputs, as they were answered; 0 where there is none."""
+    digest: str
+    """Of the request."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class GradientRecord:
-    """A gradient file: one batch, or one part of it."""
+    """A gradient file: one batch, or one part of it.
+
+    It holds the gradient, or the recipes that it follows from.
+    """
 
     kind: str
     """'gradient', 'rejected', 'skip' or 'part'."""
@@ -482,37 +501,18 @@ class GradientRecord:
     """One for each chain."""
     resumed: int = field(default=0, metadata=ADDED)
     """Which process of those that share an incarnation has sent it, as in the request."""
+    recipes: Sequence[Recipe] = field(default=(), metadata=ADDED)
+    """Those of its calls, in the order in which their shares are added."""
+    seal: Seal | None = field(default=None, metadata=ADDED)
+    """What closed the batch, beside recipes; `None` for a loss on the server."""
 
+    def as_recipes(self) -> GradientRecord:
+        """The record without its gradient, which can be computed again."""
+        return replace(self, gradients={}, buffers=[])
 
-@dataclass(frozen=True, slots=True, eq=False)
-class KeptCall:
-    """What a call's share of a gradient follows from, with the weights of its version.
-
-    `replay` computes it again.
-    """
-
-    version: int
-    forward: ForwardRecord
-    grad_outputs: tuple[Tensor | None, ...]
-    """The gradient of each output, as the client sent it or the loss gave it."""
-    seal: Seal | None
-    """Which parts make the batch, if this is the last; `None` for an earlier part, and for a loss
-    on the server."""
-    part: int
-    """Its place in the batch."""
-    num_samples: float
-    """nᵢ of a batch without a seal, in examples."""
-    digest: str
-    """Of the request."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KeptSeal:
-    """The close of a batch by a request of its own."""
-
-    seal: Seal
-    digest: str
-    """Of the request."""
+    def as_gradient(self) -> GradientRecord:
+        """The record without its recipes."""
+        return replace(self, recipes=(), seal=None) if self.recipes else self
 
 
 def _leading(tensors: Sequence[Tensor]) -> int:

@@ -200,7 +200,7 @@ def _plain(message: Any) -> dict[str, Any]:
         if fields[name] == default:
             del fields[name]
     for name, inner in nested_messages(type(message)).items():
-        value = fields[name]
+        value = fields.get(name)  # not there if it has its default
         if isinstance(value, list | tuple):
             plain = [_plain(item) if type(item) is inner else item for item in value]
             fields[name] = plain if isinstance(value, list) else tuple(plain)

@@ -39,7 +39,6 @@ from splitfed.protocol.messages import (
 from splitfed.server.graphs import CallKey, Graphs
 from splitfed.server.memory import Memory, extent
 from splitfed.server.probe import Call, Probe, same_gradients, seeded_backward
-from splitfed.store.archive import Archive
 from splitfed.store.batches import Pile, Sealer
 from splitfed.store.cache import Bounded
 from splitfed.store.earlier import Earlier, find_earlier
@@ -373,8 +372,6 @@ class Line:
     sealer: Sealer
     runner: Runner
     ledger: Ledger
-    archive: Archive | None
-    """Where what gradients follow from is kept; `None` where it isn't."""
 
 
 class Lines:
@@ -428,10 +425,16 @@ class Lines:
     def _open(self, name: str) -> Line:
         lineage = self._store.lineage(name)
         pile = self._store.pile(name)
-        sealer = Sealer(lineage, pile, self._settings.numerics)
+        sealer = Sealer(
+            lineage,
+            pile,
+            self._settings.numerics,
+            self._store.archive(name),
+            self._store.fresh(name),
+        )
         ledger = Ledger(pile, self._settings.quota)
         runner = Runner(lineage, pile, self._settings)
-        return Line(pile, sealer, runner, ledger, self._store.archive(name))
+        return Line(pile, sealer, runner, ledger)
 
 
 def _is_first(number: int) -> bool:

@@ -32,6 +32,7 @@ from splitfed.model.boundary import fresh
 from splitfed.model.cutpoint import CutPoint
 from splitfed.model.execution import Run
 from splitfed.model.fingerprint import values_beside
+from splitfed.model.recipes import recipe_of
 from splitfed.model.rng import compute_turns
 from splitfed.model.skeleton import Template, device_of, unwrap
 from splitfed.model.stamp import check_stamp, stamp_of
@@ -45,23 +46,22 @@ from splitfed.protocol.messages import (
     ForwardRecord,
     ForwardRequest,
     Housekeeping,
-    KeptCall,
-    KeptSeal,
     LossAnswer,
     LossRequest,
     PullAnswer,
     PullRequest,
     PushAnswer,
     PushRequest,
+    Recipe,
 )
 from splitfed.server.graphs import CallKey
 from splitfed.server.halves import Halves
 from splitfed.server.memory import Memory, extent
 from splitfed.server.runner import Line, Lines, RunnerSettings
-from splitfed.server.shares import of_loss
 from splitfed.store.batches import answer_is_lost
-from splitfed.store.beginning import begin_with
+from splitfed.store.beginning import begin_with, check_durability
 from splitfed.store.earlier import Earlier
+from splitfed.store.fresh import apart
 from splitfed.store.quota import Quota
 from splitfed.store.store import GradientStore, check_store
 
@@ -92,6 +92,10 @@ class SplitServer:
         memory: How many bytes the calls under way and the graphs that are kept may hold, in all and
             of each client.
         quota: What each client may have open in the store: recorded calls, and bytes.
+        durability: What of a batch is on file when it is acknowledged: its `"gradient"`, as many
+            bytes as the body has trainable parameters, or in a `"log"` what the gradient follows
+            from, as many as cross the cut: then the accumulator computes it again. Whoever begins
+            the store says it, `"gradient"` if it isn't given.
 
     Raises:
         ArchitectureError: the store was begun with another body, with one that was cut elsewhere,
@@ -114,8 +118,10 @@ class SplitServer:
         settings: bool | Iterable[str] = True,
         memory: Memory | None = None,
         quota: Quota | None = None,
+        durability: str | None = None,
     ) -> None:
         check_store(store)
+        check_durability(durability)
         if per_client and lineage != "body":
             raise InputError(
                 f"per_client=True with lineage={lineage!r}: each client's line begins from 'body'"
@@ -133,13 +139,22 @@ class SplitServer:
         state = self._template.state(body)
         self.device = device_of(state, device)
         numerics = self._numerics = store.begin(self.device)
-        begin_with(store.lineage(lineage), self._template.fingerprint(), state, part=self._part)
+        begin_with(
+            store.lineage(lineage),
+            self._template.fingerprint(),
+            state,
+            part=self._part,
+            durability=durability,
+        )
         store.check_beside(lineage, beside, numerics)
         self._halves = Halves(store, numerics)
         self._clients = store.registry()
         self._confirm = store.lineage().confirm
         """Whether the run is still there is asked before anything else."""
-        self._gradient_bytes = sum(state[name].nbytes for name in self._template.trainable)
+        # In a log the recipes are as large as the call, which was charged at its forward.
+        is_log = store.lineage(lineage).durability == "log"
+        sizes = (state[name].nbytes for name in self._template.trainable)
+        self._gradient_bytes = 0 if is_log else sum(sizes)
         runners = RunnerSettings(
             self._template,
             numerics,
@@ -234,9 +249,6 @@ class SplitServer:
                     f"the request for batch {batch} has neither a call nor a seal: "
                     "expected one of them"
                 )
-            if line.archive is not None:
-                kept = KeptSeal(request.seal, request.seal.digest(batch))
-                line.archive.put(batch, None, kept, line.sealer.is_known)
             status = line.sealer.seal(batch, request.part, request.seal, None, request.resumed)
             return BackwardAnswer((), status)
         key = (request.version, batch.client_id, batch.incarnation, request.call)
@@ -275,25 +287,39 @@ class SplitServer:
         # Acknowledged only once it is on file: whatever dies after this answer, the batch counts.
         digest = request.digest()
         share = done.share(gradients, digest, self._numerics, start=record.buffers)
-        if line.archive is not None:
-            self._keep_call(line, batch, request, key, digest)
+        if line.sealer.wants_recipes:
+            share = replace(share, gradients=apart(gradients, [*sent, *grad_inputs]))
+            made = self._recipe(line, batch, request, key, done, grad_inputs, digest)
+            share = replace(share, recipes=made)
         if request.seal is not None:
             status = line.sealer.seal(batch, request.part, request.seal, share, request.resumed)
             return BackwardAnswer(tuple(grad_inputs), status)
-        line.pile.put_part(request.version, batch, request.part, replace(share, kind="part"))
+        line.sealer.put_part(request.version, batch, request.part, share)
         return BackwardAnswer(tuple(grad_inputs), "part")
 
-    def _keep_call(
-        self, line: Line, batch: BatchId, request: BackwardRequest, key: CallKey, digest: str
-    ) -> None:
-        """Keep what a backward follows from, before its gradient is acknowledged."""
+    def _recipe(
+        self,
+        line: Line,
+        batch: BatchId,
+        request: BackwardRequest,
+        key: CallKey,
+        done: Run,
+        answered: Sequence[Tensor | None],
+        digest: str,
+    ) -> tuple[Recipe, ...]:
+        """What a backward follows from; () if that is on file already.
+
+        Raises:
+            SplitFedError: its forward is gone, and the batch isn't known.
+        """
         # As it was stored: what is at hand may hold the client's own tensors, changed since.
         record = line.pile.forward(*key)
-        if line.archive is None or record is None:  # a late repetition: it is kept already
-            return
-        seal, part = request.seal, request.part
-        kept = KeptCall(request.version, record, request.grad_outputs, seal, part, 1.0, digest)
-        line.archive.put(batch, part if seal is None else None, kept, line.sealer.is_known)
+        if record is None:  # a late repetition, whose forward the client has released
+            if line.sealer.is_known(batch):
+                return ()
+            raise _lost(line, batch, request)
+        sent = request.grad_outputs
+        return (recipe_of(record, done, sent, answered, part=request.part, digest=digest),)
 
     def loss(self, request: LossRequest, /) -> LossAnswer:
         """Forward, loss and backward in one trip.
@@ -358,8 +384,7 @@ class SplitServer:
         value = _scalar(done)
         one = torch.ones_like(value) if value.requires_grad else None
         counted = request.counted
-        archive = line.archive if counts else None
-        within = () if archive is None else done.unfinished
+        within = done.unfinished if counts and line.sealer.wants_recipes else ()
         with compute_turns.of(ahead.client_id):
             grad_inputs, gradients, of_outputs = execution.backward_within(
                 done, [one], within, counted=counted
@@ -373,9 +398,10 @@ class SplitServer:
             samples = request.num_samples
             share = done.share(gradients, digest, self._numerics, num_samples=samples)
             share = replace(share, resumed=ahead.resumed)
-            if archive is not None:
-                kept = of_loss(call, done, of_outputs, samples, digest)
-                archive.put(batch, None, kept, line.sealer.is_known)
+            if line.sealer.wants_recipes:
+                share = replace(share, gradients=apart(gradients, [*of_outputs, *grad_inputs]))
+                made = recipe_of(call, done, of_outputs, grad_inputs, part=0, digest=digest)
+                share = replace(share, recipes=(made,))
             try:
                 status = line.sealer.store(batch, share, is_one_trip=True, is_first=is_first)
             except (AlreadyAppliedError, DigestError):

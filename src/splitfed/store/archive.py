@@ -1,9 +1,8 @@
 """The archive: what folded gradients follow from, kept after they were counted (`keep_forwards`).
 
-A gradient is as large as the body and is deleted once it is counted. It follows from the record of
-its forward, the gradient at the cut and the weights of its version, so these are kept in its place:
-`replay` computes it again. An update that a client sent as it is (of its half, or the change of a
-body of its own) follows from nothing in the store: its own file is kept.
+A gradient is as large as the body and is deleted once it is counted. Its recipes are kept in its
+place: `replay` computes it again. An update that a client sent as it is (of its half, or the change
+of a body of its own) follows from nothing in the store: its own file is kept.
 
 A batch's file is created before its gradient is acknowledged, so what is counted can be replayed.
 The trap: a request may die in between, and the batch be made by another one. So what is there is
@@ -16,13 +15,10 @@ from collections.abc import Callable
 
 from splitfed.protocol import checksum
 from splitfed.protocol.ids import BatchId
-from splitfed.protocol.messages import GradientRecord, KeptCall, KeptSeal
-from splitfed.protocol.packing import kind_of, pack, peek, unpack
+from splitfed.protocol.messages import GradientRecord
+from splitfed.protocol.packing import pack, peek, unpack
 from splitfed.store.checked import Checked
 from splitfed.store.layout import Keys
-
-Kept = KeptCall | KeptSeal | GradientRecord
-_KINDS: dict[str, type[Kept]] = {cls.__name__: cls for cls in (KeptCall, KeptSeal, GradientRecord)}
 
 
 class Archive:
@@ -38,31 +34,22 @@ class Archive:
         self._keys = keys
 
     def put(
-        self,
-        batch: BatchId,
-        part: int | None,
-        kept: KeptCall | KeptSeal,
-        is_known: Callable[[BatchId], bool],
+        self, batch: BatchId, record: GradientRecord, is_known: Callable[[BatchId], bool]
     ) -> None:
-        """Keep what a batch, or an earlier part of it, follows from.
+        """Keep the recipes of a batch.
 
         Args:
             batch: The batch.
-            part: Which part; `None` for what closes the batch.
-            kept: What it follows from.
+            record: Its record; the gradient in it isn't kept.
             is_known: Whether a batch is counted or pending.
         """
-        key = self._keys.kept(batch, part)
-        parts = checksum.sealed(pack(kept))
+        key = self._keys.kept(batch)
+        parts = checksum.sealed(pack(record.as_recipes()))
         if self._blobs.create(key, parts):
             return
         data = self._blobs.peek(key)
-        is_same = (
-            data is not None
-            and kind_of(data) == type(kept).__name__
-            and peek(type(kept), data, ("digest",))["digest"] == kept.digest
-        )
-        if not is_same and not is_known(batch):
+        found = {} if data is None else peek(GradientRecord, data, ("digest",))
+        if found.get("digest") != record.digest and not is_known(batch):
             self._blobs.put(key, parts, durable=True)
 
     def adopt(self, batch: BatchId) -> None:
@@ -74,14 +61,12 @@ class Archive:
         if data is not None and peek(GradientRecord, data, ("kind",))["kind"] == "gradient":
             self._blobs.create(key, [data])
 
-    def read(self, batch: BatchId, part: int | None = None) -> Kept | None:
-        """What is kept of a batch, or of an earlier part of it; `None` if nothing is.
+    def read(self, batch: BatchId) -> GradientRecord | None:
+        """What is kept of a batch, its recipes or its gradient; `None` if nothing is.
 
         Raises:
             CorruptedError: the file is damaged.
             FormatError: it is none of ours.
         """
-        data = self._blobs.get(self._keys.kept(batch, part))
-        if data is None:
-            return None
-        return unpack(_KINDS.get(kind_of(data), GradientRecord), data)
+        data = self._blobs.get(self._keys.kept(batch))
+        return None if data is None else unpack(GradientRecord, data)

@@ -44,12 +44,15 @@ from splitfed.protocol.messages import (
     ForwardRecord,
     GradientRecord,
     Housekeeping,
+    Recipe,
     Seal,
 )
 from splitfed.protocol.packing import pack, peek, unpack
+from splitfed.store.archive import Archive
 from splitfed.store.batchset import MAX_GAPS, BatchSet, Outcome
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
+from splitfed.store.fresh import Fresh
 from splitfed.store.layout import TRANSIENT, Keys, read_pin
 from splitfed.store.lineage import Lineage
 from splitfed.store.numbers import MAX_SKIPS, Numbers, Skips
@@ -57,6 +60,8 @@ from splitfed.store.numbers import MAX_SKIPS, Numbers, Skips
 MAX_OPEN = 64
 """Holes that a process may have where it gives a number up: as many as it may have passes under
 way at once."""
+_UNFIT = "unfit"
+"""The kind of a part in a log whose gradient isn't finite."""
 _PROCESSES = 4096
 OUTCOMES = {
     "gradient": Outcome.FOLDED,
@@ -180,6 +185,7 @@ class Pile:
         if exactly and kind == record.kind:
             found = self.read(batch)
             if found is not None and found.digest == record.digest:
+                _check_recipes(found.recipes, record.recipes, name)
                 _check_same(found.gradients, record.gradients, name)
         return kind
 
@@ -247,12 +253,26 @@ class Sealer:
         lineage: Its applied table says which batches are counted.
         pile: The files of its batches.
         numerics: The short name of this process's numerics class.
+        archive: Where recipes are kept; `None` where they aren't.
+        fresh: Where gradients in a log are handed on in memory; `None` for nowhere.
     """
 
-    def __init__(self, lineage: Lineage, pile: Pile, numerics: str) -> None:
+    def __init__(
+        self,
+        lineage: Lineage,
+        pile: Pile,
+        numerics: str,
+        archive: Archive | None = None,
+        fresh: Fresh | None = None,
+    ) -> None:
         self._lineage = lineage
         self._pile = pile
         self._numerics = numerics
+        self._archive = archive
+        self._fresh = fresh if lineage.durability == "log" else None
+        self._in_log = lineage.durability == "log"
+        self.wants_recipes = self._in_log or archive is not None
+        """Whether what is stored must say what its gradient follows from."""
         self._numbers: Bounded[tuple[str, int], Numbers] = Bounded(_PROCESSES)
         self._skips: Bounded[str, Skips] = Bounded(_PROCESSES)
         self._lock = threading.Lock()
@@ -302,10 +322,37 @@ class Sealer:
                 self._check_counted(batch, record, is_one_trip=is_one_trip, is_first=is_first)
             return _status(self._lineage.outcome(batch), record.resumed)
         self._take(batch, applied, MAX_GAPS)
-        if not all(all_finite(gradient) for gradient in record.gradients.values()):
-            record = replace(record, kind="rejected", gradients={}, buffers=[])
-        kind = self._pile.create(batch, record, exactly=True)
+        stored = self._as_stored(batch, record)
+        kind = self._pile.create(batch, stored, exactly=True)
+        if self._fresh is not None and len(stored.recipes) == 1:
+            self._fresh.put(batch, record)
         return _status(OUTCOMES[kind], record.resumed)
+
+    def _as_stored(self, batch: BatchId, record: GradientRecord) -> GradientRecord:
+        """What is on file of a batch: its gradient, or in a log its recipes; neither if it's unfit.
+
+        What it follows from is archived, where that is done, before the gradient is there.
+        """
+        if record.kind != "gradient" or not _is_finite(record):
+            unfit = replace(record, kind="rejected", gradients={}, buffers=[])
+            return replace(unfit, recipes=(), seal=None)
+        if self._in_log and record.recipes:
+            return record.as_recipes()
+        if self._archive is not None and record.recipes:
+            self._archive.put(batch, record, self.is_known)
+        return record.as_gradient()
+
+    def put_part(self, version: int, batch: BatchId, part: int, share: GradientRecord) -> None:
+        """Keep one call's share of a batch until the batch is sealed.
+
+        Raises:
+            DigestError: this part was sent before with other content.
+        """
+        record = replace(share, kind="part")
+        if self._in_log and share.recipes:
+            kind = "part" if _is_finite(share) else _UNFIT
+            record = replace(share.as_recipes(), kind=kind)
+        self._pile.put_part(version, batch, part, record)
 
     def _check_counted(
         self, batch: BatchId, record: GradientRecord, *, is_one_trip: bool, is_first: bool
@@ -348,7 +395,9 @@ class Sealer:
         if not parts:
             raise InputError(f"the seal of batch {batch} names no part: expected at least one")
         digest = seal.digest(batch) if share is None else share.digest
-        record = sum_of(parts, seal, digest, self._numerics)
+        # In a log the parts of before are recipes alone.
+        add_up = sum_of if all(part.buffers for part in parts.values()) else _listed
+        record = add_up(parts, seal, digest, self._numerics)
         status = self.store(batch, replace(record, resumed=resumed))
         # Only now: were the parts dropped first and the process killed, the retry would find
         # neither parts nor batch.
@@ -403,7 +452,7 @@ class Sealer:
                     f"part {number} of batch {batch} has left the store, "
                     "so the batch is lost and counts nowhere: go on with the next one"
                 )
-            if len(part.buffers) not in (1, 2):
+            if len(part.buffers) not in (1, 2) and not part.recipes:
                 raise FormatError(
                     f"part {number} of batch {batch} isn't one call's share: "
                     f"{len(part.buffers)} of them"
@@ -480,16 +529,33 @@ def sum_of(
         digest: Of the request that does.
         numerics: The short name of the numerics class that it was computed in.
     """
+    record = _listed(parts, seal, digest, numerics)
+    gradients = _sum([part.gradients for part in parts.values()])
+    return replace(record, gradients=gradients, buffers=_updates(seal.chains, parts))
+
+
+def _listed(
+    parts: Mapping[int, GradientRecord], seal: Seal, digest: str, numerics: str
+) -> GradientRecord:
+    """A batch as the recipes of its parts."""
+    recipes = [recipe for part in parts.values() for recipe in part.recipes]
     return GradientRecord(
-        kind="gradient",
+        kind="rejected" if any(part.kind == _UNFIT for part in parts.values()) else "gradient",
         base_version=min(part.base_version for part in parts.values()),
         num_samples=seal.num_samples,
         loss_scale=seal.loss_scale,
         digest=digest,
         numerics=numerics,
-        gradients=_sum([part.gradients for part in parts.values()]),
-        buffers=_updates(seal.chains, parts),
+        # Of the call that rides along: whether it is finite is tested when it is stored.
+        gradients=[*parts.values()][-1].gradients,
+        buffers=[],
+        recipes=tuple(recipes),
+        seal=seal if recipes else None,
     )
+
+
+def _is_finite(record: GradientRecord) -> bool:
+    return all(all_finite(gradient) for gradient in record.gradients.values())
 
 
 def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -536,6 +602,24 @@ def _asked(record: ForwardRecord) -> bytes:
     return b"".join(pack(replace(record, buffers=None, outputs=(), crcs=(), numerics="")))
 
 
+def _check_recipes(found: Sequence[Recipe], computed: Sequence[Recipe], name: str) -> None:
+    """Refuse recipes whose digest is on file with other inputs.
+
+    Raises:
+        DigestError: they are others.
+    """
+    pairs = zip(found, computed, strict=False)
+    if any(_asked(one.forward) != _asked(other.forward) for one, other in pairs):
+        raise _other_inputs(name)
+
+
+def _other_inputs(name: str) -> DigestError:
+    return DigestError(
+        f"{name} was sent before for other inputs: two processes bear the incarnation of its "
+        "client, as copies of a running one do. Make a new SplitClient in each of them"
+    )
+
+
 def _check_same(found: Mapping[str, Tensor], computed: Mapping[str, Tensor], name: str) -> None:
     """Refuse a gradient whose digest is on file with another gradient.
 
@@ -555,7 +639,4 @@ def _check_same(found: Mapping[str, Tensor], computed: Mapping[str, Tensor], nam
                 continue
             if not math.isfinite(float(distance)):
                 continue
-        raise DigestError(
-            f"{name} was sent before for other inputs: two processes bear the incarnation of its "
-            "client, as copies of a running one do. Make a new SplitClient in each of them"
-        )
+        raise _other_inputs(name)

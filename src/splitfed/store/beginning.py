@@ -12,8 +12,25 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from splitfed.errors import InputError
 from splitfed.model.skeleton import Fingerprint
 from splitfed.store.lineage import Lineage
+
+DURABILITIES = ("gradient", "log")
+"""What may be on file when a batch is acknowledged."""
+
+
+def check_durability(durability: str | None) -> None:
+    """Refuse one that doesn't exist.
+
+    Raises:
+        InputError: it isn't one.
+    """
+    if durability is not None and durability not in DURABILITIES:
+        raise InputError(
+            f"durability={durability!r} isn't known: expected 'gradient' (a batch's gradient is on "
+            "file when it is acknowledged) or 'log' (what it follows from)"
+        )
 
 
 def begin_with(
@@ -21,6 +38,7 @@ def begin_with(
     fingerprint: Fingerprint,
     state: Mapping[str, Tensor],
     part: str | None = None,
+    durability: str | None = None,
 ) -> None:
     """Publish a module's weights as version 0, or warn, once, that a body's come too late.
 
@@ -31,12 +49,14 @@ def begin_with(
         fingerprint: The module's architecture.
         state: Its tensors by first name.
         part: The stamp of the body's cut, if it has one.
+        durability: What is on file when a batch is acknowledged; `None` for what the lineage was
+            begun with.
 
     Raises:
         ArchitectureError: the lineage was begun with another architecture, or for another part of a
             model.
     """
-    begun = versions.initialise(fingerprint, state, part=part)
+    begun = versions.initialise(fingerprint, state, part=part, durability=durability)
     # Halves that will be averaged may well begin with weights of their own, and the body of one
     # client begins as the newest of all.
     is_derived = versions.name == "client" or "@" in versions.name

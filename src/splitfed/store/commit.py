@@ -29,7 +29,7 @@ from splitfed.store.batchset import BatchSet, Outcome, Verdict
 _KEYS = (
     "version kind nonce parent table files frozen restored abandoned source turn num_samples "
     "staleness folded older stale rejected skipped num_duplicates num_expired num_foreign time "
-    "part was settings weights"
+    "part was settings weights durability"
 ).split()
 _ALWAYS = ("version", "kind", "nonce", "files", "num_samples", "time")
 """What is in each record, whatever its value."""
@@ -47,6 +47,7 @@ _DEFAULTS = {
     "part": None,
     "was": None,
     "settings": "",
+    "durability": "gradient",
 }
 
 
@@ -104,6 +105,9 @@ class Commit:
     stepped."""
     weights: Mapping[int, float] = field(default_factory=dict)
     """s(τ) of each staleness τ at which batches were folded, where it isn't 1."""
+    durability: str = "gradient"
+    """Of version 0: what is on file when a batch of the lineage is acknowledged, its 'gradient' or
+    the recipes that it follows from ('log')."""
     digest: str = ""
     """SHA-256 of the record itself, once it was read."""
 
@@ -208,6 +212,7 @@ class Commit:
             )
             # What a reader relies on without a further look: its files, and names that are text.
             texts = [found.kind, found.nonce, found.part or "", found.parent, found.settings]
+            texts.append(found.durability)
             texts += found.files.values()
             needed = {"weights", "applied"} if found.base == found.version else {"weights"}
             is_whole = needed <= set(found.files) and found.base <= found.version

@@ -24,7 +24,7 @@
       pin/<id>/<incarnation>-<seq>             the version of a one-trip loss call; transient
       grad/<id>/<incarnation>-<seq>            create-once: a pending batch
       kept/<id>/<incarnation>-<seq>            what a folded batch follows from (keep_forwards)
-      kept/<id>/<incarnation>-<seq>-<k>        ... and one of its earlier parts
+      window.json                              create-once: of a log: how long versions are needed
       settings-<hash>.safetensors              create-once: how commits step
       weights/<version>-<nonce>.safetensors    never overwritten
       optimizer/<version>-<nonce>.safetensors  never overwritten
@@ -138,6 +138,7 @@ class Keys:
         self.fingerprint = f"{lineage}/fingerprint.json"
         self.spare = f"{lineage}/fingerprint-copy.json"
         self.beside = f"{lineage}/beside.json"
+        self.window = f"{lineage}/window.json"
         self.head = f"{lineage}/head"
         self.gradients = f"{lineage}/grad"
         self.lock = f"{lineage}/commit"
@@ -181,10 +182,9 @@ class Keys:
         """The version that a one-trip loss call runs at."""
         return f"{self.root}/pin/{_batch(batch)}"
 
-    def kept(self, batch: BatchId, part: int | None = None) -> str:
-        """What a batch follows from, or one of its earlier parts."""
-        key = f"{self.root}/kept/{_batch(batch)}"
-        return key if part is None else f"{key}-{_padded('part', part, 6)}"
+    def kept(self, batch: BatchId) -> str:
+        """What a batch follows from."""
+        return f"{self.root}/kept/{_batch(batch)}"
 
     def settings(self, digest: str) -> str:
         """How commits step, by the hash of what is in the file."""

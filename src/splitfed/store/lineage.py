@@ -325,6 +325,7 @@ class Lineage:
         state: Mapping[str, Tensor],
         source: int | None = None,
         part: str | None = None,
+        durability: str | None = None,
     ) -> bool:
         """Publish version 0, unless it exists; the first writer wins.
 
@@ -333,6 +334,8 @@ class Lineage:
             state: Its tensors by first name.
             source: The version of `body` that they are, for the line of one client.
             part: The stamp of the body's cut, if it has one.
+            durability: What is on file when a batch is acknowledged; `None` for what the lineage
+                was begun with.
 
         Returns:
             Whether there was no version before.
@@ -357,15 +360,43 @@ class Lineage:
         compare(self.fingerprint(), fingerprint, module)
         if self.head() >= 0:
             self._check_part(part)
+            self._check_durability(durability)
             self._restore_frozen(state)
             return False
         frozen = self._create_frozen(state)
         commit = Commit(0, "initial", "", {}, frozen, source=source, part=part)
+        commit = replace(commit, durability=durability or commit.durability)
         made = self.publish(commit, state, None)
         if made is None and frozen is not None and self.commit(0).frozen != frozen:
             self.blobs.delete(self.keys.frozen(frozen))
         self._check_part(part)
+        self._check_durability(durability)
         return True
+
+    @property
+    def durability(self) -> str:
+        """What is on file when a batch is acknowledged: its 'gradient', or its recipes ('log')."""
+        return self.commit(0).durability if self.head() >= 0 else "gradient"
+
+    def window(self, own: Mapping[str, int | None]) -> dict[str, Any]:
+        """How long versions of a log are needed: what its first accumulator has decided on.
+
+        Args:
+            own: What this one would decide.
+        """
+        key = self.keys.window
+        if self.blobs.get(key) is None:
+            self.blobs.create(key, [json.dumps(dict(own)).encode()])
+        return read_json(self.blobs.get(key), key)
+
+    def _check_durability(self, durability: str | None) -> None:
+        found = self.commit(0).durability
+        if durability is not None and durability != found:
+            raise InputError(
+                f"lineage {self.name!r} was begun with durability={found!r}, and this process is "
+                f"set to durability={durability!r}: all processes of a run need the same, so leave "
+                "it out here, or begin a new run"
+            )
 
     def _check_part(self, part: str | None) -> None:
         """Compare the stamp of a body with that of whoever began the lineage."""

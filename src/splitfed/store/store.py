@@ -40,6 +40,7 @@ from splitfed.store.batches import Pile
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
 from splitfed.store.clients import Clients
+from splitfed.store.fresh import Fresh
 from splitfed.store.lineage import Lineage
 from splitfed.store.rounds import Rounds
 
@@ -105,6 +106,7 @@ class GradientStore:
         self.attended = False
         """Whether this process has an accumulator on it."""
         self._lineages: Bounded[str, tuple[Lineage, Pile]] = Bounded(KEPT_LINEAGES)
+        self._fresh: dict[str, Fresh] = {}
         self._registry: Clients | None = None
         self._rounds: Rounds | None = None
         self._lock = threading.Lock()
@@ -201,6 +203,11 @@ class GradientStore:
     def lineage(self, name: str = "body") -> Lineage:
         """The versions of a lineage."""
         return self._open(name)[0]
+
+    def fresh(self, lineage: str = "body") -> Fresh:
+        """The gradients of a lineage that this process has just computed."""
+        with self._lock:
+            return self._fresh.setdefault(lineage, Fresh())
 
     def pile(self, lineage: str = "body") -> Pile:
         """The files of a lineage's batches."""
