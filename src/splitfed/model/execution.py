@@ -29,6 +29,7 @@ from splitfed.model.attributes import Attributes, Habits, buffer_slots
 from splitfed.model.boundary import enter, fresh, uncached, unhooked
 from splitfed.model.fingerprint import check_kind
 from splitfed.model.numerics import same_bits
+from splitfed.model.parts import run_parts
 from splitfed.model.rng import compute_lock, seeded
 from splitfed.model.settings import apply_settings
 from splitfed.model.skeleton import Template
@@ -397,9 +398,7 @@ def run(
             _autocast(call.autocast, model.device),
             _BodyErrors(parts, entered),
         ):
-            outputs = parts[0](*args, **kwargs)
-            for part in parts[1:]:
-                outputs = part(outputs)
+            outputs = run_parts(parts, args, kwargs)
             if watched:
                 check_unchanged(spec, entered, (args, kwargs), outputs)
             unfinished: list[Tensor] = []

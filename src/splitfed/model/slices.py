@@ -85,6 +85,19 @@ def restore_forward(module: nn.Module) -> None:
             del owner.__dict__["forward"]
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether calls of a module run hooks, which see what goes in and what comes out."""
+    if nn.modules.module._has_any_global_hook():
+        return True
+    own = vars(module)
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
+
+
 def join_names(names: Iterable[str]) -> str:
     """Names of parts as one, for the wire: the parts are run one after another."""
     return ",".join(name.replace("%", "%25").replace(",", "%2C") for name in names)

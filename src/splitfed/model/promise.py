@@ -1,0 +1,550 @@
+"""Promises: what the layers of a run return on the client, before anybody has computed it.
+
+A run of layers is one request, and the model calls its layers one by one. So each stand-in but the
+last returns a `Promise`, a tensor without values, and its call is only noted. A promise that is
+given to the next layer says which call it continues; the last layer's call sends all. Whatever else
+touches a promise (an addition, its shape, a hook that looks) has the calls sent that were made so
+far, and gets the real tensor; the layers after it are another request. Outputs that the model keeps
+in a list of its own while it goes on, as for all hidden states, come back with the last layer's.
+
+A layer may return a tensor or a tuple, and the model's code takes the one or the other apart. Which
+it is, is found by running the layer's skeleton where tensors have no values, once for each kind of
+arguments; where its path depends on values, on zeros.
+
+The traps: the calls are made later than the model's code says. So a promise remembers the grad mode
+and autocast of its call, and what is changed in between (an argument in place, a setting) is
+refused. And what passes torch's ways of asking tensors first, an autograd function of the user's
+own, sees a tensor of no elements: its backward raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as torch_trees
+
+from splitfed.errors import CutError, InPlaceError
+from splitfed.model.copying import deep_copy
+from splitfed.model.layers import Kept, Layer, LayerCall, Output, Structures
+from splitfed.model.slices import watched
+from splitfed.protocol import pytree
+
+
+class Member(Protocol):
+    """A layer of a run, by whatever stands in its place: a cut point, or itself in a reference."""
+
+    @property
+    def layer(self) -> Layer:
+        """Its place."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """What the model calls."""
+        ...
+
+    @property
+    def structures(self) -> Structures:
+        """What it is known to return."""
+        ...
+
+    def settings(self) -> Any:
+        """What was changed of it since it was cut."""
+        ...
+
+    def trial(self) -> tuple[nn.Module, Callable[..., Any]]:
+        """A copy of it for trials, and what calls that."""
+        ...
+
+    def caller(self) -> Any:
+        """Whose call is under way."""
+        ...
+
+    def send(self, members: Sequence[Any], args: Any, kwargs: Any, caller: Any) -> Any:
+        """The answer to the calls of some layers as one.
+
+        Args:
+            members: Of them, the first of which is this one.
+            args: A `LayerCall` for each; or the arguments, if it is called alone.
+            kwargs: By keyword.
+            caller: Who made the first of the calls.
+        """
+        ...
+
+
+class Mode(NamedTuple):
+    """What a call depends on besides its arguments."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def now(cls, leaves: Sequence[Tensor]) -> Mode:
+        """The one that holds now, for tensors on these devices."""
+        devices = {"cpu"} | {leaf.device.type for leaf in leaves if type(leaf) is not Promise}
+        autocast = tuple(
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in sorted(devices - {"meta"})
+        )
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+
+    def fits(self, other: Mode) -> bool:
+        """Whether calls in both can be sent as one."""
+        known = {entry[0]: entry[1:] for entry in self.autocast}
+        same = all(known.get(entry[0], entry[1:]) == entry[1:] for entry in other.autocast)
+        return same and (self.grad, self.inference) == (other.grad, other.inference)
+
+    def again(self) -> contextlib.ExitStack:
+        """A context in which it holds."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.inference_mode(self.inference))
+        stack.enter_context(torch.set_grad_enabled(self.grad))
+        for device, enabled, dtype in self.autocast:
+            if enabled != torch.is_autocast_enabled(device) or enabled:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        return stack
+
+
+class Promise(Tensor):
+    """A tensor that a layer of a run will have returned; to be told by its class only here."""
+
+    calls: Calls
+    place: Output
+
+    @staticmethod
+    def __new__(cls, calls: Calls, place: Output) -> Promise:
+        """One for an output of a call."""
+        made: Promise = Tensor._make_wrapper_subclass(cls, (0,), requires_grad=calls.mode.grad)
+        made.calls = calls
+        made.place = place
+        return made
+
+    def __init__(self, calls: Calls, place: Output) -> None:
+        pass
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What torch is asked of a promise, it is asked of the real tensor."""
+        args, kwargs = settled((args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Refuse what comes past `__torch_function__`, where gradients would be lost.
+
+        Raises:
+            CutError: always, but for what autograd does with a leaf.
+        """
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise CutError(
+            "an output of a layer that was cut out in a run is used past torch's own functions "
+            f"({func}): cut such layers one by one, by a list of cuts"
+        )
+
+
+def settled(tree: Any) -> Any:
+    """A tree with the real tensors in place of promises."""
+    return torch_trees.tree_map_only(Promise, _settle, tree)
+
+
+def _settle(promise: Promise) -> Tensor:
+    return promise.calls.value(promise.place)
+
+
+@dataclass(slots=True, eq=False)
+class _Noted:
+    """A call that was made, and isn't answered yet."""
+
+    member: Member
+    spec: Any
+    leaves: list[Tensor | Output]
+    versions: list[int]
+    settings: Any
+    returns: str | None
+    trial: list[Tensor] | None = None
+    """The tensors that it returned in a trial."""
+    promised: dict[int, weakref.ref[Promise]] = field(default_factory=dict)
+
+
+class Calls:
+    """The calls of a run so far: noted, and then sent as one.
+
+    Args:
+        caller: Who makes them.
+        mode: In which grad mode and autocast.
+    """
+
+    def __init__(self, caller: Any, mode: Mode) -> None:
+        self.caller = caller
+        self.mode = mode
+        self.noted: list[_Noted] = []
+        self.is_sent = False
+        self.came: list[weakref.ref[Tensor]] = []
+        """The tensors that promises have become."""
+        self._values: dict[Output, Tensor] = {}
+        self._kept: list[Output] = []
+        self._is_recomputed = False
+
+    def note(self, call: _Noted) -> Any:
+        """Note a call; what it returns, with promises for the tensors."""
+        self.noted.append(call)
+        # A checkpoint keeps what its function is given, for a recompute and not for its values.
+        self._is_recomputed = self._is_recomputed or bool(checkpoint_frames())
+        return self._promise(len(self.noted) - 1)
+
+    def _promise(self, number: int) -> Any:
+        call = self.noted[number]
+        spec = json.loads(call.returns or "null")
+        made = [Promise(self, Output(number, leaf)) for leaf in range(_count(spec))]
+        call.promised = {leaf: weakref.ref(promise) for leaf, promise in enumerate(made)}
+        return pytree.unflatten(spec, list(made))
+
+    def knows(self, place: Output) -> bool:
+        """Whether the real tensor is here."""
+        return place in self._values
+
+    def value(self, place: Output) -> Tensor:
+        """The real tensor; the calls are sent for it if they haven't been.
+
+        Raises:
+            CutError: they were sent, and it hasn't come with the answer.
+        """
+        if not self.is_sent:
+            self._kept = self._alive(place)
+            self._send()
+        if place not in self._values:
+            names = [call.member.layer.name for call in self.noted]
+            raise CutError(
+                f"the output of {names[place.call]!r} is used after {names[-1]!r} has been called "
+                f"with it: of the run {self.noted[0].member.layer.run!r} only what its last layer "
+                "returns comes back. Cut such layers one by one, by a list of cuts"
+            )
+        return self._values[place]
+
+    def finish(self) -> Any:
+        """Send the calls, the last of which was made just now; what that returns."""
+        self._kept = self._alive(None)
+        return self._send()
+
+    def _send(self) -> Any:
+        first = self.noted[0].member
+        self._check_as_noted()
+        calls = [LayerCall(json.dumps(c.spec), c.leaves, c.returns) for c in self.noted]
+        kwargs = {"kept": self._kept} if self._kept else {}
+        members = [call.member for call in self.noted]
+        self.is_sent = True
+        # Inside of a backward pass it is a recompute, for which its caller is found.
+        caller = None if _in_backward() else self.caller
+        with self.mode.again():
+            answer = first.send(members, tuple(calls), kwargs, caller)
+        if self._kept:
+            if not isinstance(answer, Kept):
+                raise CutError(
+                    f"the model keeps outputs of layers within {first.layer.run!r} besides what "
+                    "the last one returns: that needs a client(...) call, and isn't a loss"
+                )
+            self._values = dict(zip(self._kept, answer.kept, strict=True))
+            answer = answer.outputs
+        last = len(self.noted) - 1
+        for leaf, tensor in enumerate(pytree.flatten(answer)[1]):
+            self._values[Output(last, leaf)] = tensor
+        self.came += map(weakref.ref, self._values.values())
+        return answer
+
+    def _check_as_noted(self) -> None:
+        """Refuse to send calls of which something is otherwise than when they were made."""
+        for call in self.noted:
+            found = _versions(call.leaves)
+            if found != call.versions:
+                raise InPlaceError(
+                    f"an argument of {call.member.layer.name!r} was changed in place after the "
+                    f"call: the layers of the run {call.member.layer.run!r} are sent together "
+                    "later. Change a clone() of it, or cut the layers one by one"
+                )
+            if call.member.settings() != call.settings:
+                raise CutError(
+                    f"a setting of {call.member.layer.name!r} was changed after its call: the "
+                    f"layers of the run {call.member.layer.run!r} are sent together later. "
+                    "Set it before the loop, or cut the layers one by one"
+                )
+
+    def _alive(self, asked: Output | None) -> list[Output]:
+        """The outputs that the model holds, besides those of the last call.
+
+        What the last call was given is still in a variable of the loop that made it, so it is kept
+        only if others are.
+
+        Args:
+            asked: The output that was touched; `None` if the last layer was called.
+        """
+        alive = [
+            Output(number, leaf)
+            for number, call in enumerate(self.noted[:-1])
+            for leaf, promise in call.promised.items()
+            if promise() is not None
+        ]
+        if self._is_recomputed:
+            return [place for place in alive if place == asked]
+        given = {leaf.call for leaf in self.noted[-1].leaves if isinstance(leaf, Output)}
+        if asked is not None or any(place.call not in given for place in alive):
+            return alive
+        return []
+
+    def again(self, layer: Layer, place: Output) -> Any:
+        """The call of a layer, made again inside of a backward pass by a checkpoint.
+
+        Args:
+            layer: The layer.
+            place: The newest output that it is given.
+
+        Returns:
+            What it returns; `NotImplemented` if there was no such call.
+        """
+        for number in range(place.call + 1, len(self.noted)):
+            if self.noted[number].member.layer == layer:
+                is_last = number + 1 == len(self.noted)
+                return self._send() if is_last else self._promise(number)
+        return NotImplemented
+
+    def on_trial(self, place: Output) -> Tensor:
+        """A tensor like an output: of its shape and kind, with other values or none."""
+        call = self.noted[place.call]
+        if call.trial is None:
+            outputs = try_call(call.member, call.spec, self.with_trials(call.leaves))
+            call.trial = pytree.flatten(outputs)[1]
+        return call.trial[place.leaf]
+
+    def with_trials(self, leaves: Sequence[Tensor | Output]) -> list[Tensor]:
+        """Leaves of a call, with tensors in place of what isn't known."""
+        return [leaf if isinstance(leaf, Tensor) else self.on_trial(leaf) for leaf in leaves]
+
+
+def _versions(leaves: Sequence[Tensor | Output]) -> list[int]:
+    """The version counters of tensors; those made in inference mode have none."""
+    return [t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference()]
+
+
+def _count(spec: Any) -> int:
+    """How many distinct tensors a spec has."""
+    if isinstance(spec, dict):
+        if set(spec) == {"t"}:
+            return int(spec["t"]) + 1
+        return max((_count(child) for child in spec.values()), default=0)
+    if isinstance(spec, list):
+        return max((_count(child) for child in spec), default=0)
+    return 0
+
+
+# ------------------------------------------------------------------------------ calls of layers
+
+
+def call_layer(member: Member, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answer the call of a layer of a run: with promises, or with what all calls so far return.
+
+    Raises:
+        CutError: it isn't given what an earlier layer of the run has returned.
+    """
+    found: Any = pytree.flatten((args, kwargs))
+    spec, given = found
+    calls = _continued(member, given)
+    if calls is not None and calls.is_sent:
+        places = [leaf.place for leaf in given if _is_of(leaf, calls)]
+        found = calls.again(member.layer, max(places))
+        if found is not NotImplemented:
+            return found
+    _check_order(member, given)
+    is_alone = watched(member.module) or _is_at_once()
+    if is_alone or (calls is None and member.layer.is_last):
+        return _call_alone(member, spec, given)
+    if calls is None:
+        calls = Calls(member.caller(), Mode.now(given))
+    leaves = [leaf.place if _is_of(leaf, calls) else settled(leaf) for leaf in given]
+    returns = None
+    if not member.layer.is_last:
+        returns = _structure(member, spec, leaves, calls)
+        if returns is None and not calls.noted:
+            return _call_alone(member, spec, leaves)
+    versions = _versions(leaves)
+    outputs = calls.note(_Noted(member, spec, leaves, versions, member.settings(), returns))
+    if returns is None:
+        _remember(member, None)
+        return calls.finish()
+    _remember(member, calls)
+    return outputs
+
+
+def _call_alone(member: Member, spec: Any, given: Sequence[Tensor]) -> Any:
+    """Answer a call by itself."""
+    _remember(member, None)
+    args, kwargs = pytree.unflatten(spec, list(map(settled, given)))
+    return member.send([member], args, kwargs, member.caller())
+
+
+def _is_of(leaf: Any, calls: Calls) -> bool:
+    """Whether a leaf is a promise of these calls whose tensor isn't here yet."""
+    return type(leaf) is Promise and leaf.calls is calls and not calls.knows(leaf.place)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _continued(member: Member, given: Sequence[Tensor]) -> Calls | None:
+    """The calls that a call of a layer continues, by the promises that it is given."""
+    found = {
+        id(leaf.calls): leaf.calls
+        for leaf in given
+        if type(leaf) is Promise and not leaf.calls.knows(leaf.place)
+    }
+    if len(found) != 1:
+        return None
+    (calls,) = found.values()
+    if calls.noted[0].member.layer.run != member.layer.run:
+        return None
+    if _in_backward():
+        return calls
+    is_fit = calls.mode.fits(Mode.now(given)) and calls.caller is member.caller()
+    return calls if is_fit and not calls.is_sent else None
+
+
+def _is_at_once() -> bool:
+    """Whether a call is to be answered at once, as nobody would take a promise for a tensor.
+
+    That is so within a compiled model, and in a reentrant checkpoint, whose outputs autograd looks
+    at itself: it runs without grad, and again in a backward of its own.
+    """
+    if _is_compiled():
+        return True
+    frames = checkpoint_frames()
+    return bool(frames) and (not torch.is_grad_enabled() or "backward" in frames)
+
+
+def _is_compiled() -> bool:
+    """Whether this call breaks the graph of a compiled model."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
+
+
+def checkpoint_frames() -> list[str]:
+    """The functions of torch's checkpoint that are on the stack.
+
+    Without grad that is a reentrant one, which runs its function again, with grad, at the backward.
+    Nothing else tells it from `no_grad` around an evaluation.
+    """
+    module = sys.modules.get("torch.utils.checkpoint")
+    found: list[str] = []
+    frame: FrameType | None = sys._getframe() if module is not None else None
+    while frame is not None:
+        if frame.f_code.co_filename == module.__file__:  # type: ignore[union-attr]
+            found.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return found
+
+
+def _check_order(member: Member, given: Sequence[Tensor]) -> None:
+    """Refuse a layer that isn't given what an earlier one of its run has returned."""
+    passed = getattr(member.caller(), "passed", {}).get(member.layer.run)
+    if passed is None:
+        return
+    before, came = passed
+    if before.index >= member.layer.index:  # the model begins anew
+        return
+    known = {id(reference()) for reference in came}
+    for leaf in given:
+        if type(leaf) is Promise and leaf.calls.noted[0].member.layer.run == member.layer.run:
+            return
+        if id(leaf) in known:
+            return
+    raise CutError(
+        f"{member.layer.name!r} isn't given what {before.name!r} returned: {member.layer.run!r} is "
+        "one cut if each of its layers takes the outputs of those before as they are. This model "
+        "computes something between them, or gives them other inputs: cut them one by one, by a "
+        f"list of cuts, [{before.name!r}, {member.layer.name!r}, ...], or cut the module that "
+        "holds them"
+    )
+
+
+def _remember(member: Member, calls: Calls | None) -> None:
+    """Note who was called last of a run, and which tensors its outputs become."""
+    passed = getattr(member.caller(), "passed", {})
+    if calls is None:
+        passed.pop(member.layer.run, None)
+    else:
+        passed[member.layer.run] = (member.layer, calls.came)
+
+
+# -------------------------------------------------------------------------- what a layer returns
+
+
+def _structure(
+    member: Member, spec: Any, leaves: Sequence[Tensor | Output], calls: Calls
+) -> str | None:
+    """The spec of what a layer returns, as JSON; `None` if that can't be known."""
+    kinds = tuple(
+        (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else leaf.leaf for leaf in leaves
+    )
+    key = (json.dumps(spec), kinds, repr(member.settings()), member.module.training)
+
+    def find() -> str | None:
+        try:
+            outputs = try_call(member, spec, calls.with_trials(leaves))
+        except Exception as error:  # noqa: BLE001 -- whatever the user's code makes of such tensors
+            warnings.warn(
+                f"the layers of the run {member.layer.run!r} can't be run without their weights "
+                f"({type(error).__name__}: {error!s:.120}), so it isn't known what they return: "
+                "each is a request of its own",
+                stacklevel=2,
+            )
+            return None
+        return json.dumps(pytree.flatten(outputs)[0])
+
+    return member.structures.get(key, find)
+
+
+def try_call(member: Member, spec: Any, leaves: Sequence[Tensor]) -> Any:
+    """What a layer returns on tensors without values, or else on zeros."""
+    try:
+        return _try_on("meta", member, spec, leaves)
+    except Exception:  # noqa: BLE001 -- whatever the user's code makes of tensors without values
+        return _try_on("cpu", member, spec, leaves)
+
+
+def _try_on(device: str, member: Member, spec: Any, leaves: Sequence[Tensor]) -> Any:
+    def moved(tensor: Tensor) -> Tensor:
+        if device == "meta" or not tensor.is_meta:
+            return tensor.detach().to(device, copy=True)
+        # Zeros that nobody has written to take no memory.
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+
+    with torch.no_grad(), torch.random.fork_rng(devices=()), torch.device(device):
+        module, call = member.trial()
+        args, kwargs = pytree.unflatten(spec, list(map(moved, leaves)))
+        return call(module._apply(moved), *args, **kwargs)
+
+
+def skeleton_of(module: nn.Module) -> nn.Module:
+    """A copy of a module without the values of its tensors."""
+    tensors = [*module.parameters(), *module.buffers()]
+    shells: dict[int, Any] = {}
+    for tensor in tensors:
+        shell = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        shells[id(tensor)] = nn.Parameter(shell, tensor.requires_grad) if is_parameter else shell
+    return deep_copy(module, shells)
