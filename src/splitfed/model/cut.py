@@ -227,19 +227,28 @@ def _find_cut(model: nn.Module, at: str) -> Cut:
     if ":" in last and at not in dict(model.named_modules(remove_duplicate=False)):
         module = _submodule(model, owner)
         positions = _slice_positions(module, at)
+        if isinstance(module, nn.ModuleList):
+            for position in positions:
+                _check_called(f"{owner}.{position}".lstrip("."), module._modules[position])
         return Cut(owner, positions, at if isinstance(module, nn.ModuleList) else None)
     module = _submodule(model, at)
-    # A container without a forward (nn.ModuleList) is never called, so there would be no call to
-    # send to the server. Scripted modules have their forward elsewhere than in the class.
+    _check_called(at, module)
+    return Cut(at, ())
+
+
+def _check_called(at: str, module: Any) -> None:
+    """Refuse what a model never calls, as there would be no call to send to the server."""
+    # Scripted modules have their forward elsewhere than in the class.
     forward = getattr(type(module), "forward", None)
     if forward is nn.Module.forward and "forward" not in vars(module):
         members = [f"{at}.{leaf}" for leaf in module._modules][:8]
-        slices = f", a run of them such as '{at}.0:2'" if isinstance(module, nn.ModuleList) else ""
+        slices = ""
+        if isinstance(module, nn.ModuleList):
+            slices = f", a run of them such as '{at}.0:{len(module)}'"
         raise CutError(
             f"{at!r} is a {type(module).__name__}, which isn't called itself: "
             f"cut at its members {members}{slices}, or the module that uses it"
         )
-    return Cut(at, ())
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

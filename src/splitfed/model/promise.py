@@ -36,8 +36,11 @@ from torch.utils import _pytree as torch_trees
 from splitfed.errors import CutError, InPlaceError
 from splitfed.model.copying import deep_copy
 from splitfed.model.layers import Kept, Layer, LayerCall, Output, Structures
+from splitfed.model.numerics import same_bits
 from splitfed.model.slices import watched
 from splitfed.protocol import pytree
+
+_get_device = vars(torch._C.TensorBase)["device"].__get__
 
 
 class Member(Protocol):
@@ -138,6 +141,9 @@ class Promise(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """What torch is asked of a promise, it is asked of the real tensor."""
+        # What a checkpoint asks of all that it is given, and a model that lies on several devices.
+        if func is _get_device and type(args[0]) is Promise:
+            return args[0].calls.device
         args, kwargs = settled((args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -159,12 +165,15 @@ class Promise(Tensor):
 
 
 def settled(tree: Any) -> Any:
-    """A tree with the real tensors in place of promises."""
-    return torch_trees.tree_map_only(Promise, _settle, tree)
+    """A tree with the real tensors in place of promises; itself, if there are none."""
+    leaves, spec = torch_trees.tree_flatten(tree)
+    if not any(type(leaf) is Promise for leaf in leaves):
+        return tree
+    return torch_trees.tree_unflatten([_settle(leaf) for leaf in leaves], spec)
 
 
-def _settle(promise: Promise) -> Tensor:
-    return promise.calls.value(promise.place)
+def _settle(leaf: Any) -> Any:
+    return leaf.calls.value(leaf.place) if type(leaf) is Promise else leaf
 
 
 @dataclass(slots=True, eq=False)
@@ -187,12 +196,14 @@ class Calls:
 
     Args:
         caller: Who makes them.
-        mode: In which grad mode and autocast.
+        given: The tensors that the first is given.
     """
 
-    def __init__(self, caller: Any, mode: Mode) -> None:
+    def __init__(self, caller: Any, given: Sequence[Tensor]) -> None:
         self.caller = caller
-        self.mode = mode
+        self.mode = Mode.now(given)
+        # Where outputs come to.
+        self.device = given[0].device if given else torch.device("cpu")
         self.noted: list[_Noted] = []
         self.is_sent = False
         self.came: list[weakref.ref[Tensor]] = []
@@ -245,7 +256,8 @@ class Calls:
     def _send(self) -> Any:
         first = self.noted[0].member
         self._check_as_noted()
-        calls = [LayerCall(json.dumps(c.spec), c.leaves, c.returns) for c in self.noted]
+        once = _Once()
+        calls = [LayerCall(json.dumps(c.spec), once(c.leaves), c.returns) for c in self.noted]
         kwargs = {"kept": self._kept} if self._kept else {}
         members = [call.member for call in self.noted]
         self.is_sent = True
@@ -253,6 +265,7 @@ class Calls:
         caller = None if _in_backward() else self.caller
         with self.mode.again():
             answer = first.send(members, tuple(calls), kwargs, caller)
+        once.check(first.layer)
         if self._kept:
             if not isinstance(answer, Kept):
                 raise CutError(
@@ -335,6 +348,51 @@ class Calls:
         return [leaf if isinstance(leaf, Tensor) else self.on_trial(leaf) for leaf in leaves]
 
 
+class _Once:
+    """Finds the arguments that are equal in several calls, so that each travels once.
+
+    As a mask is that a model makes anew for each layer, or for each kind of layers. Within one call
+    two tensors stay two.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, list[Tensor]] = {}
+        self._taken: list[tuple[Tensor, int]] = []
+
+    def __call__(self, leaves: Sequence[Tensor | Output]) -> list[Tensor | Output]:
+        """The leaves of a call, with earlier tensors in place of their equals."""
+        found: list[Tensor | Output] = []
+        for leaf in leaves:
+            own = {id(other) for other in (*leaves, *found)} - {id(leaf)}
+            found.append(leaf if isinstance(leaf, Output) else self._earlier(leaf, own))
+        return found
+
+    def _earlier(self, leaf: Tensor, own: set[int]) -> Tensor:
+        if leaf.requires_grad or leaf.layout is not torch.strided or leaf.is_inference():
+            return leaf
+        known = self._known.setdefault((leaf.shape, leaf.dtype, leaf.stride(), leaf.device), [])
+        for other in known:
+            if other is leaf:
+                return leaf
+            if id(other) not in own and same_bits(other, leaf):
+                self._taken.append((other, other._version))
+                return other
+        known.append(leaf)
+        return leaf
+
+    def check(self, layer: Layer) -> None:
+        """Refuse that the layers have changed such an argument in place.
+
+        Raises:
+            InPlaceError: they have.
+        """
+        if any(tensor._version != version for tensor, version in self._taken):
+            raise InPlaceError(
+                f"the layers of the run {layer.run!r} change an argument in place that has the "
+                "values of another one: let them change a clone() of it"
+            )
+
+
 def _versions(leaves: Sequence[Tensor | Output]) -> list[int]:
     """The version counters of tensors; those made in inference mode have none."""
     return [t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference()]
@@ -373,7 +431,7 @@ def call_layer(member: Member, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if is_alone or (calls is None and member.layer.is_last):
         return _call_alone(member, spec, given)
     if calls is None:
-        calls = Calls(member.caller(), Mode.now(given))
+        calls = Calls(member.caller(), given)
     leaves = [leaf.place if _is_of(leaf, calls) else settled(leaf) for leaf in given]
     returns = None
     if not member.layer.is_last:
@@ -382,16 +440,13 @@ def call_layer(member: Member, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             return _call_alone(member, spec, leaves)
     versions = _versions(leaves)
     outputs = calls.note(_Noted(member, spec, leaves, versions, member.settings(), returns))
-    if returns is None:
-        _remember(member, None)
-        return calls.finish()
     _remember(member, calls)
-    return outputs
+    return calls.finish() if returns is None else outputs
 
 
 def _call_alone(member: Member, spec: Any, given: Sequence[Tensor]) -> Any:
     """Answer a call by itself."""
-    _remember(member, None)
+    getattr(member.caller(), "passed", {}).pop(member.layer.run, None)
     args, kwargs = pytree.unflatten(spec, list(map(settled, given)))
     return member.send([member], args, kwargs, member.caller())
 
@@ -481,12 +536,10 @@ def _check_order(member: Member, given: Sequence[Tensor]) -> None:
     )
 
 
-def _remember(member: Member, calls: Calls | None) -> None:
+def _remember(member: Member, calls: Calls) -> None:
     """Note who was called last of a run, and which tensors its outputs become."""
-    passed = getattr(member.caller(), "passed", {})
-    if calls is None:
-        passed.pop(member.layer.run, None)
-    else:
+    passed = getattr(member.caller(), "passed", None)
+    if passed is not None:
         passed[member.layer.run] = (member.layer, calls.came)
 
 
