@@ -3,7 +3,9 @@
 A cut takes the named submodule out and puts a `CutPoint` in its hole; the rest of the model, its
 own code included, stays as it is. (Tracing would lose control flow and dropout modes; swapping was
 bit-identical on every architecture tried.) For a slice of an `nn.Sequential` there is one in each
-of its positions, so that all names stay what they were, and the slice is run as one (`slices`).
+of its positions, so that all names stay what they were, and the slice is run as one (`slices`). So
+there is for a run of layers in an `nn.ModuleList`, which the model calls in a loop of its own: what
+it calls is collected, and sent as one (`promise`).
 
 The trap: a module or tensor may be reached by several ways, under two names, in a list, as a plain
 attribute or out of a function. A module under two names is cut under both; what would be on both
@@ -109,16 +111,20 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
         model: Any module that can be deep-copied.
         at: The name of a submodule at any depth (`"encoder.layer.1"`), a slice of an
             `nn.Sequential` (`"2:5"`, `"features.3:8"`, open or negative as in Python, but within
-            its length), or a list of such cuts, which gives one body.
+            its length), a run of layers in an `nn.ModuleList` (`"model.layers.4:28"`), which the
+            model calls one by one, or a list of such cuts, which gives one body.
 
     Returns:
         The client half, with a `CutPoint` in each hole (for a slice in each position, which the
-        model may call itself), and the body: the submodule itself, the slice with its original
-        positions as names, or for a list of cuts one module with the original qualified names.
+        model may call itself; for a run in that of each layer, and all calls of a loop over them
+        are one request), and the body: the submodule itself, the slice or the run with its
+        original positions as names, or for a list of cuts one module with the original qualified
+        names.
         Both bear a stamp by which a server knows a half of another cut.
 
     Raises:
-        UnknownCutError: there is no such submodule; the message lists the nearest names.
+        UnknownCutError: there is no such submodule, or a slice or run goes past the end; the
+            message lists the nearest names, or the number of positions.
         SharedParameterError: a parameter, buffer or module would be on both sides, also by way of
             a function that holds it: a hook, a method, a patched forward.
         CutError: the cuts overlap or are empty.

@@ -241,7 +241,12 @@ def call_layer_for(
     point: CutPoint, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """What a layer of a run returns for a call of its cut point, or promises of it."""
-    return call_layer(_Member(point, layer), args, kwargs)
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return call_layer(_Member(point, layer), args, kwargs)
+    # True as the compiler reads it here, where it is about to break its graph.
+    is_compiled = torch.compiler.is_dynamo_compiling()
+    return dynamo.disable(call_layer)(_Member(point, layer, is_compiled), args, kwargs)
 
 
 call_layer_for._torchdynamo_disable = True  # type: ignore[attr-defined]
@@ -254,6 +259,7 @@ class _Member:
 
     module: CutPoint
     layer: Layer
+    is_compiled: bool = False
 
     @property
     def structures(self) -> Structures:

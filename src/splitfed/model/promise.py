@@ -61,6 +61,11 @@ class Member(Protocol):
         """What it is known to return."""
         ...
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it is called in a compiled model, which would take a promise for a tensor."""
+        ...
+
     def settings(self) -> Any:
         """What was changed of it since it was cut."""
         ...
@@ -142,7 +147,7 @@ class Promise(Tensor):
     ) -> Any:
         """What torch is asked of a promise, it is asked of the real tensor."""
         # What a checkpoint asks of all that it is given, and a model that lies on several devices.
-        if func is _get_device and type(args[0]) is Promise:
+        if func == _get_device and type(args[0]) is Promise:
             return args[0].calls.device
         args, kwargs = settled((args, kwargs or {}))
         return func(*args, **kwargs)
@@ -427,7 +432,7 @@ def call_layer(member: Member, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if found is not NotImplemented:
             return found
     _check_order(member, given)
-    is_alone = watched(member.module) or _is_at_once()
+    is_alone = _is_at_once(member)
     if is_alone or (calls is None and member.layer.is_last):
         return _call_alone(member, spec, given)
     if calls is None:
@@ -478,23 +483,17 @@ def _continued(member: Member, given: Sequence[Tensor]) -> Calls | None:
     return calls if is_fit and not calls.is_sent else None
 
 
-def _is_at_once() -> bool:
-    """Whether a call is to be answered at once, as nobody would take a promise for a tensor.
+def _is_at_once(member: Member) -> bool:
+    """Whether a call is to be answered at once.
 
-    That is so within a compiled model, and in a reentrant checkpoint, whose outputs autograd looks
-    at itself: it runs without grad, and again in a backward of its own.
+    Hooks see what goes in and what comes out; a compiled model, and autograd behind a reentrant
+    checkpoint, would take a promise for a tensor. Such a checkpoint runs without grad, and again in
+    a backward of its own.
     """
-    if _is_compiled():
+    if member.is_compiled or watched(member.module):
         return True
     frames = checkpoint_frames()
     return bool(frames) and (not torch.is_grad_enabled() or "backward" in frames)
-
-
-def _is_compiled() -> bool:
-    """Whether this call breaks the graph of a compiled model."""
-    if "torch._dynamo" not in sys.modules:
-        return False
-    return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
 
 
 def checkpoint_frames() -> list[str]:
@@ -588,6 +587,9 @@ def _try_on(device: str, member: Member, spec: Any, leaves: Sequence[Tensor]) ->
 
     with torch.no_grad(), torch.random.fork_rng(devices=()), torch.device(device):
         module, call = member.trial()
+        # What they return is of the same kind, and torch loads for seconds to drop on meta.
+        for part in module.modules():
+            part.training = part.training and not isinstance(part, nn.modules.dropout._DropoutNd)
         args, kwargs = pytree.unflatten(spec, list(map(moved, leaves)))
         return call(module._apply(moved), *args, **kwargs)
 

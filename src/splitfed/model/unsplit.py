@@ -79,6 +79,7 @@ class _Member:
 
     layer: Layer
     module: nn.Module
+    is_compiled: bool = False
 
     @property
     def structures(self) -> Structures:
