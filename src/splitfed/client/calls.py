@@ -37,7 +37,7 @@ from splitfed.errors import (
 from splitfed.model.arguments import carried, check_gradients
 from splitfed.model.boundary import uncached
 from splitfed.model.cutpoint import Called, Caller, active_caller
-from splitfed.model.promise import checkpoint_frames
+from splitfed.model.recompute import checkpoint_frames
 from splitfed.model.rng import Seed
 from splitfed.model.tracing import UNBROKEN
 from splitfed.protocol import pytree
@@ -91,7 +91,7 @@ class Session:
         self.buffers_counted = False
         self.in_batch = False
         self.passed: dict[str, Any] = {}
-        """By the name of a run of layers, which of them was called last; see `model/promise`."""
+        """By the name of a run of layers, which of them was called last; see `model/runs`."""
         self._made: list[_Made] = []
         self._token: Token[Caller | None] | None = None
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from splitfed.model.copying import deep_copy
 from splitfed.model.cutpoint import Called, hole_of
-from splitfed.model.parts import run_parts
 from splitfed.model.promise import settled
+from splitfed.model.slices import run_parts
 from splitfed.protocol import pytree
 
 

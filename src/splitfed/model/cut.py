@@ -5,7 +5,7 @@ own code included, stays as it is. (Tracing would lose control flow and dropout 
 bit-identical on every architecture tried.) For a slice of an `nn.Sequential` there is one in each
 of its positions, so that all names stay what they were, and the slice is run as one (`slices`). So
 there is for a run of layers in an `nn.ModuleList`, which the model calls in a loop of its own: what
-it calls is collected, and sent as one (`promise`).
+it calls is collected, and sent as one (`runs`).
 
 The trap: a module or tensor may be reached by several ways, under two names, in a list, as a plain
 attribute or out of a function. A module under two names is cut under both; what would be on both
@@ -276,7 +276,7 @@ def _slice_positions(module: nn.Module, at: str) -> tuple[str, ...]:
     if not isinstance(module, nn.Sequential | nn.ModuleList):
         raise UnknownCutError(
             f"{at!r} slices {name or 'the model'!r}, which is a {kind}: "
-            "only an nn.Sequential and an nn.ModuleList have slices"
+            "only an nn.Sequential has slices, and an nn.ModuleList runs of layers"
         )
     if isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward:
         raise CutError(
@@ -297,8 +297,8 @@ def _bounds(at: str, count: int, owner: str) -> slice:
     texts = at.rpartition(".")[2].split(":")
     if len(texts) > 2:
         raise UnknownCutError(
-            f"{at!r} has a step: the positions of a cut follow one another without gaps, such as "
-            "'2:5'; name several cuts in a list"
+            f"{at!r} isn't a slice without gaps, such as '2:5': it has a step. Name several "
+            "cuts in a list"
         )
     try:
         start, stop = [int(text) if text else None for text in texts]

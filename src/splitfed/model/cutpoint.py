@@ -25,7 +25,7 @@ from torch import nn
 from splitfed.errors import AbsentError, NotConnectedError, UnsupportedError
 from splitfed.model.copying import deep_copy
 from splitfed.model.layers import Layer, Structures
-from splitfed.model.promise import call_layer
+from splitfed.model.runs import call_layer
 from splitfed.model.skeleton import Template
 from splitfed.model.slices import Slice, join_names, split_names, watched
 from splitfed.model.standin.assigning import class_of

@@ -29,11 +29,10 @@ from splitfed.model.attributes import Attributes, Habits, buffer_slots
 from splitfed.model.boundary import enter, fresh, uncached, unhooked
 from splitfed.model.fingerprint import check_kind
 from splitfed.model.numerics import same_bits
-from splitfed.model.parts import run_parts
 from splitfed.model.rng import compute_lock, seeded
 from splitfed.model.settings import apply_settings
 from splitfed.model.skeleton import Template
-from splitfed.model.slices import split_names
+from splitfed.model.slices import run_parts, split_names
 from splitfed.protocol import pytree, safetensors
 from splitfed.protocol.messages import BufferUpdate, ForwardRecord, GradientRecord
 

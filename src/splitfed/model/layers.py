@@ -13,11 +13,11 @@ something else is refused.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _KINDS = 64
 """For so many kinds of arguments a layer remembers what it returns."""
@@ -76,3 +76,50 @@ class Kept(NamedTuple):
     outputs: Any
     """Those of the last layer."""
     kept: list[Tensor]
+
+
+class Member(Protocol):
+    """A layer of a run, by whatever stands in its place: a cut point, or itself in a reference."""
+
+    @property
+    def layer(self) -> Layer:
+        """Its place."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """What the model calls."""
+        ...
+
+    @property
+    def structures(self) -> Structures:
+        """What it is known to return."""
+        ...
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it is called in a compiled model, which would take a promise for a tensor."""
+        ...
+
+    def settings(self) -> Any:
+        """What was changed of it since it was cut."""
+        ...
+
+    def trial(self) -> tuple[nn.Module, Callable[..., Any]]:
+        """A copy of it for trials, and what calls that."""
+        ...
+
+    def caller(self) -> Any:
+        """Whose call is under way."""
+        ...
+
+    def send(self, members: Sequence[Any], args: Any, kwargs: Any, caller: Any) -> Any:
+        """The answer to the calls of some layers as one.
+
+        Args:
+            members: Of them, the first of which is this one.
+            args: A `LayerCall` for each; or the arguments, if it is called alone.
+            kwargs: By keyword.
+            caller: Who made the first of the calls.
+        """
+        ...

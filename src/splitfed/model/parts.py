@@ -1,12 +1,9 @@
-"""Parts of a body, run one after another: one part, the positions of a slice, or a run of layers.
-
-Whoever runs a cut call runs it by this: a server, the reference, and an owner that has no examples.
-"""
+"""A run of layers, run: by a server, by the reference, and by an owner that has no examples."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,16 +13,16 @@ from splitfed.model.arguments import check_unchanged, may_change
 from splitfed.model.layers import Kept, LayerCall, Output
 from splitfed.protocol import pytree
 
-Part = Callable[..., Any]
 
-
-def run_parts(parts: Sequence[Part], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run parts one after another, as a cut call asks for.
+def run_layers(
+    parts: Sequence[Callable[..., Any]], calls: Sequence[Any], kept: Sequence[Any]
+) -> Any:
+    """Run layers one after another, each on its own arguments.
 
     Args:
-        parts: The parts; each gets what the one before returned, unless this is a run of layers.
-        args: The arguments of the first part; or a `LayerCall` for each.
-        kwargs: By keyword; of a run, which outputs are `kept` besides the last layer's.
+        parts: The layers.
+        calls: A `LayerCall` for each.
+        kept: Which outputs are wanted besides the last layer's.
 
     Raises:
         InputError: the calls of the run don't fit its parts.
@@ -33,15 +30,6 @@ def run_parts(parts: Sequence[Part], args: tuple[Any, ...], kwargs: Mapping[str,
         UnsupportedError: a layer returned something else than the client had taken for granted.
         ContainerError: a layer changed a container among its arguments.
     """
-    if any(isinstance(arg, LayerCall) for arg in args):
-        return _run_layers(parts, args, kwargs.get("kept", ()))
-    value = parts[0](*args, **kwargs)
-    for part in parts[1:]:
-        value = part(value)
-    return value
-
-
-def _run_layers(parts: Sequence[Part], calls: Sequence[Any], kept: Sequence[Any]) -> Any:
     if len(calls) != len(parts) or not all(isinstance(call, LayerCall) for call in calls):
         raise InputError(f"a run of {len(parts)} layers got {len(calls)} calls: expected one each")
     returned: list[list[Tensor]] = []

@@ -21,73 +21,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
-import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as torch_trees
 
 from splitfed.errors import CutError, InPlaceError
-from splitfed.model.copying import deep_copy
-from splitfed.model.layers import Kept, Layer, LayerCall, Output, Structures
+from splitfed.model.layers import Kept, Layer, LayerCall, Member, Output
 from splitfed.model.numerics import same_bits
-from splitfed.model.slices import watched
+from splitfed.model.recompute import checkpoint_frames, in_backward
+from splitfed.model.trial import try_call
 from splitfed.protocol import pytree
 
 _get_device = vars(torch._C.TensorBase)["device"].__get__
-
-
-class Member(Protocol):
-    """A layer of a run, by whatever stands in its place: a cut point, or itself in a reference."""
-
-    @property
-    def layer(self) -> Layer:
-        """Its place."""
-        ...
-
-    @property
-    def module(self) -> nn.Module:
-        """What the model calls."""
-        ...
-
-    @property
-    def structures(self) -> Structures:
-        """What it is known to return."""
-        ...
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether it is called in a compiled model, which would take a promise for a tensor."""
-        ...
-
-    def settings(self) -> Any:
-        """What was changed of it since it was cut."""
-        ...
-
-    def trial(self) -> tuple[nn.Module, Callable[..., Any]]:
-        """A copy of it for trials, and what calls that."""
-        ...
-
-    def caller(self) -> Any:
-        """Whose call is under way."""
-        ...
-
-    def send(self, members: Sequence[Any], args: Any, kwargs: Any, caller: Any) -> Any:
-        """The answer to the calls of some layers as one.
-
-        Args:
-            members: Of them, the first of which is this one.
-            args: A `LayerCall` for each; or the arguments, if it is called alone.
-            kwargs: By keyword.
-            caller: Who made the first of the calls.
-        """
-        ...
 
 
 class Mode(NamedTuple):
@@ -182,7 +132,7 @@ def _settle(leaf: Any) -> Any:
 
 
 @dataclass(slots=True, eq=False)
-class _Noted:
+class Noted:
     """A call that was made, and isn't answered yet."""
 
     member: Member
@@ -209,7 +159,7 @@ class Calls:
         self.mode = Mode.now(given)
         # Where outputs come to.
         self.device = given[0].device if given else torch.device("cpu")
-        self.noted: list[_Noted] = []
+        self.noted: list[Noted] = []
         self.is_sent = False
         self.came: list[weakref.ref[Tensor]] = []
         """The tensors that promises have become."""
@@ -217,7 +167,7 @@ class Calls:
         self._kept: list[Output] = []
         self._is_recomputed = False
 
-    def note(self, call: _Noted) -> Any:
+    def note(self, call: Noted) -> Any:
         """Note a call; what it returns, with promises for the tensors."""
         self.noted.append(call)
         # A checkpoint keeps what its function is given, for a recompute and not for its values.
@@ -267,7 +217,7 @@ class Calls:
         members = [call.member for call in self.noted]
         self.is_sent = True
         # Inside of a backward pass it is a recompute, for which its caller is found.
-        caller = None if _in_backward() else self.caller
+        caller = None if in_backward() else self.caller
         with self.mode.again():
             answer = first.send(members, tuple(calls), kwargs, caller)
         once.check(first.layer)
@@ -288,7 +238,7 @@ class Calls:
     def _check_as_noted(self) -> None:
         """Refuse to send calls of which something is otherwise than when they were made."""
         for call in self.noted:
-            found = _versions(call.leaves)
+            found = versions_of(call.leaves)
             if found != call.versions:
                 raise InPlaceError(
                     f"an argument of {call.member.layer.name!r} was changed in place after the "
@@ -398,7 +348,7 @@ class _Once:
             )
 
 
-def _versions(leaves: Sequence[Tensor | Output]) -> list[int]:
+def versions_of(leaves: Sequence[Tensor | Output]) -> list[int]:
     """The version counters of tensors; those made in inference mode have none."""
     return [t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference()]
 
@@ -412,194 +362,3 @@ def _count(spec: Any) -> int:
     if isinstance(spec, list):
         return max((_count(child) for child in spec), default=0)
     return 0
-
-
-# ------------------------------------------------------------------------------ calls of layers
-
-
-def call_layer(member: Member, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Answer the call of a layer of a run: with promises, or with what all calls so far return.
-
-    Raises:
-        CutError: it isn't given what an earlier layer of the run has returned.
-    """
-    found: Any = pytree.flatten((args, kwargs))
-    spec, given = found
-    calls = _continued(member, given)
-    if calls is not None and calls.is_sent:
-        places = [leaf.place for leaf in given if _is_of(leaf, calls)]
-        found = calls.again(member.layer, max(places))
-        if found is not NotImplemented:
-            return found
-    _check_order(member, given)
-    is_alone = _is_at_once(member)
-    if is_alone or (calls is None and member.layer.is_last):
-        return _call_alone(member, spec, given)
-    if calls is None:
-        calls = Calls(member.caller(), given)
-    leaves = [leaf.place if _is_of(leaf, calls) else settled(leaf) for leaf in given]
-    returns = None
-    if not member.layer.is_last:
-        returns = _structure(member, spec, leaves, calls)
-        if returns is None and not calls.noted:
-            return _call_alone(member, spec, leaves)
-    versions = _versions(leaves)
-    outputs = calls.note(_Noted(member, spec, leaves, versions, member.settings(), returns))
-    _remember(member, calls)
-    return calls.finish() if returns is None else outputs
-
-
-def _call_alone(member: Member, spec: Any, given: Sequence[Tensor]) -> Any:
-    """Answer a call by itself."""
-    getattr(member.caller(), "passed", {}).pop(member.layer.run, None)
-    args, kwargs = pytree.unflatten(spec, list(map(settled, given)))
-    return member.send([member], args, kwargs, member.caller())
-
-
-def _is_of(leaf: Any, calls: Calls) -> bool:
-    """Whether a leaf is a promise of these calls whose tensor isn't here yet."""
-    return type(leaf) is Promise and leaf.calls is calls and not calls.knows(leaf.place)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _continued(member: Member, given: Sequence[Tensor]) -> Calls | None:
-    """The calls that a call of a layer continues, by the promises that it is given."""
-    found = {
-        id(leaf.calls): leaf.calls
-        for leaf in given
-        if type(leaf) is Promise and not leaf.calls.knows(leaf.place)
-    }
-    if len(found) != 1:
-        return None
-    (calls,) = found.values()
-    if calls.noted[0].member.layer.run != member.layer.run:
-        return None
-    if _in_backward():
-        return calls
-    is_fit = calls.mode.fits(Mode.now(given)) and calls.caller is member.caller()
-    return calls if is_fit and not calls.is_sent else None
-
-
-def _is_at_once(member: Member) -> bool:
-    """Whether a call is to be answered at once.
-
-    Hooks see what goes in and what comes out; a compiled model, and autograd behind a reentrant
-    checkpoint, would take a promise for a tensor. Such a checkpoint runs without grad, and again in
-    a backward of its own.
-    """
-    if member.is_compiled or watched(member.module):
-        return True
-    frames = checkpoint_frames()
-    return bool(frames) and (not torch.is_grad_enabled() or "backward" in frames)
-
-
-def checkpoint_frames() -> list[str]:
-    """The functions of torch's checkpoint that are on the stack.
-
-    Without grad that is a reentrant one, which runs its function again, with grad, at the backward.
-    Nothing else tells it from `no_grad` around an evaluation.
-    """
-    module = sys.modules.get("torch.utils.checkpoint")
-    found: list[str] = []
-    frame: FrameType | None = sys._getframe() if module is not None else None
-    while frame is not None:
-        if frame.f_code.co_filename == module.__file__:  # type: ignore[union-attr]
-            found.append(frame.f_code.co_name)
-        frame = frame.f_back
-    return found
-
-
-def _check_order(member: Member, given: Sequence[Tensor]) -> None:
-    """Refuse a layer that isn't given what an earlier one of its run has returned."""
-    passed = getattr(member.caller(), "passed", {}).get(member.layer.run)
-    if passed is None:
-        return
-    before, came = passed
-    if before.index >= member.layer.index:  # the model begins anew
-        return
-    known = {id(reference()) for reference in came}
-    for leaf in given:
-        if type(leaf) is Promise and leaf.calls.noted[0].member.layer.run == member.layer.run:
-            return
-        if id(leaf) in known:
-            return
-    raise CutError(
-        f"{member.layer.name!r} isn't given what {before.name!r} returned: {member.layer.run!r} is "
-        "one cut if each of its layers takes the outputs of those before as they are. This model "
-        "computes something between them, or gives them other inputs: cut them one by one, by a "
-        f"list of cuts, [{before.name!r}, {member.layer.name!r}, ...], or cut the module that "
-        "holds them"
-    )
-
-
-def _remember(member: Member, calls: Calls) -> None:
-    """Note who was called last of a run, and which tensors its outputs become."""
-    passed = getattr(member.caller(), "passed", None)
-    if passed is not None:
-        passed[member.layer.run] = (member.layer, calls.came)
-
-
-# -------------------------------------------------------------------------- what a layer returns
-
-
-def _structure(
-    member: Member, spec: Any, leaves: Sequence[Tensor | Output], calls: Calls
-) -> str | None:
-    """The spec of what a layer returns, as JSON; `None` if that can't be known."""
-    kinds = tuple(
-        (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else leaf.leaf for leaf in leaves
-    )
-    key = (json.dumps(spec), kinds, repr(member.settings()), member.module.training)
-
-    def find() -> str | None:
-        try:
-            outputs = try_call(member, spec, calls.with_trials(leaves))
-        except Exception as error:  # noqa: BLE001 -- whatever the user's code makes of such tensors
-            warnings.warn(
-                f"the layers of the run {member.layer.run!r} can't be run without their weights "
-                f"({type(error).__name__}: {error!s:.120}), so it isn't known what they return: "
-                "each is a request of its own",
-                stacklevel=2,
-            )
-            return None
-        return json.dumps(pytree.flatten(outputs)[0])
-
-    return member.structures.get(key, find)
-
-
-def try_call(member: Member, spec: Any, leaves: Sequence[Tensor]) -> Any:
-    """What a layer returns on tensors without values, or else on zeros."""
-    try:
-        return _try_on("meta", member, spec, leaves)
-    except Exception:  # noqa: BLE001 -- whatever the user's code makes of tensors without values
-        return _try_on("cpu", member, spec, leaves)
-
-
-def _try_on(device: str, member: Member, spec: Any, leaves: Sequence[Tensor]) -> Any:
-    def moved(tensor: Tensor) -> Tensor:
-        if device == "meta" or not tensor.is_meta:
-            return tensor.detach().to(device, copy=True)
-        # Zeros that nobody has written to take no memory.
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-
-    with torch.no_grad(), torch.random.fork_rng(devices=()), torch.device(device):
-        module, call = member.trial()
-        # What they return is of the same kind, and torch loads for seconds to drop on meta.
-        for part in module.modules():
-            part.training = part.training and not isinstance(part, nn.modules.dropout._DropoutNd)
-        args, kwargs = pytree.unflatten(spec, list(map(moved, leaves)))
-        return call(module._apply(moved), *args, **kwargs)
-
-
-def skeleton_of(module: nn.Module) -> nn.Module:
-    """A copy of a module without the values of its tensors."""
-    tensors = [*module.parameters(), *module.buffers()]
-    shells: dict[int, Any] = {}
-    for tensor in tensors:
-        shell = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        shells[id(tensor)] = nn.Parameter(shell, tensor.requires_grad) if is_parameter else shell
-    return deep_copy(module, shells)

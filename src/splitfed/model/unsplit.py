@@ -22,12 +22,12 @@ from splitfed.model.boundary import alias, enter, leave, uncached
 from splitfed.model.copying import deep_copy
 from splitfed.model.cut import find_cuts
 from splitfed.model.layers import Layer, Structures
-from splitfed.model.parts import run_parts
-from splitfed.model.promise import call_layer, skeleton_of
 from splitfed.model.rng import Seed, compute_lock, seeded
+from splitfed.model.runs import call_layer
 from splitfed.model.skeleton import unwrap
-from splitfed.model.slices import Slice, run_as_one
+from splitfed.model.slices import Slice, run_as_one, run_parts
 from splitfed.model.standin.modules import Likeness
+from splitfed.model.trial import skeleton_of
 from splitfed.protocol import pytree
 
 Call = Callable[..., Any]
