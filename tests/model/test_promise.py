@@ -19,6 +19,7 @@ import splitfed
 from splitfed.errors import ContainerError, CutError, InPlaceError, SplitFedError, UnknownCutError, UnsupportedError
 from splitfed.model.cutpoint import CutPoint
 from splitfed.model.promise import Promise
+from splitfed.protocol.packing import pack, unpack
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 Loop = Callable[[Any, Tensor, Tensor, Any], Any]
@@ -87,6 +88,15 @@ class Counting(Wire):
 
 class CountingApart(Counting, Apart):
     """The same, over two replicas."""
+
+
+class Packed(Counting):
+    """Requests and answers go through bytes, as over HTTP."""
+
+    def send(self, method: str, request: Any) -> Any:
+        """Pack and unpack both."""
+        answer = super().send(method, unpack(type(request), b"".join(map(bytes, pack(request)))))
+        return unpack(type(answer), b"".join(map(bytes, pack(answer))))
 
 
 def split(net: nn.Module, at: Any = "layers.0:5", **settings: Any) -> Split:
@@ -294,6 +304,12 @@ def test_two_requests_a_batch_and_commits_on_two_replicas() -> None:
         state = reference.state_dict()
         for name, tensor in made.state().items():
             assert torch.equal(tensor, state[name]), name
+
+
+def test_a_run_crosses_as_bytes() -> None:
+    """With hidden states that come back besides the last."""
+    made = split(model(hidden_states, p=0.2), wire=Packed)
+    assert_step(made, splitfed.reference(model(hidden_states, p=0.2), "layers.0:5"), ((X,), {}))
 
 
 def test_evaluation_is_one_request() -> None:
