@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from cases import Inputs
-from harness import Apart, Split, Step, adam, assert_equal, assert_same, gradients, step
+from harness import Apart, Split, Step, Wire, adam, assert_equal, assert_same, gradients, step
 from torch import Tensor, nn
 
 import splitfed
@@ -22,10 +22,30 @@ import splitfed
 # PEFT asks transformers by a name that it no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 STEPS = 20
+
+
+class Counting(Wire):
+    """Counts requests, and the bytes of the tensors that forwards send."""
+
+    total = 0
+    sent = 0
+
+    def send(self, method: str, request: Any) -> Any:
+        """Count, then pass on."""
+        self.total += 1
+        if method == "forward":
+            self.sent += sum(tensor.nbytes for tensor in request.tensors())
+        return super().send(method, request)
+
+
+class CountingApart(Counting, Apart):
+    """The same, over two replicas."""
+
+
 MODES: dict[str, dict[str, Any]] = {
     "graph_kept": {},
     "recomputed": {"keep_graphs": 0},
-    "two_replicas": {"wire": Apart, "replicas": 2},
+    "two_replicas": {"wire": CountingApart, "replicas": 2},
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 32,
@@ -147,7 +167,27 @@ FAMILIES = [
         ["model.layers.0", "model.layers.1.mlp"],
     ),
 ]
-FAMILY = pytest.mark.parametrize("family", [pytest.param(family, id=family.name) for family in FAMILIES])
+SMALL = {"vocab_size": 32, "hidden_size": 16, "max_position_embeddings": 16, "num_attention_heads": 2}
+
+
+def in_one_run(family: Family) -> Family:
+    """It with four layers, of which all but the first are cut out as one run."""
+    first = family.at if isinstance(family.at, str) else family.at[0]
+    count = "n_layer" if "n_layer" in family.sizes else "num_hidden_layers"
+    run = f"{first.rpartition('.')[0]}.1:4"
+    return replace(family, name=f"{family.name}_run", at=run, sizes=family.sizes | {count: 4})
+
+
+RUNS = [
+    *map(in_one_run, FAMILIES),
+    # Layers that return tuples, and a mask for each kind of layer.
+    Family("bloom_run", "BloomConfig", {"vocab_size": 32, "hidden_size": 16, "n_layer": 4, "n_head": 2},
+           "transformer.h.0:4", settings={"hidden_dropout": 0.1}, draws=True),
+    Family("falcon_run", "FalconConfig", SMALL | {"num_hidden_layers": 4}, "transformer.h.0:4"),
+    Family("gemma3_run", "Gemma3TextConfig", SIZES | WIDTH | GROUPED | {"num_hidden_layers": 4, "head_dim": 8},
+           "model.layers.0:4", settings={"sliding_window": 4}),
+]  # fmt: skip
+FAMILY = pytest.mark.parametrize("family", [pytest.param(family, id=family.name) for family in FAMILIES + RUNS])
 
 
 def batches() -> list[Inputs]:
@@ -200,7 +240,7 @@ def unsplit(family: Family) -> tuple[list[Step], Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize("mode", MODES)
 def test_twenty_steps_have_the_bits_of_the_reference(family: Family, mode: str) -> None:
     """Loss, logits, all gradients of each step, the last weights, and the generator."""
-    split = Split(family.model(), family.at, f"memory://{uuid.uuid4()}", **MODES[mode])
+    split = Split(family.model(), family.at, f"memory://{uuid.uuid4()}", **{"wire": Counting, **MODES[mode]})
     local = adam([p for p in split.client.parameters() if p.requires_grad])
 
     def update() -> None:
@@ -214,13 +254,58 @@ def test_twenty_steps_have_the_bits_of_the_reference(family: Family, mode: str) 
     for got, wanted in zip(steps, expected, strict=True):
         assert_equal(got, wanted)
     assert split.store.latest_version() == STEPS
+    if family in RUNS:
+        assert split.wire.total == 2 * STEPS
     assert_same(split.state(), state, "state")
     assert torch.equal(generator, expected_generator)
 
 
-@pytest.mark.parametrize("family", [pytest.param(family, id=family.name) for family in FAMILIES if not family.draws])
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, id=family.name) for family in FAMILIES + RUNS if not family.draws]
+)
 def test_the_reference_is_the_raw_model(family: Family) -> None:
     """Where nothing is drawn, a step of the reference has the bits of the model itself."""
     raw, reference = family.model(), splitfed.reference(family.model(), family.at)
     given = batches()[0]
     assert_equal(step(reference, given), step(raw, given))
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, id=f.name) for f in RUNS if not f.checkpointing])
+def test_a_run_sends_little_besides_its_activation(family: Family) -> None:
+    """Of 128 padded tokens, as wide as small models are: hidden states, and masks and positions once.
+
+    By eager attention, whose masks are floats. That of a sliding window as long is the same mask.
+    """
+    width, heads, limit = "hidden_size", "num_attention_heads", "max_position_embeddings"
+    if family.config in ("GPT2Config", "BloomConfig"):
+        width, heads, limit = {
+            "GPT2Config": ("n_embd", "n_head", "n_positions"),
+            "BloomConfig": ("hidden_size", "n_head", "seq_length"),
+        }[family.config]
+    sizes = family.sizes | {width: 768, heads: 12, limit: 128}
+    sizes |= {"head_dim": 64} if "head_dim" in sizes else {}
+    settings = family.settings | ({"sliding_window": 128} if "sliding_window" in family.settings else {})
+    wide = replace(family, sizes=sizes, settings=settings)
+    split = Split(wide.model(), wide.at, f"memory://{uuid.uuid4()}", wire=Counting)
+    ids = torch.randint(3, 32, (8, 128))
+    mask = torch.ones_like(ids)
+    mask[0, 100:] = 0
+    with torch.no_grad():
+        split.client(input_ids=ids, attention_mask=mask)
+    assert split.wire.total == 1
+    assert split.wire.sent <= 1.25 * 8 * 128 * 768 * family.dtype.itemsize
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, id=f.name) for f in RUNS if not f.draws and not f.checkpointing])
+def test_hidden_states_of_a_run_are_those_of_the_model(family: Family) -> None:
+    """With as many requests as the model's way to collect them takes; a cache is refused."""
+    split = Split(family.model(), family.at, f"memory://{uuid.uuid4()}", wire=Counting)
+    _, given = batches()[0]
+    given.pop("labels")
+    expected = family.model()(**given, output_hidden_states=True).hidden_states
+    found = split.client(**given, output_hidden_states=True).hidden_states
+    assert len(found) == len(expected)
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got, wanted)
+    with pytest.raises(splitfed.errors.ContainerError, match="use_cache=False"):
+        split.client(**given, use_cache=True)

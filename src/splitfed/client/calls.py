@@ -12,12 +12,10 @@ version is that call's, and the CRC of the outputs proves it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from contextvars import Token
 from dataclasses import dataclass, replace
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
@@ -39,6 +37,7 @@ from splitfed.errors import (
 from splitfed.model.arguments import carried, check_gradients
 from splitfed.model.boundary import uncached
 from splitfed.model.cutpoint import Called, Caller, active_caller
+from splitfed.model.recompute import checkpoint_frames
 from splitfed.model.rng import Seed
 from splitfed.model.tracing import UNBROKEN
 from splitfed.protocol import pytree
@@ -91,6 +90,8 @@ class Session:
         self.place = -1
         self.buffers_counted = False
         self.in_batch = False
+        self.passed: dict[str, Any] = {}
+        """By the name of a run of layers, which of them was called last; see `model/runs`."""
         self._made: list[_Made] = []
         self._token: Token[Caller | None] | None = None
 
@@ -172,7 +173,7 @@ class Session:
     def _note_moved(self, recorded: RecordedCall | None, before: RecordedCall | None) -> None:
         """A call in train mode has moved buffers."""
         if recorded is None:
-            if not _is_checkpointed():
+            if not checkpoint_frames():
                 self.passes.watch.note_without_grad()
             return
         recorded.moved = True
@@ -271,7 +272,7 @@ class Session:
         if self.version is not None or not training:
             return None
         seq = self.connection.ahead(self.passes.open_seq)
-        if seq is None or torch.is_grad_enabled() or _is_checkpointed():
+        if seq is None or torch.is_grad_enabled() or checkpoint_frames():
             return seq
         return None
 
@@ -318,20 +319,6 @@ class Session:
             self.connection.keep(recorded)
         self._apply_changes(answer.changed, tensors, recorded)
         return pytree.unflatten(spec, outputs), recorded
-
-
-def _is_checkpointed() -> bool:
-    """Whether a reentrant checkpoint runs this call: it is made again, with grad, at the backward.
-
-    That is asked of the stack, as nothing else tells it from `no_grad` around an evaluation.
-    """
-    module = sys.modules.get("torch.utils.checkpoint")
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if module is not None and frame.f_code.co_filename == module.__file__:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _calls_with_seed(

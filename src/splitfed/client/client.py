@@ -36,6 +36,7 @@ from splitfed.client.watch import Watch
 from splitfed.errors import CutError, InputError, SplitFedError, UnsupportedError
 from splitfed.model.arguments import explanation
 from splitfed.model.cutpoint import CutPoint, names_of_parts
+from splitfed.model.promise import settled
 from splitfed.model.tracing import no_whole_model, refuse_script, refuse_tracing
 from splitfed.protocol.ids import check_client_id, check_number
 from splitfed.protocol.messages import RoundInfo
@@ -84,9 +85,11 @@ class CutMethod:
         weight, counts = weigh(args, kwargs), passes.watch.trains()
         passes.has_trainer = "_is_accelerate_prepared" in client.__dict__
         training = client.client_half.training
-        with Session(connection, passes, weight, client._pinned, training, counts):
+        with Session(connection, passes, weight, client._pinned, training, counts) as session:
             try:
-                return self._run(*args, **kwargs)
+                outputs = self._run(*args, **kwargs)
+                # What layers of a run return, and nobody has asked for so far.
+                return settled(outputs) if session.passed else outputs
             except (TypeError, RuntimeError, AttributeError) as error:
                 if isinstance(error, SplitFedError):
                     raise

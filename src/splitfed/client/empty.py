@@ -20,6 +20,8 @@ from torch import Tensor
 
 from splitfed.model.copying import deep_copy
 from splitfed.model.cutpoint import Called, hole_of
+from splitfed.model.promise import settled
+from splitfed.model.slices import run_parts
 from splitfed.protocol import pytree
 
 
@@ -37,7 +39,7 @@ def answer_empty(
         kwargs: By keyword.
         ask: Gets the outputs from the server, where they can't be told here.
     """
-    spec, given = pytree.flatten((args, kwargs))
+    spec, given = pytree.flatten(settled((args, kwargs)))
     shapes = _on_meta(point, spec, given)
     if shapes is None:
         with torch.no_grad():
@@ -62,11 +64,7 @@ def _on_meta(point: Called, spec: pytree.Spec, given: list[Tensor]) -> Any:
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         try:
             args, kwargs = pytree.unflatten(spec, [tensor.to("meta") for tensor in given])
-            first, *rest = parts
-            outputs = deep_copy(first)(*args, **kwargs)
-            for part in rest:
-                outputs = deep_copy(part)(outputs)
-            return pytree.flatten(outputs)
+            return pytree.flatten(run_parts(list(map(deep_copy, parts)), args, kwargs))
         except Exception:  # noqa: BLE001 -- whatever the user's code makes of tensors without values
             return None
 

@@ -17,6 +17,7 @@ from splitfed.client.calls import Session, dummy, refuse_second_order
 from splitfed.errors import CutError, SplitFedError
 from splitfed.model.arguments import check_fit
 from splitfed.model.cutpoint import Called
+from splitfed.model.promise import settled
 from splitfed.model.rng import Seed
 from splitfed.protocol import pytree
 from splitfed.protocol.messages import LossAnswer, LossRequest
@@ -122,7 +123,7 @@ class LossSession(Session):
     def _ends_at_cut(self, half: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         try:
             with self:
-                return half(*args, **kwargs) is getattr(self, "_stand_in", None)
+                return settled(half(*args, **kwargs)) is getattr(self, "_stand_in", None)
         except SplitFedError:
             raise
         except Exception as error:

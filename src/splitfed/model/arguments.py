@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from splitfed.errors import ContainerError, InputError, SplitFedError, UnsupportedError
 from splitfed.model.numerics import same_bits
+from splitfed.model.promise import Promise, settled
 from splitfed.model.tracing import no_whole_model
 from splitfed.protocol import kinds, pytree
 
@@ -47,6 +48,9 @@ def carried(
     spec, tensors = pytree.flatten((args, kwargs))
     if all(type(tensor) in _PLAIN and kinds.fits(tensor) for tensor in tensors):
         return args, kwargs, tensors
+    if any(type(tensor) is Promise for tensor in tensors):
+        args, kwargs = pytree.unflatten(spec, list(map(settled, tensors)))
+        return carried(args, kwargs, note)
     if all(tensor.is_meta for tensor in tensors):
         raise no_whole_model("a run on the meta device")
     check_fit("an argument", {"args": args, "kwargs": kwargs}, tensors)

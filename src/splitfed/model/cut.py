@@ -3,7 +3,9 @@
 A cut takes the named submodule out and puts a `CutPoint` in its hole; the rest of the model, its
 own code included, stays as it is. (Tracing would lose control flow and dropout modes; swapping was
 bit-identical on every architecture tried.) For a slice of an `nn.Sequential` there is one in each
-of its positions, so that all names stay what they were, and the slice is run as one (`slices`).
+of its positions, so that all names stay what they were, and the slice is run as one (`slices`). So
+there is for a run of layers in an `nn.ModuleList`, which the model calls in a loop of its own: what
+it calls is collected, and sent as one (`runs`).
 
 The trap: a module or tensor may be reached by several ways, under two names, in a list, as a plain
 attribute or out of a function. A module under two names is cut under both; what would be on both
@@ -24,6 +26,7 @@ from splitfed.errors import ArchitectureError, CutError, UnknownCutError
 from splitfed.model.apart import Originals, check_apart
 from splitfed.model.copying import check_hooks, deep_copy
 from splitfed.model.cutpoint import CutPoint, Origin, call_as_one, hole_of
+from splitfed.model.layers import Layer
 from splitfed.model.skeleton import Template, check_copyable, check_initialised, unwrap
 from splitfed.model.slices import Slice, join_names, restore_forward, run_as_one
 from splitfed.model.stamp import make_stamp, put_stamp, remove_stamps
@@ -32,7 +35,7 @@ from splitfed.model.standin.modules import AbsentModule
 
 
 class CutBody(nn.Module):
-    """The parts cut out at several places, under their own names: one lineage, one version."""
+    """The parts cut out at several places, or a run of layers: one lineage, one version."""
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ class CutBody(nn.Module):
             CutError: always.
         """
         raise CutError(
-            "a body with several cuts isn't called as a whole: "
+            "a body of several cuts, or of a run of layers, isn't called as a whole: "
             "call its client half through a SplitClient"
         )
 
@@ -63,11 +66,27 @@ Holes = dict[int, tuple[CutPoint, str]]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A cut, resolved on a model: one submodule, or some positions of an `nn.Sequential`."""
+    """A cut, resolved on a model: one submodule, or some positions of a container."""
 
     owner: str
     positions: tuple[str, ...]
     """Children of `owner` that go; none if `owner` goes itself."""
+    run: str | None = None
+    """Its name, if they are a run of layers that the model calls one by one."""
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the model calls its positions one by one, each with arguments of its own."""
+        return self.run is not None
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The places of the layers of a run."""
+        last = len(self.positions) - 1
+        return [
+            Layer(self.run or "", name, index, index == last)
+            for index, name in enumerate(self.parts)
+        ]
 
     @property
     def parts(self) -> list[str]:
@@ -92,16 +111,20 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
         model: Any module that can be deep-copied.
         at: The name of a submodule at any depth (`"encoder.layer.1"`), a slice of an
             `nn.Sequential` (`"2:5"`, `"features.3:8"`, open or negative as in Python, but within
-            its length), or a list of such cuts, which gives one body.
+            its length), a run of layers in an `nn.ModuleList` (`"model.layers.4:28"`), which the
+            model calls one by one, or a list of such cuts, which gives one body.
 
     Returns:
         The client half, with a `CutPoint` in each hole (for a slice in each position, which the
-        model may call itself), and the body: the submodule itself, the slice with its original
-        positions as names, or for a list of cuts one module with the original qualified names.
+        model may call itself; for a run in that of each layer, and all calls of a loop over them
+        are one request), and the body: the submodule itself, the slice or the run with its
+        original positions as names, or for a list of cuts one module with the original qualified
+        names.
         Both bear a stamp by which a server knows a half of another cut.
 
     Raises:
-        UnknownCutError: there is no such submodule; the message lists the nearest names.
+        UnknownCutError: there is no such submodule, or a slice or run goes past the end; the
+            message lists the nearest names, or the number of positions.
         SharedParameterError: a parameter, buffer or module would be on both sides, also by way of
             a function that holds it: a hook, a method, a patched forward.
         CutError: the cuts overlap or are empty.
@@ -123,7 +146,7 @@ def split(model: nn.Module, at: str | Sequence[str]) -> tuple[nn.Module, nn.Modu
     holes = _holes(whole, cuts, alone)
     sequentials = [whole.get_submodule(cut.owner) for cut in cuts]
     for cut, owner in zip(cuts, sequentials, strict=True):
-        if cut.positions:
+        if cut.positions and not cut.is_run:
             run_as_one(owner, _slice(owner, cut, holes, alone), call_as_one)
     half = _with_points(whole, holes)
     check_apart(half, body, originals)
@@ -209,18 +232,29 @@ def _find_cut(model: nn.Module, at: str) -> Cut:
     # The keys of an nn.ModuleDict may have a colon, too.
     if ":" in last and at not in dict(model.named_modules(remove_duplicate=False)):
         module = _submodule(model, owner)
-        return Cut(owner, _slice_positions(module, at))
+        positions = _slice_positions(module, at)
+        if isinstance(module, nn.ModuleList):
+            for position in positions:
+                _check_called(f"{owner}.{position}".lstrip("."), module._modules[position])
+        return Cut(owner, positions, at if isinstance(module, nn.ModuleList) else None)
     module = _submodule(model, at)
-    # A container without a forward (nn.ModuleList) is never called, so there would be no call to
-    # send to the server. Scripted modules have their forward elsewhere than in the class.
+    _check_called(at, module)
+    return Cut(at, ())
+
+
+def _check_called(at: str, module: Any) -> None:
+    """Refuse what a model never calls, as there would be no call to send to the server."""
+    # Scripted modules have their forward elsewhere than in the class.
     forward = getattr(type(module), "forward", None)
     if forward is nn.Module.forward and "forward" not in vars(module):
         members = [f"{at}.{leaf}" for leaf in module._modules][:8]
+        slices = ""
+        if isinstance(module, nn.ModuleList):
+            slices = f", a run of them such as '{at}.0:{len(module)}'"
         raise CutError(
             f"{at!r} is a {type(module).__name__}, which isn't called itself: "
-            f"cut at its members {members}, or the module that uses it"
+            f"cut at its members {members}{slices}, or the module that uses it"
         )
-    return Cut(at, ())
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
@@ -236,15 +270,15 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def _slice_positions(module: nn.Module, at: str) -> tuple[str, ...]:
-    """The positions in a Sequential that a slice of it names."""
+    """The positions in a Sequential or ModuleList that a slice of it names."""
     name = at.rpartition(".")[0]
     kind = type(module).__name__
-    if not isinstance(module, nn.Sequential):
+    if not isinstance(module, nn.Sequential | nn.ModuleList):
         raise UnknownCutError(
             f"{at!r} slices {name or 'the model'!r}, which is a {kind}: "
-            "only an nn.Sequential has slices"
+            "only an nn.Sequential has slices, and an nn.ModuleList runs of layers"
         )
-    if type(module).forward is not nn.Sequential.forward:
+    if isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward:
         raise CutError(
             f"{at!r} slices a {kind}, whose forward is its own: "
             "its layers may not run one after another"
@@ -261,6 +295,11 @@ def _slice_positions(module: nn.Module, at: str) -> tuple[str, ...]:
 def _bounds(at: str, count: int, owner: str) -> slice:
     """The two ends of a slice of `count` positions."""
     texts = at.rpartition(".")[2].split(":")
+    if len(texts) > 2:
+        raise UnknownCutError(
+            f"{at!r} isn't a slice without gaps, such as '2:5': it has a step. Name several "
+            "cuts in a list"
+        )
     try:
         start, stop = [int(text) if text else None for text in texts]
     except ValueError:
@@ -285,8 +324,10 @@ def _body(whole: nn.Module, cuts: Sequence[Cut], alone: bool) -> nn.Module:
         for cut in cuts
         for name, part in zip(cut.names(alone=alone), cut.parts, strict=True)
     )
-    body = nn.Sequential(named) if alone else CutBody(named)
-    body.training = any(whole.get_submodule(cut.owner).training for cut in cuts)
+    body = nn.Sequential(named) if alone and not cuts[0].is_run else CutBody(named)
+    # A ModuleList is never called, so its own mode says nothing.
+    callers = [name for cut in cuts for name in (cut.parts if cut.is_run else [cut.owner])]
+    body.training = any(whole.get_submodule(name).training for name in callers)
     return body
 
 
@@ -295,13 +336,17 @@ def _holes(whole: nn.Module, cuts: Sequence[Cut], alone: bool) -> Holes:
     holes: Holes = {}
     for cut in cuts:
         # Of the owner, which isn't always the mode of a slice's layer: that may be frozen.
-        training = whole.get_submodule(cut.owner).training
+        owner = whole.get_submodule(cut.owner)
+        layers = dict(zip(cut.parts, cut.layers, strict=True)) if cut.is_run else {}
         for part, name in zip(cut.parts, cut.names(alone=alone), strict=True):
+            training = whole.get_submodule(part).training if cut.is_run else owner.training
             # One for a module that is there several times, such as an activation.
             point, _ = holes.setdefault(
                 id(whole.get_submodule(part)), (CutPoint(join_names([name])), name)
             )
             point.training = training
+            # The last place of a layer that is there several times: calls before it are earlier.
+            hole_of(point).layer = layers.get(part)
     return holes
 
 

@@ -23,8 +23,11 @@ import torch
 from torch import nn
 
 from splitfed.errors import AbsentError, NotConnectedError, UnsupportedError
+from splitfed.model.copying import deep_copy
+from splitfed.model.layers import Layer, Structures
+from splitfed.model.runs import call_layer
 from splitfed.model.skeleton import Template
-from splitfed.model.slices import Slice
+from splitfed.model.slices import Slice, join_names, split_names, watched
 from splitfed.model.standin.assigning import class_of
 from splitfed.model.standin.mirror import Mirror
 from splitfed.model.standin.modules import AbsentModule
@@ -134,15 +137,21 @@ class Hole:
     """The stamp of its cut, which travels with each call; `None` if it was placed by hand."""
     origin: Origin | None = None
     mirror: Mirror | None = None
+    layer: Layer | None = None
+    """Its place in a run of layers, if it is of one."""
     callers: deque[Caller] = field(default_factory=lambda: deque(maxlen=REMEMBERED_CALLERS))
+    structures: Structures = field(default_factory=Structures)
 
     def __getstate__(self) -> list[Any]:
         """Without the callers: a copy has made no calls."""
-        return [self.name, self.part, self.origin, self.mirror]
+        return [self.name, self.part, self.origin, self.mirror, self.layer]
 
     def __setstate__(self, state: list[Any]) -> None:
-        self.name, self.part, self.origin, self.mirror = state
+        # A half that was pickled before there were runs has four.
+        self.name, self.part, self.origin, self.mirror, *rest = state
+        self.layer = rest[0] if rest else None
         self.callers = deque(maxlen=REMEMBERED_CALLERS)
+        self.structures = Structures()
 
 
 class CutPoint(AbsentModule):
@@ -165,6 +174,9 @@ class CutPoint(AbsentModule):
             NotConnectedError: the half wasn't called through a `SplitClient`.
             UnsupportedError: called inside of a functorch transform.
         """
+        layer = hole_of(self).layer
+        if layer is not None:
+            return call_layer_for(self, layer, args, kwargs)
         return call_for(Called((self,), hole_of(self).name, self.training), args, kwargs)
 
     forward._torchdynamo_disable = True  # type: ignore[attr-defined]
@@ -225,25 +237,70 @@ call_for._torchdynamo_disable = True  # type: ignore[attr-defined]
 call_for._torchdynamo_disable_msg = UNBROKEN  # type: ignore[attr-defined]
 
 
+def call_layer_for(
+    point: CutPoint, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What a layer of a run returns for a call of its cut point, or promises of it."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return call_layer(_Member(point, layer), args, kwargs)
+    # True as the compiler reads it here, where it is about to break its graph.
+    is_compiled = torch.compiler.is_dynamo_compiling()
+    return dynamo.disable(call_layer)(_Member(point, layer, is_compiled), args, kwargs)
+
+
+call_layer_for._torchdynamo_disable = True  # type: ignore[attr-defined]
+call_layer_for._torchdynamo_disable_msg = UNBROKEN  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Member:
+    """A layer of a run, by its cut point."""
+
+    module: CutPoint
+    layer: Layer
+    is_compiled: bool = False
+
+    @property
+    def structures(self) -> Structures:
+        """What it is known to return."""
+        return hole_of(self.module).structures
+
+    def settings(self) -> Mapping[str, Any]:
+        """What the half has changed of it."""
+        return Called((self.module,), "", self.module.training).settings(self.module.training)
+
+    def trial(self) -> tuple[nn.Module, Any]:
+        """A copy of its skeleton, and what calls that."""
+        hole: Any = hole_of(self.module)  # split() has made it, so all is there
+        part = deep_copy(hole.origin.part)
+        hole.mirror.restore(part)
+        return part, type(part).__call__
+
+    def caller(self) -> Caller | None:
+        """Whose call is under way."""
+        return active_caller.get()
+
+    def send(self, members: Sequence[_Member], args: Any, kwargs: Any, caller: Any) -> Any:
+        """The answer of the server to the calls of some layers."""
+        points = tuple(member.module for member in members)
+        name = join_names([split_names(hole_of(point).name)[0] for point in points])
+        token = None if caller is None else active_caller.set(caller)
+        try:
+            return call_for(Called(points, name, self.module.training), args, kwargs)
+        finally:
+            if token is not None:
+                active_caller.reset(token)
+
+
 def call_as_one(piece: Slice, value: Any, training: bool) -> Any:
     """Call the cut points of a slice as one; with hooks on them, which see each, one by one."""
     points: tuple[Any, ...] = piece.members
-    if torch.nn.modules.module._has_any_global_hook() or any(map(_is_watched, points)):
+    if any(map(watched, points)):
         for point in points:
             value = point(value)
         return value
     return call_for(Called(points, piece.name, training), (value,), {})
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether calls of a module run hooks of its own."""
-    own = vars(module)
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    )
 
 
 def _call(called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -32,7 +32,7 @@ from splitfed.model.numerics import same_bits
 from splitfed.model.rng import compute_lock, seeded
 from splitfed.model.settings import apply_settings
 from splitfed.model.skeleton import Template
-from splitfed.model.slices import split_names
+from splitfed.model.slices import run_parts, split_names
 from splitfed.protocol import pytree, safetensors
 from splitfed.protocol.messages import BufferUpdate, ForwardRecord, GradientRecord
 
@@ -397,9 +397,7 @@ def run(
             _autocast(call.autocast, model.device),
             _BodyErrors(parts, entered),
         ):
-            outputs = parts[0](*args, **kwargs)
-            for part in parts[1:]:
-                outputs = part(outputs)
+            outputs = run_parts(parts, args, kwargs)
             if watched:
                 check_unchanged(spec, entered, (args, kwargs), outputs)
             unfinished: list[Tensor] = []

@@ -12,11 +12,14 @@ are in its positions, one after another; else each is called by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from splitfed.model.layers import LayerCall
+from splitfed.model.parts import run_layers
 
 Run = Callable[["Slice", Any, bool], Any]
 """Runs a slice on a value, in train mode or not."""
@@ -83,6 +86,40 @@ def restore_forward(module: nn.Module) -> None:
     for owner in module.modules():
         if isinstance(vars(owner).get("forward"), SlicedForward):
             del owner.__dict__["forward"]
+
+
+def run_parts(
+    parts: Sequence[Callable[..., Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run parts one after another, as a cut call asks for.
+
+    Args:
+        parts: The parts; each gets what the one before returned, unless this is a run of layers.
+        args: The arguments of the first part; or a `LayerCall` for each.
+        kwargs: By keyword; of a run, which outputs are `kept` besides the last layer's.
+
+    Raises:
+        SplitFedError: the calls of a run don't fit; see `run_layers`.
+    """
+    if any(isinstance(arg, LayerCall) for arg in args):
+        return run_layers(parts, args, kwargs.get("kept", ()))
+    value = parts[0](*args, **kwargs)
+    for part in parts[1:]:
+        value = part(value)
+    return value
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether calls of a module run hooks, which see what goes in and what comes out."""
+    if nn.modules.module._has_any_global_hook():
+        return True
+    own = vars(module)
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
 
 
 def join_names(names: Iterable[str]) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +21,13 @@ from splitfed.errors import UnsupportedError
 from splitfed.model.boundary import alias, enter, leave, uncached
 from splitfed.model.copying import deep_copy
 from splitfed.model.cut import find_cuts
+from splitfed.model.layers import Layer, Structures
 from splitfed.model.rng import Seed, compute_lock, seeded
+from splitfed.model.runs import call_layer
 from splitfed.model.skeleton import unwrap
-from splitfed.model.slices import Slice, run_as_one
+from splitfed.model.slices import Slice, run_as_one, run_parts
 from splitfed.model.standin.modules import Likeness
+from splitfed.model.trial import skeleton_of
 from splitfed.protocol import pytree
 
 Call = Callable[..., Any]
@@ -44,6 +49,10 @@ def reference(model: nn.Module, at: str | Sequence[str]) -> nn.Module:
     """
     whole = deep_copy(unwrap(model))
     for cut in find_cuts(whole, at):
+        if cut.is_run:
+            for layer in cut.layers:
+                _replace_call(whole.get_submodule(layer.name), _call_of(layer))
+            continue
         parts = [whole.get_submodule(name) for name in cut.parts]
         for part in parts:
             # One that stands in several positions, such as an activation, has been here before.
@@ -53,6 +62,45 @@ def reference(model: nn.Module, at: str | Sequence[str]) -> nn.Module:
             piece = Slice(cut.positions, tuple(parts), "")
             run_as_one(whole.get_submodule(cut.owner), piece, _run_slice)
     return whole
+
+
+def _call_of(layer: Layer) -> Call:
+    """What calling a layer of a run does."""
+
+    def call(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return call_layer(_Member(layer, part), args, kwargs)
+
+    return call
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Member:
+    """A layer of a run, by itself."""
+
+    layer: Layer
+    module: nn.Module
+    is_compiled: bool = False
+
+    @property
+    def structures(self) -> Structures:
+        """What it is known to return."""
+        # Past __setattr__, which may be the user's own.
+        found: Structures = vars(self.module).setdefault("_structures", Structures())
+        return found
+
+    def settings(self) -> None:
+        """Nothing travels, so nothing is told."""
+
+    def trial(self) -> tuple[nn.Module, Call]:
+        """A copy of its skeleton, and what calls that."""
+        return skeleton_of(self.module), _original_call(self.module)
+
+    def caller(self) -> None:
+        """Nobody has to be asked."""
+
+    def send(self, members: Sequence[_Member], args: Any, kwargs: Any, caller: Any) -> Any:
+        """The answer to the calls of some layers."""
+        return _run_parts([member.module for member in members], args, kwargs)
 
 
 def _run_slice(piece: Slice, value: Any, training: bool) -> Any:
@@ -84,9 +132,7 @@ def _run_parts(parts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[s
     # A call inside of a backward pass is a checkpoint's recompute: it never counts again.
     buffers = _buffers_of(parts) if torch._C._current_graph_task_id() != -1 else []
     with uncached(), compute_lock, seeded(seed.value, tuple(devices)) as draws, _aliased(parts):
-        value = _original_call(parts[0])(parts[0], *args, **kwargs)
-        for part in parts[1:]:
-            value = _original_call(part)(part, value)
+        value = run_parts([partial(_original_call(part), part) for part in parts], args, kwargs)
     for owner, leaf, buffer in buffers:
         owner._buffers[leaf] = buffer
     if not draws.drew:
