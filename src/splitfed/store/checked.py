@@ -31,7 +31,7 @@ class Checked:
         """The backend, for who wants the bytes as they are."""
         self._required: bool | None = None
         self._is_swept = False
-        """Whether what is left of probes was deleted; who probes comes before, or is `doctor`."""
+        """Whether nothing was left of probes; who probes comes before, or is `doctor`."""
 
     def __repr__(self) -> str:
         return repr(self.raw)
@@ -98,8 +98,7 @@ class Checked:
         if sweep is not None:
             sweep()
         if not self._is_swept:
-            self.raw.delete_tree(PROBES)
-            self._is_swept = True
+            self._is_swept = self.raw.delete_tree(PROBES) == 0
 
     def list(self, prefix: str) -> builtins.list[str]:
         """All keys beneath a directory, sorted."""
