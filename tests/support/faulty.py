@@ -225,7 +225,7 @@ class Outcome:
     optimizers: list[str]
     """The state of the optimizer at each."""
     keys: list[str]
-    """All keys, without their nonces."""
+    """All keys, without their nonces and the number of the client's process."""
     foreign: list[str] = field(default_factory=list)
     """Files that aren't keys, besides lock files."""
 
@@ -323,6 +323,18 @@ class Training:
 
         self._try(back_to)
 
+    def _named(self, keys: list[str]) -> Iterator[str]:
+        """Keys with `own` for the number of the client's process.
+
+        It isn't always 1: where a read says that the file isn't there which this very process has just created, another
+        number is opened, and the file of the first stays as that of any process.
+        """
+        own = f"{self._incarnation:08d}"
+        for key in keys:
+            if key.startswith("clients/a/") and key != f"clients/a/{own}":
+                continue
+            yield re.sub(rf"(?<=[-/]){own}(?=-|$)", "own", key)
+
     def _outcome(self) -> Outcome:
         store = self._make()
         check_counted_once(store, self.acknowledged, self._make)
@@ -331,7 +343,7 @@ class Training:
         found = Outcome(
             [bits(store.load_weights(version)) for version in versions],
             [repr(lineage.optimizer(version)) for version in versions],
-            sorted(_NONCE.sub(".", key) for key in store.blobs.list("")),
+            sorted(_NONCE.sub(".", key) for key in self._named(store.blobs.list(""))),
         )
         root = getattr(store.blobs, "root", None)
         if root is not None:
