@@ -220,7 +220,7 @@ def test_peek_reads_a_forged_header_safely(spec: str) -> None:
 
 def test_peek_reads_plain_fields_only() -> None:
     """A few fields from the header alone; one that holds tensors can't be had so."""
-    data = joined(MESSAGES[-2])
+    data = joined(GradientRecord("gradient", 3, 8.0, 0.5, "d", "n", {"w": T}, [SHARE]))
     assert peek(GradientRecord, data, ("kind", "num_samples")) == {"kind": "gradient", "num_samples": 8.0}
     with pytest.raises(FormatError, match="names tensor"):
         peek(GradientRecord, data, ("gradients",))

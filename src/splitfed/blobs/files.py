@@ -271,6 +271,11 @@ class Publisher:
                 with suppress(OSError):
                     _remove_abandoned(os.path.join(self._temporaries, name))
 
+    def prune(self) -> None:
+        """Remove the folder of temporary files if it is empty."""
+        with suppress(OSError):
+            os.rmdir(self._temporaries)
+
     def _claim(self, temporary: str, path: str) -> bool:
         """Give the temporary file the name `path`; return False if that is taken."""
         if self._way == "locked":

@@ -154,6 +154,8 @@ class LocalBlobs:
 
     def prune(self, prefix: str) -> None:
         """Remove the directories beneath `prefix` that are empty."""
+        if not prefix:
+            self._publisher.prune()
         _, directories = self._scan(check_prefix(prefix), follow=False)
         for directory in reversed(directories[1:]):
             # One that isn't stays, and one that somebody is about to write to is made again.

@@ -96,6 +96,9 @@ class Checked:
         if self._format is None:
             return True
         found = self.raw.get(layout.FORMAT)
+        if found is not None and bytes(found) != self._format:
+            # Other bytes: damaged, which is said as that, or another run's.
+            found = self.get(layout.FORMAT)
         return found is not None and bytes(found) == self._format
 
     def gone(self) -> CorruptedError:
