@@ -39,7 +39,8 @@ from splitfed.blobs.contract import (
 )
 from splitfed.errors import BusyError, IdError, StoreError
 
-_TRIES = 16  # each is lost only to another process that removes the directory in between
+# Each is lost only to another process that removes the directory in between, which may prune often.
+_TRIES = 64
 _POLL_SECONDS = 0.01
 _MAX_MADE = 10_000
 
