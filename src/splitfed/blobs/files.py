@@ -210,12 +210,20 @@ class Publisher:
         return self._modes
 
     def publish(
-        self, directory: str, path: str, parts: Sequence[memoryview], sync: bool, *, replace: bool
+        self,
+        directory: str,
+        path: str,
+        parts: Sequence[memoryview],
+        sync: bool,
+        *,
+        replace: bool,
+        near: bool = False,
     ) -> bool:
         """Write `parts` to a new file of `directory`, then name it `path`, atomically.
 
         With `sync` the content is on the disk before it has its name. The name is not: for that the
-        caller syncs the directory.
+        caller syncs the directory. A temporary file is made `near` its name where somebody keeps
+        removing that directory while it is empty: then it isn't.
 
         Returns:
             Whether the file has that name now; always, with `replace`.
@@ -232,7 +240,8 @@ class Publisher:
                 if not replace:
                     return False
         try:
-            return self._publish_named(self._temporaries, path, parts, sync, replace=replace)
+            folder = directory if near else self._temporaries
+            return self._publish_named(folder, path, parts, sync, replace=replace)
         except OSError as exc:
             if exc.errno != errno.EXDEV:
                 raise

@@ -39,8 +39,9 @@ from splitfed.blobs.contract import (
 )
 from splitfed.errors import BusyError, IdError, StoreError
 
-# Each is lost only to another process that removes the directory in between, which may prune often.
-_TRIES = 64
+_TRIES = 16  # each is lost only to another process that removes the directory in between
+_FAR_TRIES = 4
+"""So many are made with the temporary file elsewhere; then it holds its directory."""
 _POLL_SECONDS = 0.01
 _MAX_MADE = 10_000
 
@@ -110,10 +111,13 @@ class LocalBlobs:
         sync = durable and self._fsync
         path = self._prefix + key
         directory = os.path.dirname(path)
-        for _ in range(_TRIES):
+        for number in range(_TRIES):
             try:
                 self._make(directory, sync)
-                published = self._publisher.publish(directory, path, flat, sync, replace=replace)
+                near = number >= _FAR_TRIES
+                published = self._publisher.publish(
+                    directory, path, flat, sync, replace=replace, near=near
+                )
                 self._is_begun = True
                 if not published:
                     _check_existing(path, sync)
