@@ -378,7 +378,7 @@ class Accumulator:
             return
         with contextlib.suppress(CorruptedError, FormatError):
             before = read(self._versions, newest.settings)
-            found = differences(before, read(self._versions, self._own_settings()))
+            found = differences(before, self._recorded)
             if not found:
                 return
             warnings.warn(

@@ -44,7 +44,7 @@ from splitfed.accumulator.settings import (
     SchedulerFactory,
 )
 from splitfed.errors import InputError, UnsupportedError
-from splitfed.model.skeleton import Template
+from splitfed.model.skeleton import Template, plain_name
 from splitfed.store.lineage import Lineage
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
@@ -137,8 +137,7 @@ def take_step(live: Live, mean: Mapping[str, Tensor], clip_norm: float | None) -
     if live.optimizer is None:
         return
     for name, parameter in live.module.named_parameters():
-        # A compiled submodule calls its parameters otherwise than the checkpoint does.
-        gradient = mean.get(name.replace("_orig_mod.", ""))
+        gradient = mean.get(plain_name(name))
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
     if clip_norm is not None:
         nn.utils.clip_grad_norm_(live.module.parameters(), clip_norm)

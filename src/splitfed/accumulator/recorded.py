@@ -13,7 +13,7 @@ torch's own: a store says what a run did, and not which code to import.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,16 +25,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from splitfed.accumulator.optimizer import build, capture, restore
 from splitfed.accumulator.settings import CommitSettings, OptimizerFactory
 from splitfed.errors import CorruptedError, FormatError, InputError
-from splitfed.model.skeleton import Template
+from splitfed.model.skeleton import Template, plain_name
 from splitfed.protocol import checksum
 from splitfed.protocol.packing import pack_tree, unpack_tree
 from splitfed.store.lineage import Lineage
 
 _KIND = "Settings"
-_FIELDS = (
-    "optimizer scheduler groups built clip_norm max_staleness staleness_weight buffer_rules "
-    "personal device"
-).split()
 _TOLD = "groups clip_norm max_staleness staleness_weight buffer_rules personal device".split()
 _DIGITS = 16
 _BY_FUNCTIONS = (lr_scheduler.LambdaLR, lr_scheduler.MultiplicativeLR)
@@ -74,7 +70,7 @@ class Recorded:
             InputError: they aren't torch's own, or the scheduler isn't made of numbers alone.
         """
         optimizer_class = _class(self.optimizer or "", torch.optim, Optimizer, "optimizer")
-        named = {_first_name(name): parameter for name, parameter in module.named_parameters()}
+        named = {plain_name(name): parameter for name, parameter in module.named_parameters()}
         saved = self.built["optimizer"]["state"]["param_groups"]
         groups = [
             {**group, "params": [named[name] for name in names]}
@@ -99,8 +95,8 @@ def record_of(
     optimizer: OptimizerFactory,
     settings: CommitSettings,
     device: torch.device,
-) -> dict[str, Any]:
-    """The settings of an accumulator, for `note`; optimizer and scheduler are built for it.
+) -> Recorded:
+    """The settings of an accumulator; optimizer and scheduler are built for it.
 
     Args:
         template: The module's structure.
@@ -112,39 +108,46 @@ def record_of(
         InputError: a factory that isn't one, or returns something else.
         UnsupportedError: optimizer or scheduler can't work from a stored mean.
     """
-    fields: dict[str, Any] = dict.fromkeys(_FIELDS)
-    fields["groups"] = ()
     module = template.blueprint
+    optimizer_name = scheduler_name = state = None
+    groups: tuple[tuple[str, ...], ...] = ()
     if template.trainable:
         built, scheduler = build(module, optimizer, settings.lr_scheduler, settings.param_groups)
-        names = {id(parameter): _first_name(name) for name, parameter in module.named_parameters()}
-        fields["optimizer"] = _name_of(type(built))
-        fields["scheduler"] = None if scheduler is None else _name_of(type(scheduler))
-        fields["groups"] = tuple(
+        names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
+        optimizer_name = _name_of(type(built))
+        scheduler_name = None if scheduler is None else _name_of(type(scheduler))
+        groups = tuple(
             tuple(names[id(parameter)] for parameter in group["params"])
             for group in built.param_groups
         )
-        fields["built"] = capture(built, scheduler)
-    fields["personal"] = _patterns(settings.personal)
-    fields["device"] = device.type
+        state = capture(built, scheduler)
     rules = settings.buffer_rules or {}
-    fields["clip_norm"] = settings.clip_norm
-    fields["max_staleness"] = settings.max_staleness
-    fields["staleness_weight"] = getattr(settings.staleness_weight, "__name__", "own")
-    fields["buffer_rules"] = {
-        pattern: rule if isinstance(rule, str) else _name_of(rule)
-        for pattern, rule in rules.items()
-    }
-    return fields
+    return Recorded(
+        optimizer=optimizer_name,
+        scheduler=scheduler_name,
+        groups=groups,
+        built=state,
+        clip_norm=settings.clip_norm,
+        max_staleness=settings.max_staleness,
+        staleness_weight=getattr(settings.staleness_weight, "__name__", "own"),
+        buffer_rules={
+            pattern: rule if isinstance(rule, str) else _name_of(rule)
+            for pattern, rule in rules.items()
+        },
+        personal=tuple(settings.personal),
+        device=device.type,
+    )
 
 
-def note(lineage: Lineage, fields: Mapping[str, Any]) -> str:
+def note(lineage: Lineage, recorded: Recorded) -> str:
     """Put settings on record, once; returns the hash that names them.
 
     Raises:
         StoreError: the storage failed.
     """
-    parts = pack_tree(_KIND, dict(fields))
+    # Their order is the format.
+    fields = {name: getattr(recorded, name) for name in Recorded.__dataclass_fields__}
+    parts = pack_tree(_KIND, fields)
     digest = hashlib.sha256(b"".join(parts)).hexdigest()[:_DIGITS]
     lineage.blobs.create(lineage.keys.settings(digest), checksum.sealed(parts))
     return digest
@@ -182,15 +185,6 @@ def differences(one: Recorded, other: Recorded) -> list[str]:
         if before != now:
             found.append(f"{name} {before!r} → {now!r}"[:200])
     return found
-
-
-def _patterns(personal: str | Iterable[str]) -> tuple[str, ...]:
-    return (personal,) if isinstance(personal, str) else tuple(personal)
-
-
-def _first_name(name: str) -> str:
-    # A compiled submodule calls its parameters otherwise than the checkpoint does.
-    return name.replace("_orig_mod.", "")
 
 
 def _name_of(kind: Any) -> str:

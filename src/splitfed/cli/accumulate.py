@@ -21,7 +21,6 @@ from splitfed.cli.options import (
     load_object,
     open_store,
     set_threads,
-    store_name,
 )
 from splitfed.cli.signals import Stopping, keep_going
 from splitfed.errors import InputError, SplitFedError
@@ -156,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(_commit_line(commit), flush=True)
 
     with Stopping() as stopping:
-        store = store_name(accumulator.store, arguments)
+        store = accumulator.store.shown
         print(f"splitfed: accumulating {arguments.lineage} in {store}", flush=True)
         keep_going(
             lambda: accumulator.run(stopping.event, poll=arguments.poll, on_commit=report),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from splitfed.cli.options import add_store, load_object, open_store, store_name
+from splitfed.cli.options import add_store, load_object, open_store
 from splitfed.cli.tables import size
 from splitfed.errors import InputError
 
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     num_bytes = os.path.getsize(arguments.output)
     what = "the whole model" if arguments.half is not None else arguments.lineage
     print(
-        f"{arguments.output}: {what} at version {version} of {store_name(store, arguments)}, "
+        f"{arguments.output}: {what} at version {version} of {store.shown}, "
         f"{len(weights)} tensors, {size(num_bytes)}"
     )
     return 0

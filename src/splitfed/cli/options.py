@@ -395,8 +395,3 @@ def open_server(arguments: argparse.Namespace) -> SplitServer:
         quota=quota,
         durability=arguments.durability,
     )
-
-
-def store_name(store: GradientStore, arguments: argparse.Namespace) -> str:
-    """The store's URL without the credentials that the argument may hold, for logs."""
-    return str(getattr(store.blobs, "url", arguments.store))

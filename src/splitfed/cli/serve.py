@@ -22,7 +22,6 @@ from splitfed.cli.options import (
     given,
     open_server,
     size_limits,
-    store_name,
 )
 from splitfed.errors import InputError
 
@@ -126,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
     server = open_server(settings)
     app = _app(server, settings)
     ready = functools.partial(make, settings) if arguments.workers > 1 else lambda: app
-    listening = functools.partial(_announce, arguments, store_name(server.store, arguments))
+    listening = functools.partial(_announce, arguments, server.store.shown)
     if serve(ready, limits(arguments), place, listening):
         leave()
     return 0

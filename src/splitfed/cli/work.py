@@ -14,7 +14,6 @@ from splitfed.cli.options import (
     check_poll,
     open_server,
     size_limits,
-    store_name,
 )
 from splitfed.cli.signals import Stopping, keep_going
 
@@ -74,6 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"splitfed: {worker.step()} answered", flush=True)
         return 0
     with Stopping() as stopping:
-        print(f"splitfed: working in {store_name(server.store, arguments)}", flush=True)
+        print(f"splitfed: working in {server.store.shown}", flush=True)
         keep_going(lambda: worker.run(stopping.event, poll=arguments.poll), stopping.event)
     return 0

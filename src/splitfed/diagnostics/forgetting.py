@@ -57,8 +57,7 @@ def forget(store: GradientStore, client_id: str, *, dry_run: bool = False) -> Fo
     names = store.lineages() if store.header() is not None else []
     if client_id not in (store.clients() if names else []):
         raise MissingError(
-            f"{getattr(store.blobs, 'url', store.url)} has no client {client_id!r}: expected one "
-            "that `splitfed status` lists"
+            f"{store.shown} has no client {client_id!r}: expected one that `splitfed status` lists"
         )
     found = Forgotten(client_id)
     with store.alone(names):

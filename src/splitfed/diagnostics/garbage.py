@@ -18,7 +18,6 @@ from functools import cached_property
 
 from splitfed.diagnostics.integrity import ASIDE
 from splitfed.errors import MissingError
-from splitfed.protocol.ids import BatchId
 from splitfed.store.batchset import BatchSet
 from splitfed.store.store import GradientStore
 
@@ -55,9 +54,7 @@ def collect(
     """
     names = store.lineages() if store.header() is not None else []
     if not names:
-        raise MissingError(
-            f"no run was begun in {getattr(store.blobs, 'url', store.url)}: is the URL right?"
-        )
+        raise MissingError(f"no run was begun in {store.shown}: is the URL right?")
     with store.alone(names):
         sizes = store.blobs.sizes("")
         processes = _newest_processes(sizes)
@@ -147,7 +144,7 @@ class _Line:
         if batch is not None:
             return "a gradient that is closed already" if batch in self._closed else ""
         if key.startswith(f"{self._lineage.name}/kept/"):
-            batch = self._batch_of(key)
+            batch = self._lineage.keys.parse_gradient(key.replace("/kept/", "/grad/", 1))
             is_folded = batch is None or batch not in self._closed or batch in self._folded
             return "" if is_folded else "kept for a replay, and its batch wasn't folded"
         return self._why_call(key)
@@ -170,11 +167,3 @@ class _Line:
         """The batches that any commit has folded."""
         records = map(self._lineage.commit, range(self._head + 1))
         return BatchSet(batch for record in records for batch in record.folded)
-
-    def _batch_of(self, key: str) -> BatchId | None:
-        """The batch that a kept file is of."""
-        folder, _, name = key.rpartition("/")
-        client_id = folder.rpartition("/")[2]
-        batch = "-".join(name.split("-")[:2])
-        keys = self._lineage.keys
-        return keys.parse_gradient(f"{keys.gradients}/{client_id}/{batch}")

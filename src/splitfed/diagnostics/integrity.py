@@ -31,7 +31,6 @@ from splitfed.store.table import Table
 
 ASIDE = "aside"
 """Where `repair` puts what is damaged."""
-_LINEAGE = re.compile(r"(body|client|body@[^/]+)/(?:commit/\d{10,12}\.json|fingerprint\.json)")
 _OURS = re.compile(
     r"format\.json|clients/.+|rounds/.+|history/.+|post/.+|(?:body|client|body@[^/]+)/"
     r"(?:fingerprint(?:-copy)?\.json|beside\.json|window\.json|head|frozen-.+|settings-.+|(?:forward|part|pin|grad|kept|weights|optimizer"
@@ -78,12 +77,12 @@ def verify(store: GradientStore) -> Verification:
         StoreError: it can't be listed or read.
     """
     began = time.perf_counter()
-    found = Verification(str(getattr(store.blobs, "url", store.url)))
+    found = Verification(store.shown)
     keys = store.blobs.list("")
     header: Damage | None = None
     try:
         if store.header() is None:
-            if not any(map(_LINEAGE.fullmatch, keys)):
+            if not layout.lineages(keys):
                 raise MissingError(
                     f"no run was begun in {found.url}: expected {layout.FORMAT} there; "
                     "is the URL right?"
@@ -106,7 +105,7 @@ def verify(store: GradientStore) -> Verification:
             damaged.add(key)
         found.num_files += 1
     processes: dict[str, int] = {}
-    for name in sorted({match[1] for match in map(_LINEAGE.fullmatch, keys) if match}):
+    for name in layout.lineages(keys):
         found.damages += _of_lineage(store, name, keys, damaged, processes)
     found.damages += _processes(store, processes, damaged)
     found.seconds = time.perf_counter() - began

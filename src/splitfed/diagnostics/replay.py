@@ -148,7 +148,7 @@ def replay(
     )
     place = torch.device(device)
     numerics = store.begin(place)
-    found = Replay(str(getattr(store.blobs, "url", store.url)))
+    found = Replay(store.shown)
 
     def tell(version: Replayed) -> None:
         if version.lineage == lineage:

@@ -199,7 +199,12 @@ def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             name = f"{prefix}.{leaf}" if prefix else leaf
             check_initialised(name, tensor)
             _check_storable(name, tensor)
-            yield name.replace("_orig_mod.", ""), tensor
+            yield plain_name(name), tensor
+
+
+def plain_name(name: str) -> str:
+    """A name as the checkpoint has it: a compiled submodule calls its parameters otherwise."""
+    return name.replace("_orig_mod.", "")
 
 
 def check_initialised(name: str, tensor: Tensor) -> None:

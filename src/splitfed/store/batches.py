@@ -69,6 +69,10 @@ OUTCOMES = {
     "skip": Outcome.SKIPPED,
 }
 """What a gradient file of each kind is meant for; of no other kind is there a whole batch."""
+_COPIES = (
+    "two processes bear the incarnation of its client, as copies of a running one do. "
+    "Make a new SplitClient in each of them"
+)
 _PLAIN = ("kind", "base_version", "num_samples", "loss_scale", "digest", "numerics")
 
 
@@ -101,9 +105,7 @@ class Pile:
             return
         if data is not None and _asked(unpack(ForwardRecord, data)) != _asked(record):
             raise DigestError(
-                f"call {call} of client {client_id!r} was made before with other content: two "
-                "processes bear its incarnation, as copies of a running one do. "
-                "Make a new SplitClient in each of them"
+                f"call {call} of client {client_id!r} was made before with other content: {_COPIES}"
             )
         # A retry that was computed elsewhere: its bits are the ones that the client gets.
         self.blobs.put(key, parts)
@@ -269,8 +271,8 @@ class Sealer:
         self._pile = pile
         self._numerics = numerics
         self._archive = archive
-        self._fresh = fresh if lineage.durability == "log" else None
         self._in_log = lineage.durability == "log"
+        self._fresh = fresh if self._in_log else None
         self.wants_recipes = self._in_log or archive is not None
         """Whether what is stored must say what its gradient follows from."""
         self._numbers: Bounded[tuple[str, int], Numbers] = Bounded(_PROCESSES)
@@ -364,9 +366,7 @@ class Sealer:
         if ran_elsewhere:
             # What was sent is on file no more; but a retry has the version of its first try.
             raise DigestError(
-                f"batch {batch} is counted with other content, of another version: two processes "
-                "bear its client's incarnation, as copies of a running one do. "
-                "Make a new SplitClient in each of them"
+                f"batch {batch} is counted with other content, of another version: {_COPIES}"
             )
 
     def seal(
@@ -610,14 +610,7 @@ def _check_recipes(found: Sequence[Recipe], computed: Sequence[Recipe], name: st
     """
     pairs = zip(found, computed, strict=False)
     if any(_asked(one.forward) != _asked(other.forward) for one, other in pairs):
-        raise _other_inputs(name)
-
-
-def _other_inputs(name: str) -> DigestError:
-    return DigestError(
-        f"{name} was sent before for other inputs: two processes bear the incarnation of its "
-        "client, as copies of a running one do. Make a new SplitClient in each of them"
-    )
+        raise DigestError(f"{name} was sent before for other inputs: {_COPIES}")
 
 
 def _check_same(found: Mapping[str, Tensor], computed: Mapping[str, Tensor], name: str) -> None:
@@ -639,4 +632,4 @@ def _check_same(found: Mapping[str, Tensor], computed: Mapping[str, Tensor], nam
                 continue
             if not math.isfinite(float(distance)):
                 continue
-        raise _other_inputs(name)
+        raise DigestError(f"{name} was sent before for other inputs: {_COPIES}")

@@ -43,6 +43,7 @@ again and compares.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from splitfed.errors import FormatError, IdError
 from splitfed.protocol.ids import BatchId, check_client_id, check_lineage, check_number
@@ -56,6 +57,7 @@ _GRADIENT = re.compile(r"grad/([^/]+)/(\d{8,12})-(\d{10,12})")
 _VERSIONED = re.compile(
     r"(?:weights|optimizer|applied)/(\d{10,12})-([0-9a-f]+)\.(?:safetensors|json)"
 )
+_BEGUN = re.compile(r"(body|client|body@[^/]+)/(?:commit/\d{10,12}\.json|fingerprint\.json)")
 _HISTORY = re.compile(r"history/(\d{10,12})\.jsonl")
 POST = "post"
 _POST = re.compile(r"post/([^/]+)/([0-9a-f]{32}-\d{10,12})\.(request|answer|claim-\d{4})")
@@ -73,6 +75,12 @@ def client(client_id: str, incarnation: int | None = None) -> str:
     if incarnation is None:
         return folder
     return f"{folder}/{_padded('incarnation', incarnation, 8)}"
+
+
+def lineages(keys: Iterable[str]) -> list[str]:
+    """The lineages that were begun, by some keys of a store; sorted."""
+    found = map(_BEGUN.fullmatch, keys)
+    return sorted({match[1] for match in found if match is not None})
 
 
 def joined(client_id: str) -> str:

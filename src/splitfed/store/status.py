@@ -122,14 +122,13 @@ def read_status(store: GradientStore, *, budget: int = BUDGET) -> StoreStatus:
     found = store.header()
     if found is None:
         raise MissingError(
-            f"no run was begun in {_address(store)}: expected {layout.FORMAT} there; "
-            "is the URL right?"
+            f"no run was begun in {store.shown}: expected {layout.FORMAT} there; is the URL right?"
         )
     problems: list[str] = []
     names = _lineages(sizes)
     lineages = [_read_lineage(store, name, sizes, budget, problems) for name in names]
     return StoreStatus(
-        url=_address(store),
+        url=store.shown,
         format=found["format"],
         numerics=class_id(found["numerics"]),
         clients=_clients(sizes),
@@ -280,8 +279,3 @@ def _bytes(sizes: Mapping[str, int], lineages: Iterable[str]) -> dict[str, int]:
 
 def _by_client(batches: Iterable[BatchId]) -> dict[str, int]:
     return dict(sorted(Counter(batch.client_id for batch in batches).items()))
-
-
-def _address(store: GradientStore) -> str:
-    """The store's URL without credentials."""
-    return str(getattr(store.blobs, "url", store.url))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,7 +49,6 @@ READABLE = (1, 2)
 KEPT_LINEAGES = 32
 LOCK_SECONDS = 10.0
 """How long who changes a store by hand waits for the accumulator's lock."""
-_BEGUN = re.compile(r"(body|client|body@[^/]+)/(?:commit/\d{10,12}\.json|fingerprint\.json)")
 
 
 class GradientStore:
@@ -115,14 +113,14 @@ class GradientStore:
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
             "a GradientStore, or a server or accumulator on it, can't be pickled or deep-copied: "
-            f"open the store again where it is needed, GradientStore({self._shown!r})"
+            f"open the store again where it is needed, GradientStore({self.shown!r})"
         )
 
     def __repr__(self) -> str:
-        return f"GradientStore({self._shown!r}, sync={self.sync!r})"
+        return f"GradientStore({self.shown!r}, sync={self.sync!r})"
 
     @property
-    def _shown(self) -> str:
+    def shown(self) -> str:
         """The URL without secrets."""
         return str(getattr(self.blobs, "url", self.url))
 
@@ -180,8 +178,7 @@ class GradientStore:
 
     def lineages(self) -> list[str]:
         """The names of all lineages that were begun, sorted."""
-        found = (_BEGUN.fullmatch(key) for key in self.blobs.list(""))
-        return sorted({match[1] for match in found if match is not None})
+        return layout.lineages(self.blobs.list(""))
 
     @contextlib.contextmanager
     def alone(self, lineages: Iterable[str]) -> Iterator[None]:
@@ -195,7 +192,7 @@ class GradientStore:
                 lock = self.blobs.lock(layout.Keys(name).lock, LOCK_SECONDS)
                 if not locks.enter_context(lock):
                     raise BusyError(
-                        f"an accumulator is at work on lineage {name!r} of {self._shown}: "
+                        f"an accumulator is at work on lineage {name!r} of {self.shown}: "
                         "stop it first"
                     )
             yield
@@ -260,7 +257,7 @@ class GradientStore:
             }
             warnings.warn(
                 "this process computes in another numerics class "
-                f"than version 0 of {self._shown} did: {differing} (theirs, ours). "
+                f"than version 0 of {self.shown} did: {differing} (theirs, ours). "
                 "Its batches are exact up to rounding, and counted; bits may differ",
                 stacklevel=3,
             )
@@ -277,10 +274,10 @@ class GradientStore:
             self.blobs.create(layout.FORMAT, [json.dumps(header, indent=1).encode()])
         found = self.header()
         if found is None:
-            raise FormatError(f"{self._shown} has no {layout.FORMAT}, though it was just created")
+            raise FormatError(f"{self.shown} has no {layout.FORMAT}, though it was just created")
         if self._keeps_forwards and not found.get("keep_forwards"):
             raise InputError(
-                f"the run in {self._shown} was begun without keep_forwards=True, so what its "
+                f"the run in {self.shown} was begun without keep_forwards=True, so what its "
                 "earlier gradients follow from is gone: begin a new run with it, or open this one "
                 "without it"
             )
@@ -307,7 +304,7 @@ class GradientStore:
         version = found.get("format")
         if version not in READABLE or not isinstance(found.get("numerics"), dict):
             raise FormatError(
-                f"{self._shown} has format {version!r}, expected one of {READABLE}: "
+                f"{self.shown} has format {version!r}, expected one of {READABLE}: "
                 "use the splitfed that wrote it"
             )
         if damage is not None:
