@@ -430,7 +430,8 @@ class Lines:
             pile,
             self._settings.numerics,
             self._store.archive(name),
-            self._store.fresh(name),
+            self._store.holder(name),
+            repeatable=is_repeatable(self._settings.device),
         )
         ledger = Ledger(pile, self._settings.quota)
         runner = Runner(lineage, pile, self._settings)
