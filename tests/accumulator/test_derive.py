@@ -143,8 +143,9 @@ def test_a_gradient_that_isnt_finite_is_rejected_and_answered() -> None:
     assert (commit.num_batches, commit.num_rejected) == (1, 2)
 
 
-def test_a_batch_that_comes_out_otherwise_here_waits_for_who_can_compute_it() -> None:
+def test_a_batch_that_comes_out_otherwise_here_waits_for_who_can_compute_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The accumulator's body has another epsilon: what was acknowledged is committed by one that has the servers'."""
+    monkeypatch.setattr("splitfed.accumulator.gather.WAIT", 0.1)
     store = GradientStore(f"memory://{uuid.uuid4()}")
     half, body = parts()
     client = SplitClient(half, SplitServer(body, store, durability="log"), "a")

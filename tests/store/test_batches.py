@@ -88,7 +88,7 @@ def test_the_same_number_with_other_content_is_refused(pile: Pile) -> None:
 
 def test_a_batch_that_was_given_up_cant_come_late(pile: Pile) -> None:
     """A skip record closes the id against a request that was under way."""
-    assert pile.create(batch(0), record(kind="skip", digest="", gradients={})) == ("skip", False)
+    assert pile.create(batch(0), record(kind="skip", digest="", gradients={})) == ("skip", True)
     with pytest.raises(DigestError, match="given up"):
         pile.create(batch(0), record())
 

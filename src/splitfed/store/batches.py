@@ -336,7 +336,7 @@ class Sealer:
         stored = self._as_stored(batch, record)
         kind, is_new = self._pile.create(batch, stored, exactly=True)
         # One that was there may have been computed elsewhere, with other bits.
-        if is_new and self._holder is not None and len(stored.recipes) == 1:
+        if is_new and self._holder is not None and stored.holder:
             self._holder.put(batch, record)
         return _status(OUTCOMES[kind], record.resumed)
 
@@ -349,11 +349,16 @@ class Sealer:
             unfit = replace(record, kind="rejected", gradients={}, buffers=[])
             return replace(unfit, recipes=(), seal=None)
         if self._in_log and record.recipes:
-            named = self._holder.check_process() if self._holder is not None else ""
-            return replace(record.as_recipes(), holder=named)
+            return replace(record.as_recipes(), holder=self._holder_of(record))
         if self._archive is not None and record.recipes:
             self._archive.put(batch, record, self.is_known)
         return record.as_gradient()
+
+    def _holder_of(self, record: GradientRecord) -> str:
+        """Who holds the gradient of a batch; '' of one of several calls, which nobody has whole."""
+        if self._holder is None or len(record.recipes) != 1:
+            return ""
+        return self._holder.check_process()
 
     def put_part(self, version: int, batch: BatchId, part: int, share: GradientRecord) -> None:
         """Keep one call's share of a batch until the batch is sealed.
