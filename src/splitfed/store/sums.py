@@ -170,8 +170,8 @@ def from_file(record: SumRecord, fingerprint: Fingerprint) -> Sum | tuple[BatchI
         )
     shared = (record.base_version, record.loss_scale, record.numerics)
     found = Sum(shared, kinds=kinds_of(fingerprint))
-    for batch, *added in zip(batches, record.digests, record.num_samples, buffers, strict=True):
-        found.batches[batch] = Added(*added)
+    added = map(Added, record.digests, record.num_samples, buffers)
+    found.batches.update(zip(batches, added, strict=True))
     for name, value in record.total.items():
         if name not in found.kinds:
             raise ArchitectureError(f"a sum has a tensor {name[:80]!r}, which doesn't train here")
