@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
 from typing import Any
@@ -19,6 +20,7 @@ from splitfed.client.client import SplitClient
 from splitfed.diagnostics.garbage import collect
 from splitfed.diagnostics.integrity import verify
 from splitfed.diagnostics.replay import replay
+from splitfed.errors import StoreError
 from splitfed.model.cut import split
 from splitfed.server.server import SplitServer
 from splitfed.store import holder as holders
@@ -200,6 +202,104 @@ def test_a_sum_that_goes_on_replaces_its_file() -> None:
     commit = accumulator_of(store).step()
     assert commit is not None
     assert [len(group) for group in commit.groups] == [5]
+
+
+def late(durability: str, dtype: torch.dtype, *, apart: bool) -> GradientStore:
+    """One batch that began a version before the two that it is committed with."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    torch.manual_seed(0)
+    body = nn.Linear(3, 2).to(dtype)
+    halves = [split(nn.Sequential(nn.Identity(), body), "1") for _ in "ab"]
+    body = halves[0][1]
+    server = SplitServer(body, store, durability=durability)
+    client, other = (SplitClient(half, server, name) for (half, _), name in zip(halves, "ab", strict=True))
+    accumulator = Accumulator(body, again(store) if apart else store, torch.optim.Adam)
+    x = X.to(dtype)
+    begun = client(x[:3])
+    other(x).square().sum().backward()
+    accumulator.step()
+    begun.square().sum().backward()
+    for number in range(2):
+        other(x + number).square().sum().backward()
+    commit = accumulator.step()
+    assert commit is not None
+    assert (commit.num_batches, commit.num_samples) == (3, 11)
+    return store
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_of_one_batch_is_its_gradient(dtype: torch.dtype, apart: bool) -> None:
+    """There is no other of its version, and n·g isn't g."""
+    log, gradient = (late(durability, dtype, apart=apart) for durability in ("log", "gradient"))
+    assert bits(log.load_weights()) == bits(gradient.load_weights())
+
+
+def test_an_addition_that_was_interrupted_leaves_no_wrong_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a gradient is in it: it is dropped, and what it held is computed again."""
+
+    def interrupt(self: holders.Sum, block: Any) -> None:
+        self.total["scale"].add_(1.0)
+        raise KeyboardInterrupt
+
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 3)
+    client = SplitClient(parts()[0], server, "b")
+    assert store.holder()._held.sums
+    monkeypatch.setattr(holders.Sum, "add", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        client(X).sum().backward()
+    assert not store.holder()._held.sums
+
+
+def test_storage_that_fails_while_sums_are_written_loses_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What couldn't be written is held on to, and the question stays until it was answered."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 1)
+    holder = store.holder()
+    holder.attended = True  # nobody looks but this test
+    client = SplitClient(parts()[0], server, "b")
+    key = store.lineage().keys.ask(holder.name)
+    store.blobs.put(key, [b"{}"])
+
+    def refuse(*given: Any, **named: Any) -> None:
+        raise StoreError("the storage is away")
+
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(store.blobs.raw, "put", refuse)
+            with pytest.raises(StoreError):
+                holder.write()
+        assert store.blobs.list("body/ask") == [key]
+        client(X).sum().backward()
+    holder.write()
+    assert store.blobs.list("body/ask") == []
+    commit = accumulator_of(store).step()
+    assert commit is not None
+    assert [len(group) for group in commit.groups] == [4]
+
+
+def test_a_thread_that_failed_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What isn't the storage's fault ends it; the next gradient has another one look for questions."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = SplitServer(parts()[1], store, durability="log")
+    client = SplitClient(parts()[0], server, "a")
+    holder = store.holder()
+    failed = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda args: failed.set())
+
+    def fail(self: holders.Holder) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holders.Holder, "write", fail)
+        client(X).sum().backward()
+        store.blobs.put(store.lineage().keys.ask(holder.name), [b"{}"])
+        assert failed.wait(10)
+    client(X).sum().backward()
+    commit = accumulator_of(store).step()
+    assert commit is not None
+    assert [len(group) for group in commit.groups] == [2]
 
 
 def test_memory_is_bounded_by_the_body() -> None:

@@ -39,6 +39,7 @@ from splitfed.accumulator.settings import (
 from splitfed.checks import at_least
 from splitfed.errors import (
     CorruptedError,
+    ExpiredError,
     FormatError,
     InputError,
     MissingError,
@@ -172,8 +173,9 @@ class Accumulator:
             part=stamp_of(body),
             durability=durability,
         )
-        if self._versions.durability == "log":
-            self.settings = self._within_window()
+        is_log = self._versions.durability == "log"
+        self._bounded = self._within_window() if is_log else self.settings
+        """The settings with the bound on staleness that a log has."""
         self._unreported: Counter[str] = Counter()
         """What was cleaned up since the last commit of this accumulator, for the next record."""
         self._headers: dict[BatchId, dict[str, object]] = {}
@@ -190,7 +192,7 @@ class Accumulator:
     @property
     def max_staleness(self) -> int | None:
         """Batches whose base is more commits behind aren't folded; `None` for any."""
-        return self.settings.max_staleness
+        return self._bounded.max_staleness
 
     @property
     def staleness_weight(self) -> StalenessWeight:
@@ -282,26 +284,26 @@ class Accumulator:
             return None
         verdict, older = found
         ready = (batch for batch in verdict.folded if batch not in self._deferred)
-        holders = {str(self._header(batch)["holder"] or "") for batch in ready}
-        if holders <= {""}:
-            return self._publish(head, self._fold(verdict, head, Held()), older)
-        held, used = self._gatherer.gather(holders), list[Sum]()
+        holders = {str(self._header(batch)["holder"] or "") for batch in ready} - {""}
+        used: list[Sum] = []
         try:
-            # Listed again, after the sums: these name no batch that isn't there.
-            found = self._sorted(head, newest, applied, only, least)
-            if found is None:
-                return None
-            verdict, older = found
-            headers = {batch: self._header(batch) for batch in verdict.folded}
-            used = [one for one in held.sums if one.is_usable(headers)]
-            sums = used.copy()
-            folded = self._fold(verdict, head, Held(held.gradients, sums))
+            held = self._gatherer.gather(holders) if holders else Held()
+            if holders:
+                # Listed again, after the sums: these name no batch that isn't there.
+                found = self._sorted(head, newest, applied, only, least)
+                if found is None:
+                    return None
+                verdict, older = found
+                headers = {batch: self._header(batch) for batch in verdict.folded}
+                used = [one for one in held.sums if one.is_usable(headers)]
+            folded = self._fold(verdict, head, Held(held.gradients, used))
             self._warn_deferred(folded)
             if not list(folded.verdict):
                 return None
             return self._publish(head, folded, older)
         finally:
-            self._gatherer.give_back(used, self._versions.counted())
+            if holders:
+                self._gatherer.give_back(used)
 
     def _sorted(
         self, head: int, newest: Commit, applied: BatchSet, only: Verdict | None, least: int
@@ -311,7 +313,7 @@ class Accumulator:
         if len(pending) < min(least, MANY_SKIPS):
             return None
         verdict, older = sort_batches(
-            pending, self._header, head, self.settings, only, self._unfit, newest.is_abandoned
+            pending, self._header, head, self._bounded, only, self._unfit, newest.is_abandoned
         )
         ready = sum(batch not in self._deferred for batch in verdict.folded)
         # Too few: but nobody would ever take away what can't be read, if nothing else comes.
@@ -331,7 +333,7 @@ class Accumulator:
                 return found
             if batch in self._deferred:
                 raise ReplayError("it was tried before")
-            return self._read(batch)
+            return self._read(batch, head)
 
         return fold(
             verdict,
@@ -354,7 +356,7 @@ class Accumulator:
                 f"the gradients of {len(new)} batches can't be computed again here, as of batch "
                 f"{batch}: {error}. They are acknowledged, so they stay pending, until an "
                 "accumulator commits them whose body computes as the servers' do, or until they "
-                f"are older than {self.settings.max_staleness} commits",
+                f"are older than {self.max_staleness} commits",
                 stacklevel=4,
             )
 
@@ -464,12 +466,23 @@ class Accumulator:
                 stacklevel=4,
             )
 
-    def _read(self, batch: BatchId) -> GradientRecord | None:
-        """The gradient of a pending batch; in a log it is computed from its recipes."""
+    def _read(self, batch: BatchId, head: int) -> GradientRecord | None:
+        """The gradient of a pending batch; in a log it is computed from its recipes.
+
+        Raises:
+            MissingError: the weights that it ran at have left the window, as others have committed.
+            CorruptedError: these weights were deleted from outside: nobody can compute it any more.
+        """
         record = self._pile.read(batch)
         if record is None or not record.recipes:
             return record
-        return self._deriver.gradient(record)
+        try:
+            return self._deriver.gradient(record)
+        except ExpiredError as error:
+            if self._versions.head() != head:
+                raise
+            what = f"what it follows from was deleted from outside: {error}"
+            raise CorruptedError(what) from error
 
     def _merge(self, held: Mapping[str, Tensor], updates: list[BufferUpdate]) -> dict[str, Tensor]:
         """The buffers after a commit with these updates, from their values before it."""
@@ -491,7 +504,7 @@ class Accumulator:
             counted = self._versions.counted()
             self._drop([batch for batch in closed if batch in counted])
             if self._versions.durability == "log":
-                oldest = self._versions.head() - (self.settings.max_staleness or 0)
+                oldest = self._versions.head() - (self.max_staleness or 0)
                 self._gatherer.clean(counted, oldest)
 
     def _drop(self, counted: list[BatchId]) -> None:

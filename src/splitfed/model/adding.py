@@ -32,7 +32,7 @@ def as_real(gradient: Tensor) -> Tensor:
 def add_products(
     total: dict[str, Tensor], gradients: Sequence[Mapping[str, Tensor]], factors: Sequence[float]
 ) -> None:
-    """Add gradients up.
+    """Add gradients up; if this raises, the total is of no use any more.
 
     Args:
         total: By name, in float64 and as real numbers; changed in place. A name that isn't in it
@@ -56,11 +56,15 @@ def add_products(
         _add(work)
         return
     # Of each pair of pieces one: pieces are as good as equal in size.
-    halves = [threading.Thread(target=_add, args=(work[start::2],)) for start in (0, 1)]
-    for thread in halves:
-        thread.start()
-    for thread in halves:
-        thread.join()
+    failed: list[BaseException] = []
+    other = threading.Thread(target=_try_to_add, args=(work[1::2], failed))
+    other.start()
+    try:
+        _add(work[::2])
+    finally:
+        other.join()
+    if failed:
+        raise failed[0]
 
 
 def _pieces(total: Tensor, terms: _Terms) -> Iterator[tuple[Tensor, _Terms]]:
@@ -73,6 +77,14 @@ def _pieces(total: Tensor, terms: _Terms) -> Iterator[tuple[Tensor, _Terms]]:
     for target, *pieces in zip(torch.split(total, rows), *parts, strict=True):
         factors = (factor for _, factor in terms)
         yield target, list(zip(pieces, factors, strict=True))
+
+
+def _try_to_add(work: Sequence[tuple[Tensor, _Terms]], failed: list[BaseException]) -> None:
+    """As `_add`, for a thread: what it raises would be lost, and half of the sum with it."""
+    try:
+        _add(work)
+    except BaseException as error:  # noqa: BLE001 -- raised again by whoever has started the thread
+        failed.append(error)
 
 
 @torch.no_grad()

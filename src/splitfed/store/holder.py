@@ -127,6 +127,13 @@ class Holder:
         with self._adding, self._lock:
             found, self._held = self._held, Held()
             self._num_bytes = 0
+            sums = found.sums
+            found.sums = [one for one in sums if one.only is None]
+            for one in sums:
+                if one.only is not None:
+                    batch = next(iter(one.batches))
+                    found.gradients[batch] = one.only
+                    self._alone.update((batch, key) for key in one.files)
         return found
 
     def give_back(self, held: Held) -> None:
@@ -145,29 +152,28 @@ class Holder:
             StoreError: the storage failed.
         """
         with self._adding:
-            with self._lock:
-                gradients, self._held.gradients = self._held.gradients, {}
-                self._num_bytes = 0
             groups: dict[Shared, list[tuple[BatchId, GradientRecord]]] = {}
-            for batch, record in gradients.items():
-                groups.setdefault(shared_of(record), []).append((batch, record))
+            with self._lock:
+                for batch, record in self._held.gradients.items():
+                    groups.setdefault(shared_of(record), []).append((batch, record))
             for shared, block in groups.items():
-                if len(block) > 1 or self._open(shared) is not None:
-                    self._add(shared, block)
-                    continue
                 batch, record = block[0]
-                if batch not in self._alone:
+                if len(block) > 1 or self._open(shared) is not None:
+                    self._take(batch for batch, _ in block)
+                    self._write(self._add(shared, block))  # before another takes its place
+                elif batch not in self._alone:  # it stays: one that comes later is added to it
                     self._alone[batch] = self._create(shared, single(batch, record))
-                with self._lock:  # one that comes later may be added to it
-                    self._held.gradients.setdefault(batch, record)
-                    self._num_bytes = sum(map(_size, self._held.gradients.values()))
             for one in self._held.sums:
-                if one.num_written < len(one.batches):
-                    one.files.append(self._create(one.shared, one.pack()))
-                    one.num_written = len(one.batches)
-                    while len(one.files) > 1:
-                        self._lineage.blobs.delete(one.files.pop(0))
+                self._write(one)
         self._lineage.blobs.delete(self._lineage.keys.ask(self.name))
+
+    def _write(self, one: Sum) -> None:
+        """Write a sum, if it has batches that its last file hasn't."""
+        if one.num_written < len(one.batches):
+            one.files.append(self._create(one.shared, one.pack()))
+            one.num_written = len(one.batches)
+            while len(one.files) > 1:
+                self._lineage.blobs.delete(one.files.pop(0))
 
     def _create(self, shared: Shared, record: SumRecord) -> str:
         """Write a file; its key."""
@@ -183,24 +189,32 @@ class Holder:
                 with self._lock:
                     if not self._is_over():
                         return
-                    batch = next(iter(self._held.gradients))
-                    record = self._held.gradients.pop(batch)
-                    self._num_bytes -= _size(record)
+                    batch, record = next(iter(self._held.gradients.items()))
+                self._take([batch])
                 self._add(shared_of(record), [(batch, record)])
+
+    def _take(self, batches: Iterable[BatchId]) -> None:
+        """Hold some gradients no longer as they are; `_adding` is held."""
+        with self._lock:
+            for batch in batches:
+                self._num_bytes -= _size(self._held.gradients.pop(batch))
 
     def _is_over(self) -> bool:
         return self._num_bytes > self._most and len(self._held.gradients) > LEAST
 
-    def _add(self, shared: Shared, block: list[tuple[BatchId, GradientRecord]]) -> None:
-        """Add gradients to the open sum; `_adding` is held."""
-        found = self._open(shared)
-        if found is None:
-            found = Sum(shared)
-            with self._lock:
-                self._held.sums.append(found)
-                del self._held.sums[:-MOST_SUMS]
+    def _add(self, shared: Shared, block: list[tuple[BatchId, GradientRecord]]) -> Sum:
+        """Add gradients to the open sum, and return it; `_adding` is held."""
+        found = self._open(shared) or Sum(shared)
+        # Whatever stops an addition midway, an interrupt of the user too, leaves a wrong sum: so
+        # nobody has it meanwhile.
+        with self._lock:
+            self._held.sums = [one for one in self._held.sums if one is not found]
         found.add(block)
         found.files += [self._alone.pop(batch) for batch, _ in block if batch in self._alone]
+        with self._lock:
+            self._held.sums.append(found)
+            del self._held.sums[:-MOST_SUMS]
+        return found
 
     def _open(self, shared: Shared) -> Sum | None:
         """The sum that such gradients are added to, if there is one."""
@@ -247,6 +261,10 @@ class Holder:
                 self._drop_counted()
         except SplitFedError:  # the storage fails: who asked derives
             return 10 * pause
+        except BaseException:
+            with self._lock:  # this thread ends, and the next gradient starts another
+                self._watch = None
+            raise
         return pause
 
 

@@ -60,6 +60,8 @@ class Sum:
     shared: Shared
     batches: dict[BatchId, Added] = field(default_factory=dict)
     """In the order in which they were added."""
+    only: GradientRecord | None = None
+    """The gradient of its first batch, as long as there is no other: n·g/n isn't always g."""
     total: dict[str, Tensor] = field(default_factory=dict)
     """Σ nᵢ·gᵢ by name, in float64 and as real numbers."""
     kinds: Kinds = field(default_factory=dict)
@@ -89,9 +91,16 @@ class Sum:
         return self.base_version, next(iter(self.batches)), -len(self.batches)
 
     def add(self, block: Sequence[tuple[BatchId, GradientRecord]]) -> None:
-        """Add gradients, one after the other."""
-        gradients = [record.gradients for _, record in block]
-        add_products(self.total, gradients, [record.num_samples for _, record in block])
+        """Add gradients, one after the other; if this raises, the sum is of no use any more."""
+        if not self.batches and len(block) == 1:
+            self.only = block[0][1]
+        else:
+            records = [record for _, record in block]
+            if self.only is not None:
+                records.insert(0, self.only)
+                self.only = None
+            factors = [record.num_samples for record in records]
+            add_products(self.total, [record.gradients for record in records], factors)
         for batch, record in block:
             self.batches[batch] = Added(record.digest, record.num_samples, record.buffers)
             for name, gradient in record.gradients.items():
@@ -115,6 +124,8 @@ class Sum:
 
     def pack(self) -> SumRecord:
         """As a file holds it; its tensors share their memory."""
+        if self.only is not None:
+            return single(next(iter(self.batches)), self.only)
         added = self.batches.values()
         return SumRecord(
             *self.shared,
