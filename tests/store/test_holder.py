@@ -6,17 +6,19 @@ import os
 import threading
 import time
 import uuid
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from harness_store import again, batch, bits, sgd
+from harness_store import again, batch, bits, sgd, spoil
 from torch import Tensor, nn
 
 import splitfed.accumulator.gather
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.accumulator.derive import Deriver
 from splitfed.client.client import SplitClient
+from splitfed.diagnostics.forgetting import forget
 from splitfed.diagnostics.garbage import collect
 from splitfed.diagnostics.integrity import verify
 from splitfed.diagnostics.replay import replay
@@ -314,6 +316,83 @@ def test_memory_is_bounded_by_the_body() -> None:
     client(X).sum().backward()
     assert list(holder._held.gradients) == [batch(0, "b")]
     assert holder._held.sums == []
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_sums_that_make_room_for_others_are_written(
+    monkeypatch: pytest.MonkeyPatch, derived: list[Any], apart: bool
+) -> None:
+    """However many batches wait, none of them is computed again; a sum of few isn't worth a file."""
+    monkeypatch.setattr(holders, "MOST_BATCHES", 3)
+    monkeypatch.setattr(holders, "WORTH_WRITING", 3)
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 20)
+    assert len(store.blobs.list("body/sum")) == 5
+    accumulator = Accumulator(parts()[1], again(store) if apart else store, sgd())
+    commit = accumulator.step()
+    assert commit is not None
+    assert sorted(map(len, commit.groups), reverse=True) == [3] * 6 + [2] * apart
+    assert derived == []
+    assert store.blobs.list("body/sum") == []
+    del server
+
+
+def test_many_small_gradients_and_many_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By number, as what is known of a batch may be larger than its gradient; and by their buffers."""
+    monkeypatch.setattr(holders, "BYTES", 1 << 30)
+    monkeypatch.setattr(holders, "MOST_ALONE", 4)
+    monkeypatch.setattr(holders, "MOST_TENSORS", 20)
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 9)
+    holder = store.holder()
+    assert len(holder._held.gradients) == 4
+    assert [len(one.batches) for one in holder._held.sums] == [4, 1]  # of six tensors each
+    del server
+
+
+def test_a_gradient_that_isnt_finite_any_more_in_its_file_is_computed_again(derived: list[Any]) -> None:
+    """It was, when it was acknowledged: the batch isn't rejected for the sake of a cache."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 1)
+    holder = store.holder()
+    holder._held.gradients[batch(0)].gradients["scale"].fill_(torch.nan)
+    commit = accumulator_of(store).step()
+    assert commit is not None
+    assert (list(commit.folded), len(derived)) == ([batch(0)], 1)
+    del server
+
+
+def test_what_is_forgotten_isnt_committed_from_memory() -> None:
+    """A server still holds it; the sums that it writes have it, and aren't used."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 2)
+    SplitClient(parts()[0], server, "b")(X).sum().backward()
+    forget(again(store), "a")
+    commit = accumulator_of(store).step()
+    assert commit is not None
+    assert (list(commit.folded), list(commit.skipped)) == ([batch(0, "b")], [batch(0), batch(1)])
+    assert store.blobs.list("body/sum") == []
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_a_damaged_recipe_is_no_dead_end(is_held: bool) -> None:
+    """A sum that has the batch is used; else it is rejected. What is kept for a replay of it is gone."""
+    store = GradientStore(f"memory://{uuid.uuid4()}", keep_forwards=True)
+    server = held(store)
+    spoil(store, store.lineage().keys.gradient(batch(1)))
+    if not is_held:
+        store.holder().collect()
+    accumulator = accumulator_of(store)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        commit = accumulator.step()
+    assert commit is not None
+    assert (commit.num_batches, commit.num_rejected, len(told)) == ((4, 0, 0) if is_held else (3, 1, 1))
+    SplitClient(parts()[0], server, "b")(X).sum().backward()
+    commit = accumulator.step()
+    assert commit is not None
+    assert list(commit.folded) == [batch(0, "b")]
+    assert store.waiting() == []
 
 
 def test_a_batch_that_was_on_file_isnt_held() -> None:

@@ -96,9 +96,7 @@ class Split:
         self.half, self.body = splitfed.split(model, at)
         self.store = splitfed.GradientStore(str(url), sync="process")
         self.servers = [
-            splitfed.SplitServer(
-                self.body, self.store, keep_graphs=keep_graphs, loss_fn=loss_fn, durability=durability
-            )
+            splitfed.SplitServer(self.body, self.store, keep_graphs=keep_graphs, loss_fn=loss_fn, durability=durability)
             for _ in range(replicas)
         ]
         self.wire = wire(*self.servers)

@@ -55,9 +55,10 @@ class Gatherer:
         self._own = self._holder.collect()
         found = Held(dict(self._own.gradients), list(self._own.sums))
         others = set(holders) - {self._holder.check_process(), ""}
-        if not others:
+        if others:
+            self._ask(others)
+        elif not self._holder.has_more:
             return found
-        self._ask(others)
         listed: list[SumRecord] = []
         for key in self._blobs.list(self._keys.sums):
             with contextlib.suppress(SplitFedError):  # a cache: what is damaged is derived

@@ -36,15 +36,23 @@ from splitfed.protocol.messages import GradientRecord, SumRecord
 from splitfed.protocol.packing import pack
 from splitfed.store.batchset import BatchSet
 from splitfed.store.lineage import Lineage
-from splitfed.store.sums import Shared, Sum, shared_of, single
+from splitfed.store.sums import Shared, Sum, extent, shared_of, single
 
 BYTES = 256 * 2**20
 """So many bytes of gradients are held as they are, or two gradients if these are larger."""
 LEAST = 2
+MOST_ALONE = 64
+"""So many are held as they are at most: what is known of a batch may be larger than a small one."""
+MOST_BUFFERS, MOST_TENSORS = 256 * 2**20, 50_000
+"""No sum goes on that holds so many bytes, or tensors, of changed buffers: these aren't added up,
+and no file may have more than 100,000 tensors."""
 MOST_SUMS = 2
 """So many sums are held: of the newest version, and of the one before."""
-MOST_BATCHES = 1024
+MOST_BATCHES = 1 << 14
 """No sum has more: what it holds of its batches would grow."""
+WORTH_WRITING = 64
+"""A sum of so many batches is written when it makes room for another; to compute fewer again costs
+less than to write each, where loss scales alternate."""
 NEAR, FAR = 0.02, 0.25
 """Seconds between two looks for a question: where a read takes microseconds, and elsewhere."""
 _LOOK_AT_TABLE = 1.0
@@ -93,6 +101,8 @@ class Holder:
         self._alone: dict[BatchId, str] = {}
         """The files of gradients that were written as they are."""
         self._num_written = 0
+        self.has_more = False
+        """Whether sums of this process are on file that it holds no more."""
         self._watch: threading.Thread | None = None
         self._looked = 0.0
 
@@ -138,11 +148,12 @@ class Holder:
 
     def give_back(self, held: Held) -> None:
         """Hold again what was taken out and not used."""
-        with self._adding, self._lock:
-            self._held.gradients = {**held.gradients, **self._held.gradients}
-            self._held.sums[:0] = held.sums
-            self._num_bytes = sum(map(_size, self._held.gradients.values()))
-            del self._held.sums[:-MOST_SUMS]
+        with self._adding:
+            with self._lock:
+                self._held.gradients = {**held.gradients, **self._held.gradients}
+                self._held.sums[:0] = held.sums
+                self._num_bytes = sum(map(_size, self._held.gradients.values()))
+            self._make_room()
         self._reduce()
 
     def write(self) -> None:
@@ -200,7 +211,8 @@ class Holder:
                 self._num_bytes -= _size(self._held.gradients.pop(batch))
 
     def _is_over(self) -> bool:
-        return self._num_bytes > self._most and len(self._held.gradients) > LEAST
+        count = len(self._held.gradients)
+        return count > LEAST and (self._num_bytes > self._most or count > MOST_ALONE)
 
     def _add(self, shared: Shared, block: list[tuple[BatchId, GradientRecord]]) -> Sum:
         """Add gradients to the open sum, and return it; `_adding` is held."""
@@ -213,14 +225,27 @@ class Holder:
         found.files += [self._alone.pop(batch) for batch, _ in block if batch in self._alone]
         with self._lock:
             self._held.sums.append(found)
-            del self._held.sums[:-MOST_SUMS]
+        self._make_room()
         return found
+
+    def _make_room(self) -> None:
+        """Hold no more sums than may be held; `_adding` is held."""
+        with self._lock:
+            gone = self._held.sums[:-MOST_SUMS]
+            del self._held.sums[:-MOST_SUMS]
+        for one in gone:
+            if len(one.batches) >= WORTH_WRITING:
+                with contextlib.suppress(SplitFedError):  # what it held is computed again
+                    self._write(one)
+                    self.has_more = True
 
     def _open(self, shared: Shared) -> Sum | None:
         """The sum that such gradients are added to, if there is one."""
         for one in reversed(self._held.sums):
             if one.shared == shared:
-                return one if len(one.batches) < MOST_BATCHES else None
+                tensors, num_bytes = one.num_buffers
+                is_full = tensors > MOST_TENSORS or num_bytes > MOST_BUFFERS
+                return None if is_full or len(one.batches) >= MOST_BATCHES else one
         return None
 
     def _drop_counted(self) -> None:
@@ -282,7 +307,8 @@ def _watch(found: weakref.ref[Holder]) -> None:
 
 
 def _size(record: GradientRecord) -> int:
-    return sum(gradient.nbytes for gradient in record.gradients.values())
+    gradients = sum(gradient.nbytes for gradient in record.gradients.values())
+    return gradients + extent(record.buffers)[1]
 
 
 def apart(gradients: Mapping[str, Tensor], others: Iterable[Tensor | None]) -> dict[str, Tensor]:
