@@ -301,7 +301,9 @@ class Accumulator:
                 return None
             return self._publish(head, folded, older)
         finally:
-            self._gatherer.give_back(used, self._versions.counted())
+            # What is held is a cache: without the table it is dropped.
+            with contextlib.suppress(StoreError, MissingError):
+                self._gatherer.give_back(used, self._versions.counted())
 
     def _sorted(
         self, head: int, newest: Commit, applied: BatchSet, only: Verdict | None, least: int

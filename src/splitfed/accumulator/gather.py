@@ -40,7 +40,6 @@ class Gatherer:
         self._versions = store.lineage(lineage)
         self._keys = self._versions.keys
         self._holder = store.holder(lineage)
-        self._holder.attended = True
         self._own = Held()
         """What was taken out of this process's holder."""
         self._taken = 0.0

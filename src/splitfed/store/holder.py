@@ -81,8 +81,6 @@ class Holder:
         """Of the tensors of sums; taken before the other."""
         self._process = os.getpid()
         self._begin()
-        self.attended = False
-        """Whether this process has an accumulator of the lineage, which takes what is held here."""
 
     def _begin(self) -> None:
         self.name = uuid.uuid4().hex[:16]
@@ -118,8 +116,7 @@ class Holder:
             self._held.gradients[batch] = held
             self._num_bytes += _size(held)
         self._reduce()
-        if not self.attended:
-            self._attend()
+        self._attend()
 
     def collect(self) -> Held:
         """Take out all that is held."""
@@ -144,6 +141,7 @@ class Holder:
         Raises:
             StoreError: the storage failed.
         """
+        self._drop_counted()
         with self._adding:
             with self._lock:
                 gradients, self._held.gradients = self._held.gradients, {}
@@ -178,6 +176,9 @@ class Holder:
 
     def _reduce(self) -> None:
         """Add up what is too much to be held as it is."""
+        if self._is_over():
+            # One may have been counted before it came here, and would spoil the sum.
+            self._drop_counted()
         while self._is_over():
             with self._adding:
                 with self._lock:
@@ -234,7 +235,7 @@ class Holder:
     def poll(self) -> float | None:
         """Look for a question once; seconds until the next look, `None` if nothing is held."""
         with self._lock:
-            if self.attended or not (self._held.gradients or self._held.sums):
+            if not (self._held.gradients or self._held.sums):
                 self._watch = None
                 return None
         pause = NEAR if self._lineage.blobs.is_near else FAR
