@@ -261,6 +261,17 @@ def test_a_holder_that_is_gone_is_waited_for_no_longer_than_said(
     assert store.blobs.list("body/ask") == []
 
 
+def test_a_server_that_ends_hands_its_sums_over(derived: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked who has written all that it held."""
+    monkeypatch.setattr(splitfed.accumulator.gather, "WAIT", 30.0)
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    held(store).hand_over()
+    store.holder().collect()
+    commit = accumulator_of(store).step()
+    assert commit is not None
+    assert ([len(group) for group in commit.groups], derived) == ([4], [])
+
+
 def test_collecting_garbage_takes_sums_that_no_commit_can_use() -> None:
     """One of whose batches is counted; and all questions."""
     store = GradientStore(f"memory://{uuid.uuid4()}")

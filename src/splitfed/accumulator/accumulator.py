@@ -281,11 +281,11 @@ class Accumulator:
         if found is None:
             return None
         verdict, older = found
-        ready = (batch for batch in verdict.folded if batch not in self._deferred)
-        holders = {str(self._header(batch)["holder"] or "") for batch in ready}
-        if holders <= {""}:
+        ready = [batch for batch in verdict.folded if batch not in self._deferred]
+        waiting = {batch: str(self._header(batch).get("holder") or "") for batch in ready}
+        if not any(waiting.values()):
             return self._publish(head, self._fold(verdict, head, Held()), older)
-        held, used = self._gatherer.gather(holders), list[Sum]()
+        held, used = self._gatherer.gather(waiting, applied), list[Sum]()
         try:
             # Listed again, after the sums: these name no batch that isn't there.
             found = self._sorted(head, newest, applied, only, least)

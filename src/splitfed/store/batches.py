@@ -288,6 +288,15 @@ class Sealer:
         self._skips: Bounded[str, Skips] = Bounded(_PROCESSES)
         self._lock = threading.Lock()
 
+    def hand_over(self) -> None:
+        """Write what is held in memory of a log.
+
+        Raises:
+            StoreError: the storage failed.
+        """
+        if self._holder is not None:
+            self._holder.write()
+
     def is_known(self, batch: BatchId) -> bool:
         """Whether a batch is counted or pending."""
         # The file is looked for first: a batch that is committed in between has none any more, and
