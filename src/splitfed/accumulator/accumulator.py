@@ -313,7 +313,13 @@ class Accumulator:
         if len(pending) < min(least, MANY_SKIPS):
             return None
         verdict, older = sort_batches(
-            pending, self._header, head, self.settings, only, self._unfit, newest.is_abandoned
+            pending,
+            self._header_at(head),
+            head,
+            self.settings,
+            only,
+            self._unfit,
+            newest.is_abandoned,
         )
         ready = sum(batch not in self._deferred for batch in verdict.folded)
         # Too few: but nobody would ever take away what can't be read, if nothing else comes.
@@ -505,6 +511,22 @@ class Accumulator:
             for batch in counted:
                 self._archive.adopt(batch)
         self._pile.drop(counted)
+
+    def _header_at(self, head: int) -> Callable[[BatchId], Mapping[str, Any]]:
+        """What reads headers for a commit that builds upon a version.
+
+        A batch of a later one was computed after another accumulator had won: then this attempt
+        begins again, and only if there is no such version is something wrong with the batch.
+        """
+
+        def header(batch: BatchId) -> Mapping[str, Any]:
+            found = self._header(batch)
+            base = found.get("base_version")
+            if isinstance(base, int) and base > head and self._versions.head() > head:
+                raise MissingError(f"version {head + 1} was made by another accumulator")
+            return found
+
+        return header
 
     def _header(self, batch: BatchId) -> Mapping[str, Any]:
         if batch not in self._headers:
