@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from splitfed.accumulator.accumulator import Accumulator
+from splitfed.accumulator.derive import Deriver
 from splitfed.client.client import SplitClient
 from splitfed.diagnostics.integrity import verify
 from splitfed.diagnostics.replay import replay
@@ -103,6 +104,15 @@ def test_both_modes_have_the_same_bits(loop: Callable[[SplitClient, Tensor], Non
     newest, other = (store.lineage().commit(5) for store in (log, gradient))
     assert newest.files["optimizer"] == other.files["optimizer"]
     assert newest.files["weights"] == other.files["weights"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_one_server_has_computed_isnt_computed_again(
+    loop: Callable[[SplitClient, Tensor], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several calls and passes too."""
+    monkeypatch.setattr(Deriver, "gradient", None)
+    assert train("log", loop).latest_version() == 5
 
 
 @pytest.mark.parametrize("loop", LOOPS)

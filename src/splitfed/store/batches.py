@@ -310,6 +310,7 @@ class Sealer:
         *,
         is_one_trip: bool = False,
         is_first: bool = False,
+        is_whole: bool = True,
     ) -> str:
         """Add a pending batch, as rejected if it isn't finite; a repeated call changes nothing.
 
@@ -320,6 +321,7 @@ class Sealer:
                 choice.
             is_first: Whether the store knows of no earlier try; then a batch that is counted was
                 computed at another version than this record may be.
+            is_whole: Whether the record has the gradients of all of its calls.
 
         Returns:
             'stored' or 'rejected'; 'skipped' if it repeats one that an earlier process gave up.
@@ -342,14 +344,16 @@ class Sealer:
                 self._check_counted(batch, record, is_one_trip=is_one_trip, is_first=is_first)
             return _status(self._lineage.outcome(batch), record.resumed)
         self._take(batch, applied, MAX_GAPS)
-        stored = self._as_stored(batch, record)
+        stored = self._as_stored(batch, record, is_whole=is_whole)
         kind, is_new = self._pile.create(batch, stored, exactly=True)
         # One that was there may have been computed elsewhere, with other bits.
         if is_new and self._holder is not None and stored.holder:
             self._holder.put(batch, record)
         return _status(OUTCOMES[kind], record.resumed)
 
-    def _as_stored(self, batch: BatchId, record: GradientRecord) -> GradientRecord:
+    def _as_stored(
+        self, batch: BatchId, record: GradientRecord, *, is_whole: bool
+    ) -> GradientRecord:
         """What is on file of a batch: its gradient, or in a log its recipes; neither if it's unfit.
 
         What it follows from is archived, where that is done, before the gradient is there.
@@ -358,16 +362,12 @@ class Sealer:
             unfit = replace(record, kind="rejected", gradients={}, buffers=[])
             return replace(unfit, recipes=(), seal=None)
         if self._in_log and record.recipes:
-            return replace(record.as_recipes(), holder=self._holder_of(record))
+            held = self._holder if is_whole else None
+            name = "" if held is None else held.check_process()
+            return replace(record.as_recipes(), holder=name)
         if self._archive is not None and record.recipes:
             self._archive.put(batch, record, self.is_known)
         return record.as_gradient()
-
-    def _holder_of(self, record: GradientRecord) -> str:
-        """Who holds the gradient of a batch; '' of one of several calls, which nobody has whole."""
-        if self._holder is None or len(record.recipes) != 1:
-            return ""
-        return self._holder.check_process()
 
     def put_part(self, version: int, batch: BatchId, part: int, share: GradientRecord) -> None:
         """Keep one call's share of a batch until the batch is sealed.
@@ -380,6 +380,8 @@ class Sealer:
             kind = "part" if _is_finite(share) else _UNFIT
             record = replace(share.as_recipes(), kind=kind)
         self._pile.put_part(version, batch, part, record)
+        if self._holder is not None:
+            self._holder.put_part(batch, part, share)
 
     def _check_counted(
         self, batch: BatchId, record: GradientRecord, *, is_one_trip: bool, is_first: bool
@@ -420,10 +422,10 @@ class Sealer:
         if not parts:
             raise InputError(f"the seal of batch {batch} names no part: expected at least one")
         digest = seal.digest(batch) if share is None else share.digest
-        # In a log the parts of before are recipes alone.
-        add_up = sum_of if all(part.buffers for part in parts.values()) else _listed
-        record = add_up(parts, seal, digest, self._numerics)
-        status = self.store(batch, replace(record, resumed=resumed))
+        # In a log the parts of before are recipes alone, unless they are held in memory.
+        is_whole = all(part.buffers for part in parts.values())
+        record = (sum_of if is_whole else _listed)(parts, seal, digest, self._numerics)
+        status = self.store(batch, replace(record, resumed=resumed), is_whole=is_whole)
         # Only now: were the parts dropped first and the process killed, the retry would find
         # neither parts nor batch.
         for version, number in seal.parts:
@@ -482,6 +484,11 @@ class Sealer:
                     f"part {number} of batch {batch} isn't one call's share: "
                     f"{len(part.buffers)} of them"
                 )
+            held = None
+            if self._holder is not None:
+                held = self._holder.take_part(batch, number, part.digest)
+            if held is not None and part.kind != _UNFIT:
+                part = replace(held, kind=part.kind, recipes=part.recipes)
             parts[number] = part
         return parts
 

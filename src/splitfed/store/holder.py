@@ -25,6 +25,7 @@ import threading
 import time
 import uuid
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -87,6 +88,8 @@ class Holder:
         """What the process is called in the records of its batches."""
         self._held = Held()
         self._num_bytes = 0
+        self._parts: OrderedDict[tuple[BatchId, int], GradientRecord] = OrderedDict()
+        """The shares of calls whose batches aren't closed yet."""
         self._newest = -1
         self._alone: dict[BatchId, str] = {}
         """The files of gradients that were written as they are."""
@@ -117,6 +120,23 @@ class Holder:
             self._num_bytes += _size(held)
         self._reduce()
         self._attend()
+
+    def put_part(self, batch: BatchId, part: int, share: GradientRecord) -> None:
+        """Hold the share of a call until its batch is closed, if there is room."""
+        self.check_process()
+        with self._lock:
+            self._parts[batch, part] = share.as_gradient()
+            self._parts.move_to_end((batch, part))
+            total = sum(map(_size, self._parts.values()))
+            while total > self._most and len(self._parts) > LEAST:
+                total -= _size(self._parts.popitem(last=False)[1])
+
+    def take_part(self, batch: BatchId, part: int, digest: str) -> GradientRecord | None:
+        """Take out the share of a call that has this digest; `None` if it isn't held."""
+        self.check_process()
+        with self._lock:
+            found = self._parts.pop((batch, part), None)
+        return found if found is not None and found.digest == digest else None
 
     def collect(self) -> Held:
         """Take out all that is held."""
