@@ -272,6 +272,21 @@ def test_a_server_that_ends_hands_its_sums_over(derived: list[Any], monkeypatch:
     assert ([len(group) for group in commit.groups], derived) == ([4], [])
 
 
+def test_sums_are_written_unasked_where_nobody_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a kill leaves little to compute again; an accumulator of the same process takes them from memory."""
+    monkeypatch.setattr(holders, "_UNASKED", 0.0)
+    monkeypatch.setattr(holders, "_PAUSE", 0)
+    monkeypatch.setattr(holders.Holder, "_attend", lambda self: None)
+    for is_taken in (False, True):
+        store = GradientStore(f"memory://{uuid.uuid4()}")
+        server = held(store, 0)
+        if is_taken:
+            store.holder().collect()
+        SplitClient(parts()[0], server, "a")(X).sum().backward()
+        assert store.holder().poll() is not None
+        assert len(store.blobs.list("body/sum")) == (0 if is_taken else 1)
+
+
 def test_collecting_garbage_takes_sums_that_no_commit_can_use() -> None:
     """One of whose batches is counted; and all questions."""
     store = GradientStore(f"memory://{uuid.uuid4()}")

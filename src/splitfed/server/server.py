@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from splitfed.errors import (
     AlreadyAppliedError,
+    CorruptedError,
     DigestError,
     ExpiredError,
     InputError,
@@ -453,7 +454,7 @@ class SplitServer:
         """
         line = self._lines.shared
         if line is not None:
-            with contextlib.suppress(StoreError):
+            with contextlib.suppress(StoreError, CorruptedError):
                 line.sealer.hand_over()
 
     @property

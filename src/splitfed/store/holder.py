@@ -4,7 +4,8 @@ The last few are held as they are, and older ones are added up (`sums`), so that
 by the size of the body and not by the number of batches. An accumulator of the same process takes
 them from here. One of another process asks by a file, `<lineage>/ask/<holder>`: whoever holds
 anything writes its sums, and then deletes the question, which is the answer. A thread looks for the
-question as long as something is held: an idle server gets no request that could carry it.
+question as long as something is held: an idle server gets no request that could carry it. Unasked
+it writes now and then, so that what a kill leaves to be computed again stays bounded.
 
 All of it is a cache of what recipes give: it changes speed and never results, and may lose anything
 at any moment. What must hold is that nothing is in it that isn't on file. So a gradient is put here
@@ -49,6 +50,10 @@ MOST_BATCHES = 1024
 NEAR, FAR = 0.02, 0.25
 """Seconds between two looks for a question: where a read takes microseconds, and elsewhere."""
 _LOOK_AT_TABLE = 1.0
+_UNASKED = 1.0
+"""Seconds from one write of sums to the next that nobody has asked for; and at least so many times
+what the last one took: a twentieth of the time is spent so."""
+_PAUSE = 20
 
 
 @dataclass(slots=True)
@@ -96,6 +101,10 @@ class Holder:
         self._num_written = 0
         self._watch: threading.Thread | None = None
         self._looked = 0.0
+        self._is_taken = False
+        """Whether an accumulator of this process takes what is held."""
+        self._wrote = (time.monotonic(), 0.0)
+        """When sums were written last, and how many seconds that took."""
 
     def check_process(self) -> str:
         """The name of this process; after a fork, a new one that holds nothing."""
@@ -141,6 +150,7 @@ class Holder:
     def collect(self) -> Held:
         """Take out all that is held."""
         self.check_process()
+        self._is_taken = True
         with self._adding, self._lock:
             found, self._held = self._held, Held()
             self._num_bytes = 0
@@ -160,8 +170,11 @@ class Holder:
 
         Raises:
             StoreError: the storage failed.
+            CorruptedError: the run isn't there any more.
         """
+        self._lineage.confirm()
         self._drop_counted()
+        began = time.monotonic()
         with self._adding:
             with self._lock:
                 gradients, self._held.gradients = self._held.gradients, {}
@@ -186,6 +199,16 @@ class Holder:
                     while len(one.files) > 1:
                         self._lineage.blobs.delete(one.files.pop(0))
         self._lineage.blobs.delete(self._lineage.keys.ask(self.name))
+        now = time.monotonic()
+        self._wrote = (now, now - began)
+
+    def _is_due(self, now: float) -> bool:
+        """Whether to write unasked: were this process killed, all would be computed again."""
+        wrote, took = self._wrote
+        if self._is_taken or now - wrote < max(_UNASKED, _PAUSE * took):
+            return False
+        is_new = any(batch not in self._alone for batch in self._held.gradients)
+        return is_new or any(one.num_written < len(one.batches) for one in self._held.sums)
 
     def _create(self, shared: Shared, record: SumRecord) -> str:
         """Write a file; its key."""
@@ -261,7 +284,8 @@ class Holder:
         pause = NEAR if self._lineage.blobs.is_near else FAR
         now = time.monotonic()
         try:
-            if self._lineage.blobs.raw.get(self._lineage.keys.ask(self.name)) is not None:
+            is_asked = self._lineage.blobs.raw.get(self._lineage.keys.ask(self.name)) is not None
+            if is_asked or self._is_due(now):
                 self.write()
             elif now - self._looked > _LOOK_AT_TABLE:
                 self._looked = now
