@@ -226,9 +226,11 @@ def test_what_is_older_than_the_window_is_stale_and_never_derived() -> None:
     commit = accumulator.step()
     assert commit is not None
     assert (commit.num_batches, commit.num_stale) == (1, 1)
-    with pytest.raises(InputError, match=r"'keep_versions': 4.*'keep_versions': 9"):
-        Accumulator(body, store, sgd(), keep_versions=9)
-    Accumulator(body, store, sgd(), max_staleness=2, keep_versions=4)
+    with pytest.raises(InputError, match=r"max_staleness is 3: expected at most 2.*keep 4 versions"):
+        Accumulator(body, store, sgd(), max_staleness=3)
+    others = [{"keep_versions": 9}, {"keep_versions": 2}, {"max_staleness": 0}]
+    found = [Accumulator(body, store, sgd(), **settings) for settings in others]
+    assert [(one.max_staleness, one.keep_versions) for one in found] == [(2, 9), (0, 4), (0, 16)]
 
 
 def test_all_processes_agree() -> None:

@@ -93,9 +93,9 @@ class Accumulator:
         lock_seconds: How long to wait for another accumulator of this host to finish. It only saves
             duplicate work.
         durability: What is on file when a batch is acknowledged, as for `SplitServer`. In a
-            `"log"` a gradient is computed here, from the weights that it ran at: so staleness is
-            bounded by what stays readable, `keep_versions - 2` if `max_staleness` isn't given, and
-            all accumulators of the lineage need the same of both.
+            `"log"` a gradient may be computed here, from the weights that it ran at: so staleness
+            is bounded by what stays readable, `keep_versions - 2` of the lineage's first
+            accumulator, and all of them keep at least as many versions as that one.
 
     Raises:
         ArchitectureError: the store was begun with another body, or one that was cut elsewhere.
@@ -429,23 +429,30 @@ class Accumulator:
         return made
 
     def _within_window(self) -> CommitSettings:
-        """The settings, with a bound on staleness; the first accumulator of a log decides on it.
+        """The settings, within what the first accumulator of a log has decided on.
+
+        Batches are computed from weights that no accumulator may have deleted: so all keep as many
+        versions as that one does, and none waits for batches that are older.
 
         Raises:
-            InputError: another has decided otherwise.
+            InputError: batches may be older than the versions that are kept.
         """
         settings = self.settings
-        if settings.max_staleness is None:
-            settings = replace(settings, max_staleness=settings.window - 2)
-        own = {"max_staleness": settings.max_staleness, "keep_versions": settings.window}
-        decided = self._versions.window(own)
-        if decided != own:
+        staleness = settings.max_staleness
+        own = settings.window - 2 if staleness is None else staleness
+        kept = self._versions.window({"max_staleness": own, "keep_versions": settings.window})
+        keep = int(kept["keep_versions"])
+        if staleness is not None and staleness > keep - 2:
             raise InputError(
-                f"the accumulators of lineage {self.lineage!r} work with {decided}, and this one "
-                f"is set to {own}: in a log all need the same, as a batch is computed from weights "
-                "that no other may have deleted"
+                f"max_staleness is {staleness}: expected at most {keep - 2}, since the "
+                f"accumulators of lineage {self.lineage!r}, a log, keep {keep} versions, as the "
+                "first of them has decided, and a batch is computed from the weights of its version"
             )
-        return settings
+        return replace(
+            settings,
+            max_staleness=min(own, keep - 2),
+            keep_versions=max(keep, settings.window),
+        )
 
     def _own_settings(self) -> str:
         """The hash of this accumulator's settings, which are on record from its first commit on."""
