@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import uuid
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from harness_store import sgd
 from torch import Tensor, nn
 
 from splitfed import Accumulator, GradientStore, ReplayError, SplitClient, SplitServer, split
+from splitfed.diagnostics.replay import replay
 from splitfed.model.numerics import class_id, numerics_class
 from splitfed.protocol.messages import BackwardAnswer, BackwardRequest
 from splitfed.protocol.packing import pack
@@ -97,7 +99,8 @@ class Site:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, layer: Callable[[], nn.Module], **settings: Any) -> None:
         half, body = split(nn.Sequential(nn.Identity(), layer()), "1")
-        self.store = GradientStore(f"memory://{uuid.uuid4()}")
+        self.body = body
+        self.store = GradientStore(f"memory://{uuid.uuid4()}", keep_forwards=True)
         self.here = SplitServer(body, self.store, **settings)
         other = split(nn.Sequential(nn.Identity(), layer()), "1")[1]
         other.load_state_dict(body.state_dict())
@@ -135,7 +138,22 @@ def test_a_backward_elsewhere_counts_as_foreign(monkeypatch: pytest.MonkeyPatch,
     site.move()
     with pytest.warns(UserWarning, match="recomputing a forward gave other outputs than in the numerics class"):
         loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # in a log, the accumulator says it once more
+        assert num_foreign(site) == (1, 1, 0)
+
+
+def test_a_replay_says_that_a_batch_was_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why a version differs which was computed with another machine's bits."""
+    site = Site(monkeypatch, normal)
+    loss = site.client(SMALL).square().sum()
+    site.move()
+    with pytest.warns(UserWarning, match="recomputing a forward"):
+        loss.backward()
     assert num_foreign(site) == (1, 1, 0)
+    _, version = replay(site.body, site.store).versions
+    assert version.verdict == "differs"
+    assert version.what.endswith("(batches of another numerics class: 1)")
 
 
 def test_a_batch_is_foreign_if_a_part_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,7 +218,7 @@ class _Line:
             except SplitFedError as error:
                 verdict, what = "unknown", str(error)
             if what and commit.num_foreign:
-                what += f" ({commit.num_foreign} of its batches are of another numerics class)"
+                what += f" (batches of another numerics class: {commit.num_foreign})"
             if what:
                 self._from_file(commit)
             version, lineage = commit.version, self._lineage.name
