@@ -15,6 +15,7 @@ from torch.nn.functional import mse_loss
 
 from splitfed.accumulator import policies
 from splitfed.accumulator.accumulator import Accumulator
+from splitfed.accumulator.derive import Deriver
 from splitfed.client.client import SplitClient
 from splitfed.diagnostics.integrity import verify
 from splitfed.diagnostics.replay import replay
@@ -107,6 +108,15 @@ def test_both_modes_have_the_same_bits(loop: Callable[[SplitClient, Tensor], Non
 
 
 @pytest.mark.parametrize("loop", LOOPS)
+def test_what_one_server_has_computed_isnt_computed_again(
+    loop: Callable[[SplitClient, Tensor], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several calls and passes too."""
+    monkeypatch.setattr(Deriver, "gradient", None)
+    assert train("log", loop).latest_version() == 5
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_a_log_can_be_replayed(loop: Callable[[SplitClient, Tensor], None]) -> None:
     """What was acknowledged is what is kept."""
     store = train("log", loop, keep_forwards=True)
@@ -168,8 +178,9 @@ def test_a_batch_that_comes_out_otherwise_here_waits_for_who_can_compute_it(monk
     assert list(commit.folded) == [batch(0)]
 
 
-def test_nothing_is_committed_where_no_batch_can_be_computed() -> None:
-    """Those of several calls are held by nobody: they wait as others do, and no empty version is made."""
+def test_nothing_is_committed_where_no_batch_can_be_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that nobody holds, as its calls went to several servers: it waits, and no empty version is made."""
+    monkeypatch.setattr("splitfed.store.holder.Holder.put_part", lambda *given: None)
     store = GradientStore(f"memory://{uuid.uuid4()}")
     half, body = parts()
     two(SplitClient(half, SplitServer(body, store, durability="log"), "a"), X)
@@ -242,10 +253,10 @@ def test_another_numerics_class_derives_it_with_a_warning(monkeypatch: pytest.Mo
     lose_sums(store)
     body.norm.eps = 0.1  # stands for a kernel that rounds otherwise
     monkeypatch.setattr("splitfed.store.store.class_id", lambda numerics: "another")
-    with pytest.warns(UserWarning, match="another numerics class"):
+    with pytest.warns(UserWarning, match="than in the numerics class that it was first"):
         commit = Accumulator(body, store, sgd()).step()
     assert commit is not None
-    assert commit.num_batches == 1
+    assert (commit.num_batches, commit.num_foreign) == (1, 1)
 
 
 def test_what_is_older_than_the_window_is_stale_and_never_derived() -> None:
@@ -264,9 +275,11 @@ def test_what_is_older_than_the_window_is_stale_and_never_derived() -> None:
     commit = accumulator.step()
     assert commit is not None
     assert (commit.num_batches, commit.num_stale) == (1, 1)
-    with pytest.raises(InputError, match=r"'keep_versions': 4.*'keep_versions': 9"):
-        Accumulator(body, store, sgd(), keep_versions=9)
-    Accumulator(body, store, sgd(), max_staleness=2, keep_versions=4)
+    with pytest.raises(InputError, match=r"max_staleness is 3: expected at most 2.*keep 4 versions"):
+        Accumulator(body, store, sgd(), max_staleness=3)
+    others = [{"keep_versions": 9}, {"keep_versions": 2}, {"max_staleness": 0}]
+    found = [Accumulator(body, store, sgd(), **settings) for settings in others]
+    assert [(one.max_staleness, one.keep_versions) for one in found] == [(2, 9), (0, 4), (0, 16)]
 
 
 def test_all_processes_agree() -> None:

@@ -39,8 +39,8 @@ def test_a_hundred_and_fifty_batches_and_twenty_kills(tmp_path: Path, durability
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("durability", "kills"), [("gradient", 100), ("log", 200)])
-def test_three_thousand_batches_and_hundreds_of_kills(tmp_path: Path, durability: str, kills: int) -> None:
+@pytest.mark.parametrize(("durability", "steps", "kills"), [("gradient", 4_000, 250), ("log", 1_000, 200)])
+def test_thousands_of_batches_and_hundreds_of_kills(tmp_path: Path, durability: str, steps: int, kills: int) -> None:
     """The same, each time at other moments."""
     seed = int.from_bytes(os.urandom(4), "little")
-    run(tmp_path, durability, steps=1_000, kills=kills, seed=seed, limit=3_000)
+    run(tmp_path, durability, steps=steps, kills=kills, seed=seed, limit=3_000)

@@ -257,9 +257,9 @@ def test_an_addition_that_was_interrupted_leaves_no_wrong_sum(monkeypatch: pytes
 def test_storage_that_fails_while_sums_are_written_loses_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """What couldn't be written is held on to, and the question stays until it was answered."""
     store = GradientStore(f"memory://{uuid.uuid4()}")
-    server = held(store, 1)
+    server = SplitServer(parts()[1], store, durability="log")
     holder = store.holder()
-    holder.attended = True  # nobody looks but this test
+    monkeypatch.setattr(holder, "_attend", lambda: None)  # nobody looks but this test
     client = SplitClient(parts()[0], server, "b")
     key = store.lineage().keys.ask(holder.name)
     store.blobs.put(key, [b"{}"])
@@ -268,17 +268,17 @@ def test_storage_that_fails_while_sums_are_written_loses_none_of_them(monkeypatc
         raise StoreError("the storage is away")
 
     for _ in range(3):
+        client(X).sum().backward()
         with monkeypatch.context() as patch:
             patch.setattr(store.blobs.raw, "put", refuse)
             with pytest.raises(StoreError):
                 holder.write()
         assert store.blobs.list("body/ask") == [key]
-        client(X).sum().backward()
     holder.write()
     assert store.blobs.list("body/ask") == []
     commit = accumulator_of(store).step()
     assert commit is not None
-    assert [len(group) for group in commit.groups] == [4]
+    assert [len(group) for group in commit.groups] == [3]
 
 
 def test_a_thread_that_failed_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,6 +438,32 @@ def test_a_holder_that_is_gone_is_waited_for_no_longer_than_said(
     assert commit is not None
     assert (commit.num_batches, len(derived)) == (4, 4)
     assert store.blobs.list("body/ask") == []
+
+
+def test_a_server_that_ends_hands_its_sums_over(derived: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked who has written all that it held."""
+    monkeypatch.setattr(splitfed.accumulator.gather, "WAIT", 30.0)
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    held(store).hand_over()
+    store.holder().collect()
+    commit = accumulator_of(store).step()
+    assert commit is not None
+    assert ([len(group) for group in commit.groups], derived) == ([4], [])
+
+
+def test_sums_are_written_unasked_where_nobody_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a kill leaves little to compute again; an accumulator of the same process takes them from memory."""
+    monkeypatch.setattr(holders, "_UNASKED", 0.0)
+    monkeypatch.setattr(holders, "_PAUSE", 0)
+    monkeypatch.setattr(holders.Holder, "_attend", lambda self: None)
+    for is_taken in (False, True):
+        store = GradientStore(f"memory://{uuid.uuid4()}")
+        server = held(store, 0)
+        if is_taken:
+            store.holder().collect()
+        SplitClient(parts()[0], server, "a")(X).sum().backward()
+        assert store.holder().poll() is not None
+        assert len(store.blobs.list("body/sum")) == (0 if is_taken else 1)
 
 
 def test_collecting_garbage_takes_sums_that_no_commit_can_use() -> None:

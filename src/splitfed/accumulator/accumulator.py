@@ -94,9 +94,9 @@ class Accumulator:
         lock_seconds: How long to wait for another accumulator of this host to finish. It only saves
             duplicate work.
         durability: What is on file when a batch is acknowledged, as for `SplitServer`. In a
-            `"log"` a gradient is computed here, from the weights that it ran at: so staleness is
-            bounded by what stays readable, `keep_versions - 2` if `max_staleness` isn't given, and
-            all accumulators of the lineage need the same of both.
+            `"log"` a gradient may be computed here, from the weights that it ran at: so staleness
+            is bounded by what stays readable, `keep_versions - 2` of the lineage's first
+            accumulator, and all of them keep at least as many versions as that one.
 
     Raises:
         ArchitectureError: the store was begun with another body, or one that was cut elsewhere.
@@ -175,7 +175,7 @@ class Accumulator:
         )
         is_log = self._versions.durability == "log"
         self._bounded = self._within_window() if is_log else self.settings
-        """The settings with the bound on staleness that a log has."""
+        """The settings within the window that a log has."""
         self._unreported: Counter[str] = Counter()
         """What was cleaned up since the last commit of this accumulator, for the next record."""
         self._headers: dict[BatchId, dict[str, object]] = {}
@@ -202,7 +202,7 @@ class Accumulator:
     @property
     def keep_versions(self) -> int:
         """The number of versions that stay readable."""
-        return self.settings.window
+        return self._bounded.window
 
     def step(self, min_batches: int | None = None, *, only: Verdict | None = None) -> Commit | None:
         """Fold the pending batches into the next version.
@@ -283,12 +283,13 @@ class Accumulator:
         if found is None:
             return None
         verdict, older = found
-        ready = (batch for batch in verdict.folded if batch not in self._deferred)
-        holders = {str(self._header(batch)["holder"] or "") for batch in ready} - {""}
+        ready = [batch for batch in verdict.folded if batch not in self._deferred]
+        waiting = {batch: str(self._header(batch).get("holder") or "") for batch in ready}
+        is_held = any(waiting.values())
         used: list[Sum] = []
         try:
-            held = self._gatherer.gather(holders) if holders else Held()
-            if holders:
+            held = self._gatherer.gather(waiting, applied) if is_held else Held()
+            if is_held:
                 # Listed again, after the sums: these name no batch that isn't there.
                 found = self._sorted(head, newest, applied, only, least)
                 if found is None:
@@ -302,7 +303,7 @@ class Accumulator:
                 return None
             return self._publish(head, folded, older)
         finally:
-            if holders:
+            if is_held:
                 self._gatherer.give_back(used)
 
     def _sorted(
@@ -313,7 +314,13 @@ class Accumulator:
         if len(pending) < min(least, MANY_SKIPS):
             return None
         verdict, older = sort_batches(
-            pending, self._header, head, self._bounded, only, self._unfit, newest.is_abandoned
+            pending,
+            self._header_at(head),
+            head,
+            self._bounded,
+            only,
+            self._unfit,
+            newest.is_abandoned,
         )
         ready = sum(batch not in self._deferred for batch in verdict.folded)
         # Too few: but nobody would ever take away what can't be read, if nothing else comes.
@@ -387,7 +394,7 @@ class Accumulator:
         parent = self._versions.commit(head)
         keeps_first = self._archive is not None
         self._unreported["expired"] += self._versions.sweep(
-            self.settings.window, self.settings.keep_bytes, first=keeps_first
+            self._bounded.window, self.settings.keep_bytes, first=keeps_first
         )
         live = self._stepper.take(self._versions, head)
         if folded.verdict.folded:
@@ -423,23 +430,30 @@ class Accumulator:
         return made
 
     def _within_window(self) -> CommitSettings:
-        """The settings, with a bound on staleness; the first accumulator of a log decides on it.
+        """The settings, within what the first accumulator of a log has decided on.
+
+        Batches are computed from weights that no accumulator may have deleted: so all keep as many
+        versions as that one does, and none waits for batches that are older.
 
         Raises:
-            InputError: another has decided otherwise.
+            InputError: batches may be older than the versions that are kept.
         """
         settings = self.settings
-        if settings.max_staleness is None:
-            settings = replace(settings, max_staleness=settings.window - 2)
-        own = {"max_staleness": settings.max_staleness, "keep_versions": settings.window}
-        decided = self._versions.window(own)
-        if decided != own:
+        staleness = settings.max_staleness
+        own = settings.window - 2 if staleness is None else staleness
+        kept = self._versions.window({"max_staleness": own, "keep_versions": settings.window})
+        keep = int(kept["keep_versions"])
+        if staleness is not None and staleness > keep - 2:
             raise InputError(
-                f"the accumulators of lineage {self.lineage!r} work with {decided}, and this one "
-                f"is set to {own}: in a log all need the same, as a batch is computed from weights "
-                "that no other may have deleted"
+                f"max_staleness is {staleness}: expected at most {keep - 2}, since the "
+                f"accumulators of lineage {self.lineage!r}, a log, keep {keep} versions, as the "
+                "first of them has decided, and a batch is computed from the weights of its version"
             )
-        return settings
+        return replace(
+            settings,
+            max_staleness=min(own, keep - 2),
+            keep_versions=max(keep, settings.window),
+        )
 
     def _own_settings(self) -> str:
         """The hash of this accumulator's settings, which are on record from its first commit on."""
@@ -516,6 +530,22 @@ class Accumulator:
             for batch in counted:
                 self._archive.adopt(batch)
         self._pile.drop(counted)
+
+    def _header_at(self, head: int) -> Callable[[BatchId], Mapping[str, Any]]:
+        """What reads headers for a commit that builds upon a version.
+
+        A batch of a later one was computed after another accumulator had won: then this attempt
+        begins again, and only if there is no such version is something wrong with the batch.
+        """
+
+        def header(batch: BatchId) -> Mapping[str, Any]:
+            found = self._header(batch)
+            base = found.get("base_version")
+            if isinstance(base, int) and base > head and self._versions.head() > head:
+                raise MissingError(f"version {head + 1} was made by another accumulator")
+            return found
+
+        return header
 
     def _header(self, batch: BatchId) -> Mapping[str, Any]:
         if batch not in self._headers:

@@ -67,15 +67,17 @@ class Deriver:
                 )
             (recipe,) = record.recipes
             model = self._model(recipe.version)
-            made = follow(model, recipe, self._numerics, record.num_samples)
+            made = follow(model, recipe, self._numerics, record.numerics, record.num_samples)
             # A batch by itself changes the buffers once, from its version on, whatever call it has
             # continued: the second way to see it is for parts of a batch.
             return replace(made, buffers=made.buffers[:1])
         parts = {
-            recipe.part: follow(self._model(recipe.version), recipe, self._numerics)
+            recipe.part: follow(
+                self._model(recipe.version), recipe, self._numerics, record.numerics
+            )
             for recipe in record.recipes
         }
-        return sum_of(parts, record.seal, record.digest, self._numerics)
+        return sum_of(parts, record.seal, record.digest)
 
     def _model(self, version: int) -> Model:
         found = self._models.get(version)

@@ -12,10 +12,11 @@ hold batches that nothing was decided on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from splitfed.errors import IdError, SplitFedError
 from splitfed.protocol.backoff import Backoff, growing
+from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import SumRecord
 from splitfed.protocol.packing import unpack
 from splitfed.store.batchset import BatchSet
@@ -40,39 +41,51 @@ class Gatherer:
         self._versions = store.lineage(lineage)
         self._keys = self._versions.keys
         self._holder = store.holder(lineage)
-        self._holder.attended = True
         self._own = Held()
         """What was taken out of this process's holder."""
         self._taken = 0.0
         """Seconds that the slowest answer took."""
 
-    def gather(self, holders: Iterable[str]) -> Held:
+    def gather(self, waiting: Mapping[BatchId, str], closed: BatchSet) -> Held:
         """What is held of the batches that wait.
 
         Args:
-            holders: Who holds something, by the records of these batches.
+            waiting: Who holds each of them, by its record; '' for nobody.
+            closed: The batches that are closed by now.
         """
         self._own = self._holder.collect()
         found = Held(dict(self._own.gradients), list(self._own.sums))
-        others = set(holders) - {self._holder.check_process(), ""}
-        if others:
-            self._ask(others)
-        elif not self._holder.has_more:
+        known = set(found.gradients).union(*(one.batches for one in found.sums))
+        elsewhere = {batch: name for batch, name in waiting.items() if name and batch not in known}
+        if not elsewhere:
             return found
-        listed: list[SumRecord] = []
-        for key in self._blobs.list(self._keys.sums):
+        files = self._files(closed)
+        known.update(*files.values())
+        asked = {name for batch, name in elsewhere.items() if batch not in known}
+        asked.discard(self._holder.check_process())  # it has given all that it has
+        if asked:
+            self._ask(asked)
+            files = self._files(closed)
+        fingerprint = self._versions.fingerprint()
+        for key in files:
             with contextlib.suppress(SplitFedError):  # a cache: what is damaged is derived
                 data = self._blobs.get(key)
-                if data is not None:
-                    listed.append(unpack(SumRecord, data))
-        fingerprint = self._versions.fingerprint()
-        for record in listed:
-            with contextlib.suppress(SplitFedError):
-                held = from_file(record, fingerprint)
+                if data is None:
+                    continue
+                held = from_file(unpack(SumRecord, data), fingerprint)
                 if isinstance(held, Sum):
                     found.sums.append(held)
                 else:
                     found.gradients.setdefault(*held)
+        return found
+
+    def _files(self, closed: BatchSet) -> dict[str, list[BatchId]]:
+        """The sums on file that may be used, with their batches."""
+        found: dict[str, list[BatchId]] = {}
+        for key in self._blobs.list(self._keys.sums):
+            batches = batches_in(self._blobs, key)
+            if batches and not any(batch in closed for batch in batches):
+                found[key] = batches
         return found
 
     def give_back(self, used: Iterable[Sum]) -> None:

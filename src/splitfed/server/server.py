@@ -10,6 +10,7 @@ Order matters in `backward`: a batch is acknowledged only after its gradient is 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 
 from splitfed.errors import (
     AlreadyAppliedError,
+    CorruptedError,
     DigestError,
     ExpiredError,
     InputError,
     SplitFedError,
+    StoreError,
     UnsupportedError,
 )
 from splitfed.model import execution
@@ -449,6 +452,16 @@ class SplitServer:
         """The client half, newest or at a version; version -1 if nobody has published one."""
         self._confirm()
         return self._halves.pull(check_types(request))
+
+    def hand_over(self) -> None:
+        """Write what is held in memory of a log, before the process ends.
+
+        An accumulator needn't compute it again then. It is a cache: nothing is lost without.
+        """
+        line = self._lines.shared
+        if line is not None:
+            with contextlib.suppress(StoreError, CorruptedError):
+                line.sealer.hand_over()
 
     @property
     def unattended(self) -> bool:

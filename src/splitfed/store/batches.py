@@ -35,7 +35,7 @@ from splitfed.errors import (
     FormatError,
     InputError,
 )
-from splitfed.model.numerics import all_finite
+from splitfed.model.numerics import all_finite, common_class
 from splitfed.protocol import checksum
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
 from splitfed.protocol.messages import (
@@ -288,6 +288,15 @@ class Sealer:
         self._skips: Bounded[str, Skips] = Bounded(_PROCESSES)
         self._lock = threading.Lock()
 
+    def hand_over(self) -> None:
+        """Write what is held in memory of a log.
+
+        Raises:
+            StoreError: the storage failed.
+        """
+        if self._holder is not None:
+            self._holder.write()
+
     def is_known(self, batch: BatchId) -> bool:
         """Whether a batch is counted or pending."""
         # The file is looked for first: a batch that is committed in between has none any more, and
@@ -301,6 +310,7 @@ class Sealer:
         *,
         is_one_trip: bool = False,
         is_first: bool = False,
+        is_whole: bool = True,
     ) -> str:
         """Add a pending batch, as rejected if it isn't finite; a repeated call changes nothing.
 
@@ -311,6 +321,7 @@ class Sealer:
                 choice.
             is_first: Whether the store knows of no earlier try; then a batch that is counted was
                 computed at another version than this record may be.
+            is_whole: Whether the record has the gradients of all of its calls.
 
         Returns:
             'stored' or 'rejected'; 'skipped' if it repeats one that an earlier process gave up.
@@ -333,14 +344,16 @@ class Sealer:
                 self._check_counted(batch, record, is_one_trip=is_one_trip, is_first=is_first)
             return _status(self._lineage.outcome(batch), record.resumed)
         self._take(batch, applied, MAX_GAPS)
-        stored = self._as_stored(batch, record)
+        stored = self._as_stored(batch, record, is_whole=is_whole)
         kind, is_new = self._pile.create(batch, stored, exactly=True)
         # One that was there may have been computed elsewhere, with other bits.
         if is_new and self._holder is not None and stored.holder:
             self._holder.put(batch, record)
         return _status(OUTCOMES[kind], record.resumed)
 
-    def _as_stored(self, batch: BatchId, record: GradientRecord) -> GradientRecord:
+    def _as_stored(
+        self, batch: BatchId, record: GradientRecord, *, is_whole: bool
+    ) -> GradientRecord:
         """What is on file of a batch: its gradient, or in a log its recipes; neither if it's unfit.
 
         What it follows from is archived, where that is done, before the gradient is there.
@@ -349,16 +362,12 @@ class Sealer:
             unfit = replace(record, kind="rejected", gradients={}, buffers=[])
             return replace(unfit, recipes=(), seal=None)
         if self._in_log and record.recipes:
-            return replace(record.as_recipes(), holder=self._holder_of(record))
+            held = self._holder if is_whole else None
+            name = "" if held is None else held.check_process()
+            return replace(record.as_recipes(), holder=name)
         if self._archive is not None and record.recipes:
             self._archive.put(batch, record, self.is_known)
         return record.as_gradient()
-
-    def _holder_of(self, record: GradientRecord) -> str:
-        """Who holds the gradient of a batch; '' of one of several calls, which nobody has whole."""
-        if self._holder is None or len(record.recipes) != 1:
-            return ""
-        return self._holder.check_process()
 
     def put_part(self, version: int, batch: BatchId, part: int, share: GradientRecord) -> None:
         """Keep one call's share of a batch until the batch is sealed.
@@ -371,6 +380,8 @@ class Sealer:
             kind = "part" if _is_finite(share) else _UNFIT
             record = replace(share.as_recipes(), kind=kind)
         self._pile.put_part(version, batch, part, record)
+        if self._holder is not None:
+            self._holder.put_part(batch, part, share)
 
     def _check_counted(
         self, batch: BatchId, record: GradientRecord, *, is_one_trip: bool, is_first: bool
@@ -411,10 +422,10 @@ class Sealer:
         if not parts:
             raise InputError(f"the seal of batch {batch} names no part: expected at least one")
         digest = seal.digest(batch) if share is None else share.digest
-        # In a log the parts of before are recipes alone.
-        add_up = sum_of if all(part.buffers for part in parts.values()) else _listed
-        record = add_up(parts, seal, digest, self._numerics)
-        status = self.store(batch, replace(record, resumed=resumed))
+        # In a log the parts of before are recipes alone, unless they are held in memory.
+        is_whole = all(part.buffers for part in parts.values())
+        record = (sum_of if is_whole else _listed)(parts, seal, digest)
+        status = self.store(batch, replace(record, resumed=resumed), is_whole=is_whole)
         # Only now: were the parts dropped first and the process killed, the retry would find
         # neither parts nor batch.
         for version, number in seal.parts:
@@ -473,6 +484,11 @@ class Sealer:
                     f"part {number} of batch {batch} isn't one call's share: "
                     f"{len(part.buffers)} of them"
                 )
+            held = None
+            if self._holder is not None:
+                held = self._holder.take_part(batch, number, part.digest)
+            if held is not None and part.kind != _UNFIT:
+                part = replace(held, kind=part.kind, recipes=part.recipes)
             parts[number] = part
         return parts
 
@@ -534,25 +550,20 @@ def _status(outcome: Outcome, resumed: int) -> str:
     return "skipped" if resumed and outcome is Outcome.SKIPPED else outcome.status
 
 
-def sum_of(
-    parts: Mapping[int, GradientRecord], seal: Seal, digest: str, numerics: str
-) -> GradientRecord:
+def sum_of(parts: Mapping[int, GradientRecord], seal: Seal, digest: str) -> GradientRecord:
     """The gradient of a batch.
 
     Args:
         parts: Its parts by number, in the order in which they are added.
         seal: What closes it.
         digest: Of the request that does.
-        numerics: The short name of the numerics class that it was computed in.
     """
-    record = _listed(parts, seal, digest, numerics)
+    record = _listed(parts, seal, digest)
     gradients = _sum([part.gradients for part in parts.values()])
     return replace(record, gradients=gradients, buffers=_updates(seal.chains, parts))
 
 
-def _listed(
-    parts: Mapping[int, GradientRecord], seal: Seal, digest: str, numerics: str
-) -> GradientRecord:
+def _listed(parts: Mapping[int, GradientRecord], seal: Seal, digest: str) -> GradientRecord:
     """A batch as the recipes of its parts."""
     recipes = [recipe for part in parts.values() for recipe in part.recipes]
     return GradientRecord(
@@ -561,7 +572,8 @@ def _listed(
         num_samples=seal.num_samples,
         loss_scale=seal.loss_scale,
         digest=digest,
-        numerics=numerics,
+        # Whoever adds them up adds nothing of its own: a sum of two has the same bits anywhere.
+        numerics=common_class(part.numerics for part in parts.values()),
         # Of the call that rides along: whether it is finite is tested when it is stored.
         gradients=[*parts.values()][-1].gradients,
         buffers=[],
@@ -633,19 +645,24 @@ def _check_same(found: Mapping[str, Tensor], computed: Mapping[str, Tensor], nam
     """Refuse a gradient whose digest is on file with another gradient.
 
     A repeated backward may be computed by a kernel without a fixed order, or in another numerics
-    class: differences of rounding are none.
+    class: differences of rounding are none. They are measured by the gradient as a whole: that of a
+    bias before a BatchNorm is zero but for rounding, and all of it differs.
 
     Raises:
         DigestError: it is another one.
     """
+    lengths, distances = [], {}
     for parameter, gradient in computed.items():
         other = found.get(parameter)
-        if other is not None and other.shape == gradient.shape:
-            wide = torch.complex128 if gradient.is_complex() else torch.float64
-            own = gradient.detach().to("cpu", wide)
-            distance = (own - other.to("cpu", wide)).norm()
-            if distance <= torch.finfo(gradient.dtype).eps ** 0.5 * own.norm():
-                continue
-            if not math.isfinite(float(distance)):
-                continue
-        raise DigestError(f"{name} was sent before for other inputs: {_COPIES}")
+        if other is None or other.shape != gradient.shape:
+            raise DigestError(f"{name} was sent before for other inputs: {_COPIES}")
+        wide = torch.complex128 if gradient.is_complex() else torch.float64
+        own = gradient.detach().to("cpu", wide)
+        lengths.append(float(own.norm()))
+        distances[parameter] = float((own - other.to("cpu", wide)).norm())
+    whole = math.hypot(*filter(math.isfinite, lengths))
+    for parameter, distance in distances.items():
+        if not math.isfinite(distance):
+            continue
+        if distance > torch.finfo(computed[parameter].dtype).eps ** 0.5 * whole:
+            raise DigestError(f"{name} was sent before for other inputs: {_COPIES}")

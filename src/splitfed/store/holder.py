@@ -4,7 +4,8 @@ The last few are held as they are, and older ones are added up (`sums`), so that
 by the size of the body and not by the number of batches. An accumulator of the same process takes
 them from here. One of another process asks by a file, `<lineage>/ask/<holder>`: whoever holds
 anything writes its sums, and then deletes the question, which is the answer. A thread looks for the
-question as long as something is held: an idle server gets no request that could carry it.
+question as long as something is held: an idle server gets no request that could carry it. Unasked
+it writes now and then, so that what a kill leaves to be computed again stays bounded.
 
 All of it is a cache of what recipes give: it changes speed and never results, and may lose anything
 at any moment. What must hold is that nothing is in it that isn't on file. So a gradient is put here
@@ -25,6 +26,7 @@ import threading
 import time
 import uuid
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -43,6 +45,8 @@ BYTES = 256 * 2**20
 LEAST = 2
 MOST_ALONE = 64
 """So many are held as they are at most: what is known of a batch may be larger than a small one."""
+MOST_PARTS = 256
+"""So many shares of calls are held at most: those of a pass that failed are never taken."""
 MOST_BUFFERS, MOST_TENSORS = 256 * 2**20, 50_000
 """No sum goes on that holds so many bytes, or tensors, of changed buffers: these aren't added up,
 and no file may have more than 100,000 tensors."""
@@ -56,6 +60,10 @@ less than to write each, where loss scales alternate."""
 NEAR, FAR = 0.02, 0.25
 """Seconds between two looks for a question: where a read takes microseconds, and elsewhere."""
 _LOOK_AT_TABLE = 1.0
+_UNASKED = 1.0
+"""Seconds from one write of sums to the next that nobody has asked for; and at least so many times
+what the last one took: a twentieth of the time is spent so."""
+_PAUSE = 20
 
 
 @dataclass(slots=True)
@@ -89,22 +97,24 @@ class Holder:
         """Of the tensors of sums; taken before the other."""
         self._process = os.getpid()
         self._begin()
-        self.attended = False
-        """Whether this process has an accumulator of the lineage, which takes what is held here."""
 
     def _begin(self) -> None:
         self.name = uuid.uuid4().hex[:16]
         """What the process is called in the records of its batches."""
         self._held = Held()
         self._num_bytes = 0
+        self._parts: OrderedDict[tuple[BatchId, int], GradientRecord] = OrderedDict()
+        """The shares of calls whose batches aren't closed yet."""
         self._newest = -1
         self._alone: dict[BatchId, str] = {}
         """The files of gradients that were written as they are."""
         self._num_written = 0
-        self.has_more = False
-        """Whether sums of this process are on file that it holds no more."""
         self._watch: threading.Thread | None = None
         self._looked = 0.0
+        self._is_taken = False
+        """Whether an accumulator of this process takes what is held."""
+        self._wrote = (time.monotonic(), 0.0)
+        """When sums were written last, and how many seconds that took."""
 
     def check_process(self) -> str:
         """The name of this process; after a fork, a new one that holds nothing."""
@@ -128,12 +138,31 @@ class Holder:
             self._held.gradients[batch] = held
             self._num_bytes += _size(held)
         self._reduce()
-        if not self.attended:
-            self._attend()
+        self._attend()
+
+    def put_part(self, batch: BatchId, part: int, share: GradientRecord) -> None:
+        """Hold the share of a call until its batch is closed, if there is room."""
+        self.check_process()
+        with self._lock:
+            self._parts[batch, part] = share.as_gradient()
+            self._parts.move_to_end((batch, part))
+            total = sum(map(_size, self._parts.values()))
+            while len(self._parts) > LEAST and (
+                total > self._most or len(self._parts) > MOST_PARTS
+            ):
+                total -= _size(self._parts.popitem(last=False)[1])
+
+    def take_part(self, batch: BatchId, part: int, digest: str) -> GradientRecord | None:
+        """Take out the share of a call that has this digest; `None` if it isn't held."""
+        self.check_process()
+        with self._lock:
+            found = self._parts.pop((batch, part), None)
+        return found if found is not None and found.digest == digest else None
 
     def collect(self) -> Held:
         """Take out all that is held."""
         self.check_process()
+        self._is_taken = True
         with self._adding, self._lock:
             found, self._held = self._held, Held()
             self._num_bytes = 0
@@ -161,7 +190,11 @@ class Holder:
 
         Raises:
             StoreError: the storage failed.
+            CorruptedError: the run isn't there any more.
         """
+        self._lineage.confirm()
+        self._drop_counted()
+        began = time.monotonic()
         with self._adding:
             groups: dict[Shared, list[tuple[BatchId, GradientRecord]]] = {}
             with self._lock:
@@ -177,6 +210,16 @@ class Holder:
             for one in self._held.sums:
                 self._write(one)
         self._lineage.blobs.delete(self._lineage.keys.ask(self.name))
+        now = time.monotonic()
+        self._wrote = (now, now - began)
+
+    def _is_due(self, now: float) -> bool:
+        """Whether to write unasked: were this process killed, all would be computed again."""
+        wrote, took = self._wrote
+        if self._is_taken or now - wrote < max(_UNASKED, _PAUSE * took):
+            return False
+        is_new = any(batch not in self._alone for batch in self._held.gradients)
+        return is_new or any(one.num_written < len(one.batches) for one in self._held.sums)
 
     def _write(self, one: Sum) -> None:
         """Write a sum, if it has batches that its last file hasn't."""
@@ -195,6 +238,9 @@ class Holder:
 
     def _reduce(self) -> None:
         """Add up what is too much to be held as it is."""
+        if self._is_over():
+            # One may have been counted before it came here, and would spoil the sum.
+            self._drop_counted()
         while self._is_over():
             with self._adding:
                 with self._lock:
@@ -237,7 +283,6 @@ class Holder:
             if len(one.batches) >= WORTH_WRITING:
                 with contextlib.suppress(SplitFedError):  # what it held is computed again
                     self._write(one)
-                    self.has_more = True
 
     def _open(self, shared: Shared) -> Sum | None:
         """The sum that such gradients are added to, if there is one."""
@@ -273,13 +318,14 @@ class Holder:
     def poll(self) -> float | None:
         """Look for a question once; seconds until the next look, `None` if nothing is held."""
         with self._lock:
-            if self.attended or not (self._held.gradients or self._held.sums):
+            if not (self._held.gradients or self._held.sums):
                 self._watch = None
                 return None
         pause = NEAR if self._lineage.blobs.is_near else FAR
         now = time.monotonic()
         try:
-            if self._lineage.blobs.raw.get(self._lineage.keys.ask(self.name)) is not None:
+            is_asked = self._lineage.blobs.raw.get(self._lineage.keys.ask(self.name)) is not None
+            if is_asked or self._is_due(now):
                 self.write()
             elif now - self._looked > _LOOK_AT_TABLE:
                 self._looked = now
