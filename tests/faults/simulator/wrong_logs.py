@@ -40,8 +40,8 @@ def added_before_the_create() -> Changes:
     """A server holds a gradient whose record it is about to create."""
     real = Sealer._as_stored
 
-    def as_stored(self: Sealer, batch: BatchId, record: GradientRecord) -> GradientRecord:
-        stored = real(self, batch, record)
+    def as_stored(self: Sealer, batch: BatchId, record: GradientRecord, **options: Any) -> GradientRecord:
+        stored = real(self, batch, record, **options)
         if self._holder is not None and stored.holder:
             self._holder.put(batch, record)
         return stored
