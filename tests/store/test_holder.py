@@ -395,6 +395,37 @@ def test_a_damaged_recipe_is_no_dead_end(is_held: bool) -> None:
     assert store.waiting() == []
 
 
+def twice(durability: str, monkeypatch: pytest.MonkeyPatch) -> GradientStore:
+    """Four batches, committed at the second try: the storage was away when the first wrote its weights."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = SplitServer(parts()[1], store, durability=durability)
+    torch.manual_seed(5)
+    clients = [SplitClient(parts()[0], server, name) for name in "ab"]
+    for number in range(5):
+        clients[number % 2](X[:2]).square().sum().backward()
+    accumulator = Accumulator(parts()[1], store, sgd())
+    create = store.blobs.raw.create
+
+    def fail(key: str, *given: Any, **named: Any) -> bool:
+        if key.startswith("body/weights/"):
+            raise StoreError("the storage is away")
+        return create(key, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.blobs.raw, "create", fail)
+        with pytest.raises(StoreError):
+            accumulator.step()
+    assert accumulator.step() is not None
+    return store
+
+
+def test_a_sum_that_was_used_isnt_used_again(monkeypatch: pytest.MonkeyPatch, derived: list[Any]) -> None:
+    """A commit that failed has made its mean of it, so it is none any more: its batches are computed again."""
+    log, gradient = (twice(durability, monkeypatch) for durability in ("log", "gradient"))
+    assert len(derived) >= 4
+    assert bits(log.load_weights()) == bits(gradient.load_weights())
+
+
 def test_a_batch_that_was_on_file_isnt_held() -> None:
     """A repeated backward that finds its record may have other bits than that says."""
     store = GradientStore(f"memory://{uuid.uuid4()}")

@@ -114,8 +114,11 @@ class Plan:
         return "log" if self.is_log else "gradient"
 
     def as_log(self, random: Random) -> Plan:
-        """The same run as a log: more batches wait, so that sums have several, and staleness is bounded."""
-        keep_versions = self.keep_versions + random.choice((0, 1, 2))
+        """The same run as a log: more batches wait, so that sums have several, and staleness is bounded.
+
+        It is 1 at least: were most that wait stale, accumulators would read them until they are killed.
+        """
+        keep_versions = max(3, self.keep_versions + random.choice((0, 1, 2)))
         return replace(
             self,
             is_log=True,
@@ -123,7 +126,7 @@ class Plan:
             accumulators=max(2, self.accumulators),
             most_pending=random.choice((3, 4, 6)),
             keep_versions=keep_versions,
-            max_staleness=keep_versions - 2 if self.max_staleness is None else self.max_staleness,
+            max_staleness=keep_versions - 2 if self.max_staleness is None else max(1, self.max_staleness),
         )
 
     def without(self, labels: frozenset[str], **smaller: int | bool) -> Plan:

@@ -11,7 +11,6 @@ from tests.faults.simulator.table import Changes, mutant
 from splitfed.accumulator import accumulator as accumulating
 from splitfed.accumulator import fold as folding
 from splitfed.accumulator.accumulator import Accumulator
-from splitfed.accumulator.gather import Gatherer
 from splitfed.model import execution
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import GradientRecord
@@ -142,13 +141,6 @@ def computed_beside_its_sum() -> Changes:
 def groups_that_arent_on_record() -> Changes:
     """What servers have added up isn't told in the record of the commit."""
     yield accumulating, "Commit", lambda **fields: Commit(**{**fields, "groups": ()})
-
-
-@mutant
-def sum_that_is_used_twice() -> Changes:
-    """A sum that became part of a mean is held again, in case another accumulator wins."""
-    real = Gatherer.give_back
-    yield Gatherer, "give_back", lambda self, used: real(self, ())
 
 
 @mutant
