@@ -1,8 +1,9 @@
 """What a pipeline gains where requests take time: `client.pipeline(..., in_flight=2)` against in_flight=1.
 
 The tiny body is served over HTTP on loopback by a process of its own. A transport between adds a delay to each request,
-as a network does; it sleeps, in the thread that waits. Both loops are the same code with the same optimizer, and take
-turns in one run, some batches each. What is compared is the wall time of a batch, forward, loss, backward and step.
+as a network does; it sleeps, in the thread that waits. The loops are the same code with the same optimizer, and take
+turns in one run, some batches each. Client and server compute on one thread each. What is compared is the wall time of
+a batch: forward, loss, backward and step.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def run(turns: int) -> dict[str, dict[str, float]]:
     """
     found = {}
     with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # of two, one would wait for the other wherever something else runs
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         url = stack.enter_context(server(serve_splitfed, folder))
         for delay in DELAYS:

@@ -39,9 +39,10 @@ from splitfed.model.arguments import explanation
 from splitfed.model.cutpoint import CutPoint, names_of_parts
 from splitfed.model.promise import settled
 from splitfed.model.tracing import no_whole_model, refuse_script, refuse_tracing
+from splitfed.protocol.compression import Codecs, Compression
 from splitfed.protocol.ids import check_client_id, check_number
 from splitfed.protocol.messages import RoundInfo
-from splitfed.protocol.transport import Transport
+from splitfed.protocol.transport import Middleware, Transport
 
 Self = TypeVar("Self", bound="SplitClient")
 _COPIED = (
@@ -148,12 +149,15 @@ class SplitClient(StandIn):
             pulls, such as `("head.*",)`. Whoever averages the halves names the same.
         token: What the service at the URL asks for; the environment variable SPLITFED_TOKEN if not
             given.
+        compression: What crosses the cuts travels in fewer bytes: a codec of all, such as "int8" or
+            "bfloat16", or a dict by flow (`protocol.compression`). Exact if it isn't given.
         options: Of the way to that URL, such as `timeout` in seconds (`transports`).
 
     Raises:
         IdError: the id may not become a key.
         CutError: the half has no cut point.
-        InputError: `server` is neither a transport nor a URL, or a personal pattern fits nothing.
+        InputError: `server` is neither a transport nor a URL, a personal pattern fits nothing, or
+            no codec has that name.
     """
 
     _connection: Connection
@@ -176,6 +180,7 @@ class SplitClient(StandIn):
         loss_scale: LossScale = 1.0,
         personal: Iterable[str] = (),
         token: str | None = None,
+        compression: Codecs | Mapping[str, str] | str | None = None,
         **options: Any,
     ) -> None:
         check_client_id(client_id)
@@ -196,6 +201,8 @@ class SplitClient(StandIn):
             )
         super().__init__(client_half)
         transport = as_transport(server, client_id, token, options)
+        if compression is not None:
+            transport = Compression(transport, compression)
         # Past __setattr__: an attribute that is set on a client goes to its half.
         self.__dict__["_connection"] = Connection(transport, client_id, loss_scale)
         self._connection.sharing = Sharing.of(client_half, client_id)
@@ -227,6 +234,14 @@ class SplitClient(StandIn):
     def round(self) -> RoundInfo | None:
         """The round under way by the last pull; `None` before, and where nobody runs rounds."""
         return self._sync.round
+
+    @property
+    def compression(self) -> Compression | None:
+        """The compression of what crosses the cuts, and what it did; `None` if all is exact."""
+        transport = self._connection.transport
+        while isinstance(transport, Middleware) and not isinstance(transport, Compression):
+            transport = transport.inner
+        return transport if isinstance(transport, Compression) else None
 
     forward = ClientForward()
     _forward_of_the_class = staticmethod(forward_with(None))
