@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from coders import codecs
 from harness_http import running
 from harness_store import adam, bits
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ def test_exact_is_the_default() -> None:
     assert b"coding" not in b"".join(map(bytes, pack(site.tap.requests[0])))
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "int8", "zstd", "int8+zstd"])
+@pytest.mark.parametrize("name", codecs("bfloat16", "int8", "zstd", "int8+zstd"))
 @pytest.mark.parametrize("durability", ["gradient", "log"])
 def test_the_server_computes_and_stores_on_decoded_values(name: str, durability: str) -> None:
     """Records, digests and gradients are as if the rounded values had come plain; recomputed, in both modes."""
@@ -170,7 +171,7 @@ def through(site: Site, way: str) -> Iterator[Any]:
             yield site.store.url
 
 
-@pytest.mark.parametrize("name", [*LOSSY, "int8+zstd"])
+@pytest.mark.parametrize("name", codecs(*LOSSY, "int8+zstd"))
 def test_each_way_carries_it(name: str, tmp_path: Path) -> None:
     """In process, over HTTP and through the store: the same bits, for a codec in all four flows."""
     ends = []
@@ -249,7 +250,7 @@ def test_a_mask_beside_an_activation_stays_exact(needs_grad: bool, coded: list[i
 # --------------------------------------------------------------------------------------- repetitions
 
 
-@pytest.mark.parametrize("name", ["int8", "topk:0.25", "zstd"])
+@pytest.mark.parametrize("name", codecs("int8", "topk:0.25", "zstd"))
 @pytest.mark.parametrize("delivers", [False, True])
 def test_a_lost_request_comes_again_with_the_same_bytes(name: str, delivers: bool) -> None:
     """A transport repeats what it was given; error feedback moves on only once an answer is there."""
@@ -497,5 +498,5 @@ def test_codecs_are_read_from_a_name_a_dict_or_themselves() -> None:
     """One for all flows, or one each."""
     assert Codecs.of("int8") == Codecs("int8", "int8", "int8", "int8")
     assert Codecs.of({"outputs": "bfloat16"}) == Codecs(outputs="bfloat16")
-    assert Codecs.of(Codecs("zstd")).codec("activations") == Codec(zstd=True)
+    assert Codecs.of(Codecs("topk:0.5")).codec("activations") == Codec("topk", 0.5)
     assert Codecs().codec("outputs") is None
