@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextvars
 import inspect
+import os
 import sys
 import weakref
 from collections import deque
@@ -37,7 +38,7 @@ from splitfed.client.alternation import Alternation, HandsOver, Line
 from splitfed.client.backward import Passes
 from splitfed.client.connection import Connection
 from splitfed.client.stash import WeightStash
-from splitfed.errors import InputError
+from splitfed.errors import InputError, UnsupportedError
 from splitfed.model.rng import has_compute_lock
 
 
@@ -145,6 +146,7 @@ class Pipeline(Iterator[BatchResult]):
         self._loaded = 0
         self._ahead: deque[_Ahead] = deque()
         self._executor: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
         steps = training.optimizer is not None or training.step is not None
         self._stash = WeightStash(client, steps=steps and in_flight > 1)
 
@@ -187,11 +189,22 @@ class Pipeline(Iterator[BatchResult]):
 
     @property
     def num_ahead(self) -> int:
-        """How many batches have had their forward, and wait for their backward."""
-        return len(self._ahead)
+        """How many batches have had their forward, and wait for their backward, in this process."""
+        return len(self._ahead) if self._process == os.getpid() else 0
 
     def _claim(self) -> None:
-        """Refuse a second pipeline of a client while forwards of the first are ahead."""
+        """Refuse a second pipeline of a client while forwards of the first are ahead, and a copy.
+
+        Raises:
+            InputError: there is another one.
+            UnsupportedError: the process was forked since this one was made.
+        """
+        if self._process != os.getpid():
+            # Its thread has stayed behind, as have the records of what is ahead.
+            raise UnsupportedError(
+                "this pipeline was made before the process was forked, and its forwards are the "
+                "parent's: make another one in the child"
+            )
         reference = self._passes.pipeline
         other = None if reference is None else reference()
         if other is not None and other is not self and other.num_ahead:
