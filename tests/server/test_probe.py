@@ -175,7 +175,7 @@ def test_a_loss_on_the_server_is_recomputed_too() -> None:
 
 
 def test_generators_are_seeded_under_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for the first backwards of kept graphs, which are run again: another thread draws from the same generator."""
+    """Also for the first backwards of kept graphs, which run again: another thread draws from the same generator."""
     held: list[bool] = []
 
     class Watched(seeded):
