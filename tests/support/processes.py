@@ -48,7 +48,15 @@ TRIES = 100
 CONTEXT = multiprocessing.get_context("forkserver")
 # The first optimizer of a process imports torch._dynamo: once, here, and not in every process.
 CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "splitfed.accumulator.accumulator", "splitfed.client.client", "splitfed.server.server"]
+    [
+        "torch._dynamo",
+        "splitfed.accumulator.accumulator",
+        "splitfed.cli.command",
+        "splitfed.client.client",
+        "splitfed.server.server",
+        "splitfed.service.http.app",
+        "splitfed.service.http.serve",
+    ]
 )
 
 
