@@ -11,6 +11,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # The model libraries under test must never look for a network.
 os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
 
+import gc
 import random
 import uuid
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 from servers import COUNTING, azurite, ignoring, moto, seaweed
 from soak import PARTS, Ledger
 
@@ -78,8 +78,13 @@ INTEGRATIONS = (
 
 
 def _name(item: pytest.Item) -> str:
-    """A test's file by its place below this folder; file names repeat."""
-    return item.path.relative_to(TESTS).with_suffix("").as_posix()
+    """A test's file by its place."""
+    return _place(item.path)
+
+
+def _place(path: Path) -> str:
+    """A file by its place below this folder; file names repeat."""
+    return path.relative_to(TESTS).with_suffix("").as_posix()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -106,6 +111,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("integration")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of `make integrations` are imported where they are wanted only: some bring a library that takes seconds."""
+    is_unwanted = "not integration" in config.option.markexpr
+    return True if is_unwanted and _place(collection_path) in INTEGRATIONS else None
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the hypothesis profile: fixed examples in the tests, many fresh ones in the soak."""
     is_soak = config.option.markexpr == "soak"
@@ -114,13 +125,22 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Ledger(config.getoption("part") or "all"))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What the imports have made isn't looked at again: a collection of all garbage takes a second with it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def deterministic() -> Iterator[None]:
     """Each test starts with one thread, the same generators, float32 and grad mode on, whatever ran before."""
+    import torch  # here: the process that only deals out the tests does without
+
     torch.set_num_threads(1)
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # the CPU's alone: torch.manual_seed notes a traceback for each other kind
     random.seed(0)
     yield
     if torch.are_deterministic_algorithms_enabled():  # asked first: switching loads the compiler, which takes seconds

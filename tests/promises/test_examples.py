@@ -125,6 +125,7 @@ def test_bert(printed: str) -> None:
     assert right >= 0.85
 
 
+@pytest.mark.integration
 def test_unet(printed: str) -> None:
     """The split network marks discs far better than a threshold does."""
     found, threshold = figures(r"dice.* ([\d.]{5})", printed)

@@ -12,7 +12,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from cases import BY_NAME, CASES, Case
+from cases import BY_NAME, CASES, Case, parameters
 from harness import Apart, Split, Step, Wire, assert_equal, assert_same, assert_step, fresh, replay_rng, scalar, step
 from processes import CONTEXT
 from torch import nn
@@ -21,7 +21,7 @@ import splitfed
 from splitfed.protocol import messages, packing, pytree
 
 STEPS = 3
-CASE = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+CASE = pytest.mark.parametrize("case", parameters())
 MODES: dict[str, dict[str, Any]] = {
     "graph_kept": {},
     "recomputed": {"keep_graphs": 0},
@@ -69,7 +69,7 @@ def test_training_has_the_bits_of_the_reference(case: Case, mode: str, tmp_path:
         assert_same(split.state(), unsplit.module.state_dict(), "state")
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if case.raw])
+@pytest.mark.parametrize("case", parameters(case for case in CASES if case.raw))
 def test_the_reference_is_the_raw_model(case: Case) -> None:
     """Where the body draws nothing and the cut groups no sum, the reference has the bits of the raw model."""
     raw, reference = case.model(), splitfed.reference(case.model(), case.at)
@@ -172,10 +172,11 @@ def child() -> Iterator[Any]:
         assert process.exitcode == 0
 
 
-def test_a_process_started_after_the_forward_serves_the_backward(child: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", ["", pytest.param("monai", marks=pytest.mark.integration)])
+def test_a_process_started_after_the_forward_serves_the_backward(library: str, child: Any, tmp_path: Path) -> None:
     """Every body's backward has the reference's bits in a process that never saw the forward and keeps no graphs."""
     forwards = []
-    for case in CASES:
+    for case in (case for case in CASES if case.library == library):
         split = Split(case.model(), case.at, tmp_path / case.name, wire=OtherProcess)
         inputs = case.inputs()
         rewind = replay_rng()
