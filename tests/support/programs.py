@@ -117,7 +117,13 @@ def run(main: Callable[..., Any], *arguments: Any, **settings: Any) -> Ended:
 
 
 def script(path: Path, *arguments: object) -> None:
-    """The main function of a process that runs a script, as `python PATH ARGUMENTS` does."""
+    """The main function of a process that runs a script, as `python PATH ARGUMENTS` does.
+
+    Coverage counts no lines in it: that would take half of its time, and other tests count those of the package.
+    """
+    counter = sys.modules["coverage"].Coverage.current() if "coverage" in sys.modules else None
+    if counter is not None:
+        counter.stop()
     sys.argv = [str(path), *map(str, arguments)]
     sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name="__main__")
@@ -162,6 +168,8 @@ def _become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
-    if strict:
-        warnings.simplefilter("error")
-    raise SystemExit(main(*arguments))
+    with warnings.catch_warnings():  # for the program alone: what measures it may warn behind its end
+        if strict:
+            warnings.simplefilter("error")
+        status = main(*arguments)
+    raise SystemExit(status)
