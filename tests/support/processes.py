@@ -46,7 +46,7 @@ METHODS = {
 }
 TRIES = 100
 CONTEXT = multiprocessing.get_context("forkserver")
-# The first optimizer of a process imports torch._dynamo: once, here, and not in every process. And modules of tests import
+# The first optimizer of a process imports torch._dynamo: once, here, and not in every process. Modules of tests import
 # pytest, which takes longer than all else that they bring.
 CONTEXT.set_forkserver_preload(
     [
