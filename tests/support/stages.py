@@ -37,6 +37,7 @@ def install() -> bool:
         return False
     holder.LEAST, holder.BYTES, holder.NEAR = 1, 0, 0.002
     gather.WAIT = 0.2
+    _lose_for(Holder, "write", "deriving")
     _wrap(Holder, "put", before="created")
     _wrap(sums, "add_products", before="adding", after="added")
     _wrap(Holder, "_create", before="writing", after="written")
@@ -66,6 +67,18 @@ def _wrap(owner: Any, name: str, *, before: str = "", after: str = "", at: str =
         return found
 
     setattr(owner, name, wrapped)
+
+
+def _lose_for(owner: Any, name: str, stage: str) -> None:
+    """Have a server lose what it holds instead of writing it, if somebody is to be killed who computes it again."""
+    function: Callable[..., Any] = getattr(owner, name)
+
+    def losing(self: Holder) -> Any:
+        if _read(Path(os.environ[FOLDER], "wanted")) == stage:
+            self.collect()
+        return function(self)
+
+    setattr(owner, name, losing)
 
 
 def stop(stage: str) -> None:
