@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import http_step, split_step
+from benchmarks import commit, http_step, split_step
 
 MARKS = ("<!-- table -->", "<!-- end -->")
 
@@ -22,12 +22,19 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only the cases whose name has this in it, and not those over HTTP")
     args = parser.parse_args()
     found = split_step.run(args.rounds, args.only)
+    commits = commit.run(args.rounds, args.only)
     http = {} if args.only else http_step.run(20 * args.rounds)
-    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "milliseconds": found, "http": http}
+    result = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "milliseconds": found,
+        "commits": commits,
+        "http": http,
+    }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "benchmark.json").write_text(json.dumps(result, indent=1))
     table = split_step.as_table(found)
-    print(table)
+    print(f"{table}\n\n{commit.as_table(commits)}")
     if http:
         print(f"\n{http_step.as_table(http)}")
     if args.docs:

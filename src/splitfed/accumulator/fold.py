@@ -1,8 +1,10 @@
 """Folding: which pending batches count in the next commit, and what they add up to.
 
 Sorting comes first: by their headers alone, batches are told apart into those that will be folded,
-those too old, rejected or given up. Only then are the tensors read, one batch at a time, in
-canonical order. Nothing is left out silently: every batch ends in one set of the commit's verdict.
+those too old, rejected or given up. Only then are the tensors read, in canonical order. Whether
+they are finite is asked of their mean, as what isn't finite in a gradient isn't in the mean either;
+if it isn't, each gradient is looked at. Nothing is left out silently: every batch ends in one set
+of the commit's verdict.
 
 The trap: a gradient file may come from anywhere, and it must never block the others. Whatever is
 wrong with a file rejects that batch; an error of the settings, or a file that is gone because
@@ -18,6 +20,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from splitfed.accumulator.mean import StreamingMean
 from splitfed.accumulator.settings import CommitSettings
@@ -130,7 +134,10 @@ class Folded:
 
     verdict: Verdict
     """What became of each batch, those included that proved unfit when they were read."""
-    mean: StreamingMean
+    mean: Mapping[str, Tensor]
+    """The mean gradient by parameter; one that no batch reached isn't there."""
+    num_samples: float
+    """Σ nᵢ of the batches in it, in examples."""
     updates: list[BufferUpdate]
     staleness: Counter[int]
     num_foreign: int
@@ -146,6 +153,7 @@ def fold(
     settings: CommitSettings,
     numerics: str,
     unfit: set[BatchId] | None = None,
+    keeps: int = 1,
 ) -> Folded:
     """Read the batches to fold and add them up; one that proves unfit is rejected.
 
@@ -157,6 +165,8 @@ def fold(
         settings: The weight s(τ).
         numerics: The class of version 0; batches of another are counted.
         unfit: As for `sort_batches`.
+        keeps: How many gradients may be held at a time; more than 1 if they are mapped files, which
+            take no memory.
 
     Raises:
         MissingError: a batch has gone meanwhile; ordinarily another accumulator has won this
@@ -164,7 +174,31 @@ def fold(
         InputError: the weight isn't one.
     """
     warned = set() if unfit is None else unfit
-    folded = Folded(verdict, StreamingMean(), [], Counter(), 0, {})
+
+    def add_up(*, tested: bool) -> Folded:
+        return _add_up(verdict, read, fingerprint, head, settings, numerics, warned, keeps, tested)
+
+    folded = add_up(tested=False)
+    if all(all_finite(mean) for mean in folded.mean.values()):
+        return folded
+    # What isn't finite in a gradient isn't in its mean: so gradients are looked at only now.
+    return add_up(tested=True)
+
+
+def _add_up(
+    verdict: Verdict,
+    read: Callable[[BatchId], GradientRecord | None],
+    fingerprint: Fingerprint,
+    head: int,
+    settings: CommitSettings,
+    numerics: str,
+    warned: set[BatchId],
+    keeps: int,
+    tested: bool,
+) -> Folded:
+    """As `fold`, with batches whose gradient isn't finite in the mean, unless that is tested."""
+    streaming = StreamingMean(keeps)
+    folded = Folded(verdict, {}, 0.0, [], Counter(), 0, {})
     rejected: dict[BatchId, Outcome] = {}
     for batch in verdict.folded:
         try:
@@ -172,7 +206,7 @@ def fold(
             if record is None:
                 raise MissingError(f"batch {batch} is gone")
             age = head - record.base_version
-            updates = _checked(record, fingerprint)
+            updates = _checked(record, fingerprint, tested=tested)
         except _UNFIT as error:
             rejected[batch] = Outcome.REJECTED
             _warn_rejected(batch, f"it doesn't fit ({error})", warned)
@@ -180,7 +214,7 @@ def fold(
         # Outside of both try blocks: a function that is wrong is no batch's fault.
         weight = _weight(settings.staleness_weight, age)
         try:
-            folded.mean.add(
+            streaming.add(
                 batch,
                 record.gradients,
                 num_samples=record.num_samples,
@@ -196,6 +230,8 @@ def fold(
         if weight != 1.0:
             folded.weights[age] = weight
         folded.num_foreign += record.numerics != numerics
+    folded.mean = streaming.mean()
+    folded.num_samples = streaming.num_samples
     if rejected:
         folded.verdict = Verdict.of({**dict(verdict.items()), **rejected})
     return folded
@@ -214,8 +250,15 @@ def _weight(staleness_weight: Callable[[int], float], age: int) -> float:
     return weight
 
 
-def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpdate]:
+def _checked(
+    record: GradientRecord, fingerprint: Fingerprint, *, tested: bool
+) -> list[BufferUpdate]:
     """The buffer updates of a record, all of which was checked: its file may come from anywhere.
+
+    Args:
+        record: The record.
+        fingerprint: The tensors that it must fit.
+        tested: Whether its gradient is tested too, as stored. Once divided it always is.
 
     Raises:
         ArchitectureError: tensors that aren't the lineage's.
@@ -224,7 +267,7 @@ def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpd
     positive("num_samples", record.num_samples)
     check_tensors(fingerprint, record.gradients, "trainable")
     gradients = record.gradients.values()
-    if not all(all_finite(gradient) for gradient in gradients):
+    if tested and not all(all_finite(gradient) for gradient in gradients):
         raise InputError("a gradient isn't finite")
     # Dividing by a loss scale below 1 makes gradients larger, and may take them out of range.
     scale = record.loss_scale

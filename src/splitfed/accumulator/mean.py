@@ -10,19 +10,20 @@ al. 2022, arXiv 2106.06639, algorithm 1), where s(τ) = 1/√(1+τ).
 Floating addition isn't associative, so the same batches folded in another order would end in other
 bits. The order is therefore a function of the ids: batches of one group (client, incarnation,
 ⌊seq/32⌋) are added up in the order of seq, and the partial sums of the groups in sorted order, all
-in float64. Each product is rounded before it is added: torch's `add_(alpha=)` may fuse the two, in
-some places of a tensor and not in others. Sums are made chunk by chunk: to add a float32 gradient
-to a float64 sum in one call, torch would first make a float64 copy of it.
+in float64. Each product is rounded before it is added. How the sums are made, chunk by chunk and
+several batches in one pass, is the business of `columns`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from splitfed.accumulator.columns import Column, add_up
 from splitfed.errors import InputError, UnsupportedError
 from splitfed.protocol.ids import BatchId
 
@@ -30,19 +31,40 @@ from splitfed.protocol.ids import BatchId
 # order, so of the bits: another number makes another mean.
 _GROUP = 32
 # Elements: fits into the cache, and torch starts no threads, whose barriers crawl on busy cores.
-_CHUNK = 1 << 14
+_CHUNK = 1 << 15
+
+_Group = tuple[str, int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """A batch that is to be added in the next pass."""
+
+    group: _Group
+    gradients: dict[str, Tensor]
+    factor: float
 
 
 class StreamingMean:
     """The mean of gradients that are given one batch after the other.
 
-    It holds one total and one partial sum, and no batch. The sums live on the device of the first
-    gradient of each name. The gradients themselves are never changed or kept. Non-finite values
-    aren't looked for: they end in the mean.
+    It holds one total and one partial sum. The sums live on the device of the first gradient of
+    each name. The gradients themselves are never changed. Non-finite values aren't looked for: they
+    end in the mean.
+
+    Args:
+        keeps: How many batches' gradients may be kept, to be added in one pass. Nobody may write to
+            those; with 1 none is kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps: int = 1) -> None:
+        self._keeps = keeps
+        self._waiting: list[_Waiting] = []
+        self._open: _Group | None = None
+        """The group whose sum so far is `_partial`."""
         self._kinds: dict[str, tuple[torch.dtype, torch.Size]] = {}
+        self._like: dict[str, tuple[Tensor, torch.device]] = {}
+        """By name, a tensor without memory that has the shape and strides of the sum; its place."""
         self._total: dict[str, Tensor] = {}
         self._partial: dict[str, Tensor] = {}
         self._samples_total = 0.0
@@ -51,7 +73,6 @@ class StreamingMean:
         self._last: BatchId | None = None
         # The first batch is kept unscaled until a second comes: n·g/n isn't always g in float64.
         self._first = (1.0, 1.0, 1.0)
-        self._scratch = torch.empty(0, dtype=torch.float64, device="cpu")
 
     @property
     def num_batches(self) -> int:
@@ -91,20 +112,24 @@ class StreamingMean:
         self._check_order(batch_id)
         scaled = _check_numbers(batch_id, num_samples, weight, loss_scale)
         self._check_gradients(batch_id, gradients)
-        if self._num_batches == 1:
-            for value in self._partial.values():
-                value.mul_(_scale(*self._first))
-        if self._last is not None and _group(batch_id) != _group(self._last):
+        group = _group(batch_id)
+        if self._last is not None and group != _group(self._last):
             self._close_group()
+        if self._num_batches == 1:
+            # It is in the sums already, or is added with its factor.
+            for value in (*self._total.values(), *self._partial.values()):
+                value.mul_(_scale(*self._first))
         if self._num_batches == 0:
             self._first = (num_samples, weight, loss_scale)
-            scaled = 1.0
         for name, gradient in gradients.items():
             self._kinds.setdefault(name, (gradient.dtype, gradient.shape))
-            self._fold(name, _real(gradient.detach()), scaled)
+        real = {name: _real(gradient.detach()) for name, gradient in gradients.items()}
+        self._waiting.append(_Waiting(group, real, scaled))
         self._samples_partial += num_samples
         self._num_batches += 1
         self._last = batch_id
+        if len(self._waiting) >= self._keeps:
+            self._add_up()
 
     @torch.no_grad()
     def mean(self) -> dict[str, Tensor]:
@@ -113,56 +138,102 @@ class StreamingMean:
         What is too large for that dtype becomes infinite, as in any cast of torch. More batches may
         follow.
         """
-        return {
-            name: self._mean(name).to(dtype).reshape(shape)
-            for name, (dtype, shape) in self._kinds.items()
-        }
+        means = {}
+        columns = []
+        for name, (dtype, shape) in self._kinds.items():
+            like, device = self._place(name)
+            mean = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+            column = self._column(name)
+            column.out = _flat(mean)
+            column.divide = self._divide
+            columns.append(column)
+            mean = torch.view_as_complex(mean) if dtype.is_complex else mean
+            means[name] = mean.reshape(shape)
+        add_up(columns, _CHUNK)
+        return means
 
-    def _mean(self, name: str) -> Tensor:
-        if self._num_batches == 1:
-            _, weight, loss_scale = self._first
-            mean = (self._partial[name] * weight).div_(loss_scale)
-        else:
-            sums = [held[name] for held in (self._total, self._partial) if name in held]
-            if len(sums) == 2:
-                mean = (sums[0] + sums[1]).div_(self.num_samples)
-            else:
-                mean = sums[0] / self.num_samples
-        return torch.view_as_complex(mean) if self._kinds[name][0].is_complex else mean
+    def _divide(self, total: Tensor) -> Tensor:
+        """The mean of a whole sum, in place."""
+        if self._num_batches > 1:
+            return total.div_(self.num_samples)
+        _, weight, loss_scale = self._first
+        return total.mul_(weight).div_(loss_scale)
 
     def _close_group(self) -> None:
-        for name, value in self._partial.items():
-            if name in self._total:
-                self._total[name].add_(value)
-            else:
-                self._total[name] = value
+        """End a group. Where a whole one can be kept, it is: then no sum of an open one is held."""
+        if self._keeps >= _GROUP and len(self._waiting) + _GROUP > self._keeps:
+            self._add_up(closing=True)
         self._samples_total += self._samples_partial
-        self._partial = {}
         self._samples_partial = 0.0
 
-    def _fold(self, name: str, gradient: Tensor, scaled: float) -> None:
-        """Add `scaled * gradient` to the partial sum; a factor of exactly 1 changes no bit."""
-        held = self._partial.get(name)
-        if held is None or gradient.numel() <= _CHUNK:
-            device = self._total.get(name, gradient).device if held is None else held.device
-            # A copy even where nothing is to be cast: the product is scaled in place.
-            product = gradient.to(device, torch.float64, copy=True).mul_(scaled)
-            self._partial[name] = product if held is None else held.add_(product)
-            return
-        if gradient.is_contiguous() and held.is_contiguous():
-            gradient = gradient.view(-1)
-            held = held.view(-1)
-        rows = max(1, _CHUNK * len(gradient) // max(1, gradient.numel()))
-        for part, target in zip(torch.split(gradient, rows), torch.split(held, rows), strict=True):
-            product = self._scratch_for(part, target.device).copy_(part).mul_(scaled)
-            target.add_(product)
+    def _add_up(self, *, closing: bool = False) -> None:
+        """Add what waits to the sums.
 
-    def _scratch_for(self, part: Tensor, device: torch.device) -> Tensor:
-        if self._scratch.device != device or self._scratch.numel() < part.numel():
-            self._scratch = torch.empty(
-                max(_CHUNK, part.numel()), dtype=torch.float64, device=device
+        Args:
+            closing: Whether the last group is complete.
+        """
+        waiting = self._waiting
+        last = waiting[-1].group if waiting else self._open
+        columns = []
+        for name in {**self._partial, **{name: None for one in waiting for name in one.gradients}}:
+            column = self._column(name)
+            if not column.groups and last == self._open and not closing:
+                continue  # its group goes on, and more may come
+            if column.total is None and column.partial is not None and not column.continues:
+                # The first group that is closed is the total.
+                self._total[name] = self._partial.pop(name)
+                column.total, column.partial = column.partial, None
+            is_open = not closing and any(
+                one.group == last and name in one.gradients for one in waiting
             )
-        return self._scratch[: part.numel()].view(part.shape)
+            num_sums = len(column.groups) + (column.partial is not None) - column.continues
+            if column.total is not None or num_sums > is_open:
+                column.new_total = _flat(self._held(self._total, name))
+            if is_open:
+                column.new_partial = _flat(self._held(self._partial, name))
+            else:
+                self._partial.pop(name, None)
+            if num_sums:
+                columns.append(column)
+        add_up(columns, _CHUNK)
+        self._waiting = []
+        self._open = None if closing else last
+
+    def _column(self, name: str) -> Column:
+        """The work on one parameter: its gradients that wait, by group, and its sums."""
+        groups: list[list[tuple[Tensor, float]]] = []
+        last = None
+        continues = False
+        like, _ = self._place(name)
+        only = self._num_batches == 1
+        for one in self._waiting:
+            if name not in one.gradients:
+                continue
+            if one.group != last:
+                groups.append([])
+                continues = continues or (last is None and one.group == self._open)
+                last = one.group
+            flat = _flat(one.gradients[name], like)
+            groups[-1].append((flat, 1.0 if only else one.factor))
+        total = _flat(self._total[name]) if name in self._total else None
+        partial = _flat(self._partial[name]) if name in self._partial else None
+        return Column(groups, continues and partial is not None, total, partial)
+
+    def _place(self, name: str) -> tuple[Tensor, torch.device]:
+        """What a sum looks like, as a tensor without memory, and where it is."""
+        if name not in self._like:
+            first = next(one.gradients[name] for one in self._waiting if name in one.gradients)
+            self._like[name] = (torch.empty_like(first, device="meta"), first.device)
+        return self._like[name]
+
+    def _held(self, sums: dict[str, Tensor], name: str) -> Tensor:
+        """The sum of a parameter among these, for which there is memory from now on."""
+        if name not in sums:
+            like, device = self._like[name]
+            sums[name] = torch.empty_strided(
+                like.shape, like.stride(), dtype=torch.float64, device=device
+            )
+        return sums[name]
 
     def _check_order(self, batch_id: BatchId) -> None:
         if self._last is not None and batch_id <= self._last:
@@ -194,12 +265,22 @@ class StreamingMean:
                 )
 
 
-def _group(batch_id: BatchId) -> tuple[str, int, int]:
+def _group(batch_id: BatchId) -> _Group:
     return batch_id.client_id, batch_id.incarnation, batch_id.seq // _GROUP
 
 
 def _scale(num_samples: float, weight: float, loss_scale: float) -> float:
     return num_samples * weight / loss_scale
+
+
+def _flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """The elements of a tensor without gaps in the order of its memory, or of that of another."""
+    if like is not None and tensor.stride() != like.stride():
+        ordered = torch.empty_strided(
+            like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+        tensor = ordered.copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _real(gradient: Tensor) -> Tensor:

@@ -1,0 +1,175 @@
+"""Columns: the sums of one parameter over many batches, made chunk by chunk.
+
+A body's gradients don't fit into a cache, and float64 sums of them take twice their memory. So the
+loop over chunks is the outer one and that over batches the inner one: of each gradient a chunk is
+read once, what it is added to stays in the cache, and if the mean is all that is wanted, no float64
+sum of the whole parameter ever exists. Each element sees the same operations in the same order as
+if batch were added to batch, so the bits are the same, and large columns are shared out to threads.
+
+The trap is `add_(alpha=)`, which rounds product and sum at once in some places of a tensor and not
+in others. It is used where the product is exact, so that there is nothing to round: a float32 has
+24 binary digits, a float64 has 53, so a factor of at most 29 (any whole number of samples below
+536,870,912) leaves none over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from splitfed.protocol import parallel
+
+_DIGITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+"""The binary digits of a dtype."""
+_WIDE_DIGITS = 53
+_MODERATE = 2.0**200
+"""Products of factors up to this, and down to its inverse, are neither infinite nor denormal."""
+
+
+@dataclass(slots=True, eq=False)
+class Column:
+    """The work on one parameter: gradients that are to be added, and the sums of before.
+
+    All of them are flat and in one order of elements.
+    """
+
+    groups: list[list[tuple[Tensor, float]]]
+    """The gradients of each group with their factors, in order."""
+    continues: bool
+    """Whether the first of these groups is the open one, whose sum is `partial`."""
+    total: Tensor | None
+    """The sum of the groups before it, if there are any, in float64."""
+    partial: Tensor | None
+    """The sum of the open group so far."""
+    out: Tensor | None = None
+    """Where the mean is to go; without it the sums are kept in the two below."""
+    divide: Callable[[Tensor], Tensor] = field(default=lambda value: value)
+    """Makes the mean of the whole sum, in place."""
+    new_total: Tensor | None = None
+    """Where the sum of the closed groups is kept; the memory of `total`, if there was one."""
+    new_partial: Tensor | None = None
+    """Where that of the open group is kept; the memory of `partial`, if there was one."""
+
+    @property
+    def num_elements(self) -> int:
+        """The elements of the parameter."""
+        known = (self.out, self.new_total, self.new_partial)
+        return next((tensor.numel() for tensor in known if tensor is not None), 0)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes that are read."""
+        return sum(gradient.nbytes for group in self.groups for gradient, _ in group)
+
+    def add_up(self, part: slice, room: Room) -> None:
+        """Add up one chunk."""
+        total, partial = self._begin(part, room)
+        for number, group in enumerate(self.groups):
+            if partial is not None and not (self.continues and number == 0):
+                total = self._close(total, partial, part, room)
+                partial = None
+            partial = self._add(group, partial, part, room)
+        if partial is not None and self.new_partial is None:
+            total = self._close(total, partial, part, room)
+        if self.out is not None and total is not None:
+            self.out[part].copy_(self.divide(total))
+
+    def _begin(self, part: slice, room: Room) -> tuple[Tensor | None, Tensor | None]:
+        """The sums of before: copies if they are to stay as they are."""
+        total = None if self.total is None else self.total[part]
+        partial = None if self.partial is None else self.partial[part]
+        if self.out is not None:
+            if total is not None:
+                total = room.total[: len(total)].copy_(total)
+            if partial is not None:
+                partial = room.partial[: len(partial)].copy_(partial)
+        return total, partial
+
+    def _add(
+        self, group: list[tuple[Tensor, float]], partial: Tensor | None, part: slice, room: Room
+    ) -> Tensor | None:
+        """The sum of a group with these gradients."""
+        for gradient, factor in group:
+            piece = gradient[part]
+            if partial is None:
+                partial = room.partial[: len(piece)]
+                if self.new_partial is not None:
+                    partial = self.new_partial[part]
+                partial.copy_(piece)
+                if factor != 1:
+                    partial.mul_(factor)
+                continue
+            wide = room.wide[: len(piece)].copy_(piece)
+            if _is_exact(gradient.dtype, factor):
+                partial.add_(wide, alpha=factor)
+            else:
+                partial.add_(wide.mul_(factor))
+        return partial
+
+    def _close(self, total: Tensor | None, partial: Tensor, part: slice, room: Room) -> Tensor:
+        """The sum of the closed groups with one more."""
+        if total is not None:
+            return total.add_(partial)
+        total = room.total[: len(partial)] if self.new_total is None else self.new_total[part]
+        return total.copy_(partial)
+
+
+class Room:
+    """Memory for the sums of one chunk, of one thread.
+
+    Args:
+        size: The elements of a chunk.
+        device: Where.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.wide, self.partial, self.total = (
+            torch.empty(size, dtype=torch.float64, device=device) for _ in range(3)
+        )
+
+
+def _is_exact(dtype: torch.dtype, factor: float) -> bool:
+    """Whether the product of any number of a dtype with a factor has no digit to round."""
+    digits = _WIDE_DIGITS - _DIGITS.get(dtype, _WIDE_DIGITS)
+    mantissa, _ = math.frexp(factor)
+    is_moderate = 1 / _MODERATE <= abs(factor) <= _MODERATE
+    return digits > 0 and is_moderate and (mantissa * 2.0**digits).is_integer()
+
+
+def add_up(columns: Sequence[Column], chunk: int) -> None:
+    """Do the work of columns whose tensors are on one device each.
+
+    Args:
+        columns: The work.
+        chunk: The elements of a chunk.
+    """
+    pieces = [
+        (column, slice(start, min(start + chunk, column.num_elements)))
+        for column in columns
+        for start in range(0, column.num_elements, chunk)
+    ]
+    on_cpu = all(_device(column).type == "cpu" for column in columns)
+    if on_cpu and parallel.is_worth_it(sum(column.num_bytes for column in columns)):
+        half = len(pieces) // 2
+        parallel.together(lambda: _work(pieces[:half]), lambda: _work(pieces[half:]))
+    else:
+        _work(pieces)
+
+
+def _work(pieces: Sequence[tuple[Column, slice]]) -> None:
+    rooms: dict[torch.device, Room] = {}
+    size = max((part.stop - part.start for _, part in pieces), default=0)
+    for column, part in pieces:
+        device = _device(column)
+        if device not in rooms:
+            rooms[device] = Room(size, device)
+        column.add_up(part, rooms[device])
+
+
+def _device(column: Column) -> torch.device:
+    known = (column.new_total, column.new_partial, column.out)
+    return next((tensor.device for tensor in known if tensor is not None), torch.device("cpu"))
