@@ -125,8 +125,16 @@ def variants(
 
 def without_spares(store: splitfed.GradientStore) -> None:
     """Let a local store make each file when it is written."""
-    spares = cast(LocalBlobs, store.blobs)._publisher._spares
-    spares.take = lambda: files._open_unnamed(spares._directory)  # type: ignore[method-assign]
+    publisher = cast(LocalBlobs, store.blobs.raw)._publisher
+    publisher._spares = _NoSpares(publisher._root, publisher.modes().file)
+
+
+class _NoSpares(files.Spares):
+    """Makes nothing ahead."""
+
+    def take(self) -> int:
+        """Open an unnamed file."""
+        return files._open_unnamed(self._directory, self._mode)
 
 
 class InMemory:

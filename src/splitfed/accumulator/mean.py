@@ -10,8 +10,10 @@ al. 2022, arXiv 2106.06639, algorithm 1), where s(τ) = 1/√(1+τ).
 Floating addition isn't associative, so the same batches folded in another order would end in other
 bits. The order is therefore a function of the ids: batches of one group (client, incarnation,
 ⌊seq/32⌋) are added up in the order of seq, and the partial sums of the groups in sorted order, all
-in float64. Each product is rounded before it is added. How the sums are made, chunk by chunk and
-several batches in one pass, is the business of `columns`.
+in float64.
+
+In a log, servers may have added up some of the batches themselves (`store.sums`), in an order of
+their own. Such sums come first, in the order of their first ids, and their order is on record.
 """
 
 from __future__ import annotations
@@ -23,15 +25,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from splitfed.accumulator.columns import Column, add_up
 from splitfed.errors import InputError, UnsupportedError
+from splitfed.model.adding import Column, add_up, as_real, flat
 from splitfed.protocol.ids import BatchId
 
 # Batches of one client whose gradients are added up before they meet those of others. Part of the
 # order, so of the bits: another number makes another mean.
 _GROUP = 32
-# Elements: fits into the cache, and torch starts no threads, whose barriers crawl on busy cores.
-_CHUNK = 1 << 15
 
 _Group = tuple[str, int, int]
 
@@ -123,13 +123,59 @@ class StreamingMean:
             self._first = (num_samples, weight, loss_scale)
         for name, gradient in gradients.items():
             self._kinds.setdefault(name, (gradient.dtype, gradient.shape))
-        real = {name: _real(gradient.detach()) for name, gradient in gradients.items()}
+        real = {name: as_real(gradient.detach()) for name, gradient in gradients.items()}
         self._waiting.append(_Waiting(group, real, scaled))
         self._samples_partial += num_samples
         self._num_batches += 1
         self._last = batch_id
         if len(self._waiting) >= self._keeps:
             self._add_up()
+
+    @torch.no_grad()
+    def add_sum(
+        self,
+        total: Mapping[str, Tensor],
+        kinds: Mapping[str, tuple[torch.dtype, torch.Size]],
+        *,
+        num_batches: int,
+        num_samples: float,
+        weight: float = 1.0,
+        loss_scale: float = 1.0,
+    ) -> None:
+        """Add what several batches add up to; before any single one.
+
+        Args:
+            total: Σ nᵢ·gᵢ in float64, as real numbers. It becomes part of this mean: the caller
+                mustn't use it any more.
+            kinds: Dtype and shape of each gradient.
+            num_batches: How many they are, at least 2: the mean of one is that batch, bit for bit.
+            num_samples: Σ nᵢ, in examples.
+            weight: s(τ), which they share.
+            loss_scale: λ, which they share.
+
+        Raises:
+            InputError: it comes too late, or a number out of its range.
+        """
+        if self._last is not None or num_batches < 2:
+            raise InputError(
+                f"a sum of {num_batches} batches after batch {self._last}: expected sums of "
+                "several, before any single one"
+            )
+        _check_numbers("a sum", num_samples, weight, loss_scale)
+        factor = weight / loss_scale
+        for name, value in total.items():
+            self._kinds.setdefault(name, kinds[name])
+            if name not in self._like:
+                like = torch.empty_like(value, dtype=kinds[name][0].to_real(), device="meta")
+                self._like[name] = (like, value.device)
+            if factor != 1.0:
+                value.mul_(factor)
+            if name in self._total:
+                self._total[name].add_(value.to(self._total[name].device))
+            else:
+                self._total[name] = value
+        self._samples_total += num_samples
+        self._num_batches += num_batches
 
     @torch.no_grad()
     def mean(self) -> dict[str, Tensor]:
@@ -144,12 +190,12 @@ class StreamingMean:
             like, device = self._place(name)
             mean = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
             column = self._column(name)
-            column.out = _flat(mean)
+            column.out = flat(mean)
             column.divide = self._divide
             columns.append(column)
             mean = torch.view_as_complex(mean) if dtype.is_complex else mean
             means[name] = mean.reshape(shape)
-        add_up(columns, _CHUNK)
+        add_up(columns)
         return means
 
     def _divide(self, total: Tensor) -> Tensor:
@@ -188,14 +234,14 @@ class StreamingMean:
             )
             num_sums = len(column.groups) + (column.partial is not None) - column.continues
             if column.total is not None or num_sums > is_open:
-                column.new_total = _flat(self._held(self._total, name))
+                column.new_total = flat(self._held(self._total, name))
             if is_open:
-                column.new_partial = _flat(self._held(self._partial, name))
+                column.new_partial = flat(self._held(self._partial, name))
             else:
                 self._partial.pop(name, None)
             if num_sums:
                 columns.append(column)
-        add_up(columns, _CHUNK)
+        add_up(columns)
         self._waiting = []
         self._open = None if closing else last
 
@@ -213,10 +259,10 @@ class StreamingMean:
                 groups.append([])
                 continues = continues or (last is None and one.group == self._open)
                 last = one.group
-            flat = _flat(one.gradients[name], like)
-            groups[-1].append((flat, 1.0 if only else one.factor))
-        total = _flat(self._total[name]) if name in self._total else None
-        partial = _flat(self._partial[name]) if name in self._partial else None
+            gradient = flat(one.gradients[name], like)
+            groups[-1].append((gradient, 1.0 if only else one.factor))
+        total = flat(self._total[name]) if name in self._total else None
+        partial = flat(self._partial[name]) if name in self._partial else None
         return Column(groups, continues and partial is not None, total, partial)
 
     def _place(self, name: str) -> tuple[Tensor, torch.device]:
@@ -273,25 +319,8 @@ def _scale(num_samples: float, weight: float, loss_scale: float) -> float:
     return num_samples * weight / loss_scale
 
 
-def _flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """The elements of a tensor without gaps in the order of its memory, or of that of another."""
-    if like is not None and tensor.stride() != like.stride():
-        ordered = torch.empty_strided(
-            like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device
-        )
-        tensor = ordered.copy_(tensor)
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def _real(gradient: Tensor) -> Tensor:
-    """A complex gradient `(*S)` as a real one `(*S, 2)`; a scalar as `(1,)`."""
-    if gradient.is_complex():
-        return torch.view_as_real(gradient.resolve_conj())
-    return gradient.reshape(1) if gradient.ndim == 0 else gradient
-
-
 def _check_numbers(
-    batch_id: BatchId, num_samples: float, weight: float, loss_scale: float
+    batch_id: BatchId | str, num_samples: float, weight: float, loss_scale: float
 ) -> float:
     """The factor of a batch's gradients, after a check of the numbers that it is made of."""
     for name, value, is_in_range, expected in (

@@ -83,6 +83,7 @@ def make_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         pools.close()
+        server.hand_over()
 
     app = _Service(
         routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _unknown_route}

@@ -1,21 +1,21 @@
-"""Columns: the sums of one parameter over many batches, made chunk by chunk.
+"""Adding gradients up: Σ fᵢ·gᵢ in float64, in the order in which they are given.
 
-A body's gradients don't fit into a cache, and float64 sums of them take twice their memory. So the
-loop over chunks is the outer one and that over batches the inner one: of each gradient a chunk is
-read once, what it is added to stays in the cache, and if the mean is all that is wanted, no float64
-sum of the whole parameter ever exists. Each element sees the same operations in the same order as
-if batch were added to batch, so the bits are the same, and large columns are shared out to threads.
+Floating addition isn't associative, so the order is part of the result. For each element it is the
+order of the arguments, however the work is cut up: chunk by chunk, and within a chunk gradient by
+gradient, so that of each gradient a chunk is read once, and what it is added to stays in the cache.
+If only the mean is wanted, no float64 sum of a whole parameter ever exists. Large work is shared
+out to threads.
 
-The trap is `add_(alpha=)`, which rounds product and sum at once in some places of a tensor and not
-in others. It is used where the product is exact, so that there is nothing to round: a float32 has
-24 binary digits, a float64 has 53, so a factor of at most 29 (any whole number of samples below
-536,870,912) leaves none over.
+Each product is rounded before it is added. The trap is `add_(alpha=)`, which rounds product and sum
+at once in some places of a tensor and not in others. It is used where the product is exact, so that
+there is nothing to round: a float32 has 24 binary digits, a float64 has 53, so a factor of at most
+29 (any whole number of samples below 536,870,912) leaves none over.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,11 +23,59 @@ from torch import Tensor
 
 from splitfed.protocol import parallel
 
+CHUNK = 1 << 15
+"""Elements: they fit into the cache, and torch starts no threads of its own."""
 _DIGITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 """The binary digits of a dtype."""
 _WIDE_DIGITS = 53
 _MODERATE = 2.0**200
 """Products of factors up to this, and down to its inverse, are neither infinite nor denormal."""
+
+
+def as_real(gradient: Tensor) -> Tensor:
+    """A complex gradient `(*S)` as a real one `(*S, 2)`; a scalar as `(1,)`."""
+    if gradient.is_complex():
+        return torch.view_as_real(gradient.resolve_conj())
+    return gradient.reshape(1) if gradient.ndim == 0 else gradient
+
+
+def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """The elements of a tensor without gaps, in the order of its memory or of that of another."""
+    if like is not None and tensor.stride() != like.stride():
+        ordered = torch.empty_strided(
+            like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+        tensor = ordered.copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+@torch.no_grad()
+def add_products(
+    total: dict[str, Tensor], gradients: Sequence[Mapping[str, Tensor]], factors: Sequence[float]
+) -> None:
+    """Add gradients up.
+
+    Args:
+        total: By name, in float64, without gaps and as real numbers; changed in place. A name that
+            isn't in it yet begins with its first product.
+        gradients: By name, of equal shapes; they aren't changed.
+        factors: What each is multiplied by.
+    """
+    columns = []
+    for name in dict.fromkeys(name for found in gradients for name in found):
+        terms = [
+            (as_real(found[name].detach()), factor)
+            for found, factor in zip(gradients, factors, strict=True)
+            if name in found
+        ]
+        is_new = name not in total
+        if is_new:
+            total[name] = torch.empty_like(terms[0][0], dtype=torch.float64)
+        like = total[name]
+        group = [(flat(gradient, like), factor) for gradient, factor in terms]
+        partial = None if is_new else flat(like)
+        columns.append(Column([group], not is_new, None, partial, new_partial=flat(like)))
+    add_up(columns)
 
 
 @dataclass(slots=True, eq=False)
@@ -140,17 +188,16 @@ def _is_exact(dtype: torch.dtype, factor: float) -> bool:
     return digits > 0 and is_moderate and (mantissa * 2.0**digits).is_integer()
 
 
-def add_up(columns: Sequence[Column], chunk: int) -> None:
+def add_up(columns: Sequence[Column]) -> None:
     """Do the work of columns whose tensors are on one device each.
 
     Args:
         columns: The work.
-        chunk: The elements of a chunk.
     """
     pieces = [
-        (column, slice(start, min(start + chunk, column.num_elements)))
+        (column, slice(start, min(start + CHUNK, column.num_elements)))
         for column in columns
-        for start in range(0, column.num_elements, chunk)
+        for start in range(0, column.num_elements, CHUNK)
     ]
     on_cpu = all(_device(column).type == "cpu" for column in columns)
     if on_cpu and parallel.is_worth_it(sum(column.num_bytes for column in columns)):

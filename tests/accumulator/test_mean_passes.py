@@ -1,17 +1,15 @@
-"""Columns: several batches in one pass, and several threads, end in the bits of one batch after the other."""
+"""Several batches in one pass of the mean, and several threads, end in the bits of one batch after the other."""
 
 from __future__ import annotations
 
 import random
-from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor
 
-from splitfed.accumulator import mean as averaging
-from splitfed.accumulator.columns import _is_exact
 from splitfed.accumulator.mean import StreamingMean
+from splitfed.model import adding
 from splitfed.protocol import parallel
 from splitfed.protocol.ids import BatchId
 
@@ -66,7 +64,7 @@ def test_any_number_of_batches_in_a_pass_ends_in_the_same_bits(
         given = batches(seed, dtype)
         found = []
         for keeps, chunk in ((1, 1 << 14), (1, 7), (3, 100), (40, 7), (1000, 1 << 14)):
-            monkeypatch.setattr(averaging, "_CHUNK", chunk)
+            monkeypatch.setattr(adding, "CHUNK", chunk)
             mean = StreamingMean(keeps)
             for number, (id_, gradients, numbers) in enumerate(given):
                 mean.add(id_, gradients, **numbers)
@@ -89,25 +87,6 @@ def test_a_sum_equals_a_plain_loop_over_floats() -> None:
             for one, two, three in zip(*(value.tolist() for value in values), strict=True)
         ]
         assert mean.mean()["w"].tolist() == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("factor", [1.0, -3.0, 32.0, 2.0**29 - 1, 0.375, 2.0**-100, 2.0**29 + 1, 0.1, 1 / 3, 0.0])
-def test_a_factor_that_is_taken_for_exact_is(dtype: torch.dtype, factor: float) -> None:
-    """With the longest, largest and smallest numbers of a dtype, the product in float64 is that of fractions."""
-    if not _is_exact(dtype, factor):
-        assert factor in (2.0**29 + 1, 0.1, 1 / 3, 0.0)
-        return
-    limits = torch.finfo(dtype)
-    longest = 2.0 - limits.eps
-    for value in (longest, -longest, limits.max, limits.tiny, limits.smallest_normal * limits.eps):
-        wide = float(torch.tensor(value, dtype=dtype))
-        assert Fraction(wide * factor) == Fraction(wide) * Fraction(factor)
-
-
-def test_no_factor_of_a_float64_is_taken_for_exact() -> None:
-    """Its products have digits to round, whatever they are multiplied with."""
-    assert not any(_is_exact(dtype, 3.0) for dtype in (torch.float64, torch.float8_e5m2))
 
 
 def test_gradients_that_are_kept_are_never_changed() -> None:
