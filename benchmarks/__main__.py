@@ -34,9 +34,10 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "benchmark.json").write_text(json.dumps(result, indent=1))
     table = split_step.as_table(found)
-    print(f"{table}\n\n{commit.as_table(commits)}")
-    if http:
-        print(f"\n{http_step.as_table(http)}")
+    tables = [table] if found else []
+    tables += [commit.as_table(commits)] if commits else []
+    tables += [http_step.as_table(http)] if http else []
+    print("\n\n".join(tables))
     if args.docs:
         head, _, rest = args.docs.read_text().partition(MARKS[0])
         args.docs.write_text(f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
