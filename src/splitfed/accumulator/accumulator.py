@@ -354,8 +354,8 @@ class Accumulator:
             self.store.numerics(),
             self._unfit,
             held.sums,
-            # Those that are held anyway can as well be added in one pass.
-            max(self._keeps, len(held.gradients)),
+            # Those that are held anyway can as well wait for the mean: no sum of them is made.
+            max(self._keeps, len(held.gradients) + 1),
         )
 
     def _warn_deferred(self, folded: Folded) -> None:
