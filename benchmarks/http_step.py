@@ -44,7 +44,7 @@ def run(rounds: int) -> dict[str, dict[str, float]]:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         steps = {
-            "splitfed": splitfed_step(stack.enter_context(server(_serve_splitfed, folder))),
+            "splitfed": splitfed_step(stack.enter_context(server(serve_splitfed, folder))),
             "echoes": echo_step(stack.enter_context(server(_serve_echo, folder))),
             "JSON lists": json_step(stack.enter_context(server(_serve_json, folder))),
         }
@@ -159,7 +159,8 @@ def _run(app: Any, bound: socket.socket) -> None:
     uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False)).run([bound])
 
 
-def _serve_splitfed(bound: socket.socket, folder: str) -> None:
+def serve_splitfed(bound: socket.socket, folder: str) -> None:
+    """Serve the tiny body from a store in the folder."""
     from splitfed.service.http.app import make_app
 
     store = splitfed.GradientStore(str(Path(folder) / "run"), sync="process")
