@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import http_step, pipeline, split_step
+from benchmarks import commit, http_step, pipeline, split_step
 
 MARKS = ("<!-- table -->", "<!-- end -->")
 
@@ -22,16 +22,19 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only the cases whose name has this in it, or `pipeline`")
     args = parser.parse_args()
     found = split_step.run(args.rounds, args.only)
+    commits = commit.run(args.rounds, args.only)
     http = {} if args.only else http_step.run(20 * args.rounds)
     pipelined = pipeline.run(args.rounds // 2) if args.only in ("", "pipeline") else {}
     result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "milliseconds": found, "http": http}
-    result["pipeline"] = pipelined
+    result |= {"commits": commits, "pipeline": pipelined}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "benchmark.json").write_text(json.dumps(result, indent=1))
     table = split_step.as_table(found)
-    tables = [table if found else "", http_step.as_table(http) if http else ""]
+    tables = [table] if found else []
+    tables += [commit.as_table(commits)] if commits else []
+    tables += [http_step.as_table(http)] if http else []
     tables += [pipeline.as_table(pipelined)] if pipelined else []
-    print("\n\n".join(filter(None, tables)))
+    print("\n\n".join(tables))
     if args.docs:
         head, _, rest = args.docs.read_text().partition(MARKS[0])
         args.docs.write_text(f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")

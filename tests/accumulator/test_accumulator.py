@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import threading
 import uuid
+from pathlib import Path
 from typing import Any
 
 import harness_store as h
 import pytest
 import torch
-from harness_store import Point, again, batch, bits, drain, plant, record, sgd
+from harness_store import Point, adam, again, batch, bits, drain, plant, record, sgd
 from torch import nn
 
 from splitfed.accumulator.accumulator import Accumulator
@@ -302,6 +303,24 @@ def test_a_body_that_is_wholly_frozen_moves_its_buffers(store: GradientStore) ->
         assert (commit.version, commit.num_batches, set(commit.files)) == (number + 1, 1, {"weights"})
     assert bits(again(store).load_weights()) == bits(nn.Sequential(unsplit).state_dict())
     assert store.waiting() == []
+
+
+def test_an_accumulator_goes_on_with_the_buffers_that_are_in_the_store(store: GradientStore, tmp_path: Path) -> None:
+    """One that has committed before doesn't read them again; each file is the one that a new process writes."""
+    body = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
+    body.register_buffer("flat", torch.zeros(1).expand(4))
+    body.register_buffer("turned", torch.arange(6.0).view(2, 3).t())
+    other = GradientStore(tmp_path / "other", sync="process")
+    kept, made = Accumulator(body, store, adam), []
+    Accumulator(body, other, adam)
+    for version in range(4):
+        for here in (store, other):
+            first = version * (version + 1) // 2
+            for seq in range(first, first + version + 1):
+                plant(here, batch(seq), h.noisy(body, batch(seq), version))
+        made.append((kept.step(), Accumulator(body, other, adam).step()))
+    files = [(one and dict(one.files), two and dict(two.files)) for one, two in made]
+    assert all(one is not None and one == two for one, two in files)
 
 
 def test_batches_of_a_frozen_body_without_buffers_are_closed(store: GradientStore) -> None:

@@ -6,6 +6,7 @@ import math
 import pickle
 import uuid
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from splitfed.accumulator.settings import CommitSettings
 from splitfed.errors import FormatError, InputError, MissingError
 from splitfed.protocol.packing import pack
 from splitfed.store.batchset import BatchSet, Verdict
+from splitfed.store.commit import Commit
 from splitfed.store.store import GradientStore
 
 
@@ -107,8 +109,8 @@ def test_staleness_weights_damp_by_hand_worked_numbers() -> None:
     found = Verdict(folded=BatchSet([batch(0), batch(1)]))
     settings = CommitSettings(staleness_weight=inverse_sqrt)
     folded = fold(found, store.pile().read, store.lineage().fingerprint(), 3, settings, "by hand")
-    assert folded.mean.mean()["w"].tolist() == [3.0, 3.0]
-    assert folded.mean.num_samples == 4
+    assert folded.mean["w"].tolist() == [3.0, 3.0]
+    assert folded.num_samples == 4
     assert dict(folded.staleness) == {0: 1, 3: 1}
     assert folded.num_foreign == 0
 
@@ -132,7 +134,7 @@ def test_batches_of_another_numerics_class_are_counted() -> None:
         store.pile().create(batch(seq), record(numerics=numerics))
     found = Verdict(folded=BatchSet([batch(0), batch(1), batch(2)]))
     folded = fold(found, store.pile().read, store.lineage().fingerprint(), 0, CommitSettings(), "ours")
-    assert (folded.num_foreign, folded.mean.num_batches) == (2, 3)
+    assert (folded.num_foreign, len(folded.verdict.folded)) == (2, 3)
 
 
 def test_a_batch_that_vanished_is_missing_not_rejected() -> None:
@@ -191,6 +193,33 @@ def test_an_unfit_batch_is_warned_of_once_while_it_waits_for_others() -> None:
     commit = accumulator.step()
     assert commit is not None
     assert (commit.num_batches, commit.num_rejected) == (3, 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_a_gradient_that_isnt_finite_is_left_out_with_the_bits_of_a_commit_without_it(
+    value: float, scheme: str, tmp_path: Path
+) -> None:
+    """It shows in the mean, and only then each gradient is looked at; the others count as if it weren't there."""
+
+    def committed(name: str, bad: float | None) -> tuple[GradientStore, Commit]:
+        store = GradientStore(f"memory://{uuid.uuid4()}" if scheme == "memory" else str(tmp_path / name))
+        accumulator = Accumulator(Point(), store, adam)
+        for seq in range(5):
+            if seq == 2 and bad is not None:
+                plant(store, batch(2), record([0.5, bad]))
+            elif seq != 2:
+                plant(store, batch(seq), record([0.1 * seq, 0.7 + seq], num_samples=1.0 + seq / 3))
+        (commit,) = drain(accumulator)
+        return store, commit
+
+    with pytest.warns(UserWarning, match="batch a/1/2 is rejected.*isn't finite") as told:
+        store, commit = committed("bad", value)
+    assert len(told) == 1
+    other, without = committed("good", None)
+    assert (list(commit.folded), list(commit.rejected)) == (list(without.folded), [batch(2)])
+    assert commit.num_samples == without.num_samples
+    assert bits(again(store).load_weights()) == bits(again(other).load_weights())
 
 
 GOOD = b"".join(pack(record()))

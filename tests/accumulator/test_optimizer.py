@@ -22,6 +22,7 @@ from splitfed.accumulator import optimizer as optimizers
 from splitfed.accumulator.settings import Groups, OptimizerFactory, SchedulerFactory
 from splitfed.errors import InputError, UnsupportedError
 from splitfed.protocol import pytree
+from splitfed.protocol.packing import pack_tree
 
 BEFORE, AFTER = 5, 7
 
@@ -299,6 +300,22 @@ def test_a_captured_state_shares_no_memory() -> None:
     optimizers.restore(*built, state)
     train(module, built, range(3, 8))
     assert same(state, before)
+
+
+def test_a_state_that_isnt_copied_is_stored_in_the_same_bytes() -> None:
+    """To be written at once it needs no copy, whatever its strides; what has gaps is copied all the same."""
+    module = net()
+    built = optimizers.build(module, optim.Adam, lambda o: lr_scheduler.MultiStepLR(o, [2, 6]))
+    train(module, built, range(3))
+    weight, bias = (built[0].state[parameter] for parameter in module[0].parameters())
+    weight["exp_avg"] = weight["exp_avg"].t().contiguous().t()
+    bias["exp_avg"] = torch.arange(8.0)[::2]
+    bias["exp_avg_sq"] = torch.ones(1).expand(4)
+    copied, shared = (optimizers.capture(*built, copied=copied) for copied in (True, False))
+    assert b"".join(pack_tree("Optimizer", shared)) == b"".join(pack_tree("Optimizer", copied))
+    tensors = {tensor.data_ptr() for tensor in pytree.flatten(shared)[1]}
+    assert weight["exp_avg"].data_ptr() in tensors
+    assert bias["exp_avg"].data_ptr() not in tensors
 
 
 def test_one_tensor_in_two_places_stays_one() -> None:

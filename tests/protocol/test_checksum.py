@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import zlib
 
 import pytest
 import torch
 from safetensors.torch import load
 
 from splitfed.errors import CorruptedError, FormatError
-from splitfed.protocol import safetensors
-from splitfed.protocol.checksum import check, sealed, text_of
+from splitfed.protocol import parallel, safetensors
+from splitfed.protocol.checksum import check, crc32, joined, sealed, text_of
 from splitfed.protocol.packing import read_json
 
 TENSORS = {"a": torch.arange(40.0), "b": torch.tensor([True, False])}
@@ -100,3 +101,17 @@ def test_what_is_in_no_format_stays_as_it_is(data: bytes) -> None:
     assert sealed([data]) == [data]
     with pytest.raises(FormatError, match="no checksum"):
         check(data)
+
+
+def test_halves_of_large_data_are_checked_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CRC of both is that of the whole, wherever the parts of a file end; an empty half is none."""
+    monkeypatch.setattr(parallel, "LARGE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    rng = random.Random(0)
+    for _ in range(50):
+        parts = [rng.randbytes(rng.choice([0, 1, 7, 300])) for _ in range(rng.randrange(5))]
+        assert crc32(parts) == zlib.crc32(b"".join(parts))
+    for name in FILES:
+        check(whole(name))
+    assert joined(1, 2, 0) == 1 ^ 2
+    assert joined(zlib.crc32(b"a"), zlib.crc32(bytes(1 << 20)), 1 << 20) == zlib.crc32(b"a" + bytes(1 << 20))

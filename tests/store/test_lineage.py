@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.errors import ArchitectureError, ExpiredError, InputError, StoreError
 from splitfed.model.skeleton import Template
+from splitfed.protocol import parallel
 from splitfed.server.server import SplitServer
 from splitfed.store.batchset import BatchSet, Verdict
 from splitfed.store.commit import Commit
@@ -106,6 +109,43 @@ def test_what_a_commit_names_is_written_before_it(store_url: str) -> None:
         "body/commit/0000000001.json",
         "body/head",
     ]
+
+
+def test_large_files_are_written_at_the_same_time(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each create waits for the other here; the record comes after both, and holds the hashes of what is on file."""
+    monkeypatch.setattr(parallel, "is_worth_it", lambda _: True)
+    both = threading.Barrier(2, timeout=30)
+
+    def meet(operation: str, key: str, perform: h.Perform) -> object:
+        if operation == "create" and key.split("/")[1] in ("weights", "optimizer"):
+            both.wait()
+        return perform()
+
+    store = GradientStore(store_url, sync="process")
+    Accumulator(Point(), store, sgd())
+    store = hooked(store_url, meet)
+    made = publish(store.lineage(), 1, 1.0)
+    assert made is not None
+    for kind, digest in made.files.items():
+        data = again(store).blobs.get(f"body/{kind}/0000000001-{made.nonce}.safetensors")
+        assert data is not None
+        assert hashlib.sha256(data).hexdigest() == digest
+    assert again(store).load_weights(1)["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["weights", "optimizer"])
+def test_no_version_comes_of_files_of_which_one_fails(
+    store_url: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they are written at the same time: the error leaves `publish`, and no record is created."""
+    monkeypatch.setattr(parallel, "is_worth_it", lambda _: True)
+    hook = Nth(0, h.refuse, at=f"create body/{kind}")
+    store = hooked(store_url, hook)
+    Accumulator(Point(), store, sgd())
+    with hook.armed(), pytest.raises(StoreError):
+        publish(store.lineage(), 1, 1.0)
+    assert again(store).latest_version() == 0
+    assert publish(again(store).lineage(), 1, 2.0) is not None
 
 
 def test_of_two_that_publish_one_version_the_first_wins(store: GradientStore) -> None:

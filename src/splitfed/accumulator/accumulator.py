@@ -61,6 +61,10 @@ from splitfed.store.sums import Sum
 MANY_SKIPS = 256
 """So many numbers that clients have given up are closed without waiting for gradients. Fewer wait:
 each commit is a version, and takes one out of the retention window."""
+_MOST_KEPT = 64
+"""So many gradients are added up in one pass at most: each is a file that is open."""
+_KEPT_BYTES = 64 << 20
+"""Where they aren't mapped files, so many bytes of them."""
 
 
 class Accumulator:
@@ -351,6 +355,8 @@ class Accumulator:
             self.store.numerics(),
             self._unfit,
             held.sums,
+            # Those that are held anyway can as well wait for the mean: no sum of them is made.
+            max(self._keeps, len(held.gradients) + 1),
         )
 
     def _warn_deferred(self, folded: Folded) -> None:
@@ -398,18 +404,19 @@ class Accumulator:
         )
         live = self._stepper.take(self._versions, head)
         if folded.verdict.folded:
-            self._stepper.step(live, folded.mean.mean())
+            self._stepper.step(live, folded.mean)
         state = self._template.state(live.module)
-        # Buffers come from the store's state of the head, not from the module: it may live on
+        # Buffers are those of the head as it is in the store, not the module's: it may live on
         # another device, and nothing but this merge changes them.
-        state |= self._merge(self._versions.state(head), folded.updates)
+        buffers = self._merge(live.buffers, folded.updates)
+        state |= buffers
         commit = Commit(
             version=head + 1,
             kind="fold",
             nonce="",
             files={},
             frozen=parent.frozen,
-            num_samples=folded.mean.num_samples,
+            num_samples=folded.num_samples,
             staleness=dict(sorted(folded.staleness.items())),
             verdict=folded.verdict,
             older=older,
@@ -420,11 +427,14 @@ class Accumulator:
             weights=folded.weights,
             groups=tuple(tuple(one.batches) for one in folded.sums),
         )
-        optimizer = None if live.optimizer is None else capture(live.optimizer, live.scheduler)
+        optimizer = None
+        if live.optimizer is not None:
+            # It is written before anything changes it again.
+            optimizer = capture(live.optimizer, live.scheduler, copied=False)
         made = self._versions.publish(commit, state, optimizer)
         if made is None:
             raise MissingError(f"version {head + 1} was made by another accumulator")
-        self._stepper.keep(live, made.nonce)
+        self._stepper.keep(live, made.nonce, buffers)
         self._unreported.clear()
         self._clean(list(folded.verdict))
         return made
@@ -497,6 +507,15 @@ class Accumulator:
                 raise
             what = f"what it follows from was deleted from outside: {error}"
             raise CorruptedError(what) from error
+
+    @property
+    def _keeps(self) -> int:
+        """How many gradients a commit may hold at a time: mapped files take no memory."""
+        if self.store.blobs.is_mapped and self._versions.durability == "gradient":
+            return _MOST_KEPT
+        trainable = (self._template.parameters[name] for name in self._template.trainable)
+        num_bytes = sum(parameter.nbytes for parameter in trainable)
+        return max(1, min(_MOST_KEPT, _KEPT_BYTES // max(1, num_bytes)))
 
     def _merge(self, held: Mapping[str, Tensor], updates: list[BufferUpdate]) -> dict[str, Tensor]:
         """The buffers after a commit with these updates, from their values before it."""

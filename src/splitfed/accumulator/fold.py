@@ -1,8 +1,10 @@
 """Folding: which pending batches count in the next commit, and what they add up to.
 
 Sorting comes first: by their headers alone, batches are told apart into those that will be folded,
-those too old, rejected or given up. Only then are the tensors read, one batch at a time, in
-canonical order. Nothing is left out silently: every batch ends in one set of the commit's verdict.
+those too old, rejected or given up. Only then are the tensors read, in canonical order. Whether
+they are finite is asked of their mean, as what isn't finite in a gradient isn't in the mean either;
+if it isn't, each gradient is looked at. Nothing is left out silently: every batch ends in one set
+of the commit's verdict.
 
 The trap: a gradient file may come from anywhere, and it must never block the others. Whatever is
 wrong with a file rejects that batch; an error of the settings, or a file that is gone because
@@ -21,6 +23,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from splitfed.accumulator.mean import StreamingMean
 from splitfed.accumulator.settings import CommitSettings
@@ -135,7 +139,10 @@ class Folded:
 
     verdict: Verdict
     """What became of each batch, those included that proved unfit when they were read."""
-    mean: StreamingMean
+    mean: Mapping[str, Tensor]
+    """The mean gradient by parameter; one that no batch reached isn't there."""
+    num_samples: float
+    """Σ nᵢ of the batches in it, in examples."""
     updates: list[BufferUpdate]
     staleness: Counter[int]
     num_foreign: int
@@ -163,6 +170,7 @@ def fold(
     numerics: str,
     unfit: set[BatchId] | None = None,
     sums: Iterable[Sum] = (),
+    keeps: int = 1,
 ) -> Folded:
     """Read the batches to fold and add them up; one that proves unfit is rejected.
 
@@ -175,6 +183,8 @@ def fold(
         numerics: The class of version 0; batches of another are counted.
         unfit: As for `sort_batches`.
         sums: What some of them add up to; those that are used become part of the mean.
+        keeps: How many gradients may be held at a time; more than 1 if they are mapped files, which
+            take no memory.
 
     Raises:
         MissingError: a batch has gone meanwhile; ordinarily another accumulator has won this
@@ -182,8 +192,35 @@ def fold(
         InputError: the weight isn't one.
     """
     warned = set() if unfit is None else unfit
-    folded = Folded(verdict, StreamingMean(), [], Counter(), 0, {}, [], {})
-    updated = _add_sums(folded, sums, fingerprint, head, settings, numerics)
+
+    def add_up(sums: Iterable[Sum], *, tested: bool) -> Folded:
+        return _add_up(
+            verdict, read, fingerprint, head, settings, numerics, warned, sums, keeps, tested
+        )
+
+    folded = add_up(sums, tested=False)
+    if all(all_finite(mean) for mean in folded.mean.values()):
+        return folded
+    # Sums have become part of that mean: their batches are looked at one by one, too.
+    return add_up((), tested=True)
+
+
+def _add_up(
+    verdict: Verdict,
+    read: Callable[[BatchId], GradientRecord | None],
+    fingerprint: Fingerprint,
+    head: int,
+    settings: CommitSettings,
+    numerics: str,
+    warned: set[BatchId],
+    sums: Iterable[Sum],
+    keeps: int,
+    tested: bool,
+) -> Folded:
+    """As `fold`, where what isn't finite ends in the mean unless each gradient is `tested`."""
+    streaming = StreamingMean(keeps)
+    folded = Folded(verdict, {}, 0.0, [], Counter(), 0, {}, [], {})
+    updated = _add_sums(folded, streaming, sums, fingerprint, head, settings, numerics)
     rejected: dict[BatchId, Outcome] = {}
     for batch in verdict.folded:
         if batch in updated:
@@ -193,7 +230,7 @@ def fold(
             if record is None:
                 raise MissingError(f"batch {batch} is gone")
             age = head - record.base_version
-            updates = _checked(record, fingerprint)
+            updates = _checked(record, fingerprint, tested=tested)
         except _NOT_HERE as error:
             folded.deferred[batch] = error
             continue
@@ -204,7 +241,7 @@ def fold(
         # Outside of both try blocks: a function that is wrong is no batch's fault.
         weight = _weight(settings.staleness_weight, age)
         try:
-            folded.mean.add(
+            streaming.add(
                 batch,
                 record.gradients,
                 num_samples=record.num_samples,
@@ -217,6 +254,8 @@ def fold(
             continue
         updated[batch] = updates
         folded.count(1, age, weight, is_foreign=record.numerics != numerics)
+    folded.mean = streaming.mean()
+    folded.num_samples = streaming.num_samples
     # In canonical order, whoever has added the gradients up.
     folded.updates.extend(update for batch in sorted(updated) for update in updated[batch])
     if rejected:
@@ -228,6 +267,7 @@ def fold(
 
 def _add_sums(
     folded: Folded,
+    streaming: StreamingMean,
     sums: Iterable[Sum],
     fingerprint: Fingerprint,
     head: int,
@@ -241,7 +281,7 @@ def _add_sums(
             continue
         age, count = head - one.base_version, len(one.batches)
         weight = _weight(settings.staleness_weight, age)
-        folded.mean.add_sum(
+        streaming.add_sum(
             one.total,
             one.kinds,
             num_batches=count,
@@ -263,9 +303,8 @@ def _is_sound(one: Sum, fingerprint: Fingerprint) -> bool:
             _check_updates(added.buffers, fingerprint)
     except _UNFIT:
         return False
-    return one.is_finite() and (
-        abs(one.loss_scale) >= 1 or all(all_finite(t / one.loss_scale) for t in one.total.values())
-    )
+    scale = one.loss_scale
+    return abs(scale) >= 1 or all(all_finite(total / scale) for total in one.total.values())
 
 
 def _weight(staleness_weight: Callable[[int], float], age: int) -> float:
@@ -281,8 +320,15 @@ def _weight(staleness_weight: Callable[[int], float], age: int) -> float:
     return weight
 
 
-def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpdate]:
+def _checked(
+    record: GradientRecord, fingerprint: Fingerprint, *, tested: bool
+) -> list[BufferUpdate]:
     """The buffer updates of a record, all of which was checked: its file may come from anywhere.
+
+    Args:
+        record: The record.
+        fingerprint: The tensors that it must fit.
+        tested: Whether its gradient is tested too, as stored. Once divided it always is.
 
     Raises:
         ArchitectureError: tensors that aren't the lineage's.
@@ -291,7 +337,7 @@ def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpd
     positive("num_samples", record.num_samples)
     check_tensors(fingerprint, record.gradients, "trainable")
     gradients = record.gradients.values()
-    if not all(all_finite(gradient) for gradient in gradients):
+    if tested and not all(all_finite(gradient) for gradient in gradients):
         raise InputError("a gradient isn't finite")
     # Dividing by a loss scale below 1 makes gradients larger, and may take them out of range.
     scale = record.loss_scale

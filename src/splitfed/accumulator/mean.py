@@ -20,29 +20,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from splitfed.errors import InputError, UnsupportedError
-from splitfed.model.adding import add_products
+from splitfed.model.adding import Column, add_up, as_real, flat
 from splitfed.protocol.ids import BatchId
 
 # Batches of one client whose gradients are added up before they meet those of others. Part of the
 # order, so of the bits: another number makes another mean.
 _GROUP = 32
 
+_Group = tuple[str, int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """A batch that is to be added in the next pass."""
+
+    group: _Group
+    gradients: dict[str, Tensor]
+    factor: float
+
 
 class StreamingMean:
     """The mean of gradients that are given one batch after the other.
 
-    It holds one total and one partial sum, and no batch. The sums live on the device of the first
-    gradient of each name. The gradients themselves are never changed or kept. Non-finite values
-    aren't looked for: they end in the mean.
+    It holds one total and one partial sum. The sums live on the device of the first gradient of
+    each name. The gradients themselves are never changed. Non-finite values aren't looked for: they
+    end in the mean.
+
+    Args:
+        keeps: How many batches' gradients may be kept, to be added in one pass. Nobody may write to
+            those; with 1 none is kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps: int = 1) -> None:
+        self._keeps = keeps
+        self._waiting: list[_Waiting] = []
+        self._open: _Group | None = None
+        """The group whose sum so far is `_partial`."""
         self._kinds: dict[str, tuple[torch.dtype, torch.Size]] = {}
+        self._like: dict[str, tuple[Tensor, torch.device]] = {}
+        """By name, a tensor without memory that has the shape and strides of the sum; its place."""
         self._total: dict[str, Tensor] = {}
         self._partial: dict[str, Tensor] = {}
         self._samples_total = 0.0
@@ -90,20 +112,24 @@ class StreamingMean:
         self._check_order(batch_id)
         scaled = _check_numbers(batch_id, num_samples, weight, loss_scale)
         self._check_gradients(batch_id, gradients)
-        if self._num_batches == 1:
-            for value in self._partial.values():
-                value.mul_(_scale(*self._first))
-        if self._last is not None and _group(batch_id) != _group(self._last):
+        group = _group(batch_id)
+        if self._last is not None and group != _group(self._last):
             self._close_group()
+        if self._num_batches == 1:
+            # It is in the sums already, or is added with its factor.
+            for value in (*self._total.values(), *self._partial.values()):
+                value.mul_(_scale(*self._first))
         if self._num_batches == 0:
             self._first = (num_samples, weight, loss_scale)
-            scaled = 1.0
         for name, gradient in gradients.items():
             self._kinds.setdefault(name, (gradient.dtype, gradient.shape))
-        add_products(self._partial, [gradients], [scaled])
+        real = {name: as_real(gradient.detach()) for name, gradient in gradients.items()}
+        self._waiting.append(_Waiting(group, real, scaled))
         self._samples_partial += num_samples
         self._num_batches += 1
         self._last = batch_id
+        if len(self._waiting) >= self._keeps:
+            self._add_up()
 
     @torch.no_grad()
     def add_sum(
@@ -139,6 +165,9 @@ class StreamingMean:
         factor = weight / loss_scale
         for name, value in total.items():
             self._kinds.setdefault(name, kinds[name])
+            if name not in self._like:
+                like = torch.empty_like(value, dtype=kinds[name][0].to_real(), device="meta")
+                self._like[name] = (like, value.device)
             if factor != 1.0:
                 value.mul_(factor)
             if name in self._total:
@@ -155,32 +184,102 @@ class StreamingMean:
         What is too large for that dtype becomes infinite, as in any cast of torch. More batches may
         follow.
         """
-        return {
-            name: self._mean(name).to(dtype).reshape(shape)
-            for name, (dtype, shape) in self._kinds.items()
-        }
+        means = {}
+        columns = []
+        for name, (dtype, shape) in self._kinds.items():
+            like, device = self._place(name)
+            mean = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+            column = self._column(name)
+            column.out = flat(mean)
+            column.divide = self._divide
+            columns.append(column)
+            mean = torch.view_as_complex(mean) if dtype.is_complex else mean
+            means[name] = mean.reshape(shape)
+        add_up(columns)
+        return means
 
-    def _mean(self, name: str) -> Tensor:
-        if self._num_batches == 1:
-            _, weight, loss_scale = self._first
-            mean = (self._partial[name] * weight).div_(loss_scale)
-        else:
-            sums = [held[name] for held in (self._total, self._partial) if name in held]
-            if len(sums) == 2:
-                mean = (sums[0] + sums[1]).div_(self.num_samples)
-            else:
-                mean = sums[0] / self.num_samples
-        return torch.view_as_complex(mean) if self._kinds[name][0].is_complex else mean
+    def _divide(self, total: Tensor) -> Tensor:
+        """The mean of a whole sum, in place."""
+        if self._num_batches > 1:
+            return total.div_(self.num_samples)
+        _, weight, loss_scale = self._first
+        return total.mul_(weight).div_(loss_scale)
 
     def _close_group(self) -> None:
-        for name, value in self._partial.items():
-            if name in self._total:
-                self._total[name].add_(value.to(self._total[name].device))
-            else:
-                self._total[name] = value
+        """End a group. Where a whole one can be kept, it is: then no sum of an open one is held."""
+        if self._keeps >= _GROUP and len(self._waiting) + _GROUP > self._keeps:
+            self._add_up(closing=True)
         self._samples_total += self._samples_partial
-        self._partial = {}
         self._samples_partial = 0.0
+
+    def _add_up(self, *, closing: bool = False) -> None:
+        """Add what waits to the sums.
+
+        Args:
+            closing: Whether the last group is complete.
+        """
+        waiting = self._waiting
+        last = waiting[-1].group if waiting else self._open
+        columns = []
+        for name in {**self._partial, **{name: None for one in waiting for name in one.gradients}}:
+            column = self._column(name)
+            if not column.groups and last == self._open and not closing:
+                continue  # its group goes on, and more may come
+            if column.total is None and column.partial is not None and not column.continues:
+                # The first group that is closed is the total.
+                self._total[name] = self._partial.pop(name)
+                column.total, column.partial = column.partial, None
+            is_open = not closing and any(
+                one.group == last and name in one.gradients for one in waiting
+            )
+            num_sums = len(column.groups) + (column.partial is not None) - column.continues
+            if column.total is not None or num_sums > is_open:
+                column.new_total = flat(self._held(self._total, name))
+            if is_open:
+                column.new_partial = flat(self._held(self._partial, name))
+            else:
+                self._partial.pop(name, None)
+            if num_sums:
+                columns.append(column)
+        add_up(columns)
+        self._waiting = []
+        self._open = None if closing else last
+
+    def _column(self, name: str) -> Column:
+        """The work on one parameter: its gradients that wait, by group, and its sums."""
+        groups: list[list[tuple[Tensor, float]]] = []
+        last = None
+        continues = False
+        like, _ = self._place(name)
+        only = self._num_batches == 1
+        for one in self._waiting:
+            if name not in one.gradients:
+                continue
+            if one.group != last:
+                groups.append([])
+                continues = continues or (last is None and one.group == self._open)
+                last = one.group
+            gradient = flat(one.gradients[name], like)
+            groups[-1].append((gradient, 1.0 if only else one.factor))
+        total = flat(self._total[name]) if name in self._total else None
+        partial = flat(self._partial[name]) if name in self._partial else None
+        return Column(groups, continues and partial is not None, total, partial)
+
+    def _place(self, name: str) -> tuple[Tensor, torch.device]:
+        """What a sum looks like, as a tensor without memory, and where it is."""
+        if name not in self._like:
+            first = next(one.gradients[name] for one in self._waiting if name in one.gradients)
+            self._like[name] = (torch.empty_like(first, device="meta"), first.device)
+        return self._like[name]
+
+    def _held(self, sums: dict[str, Tensor], name: str) -> Tensor:
+        """The sum of a parameter among these, for which there is memory from now on."""
+        if name not in sums:
+            like, device = self._like[name]
+            sums[name] = torch.empty_strided(
+                like.shape, like.stride(), dtype=torch.float64, device=device
+            )
+        return sums[name]
 
     def _check_order(self, batch_id: BatchId) -> None:
         if self._last is not None and batch_id <= self._last:
@@ -212,7 +311,7 @@ class StreamingMean:
                 )
 
 
-def _group(batch_id: BatchId) -> tuple[str, int, int]:
+def _group(batch_id: BatchId) -> _Group:
     return batch_id.client_id, batch_id.incarnation, batch_id.seq // _GROUP
 
 

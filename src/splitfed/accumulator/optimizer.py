@@ -29,7 +29,7 @@ import types
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ from splitfed.accumulator.settings import (
 )
 from splitfed.errors import InputError, UnsupportedError
 from splitfed.model.skeleton import Template, plain_name
+from splitfed.protocol import safetensors
 from splitfed.store.lineage import Lineage
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
@@ -60,6 +61,8 @@ class Live:
     optimizer: Optimizer | None
     """`None` where nothing trains."""
     scheduler: LRScheduler | None
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    """The buffers by first name, as they are in the store: the module's own may be elsewhere."""
 
 
 class Stepper:
@@ -96,10 +99,12 @@ class Stepper:
         kept, self._kept = self._kept, None
         if kept is not None and kept.nonce == nonce:
             return kept
-        state = {name: tensor.clone() for name, tensor in lineage.checked_state(head).items()}
+        stored = lineage.checked_state(head)
+        buffers = _as_stored({name: stored[name] for name in self._template.buffers})
+        state = {name: tensor.clone() for name, tensor in stored.items()}
         module = self._template.build(state, self._device)
         if not self._template.trainable:
-            return Live(nonce, module, None, None)
+            return Live(nonce, module, None, None, buffers)
         optimizer, scheduler = build(module, *self._factories)
         saved = lineage.optimizer(head)
         if saved is not None:
@@ -114,11 +119,13 @@ class Stepper:
                     "beginning, or begin a new run from load_weights()",
                     stacklevel=2,
                 )
-        return Live(nonce, module, optimizer, scheduler)
+        return Live(nonce, module, optimizer, scheduler, buffers)
 
-    def keep(self, live: Live, nonce: str) -> None:
-        """Hold on to a state that has been committed."""
+    def keep(self, live: Live, nonce: str, buffers: Mapping[str, Tensor]) -> None:
+        """Hold on to a state that has been committed, with these buffers."""
         live.nonce = nonce
+        changed = {name: now for name, now in buffers.items() if now is not live.buffers[name]}
+        live.buffers = {**live.buffers, **_as_stored(changed)}
         self._kept = live
 
     def step(self, live: Live, mean: Mapping[str, Tensor]) -> None:
@@ -145,6 +152,13 @@ def take_step(live: Live, mean: Mapping[str, Tensor], clip_norm: float | None) -
     if live.scheduler is not None:
         live.scheduler.step()
     live.optimizer.zero_grad(set_to_none=True)
+
+
+def _as_stored(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies as the store would give them back, strides included; they hold no file open."""
+    if not buffers:
+        return {}
+    return safetensors.decode(b"".join(safetensors.encode(buffers)))[0]
 
 
 def _hyperparameters(optimizer: Optimizer) -> list[dict[str, object]]:
@@ -204,15 +218,18 @@ def build(
     return built, scheduler
 
 
-def capture(optimizer: Optimizer, scheduler: LRScheduler | None) -> object:
+def capture(optimizer: Optimizer, scheduler: LRScheduler | None, *, copied: bool = True) -> object:
     """The exact state of both, as a tree of dict, list, tuple, tensors and scalars.
 
-    It shares no memory with them.
+    Args:
+        optimizer: The optimizer.
+        scheduler: Its scheduler, if there is one.
+        copied: Whether it shares no memory with them; else it is good until their next step.
 
     Raises:
         UnsupportedError: an entry of another kind; the message names it.
     """
-    copier = _Copier()
+    copier = _Copier(copied=copied)
     saved: dict[str, object] = {
         "kind": _kind(optimizer),
         "shapes": _shapes(optimizer),
@@ -353,8 +370,11 @@ class _Copier:
     parameter, with other bits.
     """
 
-    def __init__(self, strides: dict[str, tuple[int, ...]] | None = None) -> None:
+    def __init__(
+        self, strides: dict[str, tuple[int, ...]] | None = None, *, copied: bool = True
+    ) -> None:
         self.strides: dict[str, tuple[int, ...]] = {} if strides is None else dict(strides)
+        self._copied = copied
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def copy(self, value: Any, place: str, *, functions: bool) -> Any:
@@ -399,7 +419,10 @@ class _Copier:
         return self._seen[id(value)][1]
 
     def _copy_of(self, value: Tensor, place: str) -> Tensor:
-        copy = value.detach().clone()
+        copy = value.detach()
+        # A copy of what has gaps has none: as such it is stored, copied or not.
+        if self._copied or torch.empty_like(copy, device="meta").stride() != copy.stride():
+            copy = copy.clone()
         if place in self.strides:
             strided = torch.empty_strided(
                 copy.shape, self.strides[place], dtype=copy.dtype, device=copy.device

@@ -48,8 +48,10 @@ class Blobs(Protocol):
     when the storage fails; after a `StoreError` from `create` or `put` the object may or may not be
     there, whole: read it back.
 
-    Two members are optional: `prune(prefix)`, which removes empty folders beneath a directory, and
-    `is_near = True`, which says that a read takes microseconds, so that it may be asked often.
+    Three members are optional: `prune(prefix)`, which removes empty folders beneath a directory;
+    `is_near = True`, which says that a read takes microseconds, so that it may be asked often; and
+    `is_mapped = True`, which says that a large object that is read is mapped and takes no memory,
+    so that many may be held at a time.
     """
 
     def get(self, key: str) -> memoryview | None:

@@ -60,6 +60,8 @@ class LocalBlobs:
 
     is_near = True
     """A read takes microseconds."""
+    is_mapped = True
+    """A large object that is read takes no memory."""
 
     def __init__(
         self,

@@ -341,7 +341,7 @@ class _Line:
         live = self._take(commit, settings, state)
         folded = self._fold(commit)
         if folded.verdict.folded:
-            take_step(live, folded.mean.mean(), settings.clip_norm)
+            take_step(live, folded.mean, settings.clip_norm)
         now = self._template.state(live.module)
         buffers = {name: state[name] for name in self._template.buffers}
         blueprint = self._template.blueprint

@@ -74,6 +74,11 @@ class Checked:
         """Whether a read takes microseconds."""
         return getattr(self.raw, "is_near", False)
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether large objects that are read take no memory."""
+        return getattr(self.raw, "is_mapped", False)
+
     def note_format(self, version: int, record: Buffer) -> None:
         """Take note of the format of the store, which somebody has read, and of its whole record.
 

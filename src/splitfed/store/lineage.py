@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -38,7 +39,7 @@ from splitfed.errors import (
 from splitfed.model.fingerprint import compare, is_entry
 from splitfed.model.skeleton import Fingerprint
 from splitfed.model.stamp import check_stamp
-from splitfed.protocol import checksum, safetensors
+from splitfed.protocol import checksum, parallel, safetensors
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.packing import pack_tree, read_json, unpack_tree
 from splitfed.store.batchset import BatchSet, Outcome
@@ -448,9 +449,9 @@ class Lineage:
         contents["weights"] = checksum.sealed(self.weights_file(version, state))
         if optimizer is not None:
             contents["optimizer"] = checksum.sealed(pack_tree("Optimizer", optimizer))
-        for kind, parts in contents.items():
-            self.blobs.create(self.keys.versioned(kind, version, nonce), parts)
-        files = {kind: sha256(parts) for kind, parts in sorted(contents.items())}
+        keys = {kind: self.keys.versioned(kind, version, nonce) for kind in contents}
+        files = self._write({keys[kind]: parts for kind, parts in contents.items()})
+        files = {kind: files[keys[kind]] for kind in sorted(keys)}
         self._create_record(replace(commit, files=files))
         winner = self.commit(version)
         if winner.nonce != nonce:
@@ -462,6 +463,27 @@ class Lineage:
         with contextlib.suppress(StoreError):  # a hint only
             self._put_hint(winner)
         return winner
+
+    def _write(self, contents: Mapping[str, list[Any]]) -> dict[str, str]:
+        """Create files, all of them before this returns; the SHA-256 of each, by its key.
+
+        Large ones are written at the same time, and hashed meanwhile.
+        """
+
+        def create(key: str) -> str:
+            self.blobs.create(key, contents[key])
+            return ""
+
+        def digest(key: str) -> str:
+            return sha256(contents[key])
+
+        tasks = [partial(work, key) for work in (create, digest) for key in contents]
+        num_bytes = sum(memoryview(part).nbytes for parts in contents.values() for part in parts)
+        if parallel.is_worth_it(num_bytes):
+            found = parallel.together(*tasks)
+        else:
+            found = [task() for task in tasks]
+        return dict(zip(contents, found[len(contents) :], strict=True))
 
     def confirm_hint(self) -> None:
         """Have the hint hold the newest known record: to be called before gradients are deleted.

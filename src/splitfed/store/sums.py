@@ -129,10 +129,6 @@ class Sum:
                 return False
         return True
 
-    def is_finite(self) -> bool:
-        """Whether no element is NaN or infinite."""
-        return all(map(all_finite, self.total.values()))
-
     def pack(self) -> SumRecord:
         """As a file holds it; its tensors share their memory."""
         if self.only is not None:

@@ -133,8 +133,8 @@ def order_of_arrival() -> Changes:
     real = StreamingMean.add
 
     class Arrival(StreamingMean):
-        def __init__(self) -> None:
-            super().__init__()
+        def __init__(self, keeps: int = 1) -> None:
+            super().__init__()  # none is kept, whatever may be
             self._given: list[tuple[BatchId, Any, Any]] = []
 
         def add(self, batch_id: BatchId, gradients: Any, **numbers: Any) -> None:

@@ -116,10 +116,10 @@ def sums_that_overlap() -> Changes:
     """A batch may be in two sums of a commit."""
     real = folding._add_sums
 
-    def add_sums(folded: Any, sums: Iterable[Sum], *others: Any) -> Any:
+    def add_sums(folded: Any, streaming: Any, sums: Iterable[Sum], *others: Any) -> Any:
         updated: dict[BatchId, Any] = {}
         for one in sorted(sums, key=Sum.place):
-            updated |= real(folded, [one], *others)
+            updated |= real(folded, streaming, [one], *others)
         return updated
 
     yield folding, "_add_sums", add_sums
