@@ -157,7 +157,7 @@ def _reports(server: SplitServer, desk: Desk, pools: _Pools, metrics: Metrics) -
         with contextlib.suppress(SplitFedError):
             about = "The newest version of the lineage that is served."
             gauges["version"] = (about, newest())
-        return metrics.text(gauges)
+        return metrics.text(gauges, server.uses.counts())
 
     return [
         Report(desk, f"{PREFIX}/status", JSON, status, pools.listing, private=True),
@@ -251,11 +251,14 @@ class Metrics:
         """Count an error that a request was answered with, by its class."""
         self._errors[name] += 1
 
-    def text(self, gauges: Mapping[str, tuple[str, float]]) -> bytes:
+    def text(
+        self, gauges: Mapping[str, tuple[str, float]], uses: Mapping[str, int] | None = None
+    ) -> bytes:
         """Return all of it in Prometheus's text format.
 
         Args:
             gauges: What is measured at this moment: help and value by name.
+            uses: How often the graph of a call was at hand, by `server.graphs.Uses`.
         """
         lines = _head("requests_total", "counter", "Requests answered, by route and status.")
         for (path, status), count in sorted(self._requests.items()):
@@ -263,6 +266,11 @@ class Metrics:
         lines += _head("errors_total", "counter", "Requests answered with an error, by its class.")
         for name, count in sorted(self._errors.items()):
             lines.append(f'splitfed_errors_total{{error="{name}"}} {count}')
+        if uses is not None:
+            about = "Graphs that were kept, or computed again: recomputed for a backward, "
+            about += "continued for the buffers that the next call goes on from."
+            lines += _head("graphs_total", "counter", about)
+            lines += [f'splitfed_graphs_total{{use="{use}"}} {n}' for use, n in uses.items()]
         lines += self._histogram()
         lines += _head("received_bytes_total", "counter", "Bytes of requests' bodies.")
         lines.append(f"splitfed_received_bytes_total {self._received}")
