@@ -2,12 +2,11 @@
 
 Variants of the tiny body, taken alternately in one run, each against one server process of its own:
 
-    splitfed           our service: safetensors bytes, files written (sync="process"), nothing held in between
-    plain urllib3      the same, with urllib3's own connections at the client (`service.http.connection` left out)
-    executor           the same, with `loop.run_in_executor` at the server (`service.http.threads` left out)
-    through Starlette  the same, with each request through Starlette's layers (the way past them left out)
-    echoes             the bytes of those two requests and answers, echoed raw: what HTTP itself costs
-    JSON lists         the study's protocol: tensors as nested JSON lists, the graph held in memory in between
+    splitfed       our service: safetensors bytes, files written (sync="process"), nothing held in between
+    plain urllib3  the same, with urllib3's own connections at the client (`service.http.connection` left out)
+    executor       the same, with `loop.run_in_executor` at the server (`service.http.threads` left out)
+    echoes         the bytes of those two requests and answers, echoed raw: what HTTP itself costs
+    JSON lists     the study's protocol: tensors as nested JSON lists, the graph held in memory in between
 
 All use urllib3's pool with connection reuse, and uvicorn. A step is the two requests; the bottom, the loss and the
 optimizer, which are the same everywhere, are left out.
@@ -65,7 +64,6 @@ def run(seconds: float) -> dict[str, dict[str, float]]:
             "splitfed": splitfed_step(HttpTransport(at(_serve_splitfed, "run"))),
             "plain urllib3": splitfed_step(Plain(at(_serve_splitfed, "plain"))),
             "executor": splitfed_step(HttpTransport(at(_serve_executor, "executor"))),
-            "through Starlette": splitfed_step(HttpTransport(at(_serve_starlette, "starlette"))),
             "echoes": echo_step(at(_serve_echo)),
             "JSON lists": json_step(at(_serve_json)),
         }
@@ -204,12 +202,6 @@ def _serve_executor(bound: socket.socket, folder: str) -> None:
 
     Threads.run = run  # type: ignore[method-assign]
     _serve_splitfed(bound, folder)
-
-
-def _serve_starlette(bound: socket.socket, folder: str) -> None:
-    app = _service(splitfed.split(tiny(), "2")[1], folder)
-    app.methods = {}
-    _serve_app(app, bound)
 
 
 def _serve_resnet(bound: socket.socket, folder: str) -> None:

@@ -72,9 +72,8 @@ def make_app(
     pools = _Pools(limits)
     metrics = Metrics()
     desk = Desk(server, limits, checked, pools.serving, metrics)
-    methods = {f"{PREFIX}/{verb}": Method(desk, verb) for verb in VERBS}
     routes: list[BaseRoute] = [
-        Route(path, method, methods=["POST"]) for path, method in methods.items()
+        Route(f"{PREFIX}/{verb}", Method(desk, verb), methods=["POST"]) for verb in VERBS
     ]
     for report in _reports(server, desk, pools, metrics):
         routes.append(Route(report.path, report, methods=["GET"]))
@@ -84,30 +83,11 @@ def make_app(
         yield
         pools.close()
 
-    app = _Service(
+    app = Starlette(
         routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _unknown_route}
     )
-    app.methods = methods
     app.router.redirect_slashes = False
     return app
-
-
-class _Service(Starlette):
-    """Starlette, used only for what isn't a request of the protocol.
-
-    Its layers take as long as the rest of the app. But a middleware or a path that somebody has put
-    in front is in front of everything.
-    """
-
-    methods: Mapping[str, Method] = {}
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        method = self.methods.get(scope.get("path", ""))
-        is_post = scope.get("method") == "POST"
-        if method is None or not is_post or scope.get("root_path") or self.user_middleware:
-            await super().__call__(scope, receive, send)
-        else:
-            await method(scope, receive, send)
 
 
 class _Pools:
