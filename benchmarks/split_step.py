@@ -112,8 +112,16 @@ def variants(model: nn.Module, at: str, x: Tensor, y: Tensor, folder: Path, name
 
 def without_spares(store: splitfed.GradientStore) -> None:
     """Let a local store make each file when it is written."""
-    spares = cast(LocalBlobs, store.blobs)._publisher._spares
-    spares.take = lambda: files._open_unnamed(spares._directory)  # type: ignore[method-assign]
+    publisher = cast(LocalBlobs, store.blobs)._publisher
+    publisher._spares = NoSpares(publisher._root, publisher.modes().file)
+
+
+class NoSpares(files.Spares):
+    """Files that aren't made ahead."""
+
+    def take(self) -> int:
+        """One that is made now."""
+        return files._open_unnamed(self._directory, self._mode)
 
 
 class InMemory:
