@@ -8,8 +8,9 @@ Variants, for each model, all with the same input, loss and client optimizer (SG
     no files     split over a store on memory://; the server still has the graph at the backward
     kept         split over a store on file://, sync="process", by defaults; the server still has the graph
     no spares    as kept, but each file is made when it is written and not ahead (`splitfed.blobs.files.Spares`)
-    log          as kept, with durability="log": what is on file is what the gradient follows from
-    power        as log, with sync="power": it survives a power cut
+    gradient     as kept, with durability="gradient": what is on file is the gradient; the default of small bodies
+    log          as kept, with durability="log": what is on file is what the gradient follows from; that of large ones
+    power        as kept, with sync="power": it survives a power cut
     recomputed   as kept with keep_graphs=0: every backward runs the forward again from its file
     commit       what the accumulator needs to fold the last four such gradients into the next version (not in the step)
 
@@ -36,9 +37,9 @@ from splitfed.blobs.local import LocalBlobs
 
 EVERY = 4
 """A commit every so many steps folds them all; the step after it loads the new version."""
-LARGE = ("unsplit", "forward", "kept", "log", "power", "recomputed")
+LARGE = ("unsplit", "forward", "kept", "gradient", "power", "recomputed")
 """The variants of a body of hundreds of megabytes."""
-ALL = ("unsplit", "forward", "in memory", "no files", "kept", "no spares", "log", "power", "recomputed")
+ALL = ("unsplit", "forward", "in memory", "no files", "kept", "no spares", "gradient", "log", "power", "recomputed")
 Case = tuple[nn.Module, str, Tensor, tuple[str, ...]]
 CASES: dict[str, tuple[Callable[[], Case], float]] = {
     "tiny": (lambda: (tiny(), "2", torch.randn(64, 784), ALL), 0.06),
@@ -101,7 +102,7 @@ def variants(model: nn.Module, at: str, x: Tensor, y: Tensor, folder: Path, name
         if name == "no spares":
             without_spares(store)
         graphs = 0 if name == "recomputed" else 8
-        durability = "log" if name in ("log", "power") else None
+        durability = name if name in ("gradient", "log") else None
         server = splitfed.SplitServer(body, store, keep_graphs=graphs, durability=durability)
         client = splitfed.SplitClient(half, server, "a")
         accumulator = splitfed.Accumulator(body, store, optimizer, keep_versions=2)
@@ -112,15 +113,15 @@ def variants(model: nn.Module, at: str, x: Tensor, y: Tensor, folder: Path, name
 
 def without_spares(store: splitfed.GradientStore) -> None:
     """Let a local store make each file when it is written."""
-    publisher = cast(LocalBlobs, store.blobs)._publisher
-    publisher._spares = NoSpares(publisher._root, publisher.modes().file)
+    publisher = cast(LocalBlobs, store.blobs.raw)._publisher
+    publisher._spares = _NoSpares(publisher._root, publisher.modes().file)
 
 
-class NoSpares(files.Spares):
-    """Files that aren't made ahead."""
+class _NoSpares(files.Spares):
+    """Makes nothing ahead."""
 
     def take(self) -> int:
-        """One that is made now."""
+        """Open an unnamed file."""
         return files._open_unnamed(self._directory, self._mode)
 
 

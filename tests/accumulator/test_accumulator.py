@@ -254,6 +254,26 @@ def test_the_body_that_was_given_isnt_changed(store: GradientStore) -> None:
     assert all(parameter.grad is None for parameter in body.parameters())
 
 
+def test_a_batch_of_a_version_that_another_has_just_made_isnt_called_unfit(
+    store: GradientStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attempt begins again from there: no warning, and the batch counts."""
+    one, other = (Accumulator(Point(), found, sgd()) for found in (store, again(store)))
+    plant(store, batch(0), record())
+    pending = one._pending
+
+    def late(*given: Any) -> Any:
+        monkeypatch.undo()
+        assert other.step() is not None
+        plant(store, batch(1), record(base_version=1))
+        return pending(*given)
+
+    monkeypatch.setattr(one, "_pending", late)
+    commit = one.step()
+    assert commit is not None
+    assert (commit.version, list(commit.folded), one.num_conflicts) == (2, [batch(1)], 1)
+
+
 def test_another_rate_at_a_restart_is_told_and_the_store_s_goes_on() -> None:
     """From 0 a step of rate 1 and, by an accumulator that was asked for ½, another: −2, and not −1.5."""
     store = GradientStore(f"memory://{uuid.uuid4()}")

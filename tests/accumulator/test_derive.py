@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from splitfed.accumulator.accumulator import Accumulator
+from splitfed.accumulator.derive import Deriver
 from splitfed.client.client import SplitClient
 from splitfed.diagnostics.integrity import verify
 from splitfed.diagnostics.replay import replay
@@ -70,6 +71,11 @@ def scored(client: SplitClient, x: Tensor) -> None:
 LOOPS = [one, two, three, scored]
 
 
+def lose_sums(store: GradientStore) -> None:
+    """Let what a server holds in memory be lost."""
+    store.holder().collect()
+
+
 def train(
     durability: str, loop: Callable[[SplitClient, Tensor], None] = one, steps: int = 5, **settings: Any
 ) -> GradientStore:
@@ -98,6 +104,15 @@ def test_both_modes_have_the_same_bits(loop: Callable[[SplitClient, Tensor], Non
     newest, other = (store.lineage().commit(5) for store in (log, gradient))
     assert newest.files["optimizer"] == other.files["optimizer"]
     assert newest.files["weights"] == other.files["weights"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_one_server_has_computed_isnt_computed_again(
+    loop: Callable[[SplitClient, Tensor], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several calls and passes too."""
+    monkeypatch.setattr(Deriver, "gradient", None)
+    assert train("log", loop).latest_version() == 5
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -138,16 +153,47 @@ def test_a_gradient_that_isnt_finite_is_rejected_and_answered() -> None:
     assert (commit.num_batches, commit.num_rejected) == (1, 2)
 
 
-def test_a_batch_whose_body_computes_otherwise_is_rejected_and_said() -> None:
-    """The accumulator's body has the structure of the server's and another epsilon."""
+def test_a_batch_that_comes_out_otherwise_here_waits_for_who_can_compute_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accumulator's body has another epsilon: what was acknowledged is committed by one that has the servers'."""
+    monkeypatch.setattr("splitfed.accumulator.gather.WAIT", 0.1)
     store = GradientStore(f"memory://{uuid.uuid4()}")
     half, body = parts()
-    SplitClient(half, SplitServer(body, store, durability="log"), "a")(X).sum().backward()
-    body.norm.eps = 0.1
+    client = SplitClient(half, SplitServer(body, store, durability="log"), "a")
+    client(X).sum().backward()
+    wrong = parts()[1]
+    wrong.norm.eps = 0.1
+    accumulator = Accumulator(wrong, again(store), sgd())
+    lose_sums(store)
     with pytest.warns(UserWarning, match="recomputing a forward at version 0 gave other outputs"):
-        commit = Accumulator(body, store, sgd()).step()
+        assert accumulator.step() is None
+    assert accumulator.step() is None
+    assert store.waiting() == [batch(0)]
+    client(X).sum().backward()
+    commit = accumulator.step()  # of what the server has computed
     assert commit is not None
-    assert (commit.num_batches, commit.num_rejected) == (0, 1)
+    assert list(commit.folded) == [batch(1)]
+    commit = Accumulator(body, again(store), sgd()).step()
+    assert commit is not None
+    assert list(commit.folded) == [batch(0)]
+
+
+def test_what_nobody_could_compute_is_stale_in_the_end() -> None:
+    """It is closed when it leaves the window, and reported."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    half, body = parts()
+    client = SplitClient(half, SplitServer(body, store, durability="log"), "a")
+    client(X).sum().backward()
+    lose_sums(store)
+    wrong = parts()[1]
+    wrong.norm.eps = 0.1
+    accumulator = Accumulator(wrong, store, sgd(), keep_versions=3)
+    with pytest.warns(UserWarning, match="stay pending"):
+        accumulator.step()
+    for _ in range(3):
+        client(X).sum().backward()
+        commit = accumulator.step()
+    assert commit is not None
+    assert (commit.num_batches, list(commit.stale)) == (1, [batch(0)])
 
 
 def test_another_numerics_class_derives_it_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +201,7 @@ def test_another_numerics_class_derives_it_with_a_warning(monkeypatch: pytest.Mo
     store = GradientStore(f"memory://{uuid.uuid4()}")
     half, body = parts()
     SplitClient(half, SplitServer(body, store, durability="log"), "a")(X).sum().backward()
+    lose_sums(store)
     body.norm.eps = 0.1  # stands for a kernel that rounds otherwise
     monkeypatch.setattr("splitfed.store.store.class_id", lambda numerics: "another")
     with pytest.warns(UserWarning, match="another numerics class"):
@@ -179,9 +226,11 @@ def test_what_is_older_than_the_window_is_stale_and_never_derived() -> None:
     commit = accumulator.step()
     assert commit is not None
     assert (commit.num_batches, commit.num_stale) == (1, 1)
-    with pytest.raises(InputError, match=r"'keep_versions': 4.*'keep_versions': 9"):
-        Accumulator(body, store, sgd(), keep_versions=9)
-    Accumulator(body, store, sgd(), max_staleness=2, keep_versions=4)
+    with pytest.raises(InputError, match=r"max_staleness is 3: expected at most 2.*keep 4 versions"):
+        Accumulator(body, store, sgd(), max_staleness=3)
+    others = [{"keep_versions": 9}, {"keep_versions": 2}, {"max_staleness": 0}]
+    found = [Accumulator(body, store, sgd(), **settings) for settings in others]
+    assert [(one.max_staleness, one.keep_versions) for one in found] == [(2, 9), (0, 4), (0, 16)]
 
 
 def test_all_processes_agree() -> None:
@@ -214,36 +263,6 @@ def test_two_calls_with_one_gradient_and_other_inputs_are_told_apart() -> None:
     assert found is not None
     (recipe,) = found.recipes
     assert recipe.forward.inputs[0][0].shape == (4, 3)
-
-
-def test_in_one_process_nothing_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last gradients are handed over in memory, with the same bits; what was displaced is derived."""
-    stores = []
-    for most in (0, 2**20):
-        store = GradientStore(f"memory://{uuid.uuid4()}")
-        monkeypatch.setattr("splitfed.store.fresh.BYTES", most)
-        half, body = parts()
-        client = SplitClient(half, SplitServer(body, store, durability="log"), "a")
-        accumulator = Accumulator(body, store, torch.optim.Adam)
-        fresh, derived = store.fresh(), []
-        fresh._most = most
-        monkeypatch.setattr(accumulator._deriver, "gradient", _noted(accumulator._deriver.gradient, derived))
-        torch.manual_seed(1)
-        for _ in range(5):
-            one(client, X)
-        accumulator.step()
-        assert len(derived) == (3 if most == 0 else 0)
-        assert fresh.take(batch(4), "") is None
-        stores.append(store)
-    assert bits(stores[0].load_weights()) == bits(stores[1].load_weights())
-
-
-def _noted(function: Callable[[Any], Any], calls: list[Any]) -> Callable[[Any], Any]:
-    def noted(record: Any) -> Any:
-        calls.append(record)
-        return function(record)
-
-    return noted
 
 
 def test_a_gradient_in_memory_is_nobody_elses() -> None:

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from splitfed.accumulator import mean as averaging
 from splitfed.accumulator.mean import StreamingMean
 from splitfed.errors import InputError, UnsupportedError
+from splitfed.model import adding
 from splitfed.protocol.ids import BatchId
 
 A0, A1, B0 = BatchId("a", 0, 0), BatchId("a", 0, 1), BatchId("b", 0, 0)
@@ -187,8 +187,8 @@ def test_chunks_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor larger than a chunk comes out as one added whole, contiguous or not."""
     values = [noise(6, 5, 4, 3, dtype=torch.float64, seed=seed) for seed in range(3)]
     means = []
-    for chunk in (averaging._CHUNK, 7, 1):
-        monkeypatch.setattr(averaging, "_CHUNK", chunk)
+    for chunk in (adding.CHUNK, 7, 1):
+        monkeypatch.setattr(adding, "CHUNK", chunk)
         for memory_format in (torch.contiguous_format, torch.channels_last):
             mean = StreamingMean()
             for seq, value in enumerate(values):

@@ -164,8 +164,8 @@ def test_batches_and_kills_on_s3(s3: Place) -> None:
 def test_many_batches_and_kills_on_s3(s3: Place) -> None:
     """The same for longer."""
     url = s3.url()
-    killed = train(url, owners=3, steps=100, kills=29, seed=2, limit=3_000, environment=s3.environment)
-    check(url, killed, 300)
+    killed = train(url, owners=3, steps=340, kills=50, seed=2, limit=3_000, environment=s3.environment)
+    check(url, killed, 1_020)
 
 
 @pytest.mark.soak
@@ -174,9 +174,9 @@ def test_owners_that_are_killed_on_s3(s3: Place, tmp_path: Path) -> None:
     """They too, and each goes on from its checkpoint: every example counts once, in the same bits."""
     url = s3.url()
     settings: dict[str, Any] = {"seed": 3, "limit": 3_000, "environment": s3.environment}
-    killed = restarts.train(url, tmp_path, owners=3, steps=100, kills=30, **settings)
-    check(url, killed, 300)
-    restarts.check_samples(url, 300)
+    killed = restarts.train(url, tmp_path, owners=3, steps=340, kills=60, **settings)
+    check(url, killed, 1_020)
+    restarts.check_samples(url, 1_020)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")

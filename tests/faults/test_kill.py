@@ -34,6 +34,6 @@ def test_three_hundred_batches_and_twenty_kills(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_three_thousand_batches_and_a_hundred_kills(tmp_path: Path) -> None:
+def test_twelve_thousand_batches_and_250_kills(tmp_path: Path) -> None:
     """The same, each time at other moments."""
-    run(tmp_path, steps=1_000, kills=100, seed=int.from_bytes(os.urandom(4), "little"), limit=3_000)
+    run(tmp_path, steps=4_000, kills=250, seed=int.from_bytes(os.urandom(4), "little"), limit=3_000)

@@ -31,10 +31,10 @@ def test_forty_eight_batches_and_eight_kills(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_three_thousand_batches_and_two_hundred_kills(tmp_path: Path) -> None:
+def test_nine_thousand_batches_and_three_hundred_kills(tmp_path: Path) -> None:
     """The same, each time at other moments."""
     seed = int.from_bytes(os.urandom(4), "little")
-    run(tmp_path, by_sockets, owners=3, steps=1_000, kills=200, seed=seed, limit=3_000)
+    run(tmp_path, by_sockets, owners=3, steps=3_000, kills=300, seed=seed, limit=3_000)
 
 
 @pytest.mark.soak

@@ -34,6 +34,7 @@ from splitfed.protocol.messages import (
     Recipe,
     RoundInfo,
     Seal,
+    SumRecord,
     content_digest,
 )
 from splitfed.protocol.packing import pack, pack_tree, peek, unpack, unpack_tree
@@ -93,6 +94,7 @@ MESSAGES = [
     GradientRecord("gradient", 3, 8.0, 0.5, "d", "n", {"w": T}, [SHARE]),
     GradientRecord("gradient", 3, 8.0, 0.5, "d", "n", {}, [], recipes=(RECIPE, RECIPE), seal=SEAL),
     GradientRecord("skip", 0, 0.0, 1.0, "", "n", {}, []),
+    SumRecord(3, 0.5, "n", ("a/1/0", "b/2/7"), ("d", "e"), (2.0, 3.5), (1, 0), [SHARE], {"w": T}),
 ]
 
 

@@ -41,6 +41,13 @@ def body(url: str, **settings: Any) -> LineageStatus:
     return found
 
 
+def test_what_is_on_file_of_a_batch_is_said() -> None:
+    """By lineage."""
+    url = f"memory://{uuid.uuid4()}"
+    Accumulator(Point(), GradientStore(url), sgd(), durability="log")
+    assert body(url).durability == "log"
+
+
 def test_what_is_there(url: str) -> None:
     """Versions, clients, waiting and closed batches, staleness and bytes are those of the store."""
     store = GradientStore(url)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from splitfed.accumulator.buffers import Rule, merge_buffers
 from splitfed.accumulator.derive import Deriver
 from splitfed.accumulator.fold import Folded, Older, fold, sort_batches
+from splitfed.accumulator.gather import Gatherer
 from splitfed.accumulator.optimizer import Stepper, capture
 from splitfed.accumulator.policies import StalenessWeight, constant
 from splitfed.accumulator.recorded import differences, note, read, record_of
@@ -36,7 +37,14 @@ from splitfed.accumulator.settings import (
     SchedulerFactory,
 )
 from splitfed.checks import at_least
-from splitfed.errors import CorruptedError, FormatError, InputError, MissingError, StoreError
+from splitfed.errors import (
+    CorruptedError,
+    FormatError,
+    InputError,
+    MissingError,
+    ReplayError,
+    StoreError,
+)
 from splitfed.model.fingerprint import personal_names
 from splitfed.model.skeleton import Template, device_of
 from splitfed.model.stamp import stamp_of
@@ -45,7 +53,9 @@ from splitfed.protocol.messages import BufferUpdate, GradientRecord
 from splitfed.store.batchset import BatchSet, Verdict
 from splitfed.store.beginning import begin_with, check_durability
 from splitfed.store.commit import Commit
+from splitfed.store.holder import Held
 from splitfed.store.store import GradientStore, check_store
+from splitfed.store.sums import Sum
 
 MANY_SKIPS = 256
 """So many numbers that clients have given up are closed without waiting for gradients. Fewer wait:
@@ -83,9 +93,9 @@ class Accumulator:
         lock_seconds: How long to wait for another accumulator of this host to finish. It only saves
             duplicate work.
         durability: What is on file when a batch is acknowledged, as for `SplitServer`. In a
-            `"log"` a gradient is computed here, from the weights that it ran at: so staleness is
-            bounded by what stays readable, `keep_versions - 2` if `max_staleness` isn't given, and
-            all accumulators of the lineage need the same of both.
+            `"log"` a gradient may be computed here, from the weights that it ran at: so staleness
+            is bounded by what stays readable, `keep_versions - 2` of the lineage's first
+            accumulator, and all of them keep at least as many versions as that one.
 
     Raises:
         ArchitectureError: the store was begun with another body, or one that was cut elsewhere.
@@ -151,8 +161,7 @@ class Accumulator:
         self._versions = store.lineage(lineage)
         self._pile = store.pile(lineage)
         numerics = store.begin(place)
-        self._fresh = store.fresh(lineage)
-        self._fresh.wanted = True
+        self._gatherer = Gatherer(store, lineage)
         self._deriver = Deriver(self._template, self._versions.state, place, numerics)
         self._archive = store.archive(lineage)
         store.attended = True
@@ -170,6 +179,8 @@ class Accumulator:
         self._headers: dict[BatchId, dict[str, object]] = {}
         self._unfit: set[BatchId] = set()
         """Pending batches that were found unfit, and warned of."""
+        self._deferred: set[BatchId] = set()
+        """Pending batches of a log whose gradients this process can't compute, and has said so."""
 
     @property
     def min_batches(self) -> int:
@@ -266,24 +277,94 @@ class Accumulator:
         self._compare_settings(newest)
         if newest.kind == "end":
             return None  # a client's round is over: its batches fold once its line begins again
+        found = self._sorted(head, newest, applied, only, least)
+        if found is None:
+            return None
+        verdict, older = found
+        ready = [batch for batch in verdict.folded if batch not in self._deferred]
+        waiting = {batch: str(self._header(batch).get("holder") or "") for batch in ready}
+        if not any(waiting.values()):
+            return self._publish(head, self._fold(verdict, head, Held()), older)
+        held, used = self._gatherer.gather(waiting, applied), list[Sum]()
+        try:
+            # Listed again, after the sums: these name no batch that isn't there.
+            found = self._sorted(head, newest, applied, only, least)
+            if found is None:
+                return None
+            verdict, older = found
+            headers = {batch: self._header(batch) for batch in verdict.folded}
+            used = [one for one in held.sums if one.is_usable(headers)]
+            sums = used.copy()
+            folded = self._fold(verdict, head, Held(held.gradients, sums))
+            self._warn_deferred(folded)
+            if not list(folded.verdict):
+                return None
+            return self._publish(head, folded, older)
+        finally:
+            # What is held is a cache: without the table it is dropped.
+            with contextlib.suppress(StoreError, MissingError):
+                self._gatherer.give_back(used, self._versions.counted())
+
+    def _sorted(
+        self, head: int, newest: Commit, applied: BatchSet, only: Verdict | None, least: int
+    ) -> tuple[Verdict, Older] | None:
+        """What becomes of the pending batches, if they are enough for a commit."""
         pending = self._pending(applied, only)
         if len(pending) < min(least, MANY_SKIPS):
             return None
         verdict, older = sort_batches(
-            pending, self._header, head, self.settings, only, self._unfit, newest.is_abandoned
+            pending,
+            self._header_at(head),
+            head,
+            self.settings,
+            only,
+            self._unfit,
+            newest.is_abandoned,
         )
+        ready = sum(batch not in self._deferred for batch in verdict.folded)
         # Too few: but nobody would ever take away what can't be read, if nothing else comes.
-        if len(verdict.folded) < least and (verdict.folded or self._unfit.isdisjoint(pending)):
+        if ready < least and (ready or self._unfit.isdisjoint(pending)):
             if len(verdict.skipped) < MANY_SKIPS:
                 return None
             # Nor numbers that were given up: their files pile up, and no gradient need ever come.
             verdict, older = Verdict(skipped=verdict.skipped), {}
-        fingerprint = self._versions.fingerprint()
-        numerics = self.store.numerics()
-        folded = fold(verdict, self._read, fingerprint, head, self.settings, numerics, self._unfit)
-        commit = self._publish(head, folded, older)
-        self._clean(list(folded.verdict))
-        return commit
+        return verdict, older
+
+    def _fold(self, verdict: Verdict, head: int, held: Held) -> Folded:
+        """Add up what is to be folded; what is held needn't be read."""
+
+        def read(batch: BatchId) -> GradientRecord | None:
+            found = held.gradients.get(batch)
+            if found is not None and found.digest == self._header(batch)["digest"]:
+                return found
+            if batch in self._deferred:
+                raise ReplayError("it was tried before")
+            return self._read(batch)
+
+        return fold(
+            verdict,
+            read,
+            self._versions.fingerprint(),
+            head,
+            self.settings,
+            self.store.numerics(),
+            self._unfit,
+            held.sums,
+        )
+
+    def _warn_deferred(self, folded: Folded) -> None:
+        """Say, once, which acknowledged batches this process can't compute."""
+        new = {b: error for b, error in folded.deferred.items() if b not in self._deferred}
+        self._deferred |= new.keys()
+        if new:
+            batch, error = next(iter(new.items()))
+            warnings.warn(
+                f"the gradients of {len(new)} batches can't be computed again here, as of batch "
+                f"{batch}: {error}. They are acknowledged, so they stay pending, until an "
+                "accumulator commits them whose body computes as the servers' do, or until they "
+                f"are older than {self.settings.max_staleness} commits",
+                stacklevel=4,
+            )
 
     def _pending(self, applied: BatchSet, only: Verdict | None) -> list[BatchId]:
         """The batches to take up; files of batches that are counted already are deleted."""
@@ -302,10 +383,11 @@ class Accumulator:
 
         One's own are dropped as they are closed; these another accumulator has closed.
         """
-        if self._headers or self._unfit:
+        if self._headers or self._unfit or self._deferred:
             there = set(piled)
             self._headers = {batch: self._headers[batch] for batch in there & self._headers.keys()}
             self._unfit &= there
+            self._deferred &= there
 
     def _publish(self, head: int, folded: Folded, older: Older) -> Commit:
         parent = self._versions.commit(head)
@@ -335,6 +417,7 @@ class Accumulator:
             num_foreign=folded.num_foreign,
             settings=self._own_settings(),
             weights=folded.weights,
+            groups=tuple(tuple(one.batches) for one in folded.sums),
         )
         optimizer = None if live.optimizer is None else capture(live.optimizer, live.scheduler)
         made = self._versions.publish(commit, state, optimizer)
@@ -342,26 +425,34 @@ class Accumulator:
             raise MissingError(f"version {head + 1} was made by another accumulator")
         self._stepper.keep(live, made.nonce)
         self._unreported.clear()
+        self._clean(list(folded.verdict))
         return made
 
     def _within_window(self) -> CommitSettings:
-        """The settings, with a bound on staleness; the first accumulator of a log decides on it.
+        """The settings, within what the first accumulator of a log has decided on.
+
+        Batches are computed from weights that no accumulator may have deleted: so all keep as many
+        versions as that one does, and none waits for batches that are older.
 
         Raises:
-            InputError: another has decided otherwise.
+            InputError: batches may be older than the versions that are kept.
         """
         settings = self.settings
-        if settings.max_staleness is None:
-            settings = replace(settings, max_staleness=settings.window - 2)
-        own = {"max_staleness": settings.max_staleness, "keep_versions": settings.window}
-        decided = self._versions.window(own)
-        if decided != own:
+        staleness = settings.max_staleness
+        own = settings.window - 2 if staleness is None else staleness
+        kept = self._versions.window({"max_staleness": own, "keep_versions": settings.window})
+        keep = int(kept["keep_versions"])
+        if staleness is not None and staleness > keep - 2:
             raise InputError(
-                f"the accumulators of lineage {self.lineage!r} work with {decided}, and this one "
-                f"is set to {own}: in a log all need the same, as a batch is computed from weights "
-                "that no other may have deleted"
+                f"max_staleness is {staleness}: expected at most {keep - 2}, since the "
+                f"accumulators of lineage {self.lineage!r}, a log, keep {keep} versions, as the "
+                "first of them has decided, and a batch is computed from the weights of its version"
             )
-        return settings
+        return replace(
+            settings,
+            max_staleness=min(own, keep - 2),
+            keep_versions=max(keep, settings.window),
+        )
 
     def _own_settings(self) -> str:
         """The hash of this accumulator's settings, which are on record from its first commit on."""
@@ -393,7 +484,7 @@ class Accumulator:
         record = self._pile.read(batch)
         if record is None or not record.recipes:
             return record
-        return self._fresh.take(batch, record.digest) or self._deriver.gradient(record)
+        return self._deriver.gradient(record)
 
     def _merge(self, held: Mapping[str, Tensor], updates: list[BufferUpdate]) -> dict[str, Tensor]:
         """The buffers after a commit with these updates, from their values before it."""
@@ -408,11 +499,15 @@ class Accumulator:
         for batch in closed:
             self._headers.pop(batch, None)
             self._unfit.discard(batch)
+            self._deferred.discard(batch)
         # The table is read again and not taken from the commit: a batch may be deleted only if the
         # head of now has it as counted.
         with contextlib.suppress(StoreError, MissingError):
             counted = self._versions.counted()
             self._drop([batch for batch in closed if batch in counted])
+            if self._versions.durability == "log":
+                oldest = self._versions.head() - (self.settings.max_staleness or 0)
+                self._gatherer.clean(counted, oldest)
 
     def _drop(self, counted: list[BatchId]) -> None:
         """Delete the files of counted batches, or move them where they are kept."""
@@ -423,6 +518,22 @@ class Accumulator:
             for batch in counted:
                 self._archive.adopt(batch)
         self._pile.drop(counted)
+
+    def _header_at(self, head: int) -> Callable[[BatchId], Mapping[str, Any]]:
+        """What reads headers for a commit that builds upon a version.
+
+        A batch of a later one was computed after another accumulator had won: then this attempt
+        begins again, and only if there is no such version is something wrong with the batch.
+        """
+
+        def header(batch: BatchId) -> Mapping[str, Any]:
+            found = self._header(batch)
+            base = found.get("base_version")
+            if isinstance(base, int) and base > head and self._versions.head() > head:
+                raise MissingError(f"version {head + 1} was made by another accumulator")
+            return found
+
+        return header
 
     def _header(self, batch: BatchId) -> Mapping[str, Any]:
         if batch not in self._headers:

@@ -8,6 +8,9 @@ The trap: a gradient file may come from anywhere, and it must never block the ot
 wrong with a file rejects that batch; an error of the settings, or a file that is gone because
 another accumulator folded it, is no batch's fault and ends the attempt. And it is warned of once,
 though it may be looked at many times before a commit closes it.
+
+A batch of a log whose gradient comes out otherwise here, or whose body raises, is no batch's fault
+either: it was acknowledged, so it stays pending for whoever can compute it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +34,7 @@ from splitfed.errors import (
     InputError,
     MissingError,
     ReplayError,
+    SplitFedError,
 )
 from splitfed.model.fingerprint import check_tensors
 from splitfed.model.numerics import all_finite
@@ -39,6 +43,7 @@ from splitfed.protocol.ids import BatchId, check_number
 from splitfed.protocol.messages import BufferUpdate, GradientRecord
 from splitfed.store.batches import OUTCOMES
 from splitfed.store.batchset import BatchSet, Outcome, Verdict
+from splitfed.store.sums import Sum
 
 # What reading, checking or adding a foreign file can raise; MissingError isn't among them.
 _UNFIT = (
@@ -49,9 +54,9 @@ _UNFIT = (
     KeyError,
     TypeError,
     AttributeError,
-    ReplayError,
-    BodyError,
 )
+# What computing a gradient again can raise: this process may be what is wrong.
+_NOT_HERE = (ReplayError, BodyError)
 
 Older = Mapping[int, BatchSet]
 """Batches that were computed at another version than the head, by that version."""
@@ -136,6 +141,17 @@ class Folded:
     num_foreign: int
     weights: dict[int, float]
     """s(τ) of each staleness, where it isn't 1."""
+    sums: list[Sum]
+    """Those that are part of the mean, in their order."""
+    deferred: dict[BatchId, SplitFedError]
+    """Batches whose gradients couldn't be computed again here, and why: they stay pending."""
+
+    def count(self, count: int, age: int, weight: float, *, is_foreign: bool) -> None:
+        """Take note of batches that were added."""
+        self.staleness[age] += count
+        if weight != 1.0:
+            self.weights[age] = weight
+        self.num_foreign += count * is_foreign
 
 
 def fold(
@@ -146,6 +162,7 @@ def fold(
     settings: CommitSettings,
     numerics: str,
     unfit: set[BatchId] | None = None,
+    sums: Iterable[Sum] = (),
 ) -> Folded:
     """Read the batches to fold and add them up; one that proves unfit is rejected.
 
@@ -157,6 +174,7 @@ def fold(
         settings: The weight s(τ).
         numerics: The class of version 0; batches of another are counted.
         unfit: As for `sort_batches`.
+        sums: What some of them add up to; those that are used become part of the mean.
 
     Raises:
         MissingError: a batch has gone meanwhile; ordinarily another accumulator has won this
@@ -164,15 +182,21 @@ def fold(
         InputError: the weight isn't one.
     """
     warned = set() if unfit is None else unfit
-    folded = Folded(verdict, StreamingMean(), [], Counter(), 0, {})
+    folded = Folded(verdict, StreamingMean(), [], Counter(), 0, {}, [], {})
+    updated = _add_sums(folded, sums, fingerprint, head, settings, numerics)
     rejected: dict[BatchId, Outcome] = {}
     for batch in verdict.folded:
+        if batch in updated:
+            continue
         try:
             record = read(batch)
             if record is None:
                 raise MissingError(f"batch {batch} is gone")
             age = head - record.base_version
             updates = _checked(record, fingerprint)
+        except _NOT_HERE as error:
+            folded.deferred[batch] = error
+            continue
         except _UNFIT as error:
             rejected[batch] = Outcome.REJECTED
             _warn_rejected(batch, f"it doesn't fit ({error})", warned)
@@ -191,14 +215,57 @@ def fold(
             rejected[batch] = Outcome.REJECTED
             _warn_rejected(batch, f"it doesn't fit ({error})", warned)
             continue
-        folded.updates.extend(updates)
-        folded.staleness[age] += 1
-        if weight != 1.0:
-            folded.weights[age] = weight
-        folded.num_foreign += record.numerics != numerics
+        updated[batch] = updates
+        folded.count(1, age, weight, is_foreign=record.numerics != numerics)
+    # In canonical order, whoever has added the gradients up.
+    folded.updates.extend(update for batch in sorted(updated) for update in updated[batch])
     if rejected:
         folded.verdict = Verdict.of({**dict(verdict.items()), **rejected})
+    if folded.deferred:
+        folded.verdict = folded.verdict.without(folded.deferred)
     return folded
+
+
+def _add_sums(
+    folded: Folded,
+    sums: Iterable[Sum],
+    fingerprint: Fingerprint,
+    head: int,
+    settings: CommitSettings,
+    numerics: str,
+) -> dict[BatchId, Sequence[BufferUpdate]]:
+    """Add sums that share no batch; the buffer updates of their batches."""
+    updated: dict[BatchId, Sequence[BufferUpdate]] = {}
+    for one in sorted(sums, key=Sum.place):
+        if not updated.keys().isdisjoint(one.batches) or not _is_sound(one, fingerprint):
+            continue
+        age, count = head - one.base_version, len(one.batches)
+        weight = _weight(settings.staleness_weight, age)
+        folded.mean.add_sum(
+            one.total,
+            one.kinds,
+            num_batches=count,
+            num_samples=one.num_samples,
+            weight=weight,
+            loss_scale=one.loss_scale,
+        )
+        folded.sums.append(one)
+        folded.count(count, age, weight, is_foreign=one.shared[2] != numerics)
+        updated.update((batch, added.buffers) for batch, added in one.batches.items())
+    return updated
+
+
+def _is_sound(one: Sum, fingerprint: Fingerprint) -> bool:
+    """Whether a sum may be used; if not, its batches are looked at one by one."""
+    try:
+        for added in one.batches.values():
+            positive("num_samples", added.num_samples)
+            _check_updates(added.buffers, fingerprint)
+    except _UNFIT:
+        return False
+    return one.is_finite() and (
+        abs(one.loss_scale) >= 1 or all(all_finite(t / one.loss_scale) for t in one.total.values())
+    )
 
 
 def _weight(staleness_weight: Callable[[int], float], age: int) -> float:
@@ -230,14 +297,18 @@ def _checked(record: GradientRecord, fingerprint: Fingerprint) -> list[BufferUpd
     scale = record.loss_scale
     if abs(scale) < 1 and not all(all_finite(gradient / scale) for gradient in gradients):
         raise InputError(f"a gradient isn't finite any more once divided by its loss scale {scale}")
-    for update in record.buffers:
+    _check_updates(record.buffers, fingerprint)
+    return list(record.buffers)
+
+
+def _check_updates(updates: Iterable[BufferUpdate], fingerprint: Fingerprint) -> None:
+    for update in updates:
         check_tensors(fingerprint, update.values, "buffer")
         check_tensors(fingerprint, update.bases, "buffer")
         lonely = set(update.values) ^ set(update.bases)
         if lonely:
             raise InputError(f"buffers {sorted(lonely)} have no value or no base")
         positive("num_samples", update.num_samples)
-    return list(record.buffers)
 
 
 def _warn_rejected(batch: BatchId, reason: str, warned: set[BatchId]) -> None:

@@ -10,9 +10,10 @@ al. 2022, arXiv 2106.06639, algorithm 1), where s(τ) = 1/√(1+τ).
 Floating addition isn't associative, so the same batches folded in another order would end in other
 bits. The order is therefore a function of the ids: batches of one group (client, incarnation,
 ⌊seq/32⌋) are added up in the order of seq, and the partial sums of the groups in sorted order, all
-in float64. Each product is rounded before it is added: torch's `add_(alpha=)` may fuse the two, in
-some places of a tensor and not in others. Sums are made chunk by chunk: to add a float32 gradient
-to a float64 sum in one call, torch would first make a float64 copy of it.
+in float64.
+
+In a log, servers may have added up some of the batches themselves (`store.sums`), in an order of
+their own. Such sums come first, in the order of their first ids, and their order is on record.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ import torch
 from torch import Tensor
 
 from splitfed.errors import InputError, UnsupportedError
+from splitfed.model.adding import add_products
 from splitfed.protocol.ids import BatchId
 
 # Batches of one client whose gradients are added up before they meet those of others. Part of the
 # order, so of the bits: another number makes another mean.
 _GROUP = 32
-# Elements: fits into the cache, and torch starts no threads, whose barriers crawl on busy cores.
-_CHUNK = 1 << 14
 
 
 class StreamingMean:
@@ -51,7 +51,6 @@ class StreamingMean:
         self._last: BatchId | None = None
         # The first batch is kept unscaled until a second comes: n·g/n isn't always g in float64.
         self._first = (1.0, 1.0, 1.0)
-        self._scratch = torch.empty(0, dtype=torch.float64, device="cpu")
 
     @property
     def num_batches(self) -> int:
@@ -101,10 +100,53 @@ class StreamingMean:
             scaled = 1.0
         for name, gradient in gradients.items():
             self._kinds.setdefault(name, (gradient.dtype, gradient.shape))
-            self._fold(name, _real(gradient.detach()), scaled)
+        add_products(self._partial, [gradients], [scaled])
         self._samples_partial += num_samples
         self._num_batches += 1
         self._last = batch_id
+
+    @torch.no_grad()
+    def add_sum(
+        self,
+        total: Mapping[str, Tensor],
+        kinds: Mapping[str, tuple[torch.dtype, torch.Size]],
+        *,
+        num_batches: int,
+        num_samples: float,
+        weight: float = 1.0,
+        loss_scale: float = 1.0,
+    ) -> None:
+        """Add what several batches add up to; before any single one.
+
+        Args:
+            total: Σ nᵢ·gᵢ in float64, as real numbers. It becomes part of this mean: the caller
+                mustn't use it any more.
+            kinds: Dtype and shape of each gradient.
+            num_batches: How many they are, at least 2: the mean of one is that batch, bit for bit.
+            num_samples: Σ nᵢ, in examples.
+            weight: s(τ), which they share.
+            loss_scale: λ, which they share.
+
+        Raises:
+            InputError: it comes too late, or a number out of its range.
+        """
+        if self._last is not None or num_batches < 2:
+            raise InputError(
+                f"a sum of {num_batches} batches after batch {self._last}: expected sums of "
+                "several, before any single one"
+            )
+        _check_numbers("a sum", num_samples, weight, loss_scale)
+        factor = weight / loss_scale
+        for name, value in total.items():
+            self._kinds.setdefault(name, kinds[name])
+            if factor != 1.0:
+                value.mul_(factor)
+            if name in self._total:
+                self._total[name].add_(value.to(self._total[name].device))
+            else:
+                self._total[name] = value
+        self._samples_total += num_samples
+        self._num_batches += num_batches
 
     @torch.no_grad()
     def mean(self) -> dict[str, Tensor]:
@@ -133,36 +175,12 @@ class StreamingMean:
     def _close_group(self) -> None:
         for name, value in self._partial.items():
             if name in self._total:
-                self._total[name].add_(value)
+                self._total[name].add_(value.to(self._total[name].device))
             else:
                 self._total[name] = value
         self._samples_total += self._samples_partial
         self._partial = {}
         self._samples_partial = 0.0
-
-    def _fold(self, name: str, gradient: Tensor, scaled: float) -> None:
-        """Add `scaled * gradient` to the partial sum; a factor of exactly 1 changes no bit."""
-        held = self._partial.get(name)
-        if held is None or gradient.numel() <= _CHUNK:
-            device = self._total.get(name, gradient).device if held is None else held.device
-            # A copy even where nothing is to be cast: the product is scaled in place.
-            product = gradient.to(device, torch.float64, copy=True).mul_(scaled)
-            self._partial[name] = product if held is None else held.add_(product)
-            return
-        if gradient.is_contiguous() and held.is_contiguous():
-            gradient = gradient.view(-1)
-            held = held.view(-1)
-        rows = max(1, _CHUNK * len(gradient) // max(1, gradient.numel()))
-        for part, target in zip(torch.split(gradient, rows), torch.split(held, rows), strict=True):
-            product = self._scratch_for(part, target.device).copy_(part).mul_(scaled)
-            target.add_(product)
-
-    def _scratch_for(self, part: Tensor, device: torch.device) -> Tensor:
-        if self._scratch.device != device or self._scratch.numel() < part.numel():
-            self._scratch = torch.empty(
-                max(_CHUNK, part.numel()), dtype=torch.float64, device=device
-            )
-        return self._scratch[: part.numel()].view(part.shape)
 
     def _check_order(self, batch_id: BatchId) -> None:
         if self._last is not None and batch_id <= self._last:
@@ -202,15 +220,8 @@ def _scale(num_samples: float, weight: float, loss_scale: float) -> float:
     return num_samples * weight / loss_scale
 
 
-def _real(gradient: Tensor) -> Tensor:
-    """A complex gradient `(*S)` as a real one `(*S, 2)`; a scalar as `(1,)`."""
-    if gradient.is_complex():
-        return torch.view_as_real(gradient.resolve_conj())
-    return gradient.reshape(1) if gradient.ndim == 0 else gradient
-
-
 def _check_numbers(
-    batch_id: BatchId, num_samples: float, weight: float, loss_scale: float
+    batch_id: BatchId | str, num_samples: float, weight: float, loss_scale: float
 ) -> float:
     """The factor of a batch's gradients, after a check of the numbers that it is made of."""
     for name, value, is_in_range, expected in (

@@ -232,6 +232,8 @@ def _newest(store: GradientStore, name: str, newest: int) -> Findings:
     versions.applied(newest)
     versions.optimizer(newest)
     read = f"{size(sum(tensor.nbytes for tensor in state.values()))}, read in {_since(began)}"
+    if versions.durability == "log":
+        read += "; a batch is kept as what its gradient follows from (a log)"
     yield Finding("ok", f"lineage {name}", f"version {newest} is what was committed: {read}")
 
 

@@ -184,7 +184,7 @@ def add_beginning(parser: argparse.ArgumentParser) -> None:
         choices=("gradient", "log"),
         help="what of a batch is on file when it is acknowledged: its gradient, as large as the "
         "body, or what that follows from, as large as what crosses the cut; said by whoever begins "
-        "the run (default: the run's; gradient for a new one)",
+        "the run (default: the run's; for a new one, log where a gradient is large)",
     )
     parser.add_argument(
         "--keep-forwards",

@@ -96,6 +96,11 @@ def _store_rows(found: StoreStatus) -> list[tuple[str, str]]:
         ("store", f"{found.url}, format {found.format}, numerics {found.numerics}"),
         ("holds", f"{held}, looked through in {found.seconds:.2f} s"),
     ]
+    logs = [lineage.name for lineage in found.lineages if lineage.durability == "log"]
+    if logs:
+        rows.append(
+            ("log", f"{', '.join(logs)}: a batch is kept as what its gradient follows from")
+        )
     if found.num_requests:
         rows.append(("requests", f"{found.num_requests} wait for a worker"))
     rows += [("PROBLEM", problem) for problem in found.problems]

@@ -71,8 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
     worker = Worker(server, server.store, claim_seconds=arguments.claim_seconds, limits=limits)
     if arguments.once:
         print(f"splitfed: {worker.step()} answered", flush=True)
+        server.hand_over()
         return 0
     with Stopping() as stopping:
         print(f"splitfed: working in {server.store.shown}", flush=True)
         keep_going(lambda: worker.run(stopping.event, poll=arguments.poll), stopping.event)
+    server.hand_over()
     return 0

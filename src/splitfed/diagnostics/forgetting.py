@@ -23,6 +23,7 @@ from splitfed.protocol.packing import pack
 from splitfed.store import layout
 from splitfed.store.commit import Commit
 from splitfed.store.store import GradientStore
+from splitfed.store.sums import batches_in
 
 
 @dataclass(slots=True)
@@ -85,14 +86,17 @@ def _in_lineage(store: GradientStore, name: str, found: Forgotten, *, dry_run: b
     counted = lineage.counted()
     found.num_folded += sum(1 for batch in counted if batch.client_id == found.client_id)
     for key in store.blobs.list(name):
+        if lineage.keys.parse_sum(key) is not None:
+            # A cache: what it holds of others is computed again.
+            if any(batch.client_id == found.client_id for batch in batches_in(store.blobs, key)):
+                _delete(store, key, found, dry_run=dry_run)
+            continue
         owner = lineage.keys.parse_call(key)
         if owner is None or owner[0] != found.client_id:
             continue
         batch = lineage.keys.parse_gradient(key)
         if batch is None or batch in counted:
-            found.keys.append(key)
-            if not dry_run:
-                store.blobs.delete(key)
+            _delete(store, key, found, dry_run=dry_run)
             continue
         header = pile.peek(batch)
         if header is None or header["kind"] == "skip":
@@ -101,6 +105,12 @@ def _in_lineage(store: GradientStore, name: str, found: Forgotten, *, dry_run: b
         found.closed.append(str(batch))
         if not dry_run:
             _close(store, key, batch)
+
+
+def _delete(store: GradientStore, key: str, found: Forgotten, *, dry_run: bool) -> None:
+    found.keys.append(key)
+    if not dry_run:
+        store.blobs.delete(key)
 
 
 def _close(store: GradientStore, key: str, batch: BatchId) -> None:

@@ -20,6 +20,7 @@ from splitfed.diagnostics.integrity import ASIDE
 from splitfed.errors import MissingError
 from splitfed.store.batchset import BatchSet
 from splitfed.store.store import GradientStore
+from splitfed.store.sums import batches_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,12 @@ class _Line:
         batch = self._lineage.keys.parse_gradient(key)
         if batch is not None:
             return "a gradient that is closed already" if batch in self._closed else ""
+        if key.startswith(f"{self._lineage.keys.asks}/"):
+            return "a question of an accumulator that waits no more"
+        if self._lineage.keys.parse_sum(key) is not None:
+            batches = batches_in(self._lineage.blobs, key)
+            is_used = any(batch in self._closed for batch in batches)
+            return "a sum of which a batch is closed already" if is_used else ""
         if key.startswith(f"{self._lineage.name}/kept/"):
             batch = self._lineage.keys.parse_gradient(key.replace("/kept/", "/grad/", 1))
             is_folded = batch is None or batch not in self._closed or batch in self._folded

@@ -33,7 +33,7 @@ ASIDE = "aside"
 """Where `repair` puts what is damaged."""
 _OURS = re.compile(
     r"format\.json|clients/.+|rounds/.+|history/.+|post/.+|(?:body|client|body@[^/]+)/"
-    r"(?:fingerprint(?:-copy)?\.json|beside\.json|window\.json|head|frozen-.+|settings-.+|(?:forward|part|pin|grad|kept|weights|optimizer"
+    r"(?:fingerprint(?:-copy)?\.json|beside\.json|window\.json|head|frozen-.+|settings-.+|(?:forward|part|pin|grad|sum|ask|kept|weights|optimizer"
     r"|applied|commit)/.+)"
 )
 _LOOKS = 5
@@ -130,6 +130,7 @@ def _role(key: str) -> str:
     kind = key.split("/")[1] if key.count("/") > 1 else key.rpartition("/")[2]
     known = {
         "grad": "a pending gradient",
+        "sum": "what pending gradients add up to, which can be computed again",
         "commit": "a commit record",
         "applied": "a table of closed batches",
         "weights": "the weights of a version",

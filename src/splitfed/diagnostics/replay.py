@@ -14,7 +14,7 @@ is still kept.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ from splitfed.store.batchset import Verdict
 from splitfed.store.commit import Commit
 from splitfed.store.lineage import sha256
 from splitfed.store.store import GradientStore, check_store
+from splitfed.store.sums import Sum, shared_of
 
 _SHOWN = 3
 
@@ -395,10 +396,24 @@ class _Line:
                 commit.version - 1,
                 settings,
                 self._numerics,
+                sums=[self._sum(group) for group in commit.groups],
             )
+        for error in folded.deferred.values():
+            raise error
         if len(folded.verdict.folded) != len(expected):
             raise ReplayError("; ".join(str(warning.message) for warning in told)[:400])
         return folded
+
+    def _sum(self, group: Sequence[BatchId]) -> Sum:
+        """What a server had added up, in its order."""
+        found: Sum | None = None
+        for batch in group:
+            record = self._gradient(batch)
+            found = Sum(shared_of(record)) if found is None else found
+            found.add([(batch, record)])
+        if found is None:
+            raise FormatError("a group of the commit has no batches")
+        return found
 
     def _gradient(self, batch: BatchId) -> GradientRecord:
         """The gradient of a batch, computed again.

@@ -505,6 +505,8 @@ class GradientRecord:
     """Those of its calls, in the order in which their shares are added."""
     seal: Seal | None = field(default=None, metadata=ADDED)
     """What closed the batch, beside recipes; `None` for a loss on the server."""
+    holder: str = field(default="", metadata=ADDED)
+    """Beside recipes: which process has computed the gradient, and may hold it in a sum."""
 
     def as_recipes(self) -> GradientRecord:
         """The record without its gradient, which can be computed again."""
@@ -513,6 +515,28 @@ class GradientRecord:
     def as_gradient(self) -> GradientRecord:
         """The record without its recipes."""
         return replace(self, recipes=(), seal=None) if self.recipes else self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SumRecord:
+    """The file of a sum: what the gradients of several batches add up to, or one of them as it is.
+
+    The lists go with each other, in the order in which the batches were added.
+    """
+
+    base_version: int
+    loss_scale: float
+    numerics: str
+    batches: tuple[str, ...]
+    """Their ids."""
+    digests: tuple[str, ...]
+    """Of the requests that closed them."""
+    num_samples: tuple[float, ...]
+    num_updates: tuple[int, ...]
+    """How many of the buffer updates are each one's."""
+    buffers: Sequence[BufferUpdate]
+    total: Mapping[str, Tensor]
+    """Σ nᵢ·gᵢ by name, in float64 and as real numbers; of one batch g."""
 
 
 def _leading(tensors: Sequence[Tensor]) -> int:

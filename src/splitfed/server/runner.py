@@ -391,7 +391,8 @@ class Lines:
     def __init__(self, store: GradientStore, lineage: str | None, settings: RunnerSettings) -> None:
         self._store = store
         self._settings = settings
-        self._shared = None if lineage is None else self._open(lineage)
+        self.shared = None if lineage is None else self._open(lineage)
+        """The line of all clients; `None` if each has its own."""
         self._own: Bounded[str, Line] = Bounded(KEPT_LINES)
 
     def of(self, client_id: str, process: str | None = None) -> Line:
@@ -405,8 +406,8 @@ class Lines:
         Raises:
             MissingError: the line hasn't begun.
         """
-        if self._shared is not None:
-            return self._shared
+        if self.shared is not None:
+            return self.shared
         found = self._own.get(check_client_id(client_id))
         if found is None:
             self._begin(client_id, process)
@@ -434,7 +435,8 @@ class Lines:
             pile,
             self._settings.numerics,
             self._store.archive(name),
-            self._store.fresh(name),
+            self._store.holder(name),
+            repeatable=is_repeatable(self._settings.device),
         )
         ledger = Ledger(pile, self._settings.quota)
         runner = Runner(lineage, pile, self._settings)

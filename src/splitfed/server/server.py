@@ -10,6 +10,7 @@ Order matters in `backward`: a batch is acknowledged only after its gradient is 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 
 from splitfed.errors import (
     AlreadyAppliedError,
+    CorruptedError,
     DigestError,
     ExpiredError,
     InputError,
     SplitFedError,
+    StoreError,
     UnsupportedError,
 )
 from splitfed.model import execution
@@ -32,6 +35,7 @@ from splitfed.model.boundary import fresh
 from splitfed.model.cutpoint import CutPoint
 from splitfed.model.execution import Run
 from splitfed.model.fingerprint import values_beside
+from splitfed.model.numerics import is_repeatable
 from splitfed.model.recipes import recipe_of
 from splitfed.model.rng import compute_turns
 from splitfed.model.skeleton import Template, device_of, unwrap
@@ -61,7 +65,7 @@ from splitfed.server.runner import Line, Lines, RunnerSettings
 from splitfed.store.batches import answer_is_lost
 from splitfed.store.beginning import begin_with, check_durability
 from splitfed.store.earlier import Earlier
-from splitfed.store.fresh import apart
+from splitfed.store.holder import apart
 from splitfed.store.quota import Quota
 from splitfed.store.store import GradientStore, check_store
 
@@ -94,8 +98,9 @@ class SplitServer:
         quota: What each client may have open in the store: recorded calls, and bytes.
         durability: What of a batch is on file when it is acknowledged: its `"gradient"`, as many
             bytes as the body has trainable parameters, or in a `"log"` what the gradient follows
-            from, as many as cross the cut: then the accumulator computes it again. Whoever begins
-            the store says it, `"gradient"` if it isn't given.
+            from, as many as cross the cut: then the accumulator takes what servers have added up,
+            or computes it again. Whoever begins the store says it; if nobody does, it is a log
+            where a gradient is large (`docs/store.md`).
 
     Raises:
         ArchitectureError: the store was begun with another body, with one that was cut elsewhere,
@@ -154,7 +159,7 @@ class SplitServer:
         self._confirm = store.lineage().confirm
         """Whether the run is still there is asked before anything else."""
         # In a log the recipes are as large as the call, which was charged at its forward.
-        is_log = store.lineage(lineage).durability == "log"
+        is_log = store.lineage(lineage).durability == "log" and is_repeatable(self.device)
         sizes = (state[name].nbytes for name in self._template.trainable)
         self._gradient_bytes = 0 if is_log else sum(sizes)
         runners = RunnerSettings(
@@ -444,6 +449,16 @@ class SplitServer:
         """The client half, newest or at a version; version -1 if nobody has published one."""
         self._confirm()
         return self._halves.pull(check_types(request))
+
+    def hand_over(self) -> None:
+        """Write what is held in memory of a log, before the process ends.
+
+        An accumulator needn't compute it again then. It is a cache: nothing is lost without.
+        """
+        line = self._lines.shared
+        if line is not None:
+            with contextlib.suppress(StoreError, CorruptedError):
+                line.sealer.hand_over()
 
     @property
     def unattended(self) -> bool:

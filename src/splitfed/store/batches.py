@@ -52,7 +52,7 @@ from splitfed.store.archive import Archive
 from splitfed.store.batchset import MAX_GAPS, BatchSet, Outcome
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
-from splitfed.store.fresh import Fresh
+from splitfed.store.holder import Holder
 from splitfed.store.layout import TRANSIENT, Keys, read_pin
 from splitfed.store.lineage import Lineage
 from splitfed.store.numbers import MAX_SKIPS, Numbers, Skips
@@ -73,7 +73,7 @@ _COPIES = (
     "two processes bear the incarnation of its client, as copies of a running one do. "
     "Make a new SplitClient in each of them"
 )
-_PLAIN = ("kind", "base_version", "num_samples", "loss_scale", "digest", "numerics")
+_PLAIN = ("kind", "base_version", "num_samples", "loss_scale", "digest", "numerics", "holder")
 
 
 class Pile:
@@ -166,7 +166,9 @@ class Pile:
         for key in keys:
             self.blobs.delete(key)
 
-    def create(self, batch: BatchId, record: GradientRecord, *, exactly: bool = False) -> str:
+    def create(
+        self, batch: BatchId, record: GradientRecord, *, exactly: bool = False
+    ) -> tuple[str, bool]:
         """Add a pending batch, once.
 
         Args:
@@ -175,21 +177,22 @@ class Pile:
             exactly: Whether one of that digest must have this gradient too.
 
         Returns:
-            The kind of the file that holds it: this one's, or an earlier one's.
+            The kind of the file that holds it, this one's or an earlier one's; and whether this
+            call has surely made it.
 
         Raises:
             DigestError: that id was used before with other content.
         """
         key, name = self.keys.gradient(batch), f"batch {batch}"
-        kind = self._create(key, record, name, durable=True)
+        kind, is_new = self._create(key, record, name, durable=True)
         if kind is None:
-            return record.kind
+            return record.kind, is_new
         if exactly and kind == record.kind:
             found = self.read(batch)
             if found is not None and found.digest == record.digest:
                 _check_recipes(found.recipes, record.recipes, name)
                 _check_same(found.gradients, record.gradients, name)
-        return kind
+        return kind, False
 
     def read(self, batch: BatchId) -> GradientRecord | None:
         """A pending batch, or `None`.
@@ -226,13 +229,15 @@ class Pile:
         for batch in batches:
             self.blobs.delete(self.keys.gradient(batch))
 
-    def _create(self, key: str, record: GradientRecord, name: str, *, durable: bool) -> str | None:
-        """Create a file; the kind of one that was there with this digest, else `None`."""
+    def _create(
+        self, key: str, record: GradientRecord, name: str, *, durable: bool
+    ) -> tuple[str | None, bool]:
+        """Create a file; the kind of one that was there with this digest, and whether none was."""
         if self.blobs.create(key, pack(record), durable=durable):
-            return None
+            return None, True
         data = self.blobs.peek(key)
         if data is None:  # folded and dropped meanwhile: it was there, and counted
-            return None
+            return None, False
         found = peek(GradientRecord, data, ("kind", "digest", "resumed"))
         # A process that resumes repeats what an earlier one has stored: that stays as it is.
         is_repeated = record.resumed and found["resumed"] != record.resumed
@@ -245,7 +250,7 @@ class Pile:
             )
         if not isinstance(found["kind"], str):
             raise FormatError(f"the file of {name} has no kind")
-        return found["kind"]
+        return found["kind"], False
 
 
 class Sealer:
@@ -256,7 +261,9 @@ class Sealer:
         pile: The files of its batches.
         numerics: The short name of this process's numerics class.
         archive: Where recipes are kept; `None` where they aren't.
-        fresh: Where gradients in a log are handed on in memory; `None` for nowhere.
+        holder: Where gradients in a log are held in memory; `None` for nowhere.
+        repeatable: Whether the same operations give the same bits each time here; if not, a
+            gradient is on file even in a log.
     """
 
     def __init__(
@@ -265,19 +272,30 @@ class Sealer:
         pile: Pile,
         numerics: str,
         archive: Archive | None = None,
-        fresh: Fresh | None = None,
+        holder: Holder | None = None,
+        *,
+        repeatable: bool = True,
     ) -> None:
         self._lineage = lineage
         self._pile = pile
         self._numerics = numerics
         self._archive = archive
-        self._in_log = lineage.durability == "log"
-        self._fresh = fresh if self._in_log else None
+        self._in_log = lineage.durability == "log" and repeatable
+        self._holder = holder if self._in_log else None
         self.wants_recipes = self._in_log or archive is not None
         """Whether what is stored must say what its gradient follows from."""
         self._numbers: Bounded[tuple[str, int], Numbers] = Bounded(_PROCESSES)
         self._skips: Bounded[str, Skips] = Bounded(_PROCESSES)
         self._lock = threading.Lock()
+
+    def hand_over(self) -> None:
+        """Write what is held in memory of a log.
+
+        Raises:
+            StoreError: the storage failed.
+        """
+        if self._holder is not None:
+            self._holder.write()
 
     def is_known(self, batch: BatchId) -> bool:
         """Whether a batch is counted or pending."""
@@ -292,6 +310,7 @@ class Sealer:
         *,
         is_one_trip: bool = False,
         is_first: bool = False,
+        is_whole: bool = True,
     ) -> str:
         """Add a pending batch, as rejected if it isn't finite; a repeated call changes nothing.
 
@@ -302,6 +321,7 @@ class Sealer:
                 choice.
             is_first: Whether the store knows of no earlier try; then a batch that is counted was
                 computed at another version than this record may be.
+            is_whole: Whether the record has the gradients of all of its calls.
 
         Returns:
             'stored' or 'rejected'; 'skipped' if it repeats one that an earlier process gave up.
@@ -324,13 +344,16 @@ class Sealer:
                 self._check_counted(batch, record, is_one_trip=is_one_trip, is_first=is_first)
             return _status(self._lineage.outcome(batch), record.resumed)
         self._take(batch, applied, MAX_GAPS)
-        stored = self._as_stored(batch, record)
-        kind = self._pile.create(batch, stored, exactly=True)
-        if self._fresh is not None and len(stored.recipes) == 1:
-            self._fresh.put(batch, record)
+        stored = self._as_stored(batch, record, is_whole=is_whole)
+        kind, is_new = self._pile.create(batch, stored, exactly=True)
+        # One that was there may have been computed elsewhere, with other bits.
+        if is_new and self._holder is not None and stored.holder:
+            self._holder.put(batch, record)
         return _status(OUTCOMES[kind], record.resumed)
 
-    def _as_stored(self, batch: BatchId, record: GradientRecord) -> GradientRecord:
+    def _as_stored(
+        self, batch: BatchId, record: GradientRecord, *, is_whole: bool
+    ) -> GradientRecord:
         """What is on file of a batch: its gradient, or in a log its recipes; neither if it's unfit.
 
         What it follows from is archived, where that is done, before the gradient is there.
@@ -339,7 +362,9 @@ class Sealer:
             unfit = replace(record, kind="rejected", gradients={}, buffers=[])
             return replace(unfit, recipes=(), seal=None)
         if self._in_log and record.recipes:
-            return record.as_recipes()
+            held = self._holder if is_whole else None
+            name = "" if held is None else held.check_process()
+            return replace(record.as_recipes(), holder=name)
         if self._archive is not None and record.recipes:
             self._archive.put(batch, record, self.is_known)
         return record.as_gradient()
@@ -355,6 +380,8 @@ class Sealer:
             kind = "part" if _is_finite(share) else _UNFIT
             record = replace(share.as_recipes(), kind=kind)
         self._pile.put_part(version, batch, part, record)
+        if self._holder is not None:
+            self._holder.put_part(batch, part, share)
 
     def _check_counted(
         self, batch: BatchId, record: GradientRecord, *, is_one_trip: bool, is_first: bool
@@ -395,10 +422,10 @@ class Sealer:
         if not parts:
             raise InputError(f"the seal of batch {batch} names no part: expected at least one")
         digest = seal.digest(batch) if share is None else share.digest
-        # In a log the parts of before are recipes alone.
-        add_up = sum_of if all(part.buffers for part in parts.values()) else _listed
-        record = add_up(parts, seal, digest, self._numerics)
-        status = self.store(batch, replace(record, resumed=resumed))
+        # In a log the parts of before are recipes alone, unless they are held in memory.
+        is_whole = all(part.buffers for part in parts.values())
+        record = (sum_of if is_whole else _listed)(parts, seal, digest, self._numerics)
+        status = self.store(batch, replace(record, resumed=resumed), is_whole=is_whole)
         # Only now: were the parts dropped first and the process killed, the retry would find
         # neither parts nor batch.
         for version, number in seal.parts:
@@ -457,6 +484,11 @@ class Sealer:
                     f"part {number} of batch {batch} isn't one call's share: "
                     f"{len(part.buffers)} of them"
                 )
+            held = None
+            if self._holder is not None:
+                held = self._holder.take_part(batch, number, part.digest)
+            if held is not None and part.kind != _UNFIT:
+                part = replace(held, kind=part.kind, recipes=part.recipes)
             parts[number] = part
         return parts
 

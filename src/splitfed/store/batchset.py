@@ -15,7 +15,7 @@ others finish it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -215,6 +215,10 @@ class Verdict:
     def closes(self, batch: BatchId) -> bool:
         """Whether a batch is closed without being folded."""
         return self.outcome(batch) not in (None, Outcome.FOLDED)
+
+    def without(self, batches: Container[BatchId]) -> Verdict:
+        """The same but for some batches, which stay pending."""
+        return Verdict.of({batch: found for batch, found in self.items() if batch not in batches})
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON, for the record of a round."""

@@ -7,9 +7,11 @@ the body of a run that has begun. They aren't used, which is said once.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from splitfed.errors import InputError
@@ -18,6 +20,11 @@ from splitfed.store.lineage import Lineage
 
 DURABILITIES = ("gradient", "log")
 """What may be on file when a batch is acknowledged."""
+LARGE = 4 * 2**20
+"""Bytes of a gradient from which on a new run is a log, if nobody has said what it is to be ..."""
+SHARE = 4
+"""... unless less than one in so many of the body's parameters trains: beside what a call computes,
+the gradient is small then (adapters)."""
 
 
 def check_durability(durability: str | None) -> None:
@@ -31,6 +38,17 @@ def check_durability(durability: str | None) -> None:
             f"durability={durability!r} isn't known: expected 'gradient' (a batch's gradient is on "
             "file when it is acknowledged) or 'log' (what it follows from)"
         )
+
+
+def durability_of(fingerprint: Fingerprint) -> str:
+    """What is on file of a batch, by the body's size, where nobody has said it."""
+    sizes = {"trainable": 0, "frozen": 0, "buffer": 0}
+    for entry in fingerprint.values():
+        if "role" in entry:
+            itemsize = getattr(torch, entry["dtype"]).itemsize
+            sizes[entry["role"]] += itemsize * math.prod(entry["shape"])
+    own = sizes["trainable"]
+    return "log" if own >= LARGE and SHARE * own >= own + sizes["frozen"] else "gradient"
 
 
 def begin_with(
@@ -50,13 +68,16 @@ def begin_with(
         state: Its tensors by first name.
         part: The stamp of the body's cut, if it has one.
         durability: What is on file when a batch is acknowledged; `None` for what the lineage was
-            begun with.
+            begun with, or, if it is new, by the body's size.
 
     Raises:
         ArchitectureError: the lineage was begun with another architecture, or for another part of a
             model.
     """
-    begun = versions.initialise(fingerprint, state, part=part, durability=durability)
+    default = durability_of(fingerprint) if versions.name == "body" else "gradient"
+    begun = versions.initialise(
+        fingerprint, state, part=part, durability=durability, default=default
+    )
     # Halves that will be averaged may well begin with weights of their own, and the body of one
     # client begins as the newest of all.
     is_derived = versions.name == "client" or "@" in versions.name

@@ -23,13 +23,13 @@ from typing import Any
 
 from splitfed.errors import FormatError
 from splitfed.protocol import checksum
-from splitfed.protocol.ids import BatchId, check_number
+from splitfed.protocol.ids import BatchId, check_client_id, check_number
 from splitfed.store.batchset import BatchSet, Outcome, Verdict
 
 _KEYS = (
     "version kind nonce parent table files frozen restored abandoned source turn num_samples "
     "staleness folded older stale rejected skipped num_duplicates num_expired num_foreign time "
-    "part was settings weights durability"
+    "part was settings weights durability groups"
 ).split()
 _ALWAYS = ("version", "kind", "nonce", "files", "num_samples", "time")
 """What is in each record, whatever its value."""
@@ -48,6 +48,7 @@ _DEFAULTS = {
     "was": None,
     "settings": "",
     "durability": "gradient",
+    "groups": (),
 }
 
 
@@ -108,6 +109,9 @@ class Commit:
     durability: str = "gradient"
     """Of version 0: what is on file when a batch of the lineage is acknowledged, its 'gradient' or
     the recipes that it follows from ('log')."""
+    groups: tuple[tuple[BatchId, ...], ...] = ()
+    """The folded batches that servers had added up, each sum in the order in which it was made: the
+    rest was added in canonical order."""
     digest: str = ""
     """SHA-256 of the record itself, once it was read."""
 
@@ -207,6 +211,9 @@ class Commit:
                     (check_number("version", first), check_number("version", last))
                     for first, last in record.pop("abandoned", ())
                 ),
+                groups=tuple(
+                    tuple(_batch(*batch) for batch in group) for group in record.pop("groups", ())
+                ),
                 digest=hashlib.sha256(data).hexdigest(),
                 **record,
             )
@@ -225,3 +232,11 @@ class Commit:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FormatError(f"this isn't a commit record: {error}") from error
+
+
+def _batch(client_id: object, incarnation: object, seq: object) -> BatchId:
+    return BatchId(
+        check_client_id(client_id),
+        check_number("incarnation", incarnation),
+        check_number("seq", seq),
+    )

@@ -24,6 +24,8 @@
       pin/<id>/<incarnation>-<seq>             the version of a one-trip loss call; transient
       grad/<id>/<incarnation>-<seq>            create-once: a pending batch
       kept/<id>/<incarnation>-<seq>            what a folded batch follows from (keep_forwards)
+      sum/<version>-<holder>-<number>          what gradients of a log add up to; a cache
+      ask/<holder>                             an accumulator asks a server to write its sums
       window.json                              create-once: of a log: how long versions are needed
       settings-<hash>.safetensors              create-once: how commits step
       weights/<version>-<nonce>.safetensors    never overwritten
@@ -58,6 +60,8 @@ _VERSIONED = re.compile(
     r"(?:weights|optimizer|applied)/(\d{10,12})-([0-9a-f]+)\.(?:safetensors|json)"
 )
 _BEGUN = re.compile(r"(body|client|body@[^/]+)/(?:commit/\d{10,12}\.json|fingerprint\.json)")
+_HOLDER = re.compile(r"[0-9a-f]{16}")
+_SUM = re.compile(r"sum/(\d{10,12})-[0-9a-f]{16}-\d{10,12}")
 _HISTORY = re.compile(r"history/(\d{10,12})\.jsonl")
 POST = "post"
 _POST = re.compile(r"post/([^/]+)/([0-9a-f]{32}-\d{10,12})\.(request|answer|claim-\d{4})")
@@ -149,6 +153,8 @@ class Keys:
         self.window = f"{lineage}/window.json"
         self.head = f"{lineage}/head"
         self.gradients = f"{lineage}/grad"
+        self.sums = f"{lineage}/sum"
+        self.asks = f"{lineage}/ask"
         self.lock = f"{lineage}/commit"
 
     def frozen(self, sha256: str) -> str:
@@ -189,6 +195,25 @@ class Keys:
     def pin(self, batch: BatchId) -> str:
         """The version that a one-trip loss call runs at."""
         return f"{self.root}/pin/{_batch(batch)}"
+
+    def sum(self, version: int, holder: str, number: int) -> str:
+        """What gradients of a version add up to, as some process has added them."""
+        return f"{self.sums}/{_padded('version', version)}-{holder}-{_padded('number', number)}"
+
+    def ask(self, holder: str) -> str:
+        """The question to a process for its sums, which it deletes to answer.
+
+        Raises:
+            IdError: the name isn't that of a process.
+        """
+        if not _HOLDER.fullmatch(holder):
+            raise IdError(f"holder {holder[:40]!r} isn't allowed: expected 16 hexadecimal digits")
+        return f"{self.asks}/{holder}"
+
+    def parse_sum(self, key: str) -> int | None:
+        """The version of a sum; `None` for anything else."""
+        found = _SUM.fullmatch(key.removeprefix(f"{self.root}/"))
+        return int(found[1]) if found else None
 
     def kept(self, batch: BatchId) -> str:
         """What a batch follows from."""

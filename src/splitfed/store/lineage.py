@@ -326,6 +326,7 @@ class Lineage:
         source: int | None = None,
         part: str | None = None,
         durability: str | None = None,
+        default: str = "gradient",
     ) -> bool:
         """Publish version 0, unless it exists; the first writer wins.
 
@@ -335,7 +336,8 @@ class Lineage:
             source: The version of `body` that they are, for the line of one client.
             part: The stamp of the body's cut, if it has one.
             durability: What is on file when a batch is acknowledged; `None` for what the lineage
-                was begun with.
+                was begun with ...
+            default: ... or for this, if it is new.
 
         Returns:
             Whether there was no version before.
@@ -365,7 +367,7 @@ class Lineage:
             return False
         frozen = self._create_frozen(state)
         commit = Commit(0, "initial", "", {}, frozen, source=source, part=part)
-        commit = replace(commit, durability=durability or commit.durability)
+        commit = replace(commit, durability=durability or default)
         made = self.publish(commit, state, None)
         if made is None and frozen is not None and self.commit(0).frozen != frozen:
             self.blobs.delete(self.keys.frozen(frozen))

@@ -12,6 +12,7 @@ bytes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from splitfed.errors import CorruptedError, ExpiredError, FormatError, MissingError
+from splitfed.errors import CorruptedError, ExpiredError, FormatError, MissingError, SplitFedError
 from splitfed.model.numerics import class_id
 from splitfed.protocol.ids import BatchId
 from splitfed.store import layout
@@ -70,6 +71,9 @@ class LineageStatus:
     """Batches that commits have closed (folded, stale, rejected or skipped), by client."""
     commits: tuple[CommitStatus, ...]
     """The last few, newest first."""
+    durability: str = "gradient"
+    """What is on file when a batch is acknowledged: its 'gradient', or what that follows from
+    ('log')."""
 
     @property
     def num_waiting(self) -> int:
@@ -185,7 +189,14 @@ def _read_lineage(
         num_unread=num_unread,
         closed=closed,
         commits=commits,
+        durability=_durability(lineage),
     )
+
+
+def _durability(lineage: Lineage) -> str:
+    with contextlib.suppress(SplitFedError):  # the record of version 0 may be what is wrong
+        return lineage.durability
+    return "unknown"
 
 
 def _kept_versions(lineage: Lineage, sizes: Iterable[str]) -> set[int]:

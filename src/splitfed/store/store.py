@@ -39,7 +39,7 @@ from splitfed.store.batches import Pile
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
 from splitfed.store.clients import Clients
-from splitfed.store.fresh import Fresh
+from splitfed.store.holder import Holder
 from splitfed.store.lineage import Lineage
 from splitfed.store.rounds import Rounds
 
@@ -104,7 +104,7 @@ class GradientStore:
         self.attended = False
         """Whether this process has an accumulator on it."""
         self._lineages: Bounded[str, tuple[Lineage, Pile]] = Bounded(KEPT_LINEAGES)
-        self._fresh: dict[str, Fresh] = {}
+        self._holders: dict[str, Holder] = {}
         self._registry: Clients | None = None
         self._rounds: Rounds | None = None
         self._lock = threading.Lock()
@@ -201,10 +201,13 @@ class GradientStore:
         """The versions of a lineage."""
         return self._open(name)[0]
 
-    def fresh(self, lineage: str = "body") -> Fresh:
-        """The gradients of a lineage that this process has just computed."""
+    def holder(self, lineage: str = "body") -> Holder:
+        """What this process holds in memory of the gradients of a log."""
+        versions = self.lineage(lineage)
         with self._lock:
-            return self._fresh.setdefault(lineage, Fresh())
+            if lineage not in self._holders:
+                self._holders[lineage] = Holder(versions)
+            return self._holders[lineage]
 
     def pile(self, lineage: str = "body") -> Pile:
         """The files of a lineage's batches."""

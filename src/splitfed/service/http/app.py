@@ -82,6 +82,7 @@ def make_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         pools.close()
+        server.hand_over()
 
     app = Starlette(
         routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _unknown_route}

@@ -1,0 +1,325 @@
+"""What a process holds in memory of the gradients of a log that it has computed.
+
+The last few are held as they are, and older ones are added up (`sums`), so that memory is bounded
+by the size of the body and not by the number of batches. An accumulator of the same process takes
+them from here. One of another process asks by a file, `<lineage>/ask/<holder>`: whoever holds
+anything writes its sums, and then deletes the question, which is the answer. A thread looks for the
+question as long as something is held: an idle server gets no request that could carry it. Unasked
+it writes now and then, so that what a kill leaves to be computed again stays bounded.
+
+All of it is a cache of what recipes give: it changes speed and never results, and may lose anything
+at any moment. What must hold is that nothing is in it that isn't on file. So a gradient is put here
+after the store has created its record, and only by the process that did.
+
+A sum stays in memory after it was written, and the next one that is written continues it; the file
+of before is deleted once the later one is whole. It is dropped when one of its batches is counted.
+
+The trap: autograd may hand out a gradient that shares its memory with one that the client has, who
+may write to it. So those are copied. And after a fork both processes would answer for one holder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import uuid
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from splitfed.errors import SplitFedError
+from splitfed.protocol.ids import BatchId
+from splitfed.protocol.messages import GradientRecord, SumRecord
+from splitfed.protocol.packing import pack
+from splitfed.store.batchset import BatchSet
+from splitfed.store.lineage import Lineage
+from splitfed.store.sums import Shared, Sum, shared_of, single
+
+BYTES = 256 * 2**20
+"""So many bytes of gradients are held as they are, or two gradients if these are larger."""
+LEAST = 2
+MOST_SUMS = 2
+"""So many sums are held: of the newest version, and of the one before."""
+MOST_BATCHES = 1024
+"""No sum has more: what it holds of its batches would grow."""
+NEAR, FAR = 0.02, 0.25
+"""Seconds between two looks for a question: where a read takes microseconds, and elsewhere."""
+_LOOK_AT_TABLE = 1.0
+_UNASKED = 1.0
+"""Seconds from one write of sums to the next that nobody has asked for; and at least so many times
+what the last one took: a twentieth of the time is spent so."""
+_PAUSE = 20
+
+
+@dataclass(slots=True)
+class Held:
+    """Gradients and sums, taken out of a holder."""
+
+    gradients: dict[BatchId, GradientRecord] = field(default_factory=dict)
+    sums: list[Sum] = field(default_factory=list)
+
+    def without(self, closed: BatchSet) -> Held:
+        """What of it no commit has closed."""
+        gradients = {batch: held for batch, held in self.gradients.items() if batch not in closed}
+        sums = [one for one in self.sums if not any(batch in closed for batch in one.batches)]
+        return Held(gradients, sums)
+
+
+class Holder:
+    """The gradients of one lineage; safe to share between threads.
+
+    Args:
+        lineage: Its versions say what is counted.
+        most: How many bytes are held as they are; 256 MiB if it isn't given.
+    """
+
+    def __init__(self, lineage: Lineage, most: int | None = None) -> None:
+        self._lineage = lineage
+        self._most = BYTES if most is None else most
+        self._lock = threading.Lock()
+        """Of the dictionaries; never held while tensors are added."""
+        self._adding = threading.Lock()
+        """Of the tensors of sums; taken before the other."""
+        self._process = os.getpid()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.name = uuid.uuid4().hex[:16]
+        """What the process is called in the records of its batches."""
+        self._held = Held()
+        self._num_bytes = 0
+        self._parts: OrderedDict[tuple[BatchId, int], GradientRecord] = OrderedDict()
+        """The shares of calls whose batches aren't closed yet."""
+        self._newest = -1
+        self._alone: dict[BatchId, str] = {}
+        """The files of gradients that were written as they are."""
+        self._num_written = 0
+        self._watch: threading.Thread | None = None
+        self._looked = 0.0
+        self._is_taken = False
+        """Whether an accumulator of this process takes what is held."""
+        self._wrote = (time.monotonic(), 0.0)
+        """When sums were written last, and how many seconds that took."""
+
+    def check_process(self) -> str:
+        """The name of this process; after a fork, a new one that holds nothing."""
+        if self._process != os.getpid():
+            # Another thread of the parent may have held them when it forked.
+            self._lock, self._adding = threading.Lock(), threading.Lock()
+            self._process = os.getpid()
+            self._begin()
+        return self.name
+
+    def put(self, batch: BatchId, record: GradientRecord) -> None:
+        """Hold a gradient whose record this process has created, in memory nobody writes to."""
+        self.check_process()
+        held = record.as_gradient()
+        if record.base_version > self._newest:
+            self._newest = record.base_version
+            self._drop_counted()
+        with self._lock:
+            if batch in self._held.gradients:
+                return
+            self._held.gradients[batch] = held
+            self._num_bytes += _size(held)
+        self._reduce()
+        self._attend()
+
+    def put_part(self, batch: BatchId, part: int, share: GradientRecord) -> None:
+        """Hold the share of a call until its batch is closed, if there is room."""
+        self.check_process()
+        with self._lock:
+            self._parts[batch, part] = share.as_gradient()
+            self._parts.move_to_end((batch, part))
+            total = sum(map(_size, self._parts.values()))
+            while total > self._most and len(self._parts) > LEAST:
+                total -= _size(self._parts.popitem(last=False)[1])
+
+    def take_part(self, batch: BatchId, part: int, digest: str) -> GradientRecord | None:
+        """Take out the share of a call that has this digest; `None` if it isn't held."""
+        self.check_process()
+        with self._lock:
+            found = self._parts.pop((batch, part), None)
+        return found if found is not None and found.digest == digest else None
+
+    def collect(self) -> Held:
+        """Take out all that is held."""
+        self.check_process()
+        self._is_taken = True
+        with self._adding, self._lock:
+            found, self._held = self._held, Held()
+            self._num_bytes = 0
+        return found
+
+    def give_back(self, held: Held) -> None:
+        """Hold again what was taken out and not used."""
+        with self._adding, self._lock:
+            self._held.gradients = {**held.gradients, **self._held.gradients}
+            self._held.sums[:0] = held.sums
+            self._num_bytes = sum(map(_size, self._held.gradients.values()))
+            del self._held.sums[:-MOST_SUMS]
+        self._reduce()
+
+    def write(self) -> None:
+        """Write what is held as sums, one for what can be added up, and answer whoever asked.
+
+        Raises:
+            StoreError: the storage failed.
+            CorruptedError: the run isn't there any more.
+        """
+        self._lineage.confirm()
+        self._drop_counted()
+        began = time.monotonic()
+        with self._adding:
+            with self._lock:
+                gradients, self._held.gradients = self._held.gradients, {}
+                self._num_bytes = 0
+            groups: dict[Shared, list[tuple[BatchId, GradientRecord]]] = {}
+            for batch, record in gradients.items():
+                groups.setdefault(shared_of(record), []).append((batch, record))
+            for shared, block in groups.items():
+                if len(block) > 1 or self._open(shared) is not None:
+                    self._add(shared, block)
+                    continue
+                batch, record = block[0]
+                if batch not in self._alone:
+                    self._alone[batch] = self._create(shared, single(batch, record))
+                with self._lock:  # one that comes later may be added to it
+                    self._held.gradients.setdefault(batch, record)
+                    self._num_bytes = sum(map(_size, self._held.gradients.values()))
+            for one in self._held.sums:
+                if one.num_written < len(one.batches):
+                    one.files.append(self._create(one.shared, one.pack()))
+                    one.num_written = len(one.batches)
+                    while len(one.files) > 1:
+                        self._lineage.blobs.delete(one.files.pop(0))
+        self._lineage.blobs.delete(self._lineage.keys.ask(self.name))
+        now = time.monotonic()
+        self._wrote = (now, now - began)
+
+    def _is_due(self, now: float) -> bool:
+        """Whether to write unasked: were this process killed, all would be computed again."""
+        wrote, took = self._wrote
+        if self._is_taken or now - wrote < max(_UNASKED, _PAUSE * took):
+            return False
+        is_new = any(batch not in self._alone for batch in self._held.gradients)
+        return is_new or any(one.num_written < len(one.batches) for one in self._held.sums)
+
+    def _create(self, shared: Shared, record: SumRecord) -> str:
+        """Write a file; its key."""
+        self._num_written += 1
+        key = self._lineage.keys.sum(shared[0], self.name, self._num_written)
+        self._lineage.blobs.put(key, pack(record))
+        return key
+
+    def _reduce(self) -> None:
+        """Add up what is too much to be held as it is."""
+        if self._is_over():
+            # One may have been counted before it came here, and would spoil the sum.
+            self._drop_counted()
+        while self._is_over():
+            with self._adding:
+                with self._lock:
+                    if not self._is_over():
+                        return
+                    batch = next(iter(self._held.gradients))
+                    record = self._held.gradients.pop(batch)
+                    self._num_bytes -= _size(record)
+                self._add(shared_of(record), [(batch, record)])
+
+    def _is_over(self) -> bool:
+        return self._num_bytes > self._most and len(self._held.gradients) > LEAST
+
+    def _add(self, shared: Shared, block: list[tuple[BatchId, GradientRecord]]) -> None:
+        """Add gradients to the open sum; `_adding` is held."""
+        found = self._open(shared)
+        if found is None:
+            found = Sum(shared)
+            with self._lock:
+                self._held.sums.append(found)
+                del self._held.sums[:-MOST_SUMS]
+        found.add(block)
+        found.files += [self._alone.pop(batch) for batch, _ in block if batch in self._alone]
+
+    def _open(self, shared: Shared) -> Sum | None:
+        """The sum that such gradients are added to, if there is one."""
+        for one in reversed(self._held.sums):
+            if one.shared == shared:
+                return one if len(one.batches) < MOST_BATCHES else None
+        return None
+
+    def _drop_counted(self) -> None:
+        """Drop what can't be used any more, as one of its batches is counted."""
+        if not (self._held.gradients or self._held.sums):
+            return
+        with contextlib.suppress(SplitFedError):
+            closed = self._lineage.counted()
+            with self._adding, self._lock:
+                self._held = self._held.without(closed)
+                self._num_bytes = sum(map(_size, self._held.gradients.values()))
+                held = self._held.gradients
+                self._alone = {batch: key for batch, key in self._alone.items() if batch in held}
+
+    # ------------------------------------------------------------------------------ being asked
+
+    def _attend(self) -> None:
+        """Look for a question from now on, until nothing is held."""
+        with self._lock:
+            if self._watch is None:
+                args = (weakref.ref(self),)
+                self._watch = threading.Thread(target=_watch, args=args, daemon=True)
+                self._watch.start()
+
+    def poll(self) -> float | None:
+        """Look for a question once; seconds until the next look, `None` if nothing is held."""
+        with self._lock:
+            if not (self._held.gradients or self._held.sums):
+                self._watch = None
+                return None
+        pause = NEAR if self._lineage.blobs.is_near else FAR
+        now = time.monotonic()
+        try:
+            is_asked = self._lineage.blobs.raw.get(self._lineage.keys.ask(self.name)) is not None
+            if is_asked or self._is_due(now):
+                self.write()
+            elif now - self._looked > _LOOK_AT_TABLE:
+                self._looked = now
+                self._drop_counted()
+        except SplitFedError:  # the storage fails: who asked derives
+            return 10 * pause
+        return pause
+
+
+def _watch(found: weakref.ref[Holder]) -> None:
+    """Answer questions for a holder as long as somebody uses it."""
+    while True:
+        holder = found()
+        if holder is None:
+            return
+        pause = holder.poll()
+        if pause is None:
+            return
+        del holder
+        time.sleep(pause)
+
+
+def _size(record: GradientRecord) -> int:
+    return sum(gradient.nbytes for gradient in record.gradients.values())
+
+
+def apart(gradients: Mapping[str, Tensor], others: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    """Gradients that share no memory with the tensors of others."""
+    taken = {_memory(tensor) for tensor in others if tensor is not None}
+    return {
+        name: gradient.clone() if _memory(gradient) in taken else gradient
+        for name, gradient in gradients.items()
+    }
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,301 @@
+"""What a server holds of a log: sums change speed and never results, and may be lost at any moment."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from typing import Any
+
+import pytest
+import torch
+from harness_store import again, batch, bits, sgd
+from torch import Tensor, nn
+
+import splitfed.accumulator.gather
+from splitfed.accumulator.accumulator import Accumulator
+from splitfed.accumulator.derive import Deriver
+from splitfed.client.client import SplitClient
+from splitfed.diagnostics.garbage import collect
+from splitfed.diagnostics.integrity import verify
+from splitfed.diagnostics.replay import replay
+from splitfed.model.cut import split
+from splitfed.server.server import SplitServer
+from splitfed.store import holder as holders
+from splitfed.store.batchset import BatchSet, Verdict
+from splitfed.store.store import GradientStore
+
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
+
+
+class Body(nn.Module):
+    """Draws, counts, normalises; has what doesn't train, what isn't always reached, and complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.turn = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.other = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Three features."""
+        found = nn.functional.dropout(self.norm(x), 0.3, self.training) * self.frozen * self.scale
+        if x.shape[0] % 2:
+            found = self.other(found)
+        return (found * self.turn).abs()
+
+
+def parts() -> tuple[nn.Module, nn.Module]:
+    """Half and body, the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return split(nn.Sequential(nn.Linear(3, 3), Body()), "1")
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is held as it is but the last gradient; nobody is waited for long."""
+    monkeypatch.setattr(holders, "LEAST", 1)
+    monkeypatch.setattr(holders, "BYTES", 0)
+    monkeypatch.setattr(holders, "NEAR", 0.002)
+
+
+@pytest.fixture
+def derived(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The records whose gradients were computed again."""
+    found: list[Any] = []
+    function = Deriver.gradient
+
+    def noted(self: Deriver, record: Any) -> Any:
+        found.append(record)
+        return function(self, record)
+
+    monkeypatch.setattr(Deriver, "gradient", noted)
+    return found
+
+
+def train(store: GradientStore, durability: str, *, commits: int = 3, apart: bool = True, lose: bool = False) -> None:
+    """Two clients on two replicas, eight batches a commit; the accumulator has a store of its own if apart."""
+    body = parts()[1]
+    stores = [store, again(store)] if durability == "log" else [store, store]
+    servers = [SplitServer(body, one, durability=durability) for one in stores]
+    torch.manual_seed(5)
+    clients = [SplitClient(parts()[0], server, name) for name, server in zip("ab", servers, strict=True)]
+    accumulator = Accumulator(body, again(store) if apart else store, torch.optim.Adam)
+    for step in range(commits):
+        for number in range(8):
+            client = clients[number % 2]
+            client(X[: 2 + (number + step) % 3] + number).square().mean().backward()
+        if lose:
+            for one in stores:
+                one.holder().collect()
+        assert accumulator.step() is not None
+
+
+@pytest.fixture
+def reference() -> GradientStore:
+    """The same schedule where gradients are on file."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    train(store, "gradient")
+    return store
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_sums_give_the_bits_of_gradients_on_file(reference: GradientStore, derived: list[Any], apart: bool) -> None:
+    """Two replicas, whole numbers of samples, one loss scale; nothing is computed again, and the record is replayed."""
+    store = GradientStore(f"memory://{uuid.uuid4()}", keep_forwards=True)
+    train(store, "log", apart=apart)
+    assert derived == []
+    newest, other = store.lineage().commit(3), reference.lineage().commit(3)
+    assert sorted(map(len, newest.groups)) == ([4, 4] if apart else [3, 4])
+    assert bits(store.load_weights()) == bits(reference.load_weights())
+    assert newest.files == other.files
+    assert [store.blobs.list(f"body/{kind}") for kind in ("sum", "ask", "grad")] == [[], [], []]
+    assert replay(parts()[1], store).ok
+    assert verify(store).ok
+
+
+def test_all_sums_may_be_lost(reference: GradientStore, derived: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the holders had is computed again, with the same bits; who doesn't answer is waited for once."""
+    monkeypatch.setattr(splitfed.accumulator.gather, "WAIT", 0.05)
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    train(store, "log", lose=True)
+    assert len(derived) == 24
+    assert bits(store.load_weights()) == bits(reference.load_weights())
+
+
+def held(store: GradientStore, count: int = 4) -> SplitServer:
+    """A server that holds the gradients of some batches of client 'a'."""
+    server = SplitServer(parts()[1], store, durability="log")
+    torch.manual_seed(5)
+    client = SplitClient(parts()[0], server, "a")
+    for _ in range(count):
+        client(X).sum().backward()
+    return server
+
+
+def accumulator_of(store: GradientStore) -> Accumulator:
+    """One in another process, as far as the store can tell."""
+    return Accumulator(parts()[1], again(store), sgd())
+
+
+def test_a_sum_with_a_batch_that_isnt_folded_isnt_used(derived: list[Any]) -> None:
+    """A round that folds some: these are computed again, and the others stay."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store)
+    accumulator = accumulator_of(store)
+    commit = accumulator.step(1, only=Verdict(folded=BatchSet([batch(0), batch(2)])))
+    assert commit is not None
+    assert (commit.num_batches, commit.groups) == (2, ())
+    assert len(derived) == 2
+    commit = accumulator.step()
+    assert commit is not None
+    assert list(commit.folded) == [batch(1), batch(3)]
+    assert store.blobs.list("body/sum") == []
+    del server
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "nan"])
+def test_a_damaged_sum_is_computed_again(derived: list[Any], damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is in its file: it is a cache."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store)
+    holder = store.holder()
+    if damage == "nan":
+        holder.write()  # the rest joins the sum
+        holder._held.sums[0].total["scale"].fill_(torch.nan)
+        holder._held.sums[0].num_written = 0
+    if damage == "foreign":
+        holder._held.sums[0].total["scale"] = torch.zeros(7, dtype=torch.float64)
+    holder.write()
+    (key,) = store.blobs.list("body/sum")
+    data = bytearray(store.blobs.raw.get(key) or b"")
+    if damage == "cut":
+        store.blobs.raw.put(key, [bytes(data[:-9])], durable=False)
+    if damage == "flipped":
+        data[-1] ^= 4
+        store.blobs.raw.put(key, [bytes(data)], durable=False)
+    holder.collect()
+    monkeypatch.setattr(splitfed.accumulator.gather, "WAIT", 0.01)
+    commit = accumulator_of(store).step()
+    assert commit is not None
+    assert (commit.num_batches, commit.groups, len(derived)) == (4, (), 4)
+    del server
+
+
+def test_a_sum_that_goes_on_replaces_its_file() -> None:
+    """Each file names all batches of those before; a gradient that was alone joins the sum."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 1)
+    client = SplitClient(parts()[0], server, "b")
+    holder = store.holder()
+    for count in range(1, 5):
+        holder.write()
+        holder.write()
+        keys = store.blobs.list("body/sum")
+        assert len(keys) == 1, (count, keys)
+        client(X).sum().backward()
+    commit = accumulator_of(store).step()
+    assert commit is not None
+    assert [len(group) for group in commit.groups] == [5]
+
+
+def test_memory_is_bounded_by_the_body() -> None:
+    """However many batches wait, one gradient and two sums are held; what is counted is dropped."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 20)
+    client = SplitClient(parts()[0], server, "b")
+    holder = store.holder()
+    assert (len(holder._held.gradients), len(holder._held.sums)) == (1, 1)
+    assert len(holder._held.sums[0].batches) == 19
+    accumulator_of(store).step()
+    client(X).sum().backward()
+    assert list(holder._held.gradients) == [batch(0, "b")]
+    assert holder._held.sums == []
+
+
+def test_a_batch_that_was_on_file_isnt_held() -> None:
+    """A repeated backward that finds its record may have other bits than that says."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 1)
+    found = store.pile().read(batch(0))
+    assert found is not None
+    assert found.holder == store.holder().name
+    store.holder().collect()
+    outcome = server._lines.of("a").sealer.store(batch(0), found)
+    assert outcome == "stored"
+    assert not store.holder().collect().gradients
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_after_a_fork_the_child_holds_nothing() -> None:
+    """Both would answer for the same batches under one name."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store)
+    name = store.holder().name
+    child = os.fork()
+    if child == 0:
+        is_empty = not store.holder().collect().sums and store.holder().name != name
+        os._exit(0 if is_empty else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert store.holder().name == name
+    assert store.holder().collect().sums
+    del server
+
+
+def test_a_holder_that_is_gone_is_waited_for_no_longer_than_said(
+    monkeypatch: pytest.MonkeyPatch, derived: list[Any]
+) -> None:
+    """No question is left behind, and all is computed again."""
+    monkeypatch.setattr(splitfed.accumulator.gather, "WAIT", 0.2)
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    held(store)
+    store.holder().collect()
+    began = time.monotonic()
+    commit = accumulator_of(store).step()
+    assert time.monotonic() - began >= 0.2
+    assert commit is not None
+    assert (commit.num_batches, len(derived)) == (4, 4)
+    assert store.blobs.list("body/ask") == []
+
+
+def test_a_server_that_ends_hands_its_sums_over(derived: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked who has written all that it held."""
+    monkeypatch.setattr(splitfed.accumulator.gather, "WAIT", 30.0)
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    held(store).hand_over()
+    store.holder().collect()
+    commit = accumulator_of(store).step()
+    assert commit is not None
+    assert ([len(group) for group in commit.groups], derived) == ([4], [])
+
+
+def test_sums_are_written_unasked_where_nobody_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a kill leaves little to compute again; an accumulator of the same process takes them from memory."""
+    monkeypatch.setattr(holders, "_UNASKED", 0.0)
+    monkeypatch.setattr(holders, "_PAUSE", 0)
+    monkeypatch.setattr(holders.Holder, "_attend", lambda self: None)
+    for is_taken in (False, True):
+        store = GradientStore(f"memory://{uuid.uuid4()}")
+        server = held(store, 0)
+        if is_taken:
+            store.holder().collect()
+        SplitClient(parts()[0], server, "a")(X).sum().backward()
+        assert store.holder().poll() is not None
+        assert len(store.blobs.list("body/sum")) == (0 if is_taken else 1)
+
+
+def test_collecting_garbage_takes_sums_that_no_commit_can_use() -> None:
+    """One of whose batches is counted; and all questions."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store)
+    store.holder().write()
+    (key,) = store.blobs.list("body/sum")
+    data = bytes(store.blobs.raw.get(key) or b"")
+    accumulator_of(store).step()
+    store.blobs.raw.put(key, [data], durable=False)
+    store.blobs.put(store.lineage().keys.ask("0" * 16), [b"{}"])
+    assert {garbage.key for garbage in collect(store)} == {key, "body/ask/" + "0" * 16}
+    del server
