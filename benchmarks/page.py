@@ -17,7 +17,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
+        "ram": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -36,7 +36,7 @@ def _cpu() -> str:
 def described(found: dict[str, Any]) -> str:
     """The machine in one line."""
     return (
-        f"Measured on {found['cores']} cores ({found['cpu']}, {found['memory']}, {found['system']}), "
+        f"Measured on {found['cores']} cores ({found['cpu']}, {found['ram']}, {found['system']}), "
         f"Python {found['python']}, torch {found['torch']}, splitfed {found['splitfed']}."
     )
 

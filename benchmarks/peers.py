@@ -156,6 +156,7 @@ def torchslicer(x: Tensor, y: Tensor, seconds: float) -> dict[str, float]:
 
     config = library.RunConfig()
     config.logging.enabled = False
+    config.startup.worker_init_rpc_timeout_s = 60.0
     executor = library.DistributedExecutor(
         discovery=library.StaticDiscovery(peers=places), coordinator_addr=f"127.0.0.1:{third}", run_config=config
     )

@@ -23,7 +23,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,12 @@ SHAPES = {"medium": (8, 32, 256), "small": (64, 64)}
 
 @dataclass(frozen=True)
 class Times:
-    """What the parts of a run take, in seconds."""
+    """What the parts of a run take, in seconds of a core: each replica is to have one."""
 
     client: float
     """A client's own work for a batch."""
     forward: float
-    """A forward, as its client sees it."""
+    """A forward."""
     backward: float
     """A backward whose graph is kept."""
     commit: float
@@ -129,6 +129,14 @@ class Started:
             lines = answer.read().decode().splitlines()
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
 
+    def cpu(self) -> float:
+        """Seconds of a core that it has taken."""
+        found = 0
+        for path in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with suppress(OSError):  # a thread that has ended meanwhile
+                found += int((path / "schedstat").read_text().split()[0])
+        return found / 1e9
+
     def resident(self) -> int:
         """Bytes of memory that are its own: files that are mapped don't count."""
         text = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
@@ -180,9 +188,13 @@ class Client:
         url: Of a replica, or a balancer.
         name: Its id.
         shape: Of its activations, and of their gradients.
+        clock: What a request's time is taken by, in seconds.
     """
 
-    def __init__(self, url: str, name: str, shape: Sequence[int]) -> None:
+    def __init__(
+        self, url: str, name: str, shape: Sequence[int], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._clock = clock
         generator = torch.Generator().manual_seed(0)
         self.transport = HttpTransport(url, patience=120.0)
         self.name = name
@@ -221,9 +233,9 @@ class Client:
         self._timed("backward", back)
 
     def _timed(self, verb: str, request: Any) -> Any:
-        begun = time.perf_counter()
+        begun = self._clock()
         answer = self.transport.send(verb, request)
-        self.seconds[verb].append(time.perf_counter() - begun)
+        self.seconds[verb].append(self._clock() - begun)
         return answer
 
     def take(self) -> dict[str, float]:
@@ -454,11 +466,14 @@ def parts(folder: Path, batches: int) -> Times:
     with replicas(1, folder / "run") as (replica,):
         replica.kill()
         replica.again()
-        start = replica.await_answer()
-        (client,) = clients_of([url_of(replica)], "a")
-        cpu = time.process_time()
+        replica.await_answer()
+        start = replica.cpu()
+        client = Client(url_of(replica), "a", SHAPES["medium"], replica.cpu)
+        _batches(client, WARM)
+        client.take()
+        own = time.process_time()
         _batches(client, batches)
-        own = (time.process_time() - cpu) / batches
+        own = (time.process_time() - own) / batches
         quarters = [statistics.quantiles(taken, n=4) for taken in client.seconds.values()]
         usual = client.take()
         store = splitfed.GradientStore(folder / "run", sync="process")
@@ -469,12 +484,11 @@ def parts(folder: Path, batches: int) -> Times:
         commits, loads = [], []
         for _ in range(3):
             client.batch()
-            first = client.take()["forward"]
-            loads.append(max(0.0, first - usual["forward"]))
+            loads.append(max(0.0, client.take()["forward"] - usual["forward"]))
             _batches(client, 7)
-            begun = time.perf_counter()
+            begun = time.process_time()
             accumulator.step()
-            commits.append(time.perf_counter() - begun)
+            commits.append(time.process_time() - begun)
             client.take()
         return Times(
             client=own,
