@@ -204,10 +204,10 @@ def test_another_numerics_class_derives_it_with_a_warning(monkeypatch: pytest.Mo
     lose_sums(store)
     body.norm.eps = 0.1  # stands for a kernel that rounds otherwise
     monkeypatch.setattr("splitfed.store.store.class_id", lambda numerics: "another")
-    with pytest.warns(UserWarning, match="another numerics class"):
+    with pytest.warns(UserWarning, match="than in the numerics class that it was first"):
         commit = Accumulator(body, store, sgd()).step()
     assert commit is not None
-    assert commit.num_batches == 1
+    assert (commit.num_batches, commit.num_foreign) == (1, 1)
 
 
 def test_what_is_older_than_the_window_is_stale_and_never_derived() -> None:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
 
 import pytest
 import torch
 from bodies import sample
 
-from splitfed.model.numerics import all_finite, class_id, numerics_class
+from splitfed.model import kernels
+from splitfed.model.kernels import kernels_digest
+from splitfed.model.numerics import all_finite, class_id, common_class, numerics_class
 from splitfed.protocol.header import DTYPES
 
 CPU = torch.device("cpu")
@@ -33,7 +41,10 @@ def test_the_same_settings_are_the_same_class() -> None:
 
 @pytest.mark.parametrize("what", ["threads", "matmul", "default_dtype", "mkldnn"])
 def test_what_changes_bits_changes_the_class(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads, the precision of matrix products, the default dtype, oneDNN: in the field of that name alone."""
+    """Threads, the precision of matrix products, the default dtype, oneDNN: in the field of that name.
+
+    And in the kernels, where it changes their bits.
+    """
     before = numerics_class(CPU)
     matmul = torch.get_float32_matmul_precision()
     try:
@@ -49,8 +60,83 @@ def test_what_changes_bits_changes_the_class(what: str, monkeypatch: pytest.Monk
         after = numerics_class(CPU)
     finally:
         torch.set_float32_matmul_precision(matmul)
-    assert {key for key in before if before[key] != after[key]} == {what}
+    assert {key for key in before if before[key] != after[key]} - {"kernels"} == {what}
     assert class_id(after) != class_id(before)
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "no grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_kernels_digest_is_of_the_device_alone(mode: str) -> None:
+    """The same bits each time, in whichever mode the caller is; his generator isn't touched."""
+    before, expected = torch.get_rng_state(), kernels_digest(CPU)
+    with MODES[mode]():
+        assert kernels_digest(CPU) == expected
+        assert torch.is_grad_enabled() == (mode not in ("no grad", "inference"))
+    torch.set_default_dtype(torch.float64)
+    assert kernels_digest(CPU) == expected
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_kernels_digest_is_the_same_beside_busy_threads() -> None:
+    """50 times, while others compute."""
+    torch.set_num_threads(2)
+    ends = threading.Event()
+
+    def compute() -> None:
+        x = torch.ones(64, 64)
+        while not ends.is_set():
+            x = (x @ x).tanh()
+
+    others = [threading.Thread(target=compute) for _ in range(2)]
+    for other in others:
+        other.start()
+    try:
+        assert len({kernels_digest(CPU) for _ in range(50)}) == 1
+    finally:
+        ends.set()
+        for other in others:
+            other.join()
+
+
+def test_a_fork_beside_the_kernels_computes_with_threads() -> None:
+    """A pool of OpenMP in the thread that forks would hang the child at its first product."""
+    torch.set_num_threads(2)
+    kernels_digest(CPU)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        kernels_digest(CPU)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_every_kernel_is_there_on_a_cpu() -> None:
+    """One that raised would tell nothing."""
+    for compute in kernels._computations(partial(kernels._values, CPU)):
+        assert kernels._bits(compute)
+
+
+def test_a_class_within_an_earlier_record_has_its_keys() -> None:
+    """Its writer didn't know of kernels: a process here has the short name that it would have had then."""
+    record = numerics_class(CPU)
+    del record["kernels"]
+    assert numerics_class(CPU, record) == record
+    assert "kernels" in numerics_class(CPU, {**record, "kernels": "others"})
+
+
+@pytest.mark.parametrize(
+    ("names", "common"), [("aaa", "a"), ("a", "a"), ("ab", "mixed"), (("a", "mixed"), "mixed")], ids=str
+)
+def test_what_was_computed_in_several_classes_is_of_none(names: Iterable[str], common: str) -> None:
+    """So it is counted as foreign wherever it comes."""
+    assert common_class(names) == common
 
 
 @pytest.mark.parametrize(

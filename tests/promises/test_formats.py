@@ -14,14 +14,18 @@ before. Both must go on, so bytes of each format lie under `formats/`:
     lines/         a run with a body per client, whose average was interrupted
     outcomes/      what came of carrying these two on; tensors as plain safetensors
     format-1/      the same four as a splitfed of before checksums wrote them
+    format.json    how a run begins today: the store and the lines above are of before a numerics
+                   class had its kernels
 
 `python tests/promises/test_formats.py --write` writes all of it anew. Do so only for a deliberate
 change of a format, together with a new format version: a test of this file that fails says that
 runs and clients of today would break.
 
 The bits of a float depend on the numerics class (torch, CPU, threads). So the stores are compared
-bit for bit where the class is the one in their `format.json`, and elsewhere in all but the floats
-and what depends on them. Everything else in here is the same on every machine.
+bit for bit where the class is the one in their `format.json` and torch itself, without splitfed,
+has their bits: their record can't tell a CPU of one vendor from another's. Elsewhere they are
+compared in all but the floats and what depends on them. Everything else in here is the same on
+every machine.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ import time
 import types
 import uuid
 import warnings
+import zlib
 from collections import Counter, OrderedDict, namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -73,6 +78,7 @@ from splitfed import (
 )
 from splitfed.federation.reports import commit_rows
 from splitfed.model.cutpoint import hole_of
+from splitfed.model.numerics import numerics_class
 from splitfed.model.stamp import remove_stamps
 from splitfed.protocol.checksum import sealed, text_of
 from splitfed.protocol.messages import (
@@ -102,6 +108,7 @@ from splitfed.service.mailbox.client import StoreTransport
 from splitfed.service.mailbox.worker import Worker
 from splitfed.store.status import read_status
 
+CPU = torch.device("cpu")
 DATA = Path(__file__).parent / "formats"
 EDITIONS = {"2": "", "1": "format-1/"}
 """Of each format version that is read, the folder of its runs."""
@@ -925,9 +932,11 @@ def fixed() -> Iterator[Clock]:
         return hashlib.sha256(f"{kind} {size} {counts[f'{kind} {size}']}".encode()).digest()[:size]
 
     def uuid4() -> uuid.UUID:
-        # Modules of torch that are imported in the middle of a run draw some for themselves.
-        caller = str(sys._getframe(1).f_globals["__name__"]).partition(".")[0]
-        return uuid.UUID(bytes=drawn("uuid" if caller != "torch" else "uuid of torch", 16))
+        # Modules of torch that are imported in the middle of a run draw some for themselves, and
+        # a process names itself for what it holds in memory: only what lineages draw is in keys.
+        caller = str(sys._getframe(1).f_globals["__name__"])
+        of_lineages = caller == "splitfed.store.lineage"
+        return uuid.UUID(bytes=drawn("uuid" if of_lineages else f"uuid of {caller}", 16))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "urandom", functools.partial(drawn, "urandom"))
@@ -988,7 +997,7 @@ def outline(key: str, data: bytes) -> str | bytes:
         return json.dumps(found)
     if key == "format.json":
         found = json.loads(data)
-        return json.dumps({**found, "numerics": [*found["numerics"]], "crc32": None})
+        return json.dumps({**found, "numerics": list(found["numerics"]), "crc32": None})
     if "/commit/" in key or key.endswith("/head"):
         found = json.loads(data)
         found = json.loads(found["record"]) if "record" in found else found
@@ -1010,11 +1019,70 @@ def unworded(data: bytes) -> bytes:
 
 @functools.cache
 def same_class() -> bool:
-    """Whether this process computes in the numerics class that the pinned stores were made in."""
-    with tempfile.TemporaryDirectory() as folder:
-        exact(Path(folder))
-        own = json.loads((Path(folder) / "format.json").read_bytes())
-    return bool(own["numerics"] == json.loads(pinned("format-1/store/format.json"))["numerics"])
+    """Whether this process computes the bits that the pinned stores were made in."""
+    record = json.loads(pinned("format-1/store/format.json"))["numerics"]
+    return numerics_class(CPU, record) == record and torch_has_the_bits()
+
+
+def torch_has_the_bits() -> bool:
+    """Whether torch alone gives some of the pinned bits: a half's, a body's forward, its backward.
+
+    Not by splitfed's own runs, or a defect there would look like another machine.
+    """
+    weights = load_file(DATA / "outcomes/loaded.safetensors")
+
+    def record(key: str) -> ForwardRecord:
+        return unpack(ForwardRecord, pinned(f"store/body/forward/{key}"))
+
+    def whole(version: int) -> Whole:
+        found = Whole().train()
+        found.load_state_dict(
+            {f"body.{name}": weights[f"body/{version}/{name}"] for name in found.body.state_dict()}
+            | {name: weights[f"client/{version}/{name}"] for name in found.state_dict() if not name.startswith("body.")}
+        )
+        return found
+
+    def has_its_bits(called: ForwardRecord, outputs: Tensor) -> bool:
+        return called.crcs == (zlib.crc32(bytes.fromhex(bits(outputs))),)
+
+    with torch.random.fork_rng(devices=[]):
+        # A call of client a, through bottom and body.
+        called, model = record("a/0000000001-00000001-0000000003"), whole(1)
+        activations = model.bottom(numbers(4, 5) - 2)
+        torch.manual_seed(called.seed)
+        is_same = bits(activations) == bits(called.inputs[0][0]) and has_its_bits(called, model.body(activations))
+        # The call of client c whose backward is among the outcomes.
+        called, body = record("c/0000000002-00000001-0000000004"), whole(2).body
+        x = called.inputs[0][0].clone().requires_grad_()
+        torch.manual_seed(called.seed)
+        outputs = body(x)
+    outputs.backward(numbers(6, 3))
+    assert x.grad is not None
+    found = {f"gradients/{name}": parameter.grad for name, parameter in body.named_parameters()}
+    expected = load_file(DATA / "outcomes/answered.safetensors")
+    found["inputs/0"] = x.grad
+    return (
+        is_same
+        and has_its_bits(called, outputs)
+        and all(bits(found[name]) == bits(tensor) for name, tensor in expected.items())
+    )
+
+
+def as_begun(data: bytes, other: bytes) -> bytes:
+    """A format record as the splitfed that wrote another would have written it, with its checksum."""
+    found, keys = json.loads(data), json.loads(other)["numerics"].keys()
+    found["numerics"] = {key: value for key, value in found["numerics"].items() if key in keys}
+    found.pop("crc32")
+    return b"".join(sealed([json.dumps(found, indent=1).encode()]))
+
+
+def test_a_run_begins_with_the_pinned_record(tmp_path: Path) -> None:
+    """The keys of the numerics class in it are a format; where the kernels are those of its writer, every byte is."""
+    exact(tmp_path)
+    own, expected = (tmp_path / "format.json").read_bytes(), pinned("format.json")
+    assert outline("format.json", own) == outline("format.json", expected)
+    if json.loads(own)["numerics"] == json.loads(expected)["numerics"]:
+        assert own == expected
 
 
 def check_run(root: Path, name: str) -> None:
@@ -1023,6 +1091,7 @@ def check_run(root: Path, name: str) -> None:
     assert [general(key) for key in listed(root)] == list(keys)
     for key in listed(root):
         own, other = unworded((root / key).read_bytes()), unworded(pinned(f"{name}/{keys[general(key)]}"))
+        own = as_begun(own, other) if key == "format.json" else own
         assert outline(key, own) == outline(key, other), key
         if same_class():
             assert own == other, key
@@ -1334,6 +1403,8 @@ def test_the_pinned_store_takes_the_same_body_and_half_and_no_others(tmp_path: P
 def status(root: Path) -> tuple[dict[str, Tensor], Any]:
     """What an operator sees of a store, but for what depends on where and when he looks."""
     found = read_status(GradientStore(str(root))).to_json()
+    for lineage in found["lineages"]:  # what was told later than the store was pinned
+        assert lineage.pop("durability") == "gradient"
     kept = [name for name in found if name not in ("url", "bytes", "seconds")]
     return {}, {name: found[name] for name in kept}
 
@@ -1557,6 +1628,8 @@ def write() -> None:
             put(f"traffic/{name}.request", packed(request))
             put(f"traffic/{name}.answer", packed(getattr(server, method)(request)))
         put("mailbox.json", as_json(mailbox(scratch / "mailbox")[1]))
+        exact(scratch / "begun")
+        put("format.json", (scratch / "begun/format.json").read_bytes())
         make_token(scratch / "tokens")
         put("tokens", (scratch / "tokens").read_bytes())
 

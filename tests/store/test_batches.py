@@ -86,6 +86,22 @@ def test_the_same_number_with_other_content_is_refused(pile: Pile) -> None:
     assert pile.waiting() == [batch(0)]
 
 
+def test_a_gradient_of_rounding_alone_may_differ(pile: Pile) -> None:
+    """A bias before a BatchNorm has none but rounding, of which nothing agrees on another replica: it's the same batch.
+
+    Of what is large beside it, all but rounding must.
+    """
+    weight = torch.tensor([3.0, -4.0])
+    pile.create(batch(0), record(gradients={"weight": weight, "bias": torch.tensor([1e-7])}))
+    again = record(gradients={"weight": weight * (1 + 1e-6), "bias": torch.tensor([-2e-7])})
+    assert pile.create(batch(0), again, exactly=True)[0] == "gradient"
+    for other in (weight * 1.01, weight.flip(0)):
+        with pytest.raises(DigestError, match="other inputs"):
+            pile.create(batch(0), record(gradients={"weight": other, "bias": torch.tensor([1e-7])}), exactly=True)
+    with pytest.raises(DigestError, match="other inputs"):
+        pile.create(batch(0), record(gradients={"other": weight}), exactly=True)
+
+
 def test_a_batch_that_was_given_up_cant_come_late(pile: Pile) -> None:
     """A skip record closes the id against a request that was under way."""
     assert pile.create(batch(0), record(kind="skip", digest="", gradients={})) == ("skip", True)

@@ -21,6 +21,7 @@ from splitfed.errors import (
     SplitFedError,
     StoreCapabilityError,
 )
+from splitfed.model.numerics import class_id
 from splitfed.store import layout
 from splitfed.store.store import GradientStore
 
@@ -126,6 +127,26 @@ def test_another_numerics_class_says_so(store: GradientStore) -> None:
         other = again(store).begin(CPU)
     assert other != own
     assert store.numerics() == own
+
+
+def test_a_store_of_before_kernels_were_noted_goes_on(store: GradientStore) -> None:
+    """What its record can't have isn't compared: no warning, and this process has the name of version 0's class."""
+    store.begin(CPU)
+    header = json.loads(bytes(store.blobs.get(layout.FORMAT) or b""))
+    del header["numerics"]["kernels"]
+    store.blobs.put(layout.FORMAT, [json.dumps(header).encode()])
+    later = again(store)
+    assert later.begin(CPU) == later.numerics() == class_id(header["numerics"])
+
+
+def test_other_kernels_are_another_class(store: GradientStore) -> None:
+    """A CPU of another vendor, which says the same of itself, is told by its bits."""
+    store.begin(CPU)
+    header = json.loads(bytes(store.blobs.get(layout.FORMAT) or b""))
+    header["numerics"]["kernels"] = "0" * 16
+    store.blobs.put(layout.FORMAT, [json.dumps(header).encode()])
+    with pytest.warns(UserWarning, match=r"numerics class.*'kernels': \('0{16}', '[0-9a-f]{16}'\)"):
+        assert again(store).begin(CPU) != class_id(header["numerics"])
 
 
 @pytest.mark.parametrize(

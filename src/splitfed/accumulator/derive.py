@@ -66,12 +66,14 @@ class Deriver:
                 )
             (recipe,) = record.recipes
             model = self._model(recipe.version)
-            return follow(model, recipe, self._numerics, record.num_samples)
+            return follow(model, recipe, self._numerics, record.numerics, record.num_samples)
         parts = {
-            recipe.part: follow(self._model(recipe.version), recipe, self._numerics)
+            recipe.part: follow(
+                self._model(recipe.version), recipe, self._numerics, record.numerics
+            )
             for recipe in record.recipes
         }
-        return sum_of(parts, record.seal, record.digest, self._numerics)
+        return sum_of(parts, record.seal, record.digest)
 
     def _model(self, version: int) -> Model:
         found = self._models.get(version)

@@ -174,7 +174,7 @@ def _run_in(store: GradientStore) -> Findings:
     if not status.problems:
         detail = f"{status.num_objects} objects, {size(sum(status.bytes.values()))}"
         yield Finding("ok", "health", detail)
-    yield _numerics(status)
+    yield _numerics(store, status)
     for lineage in status.lineages:
         if lineage.version >= 0:
             # Guarded one by one: a damaged lineage must not hide the state of the others.
@@ -205,22 +205,25 @@ def _speed(store: GradientStore) -> Finding:
     return Finding("ok", "read after write", detail)
 
 
-def _numerics(status: StoreStatus) -> Finding:
+def _numerics(store: GradientStore, status: StoreStatus) -> Finding:
     import torch
 
     from splitfed.model.numerics import class_id, numerics_class
 
-    own = numerics_class(torch.device("cpu"))
+    record = (store.header() or {}).get("numerics")
+    own = numerics_class(torch.device("cpu"), record)
     if class_id(own) == status.numerics:
         detail = f"{status.numerics}: bits computed here are those of version 0's class"
         return Finding("ok", "numerics class", detail)
     machine = f"torch {own['torch']}, {own['cpu']}, {own['threads']} threads"
+    if "kernels" in own:
+        machine += f", kernels {own['kernels']}"
     return Finding(
         "note",
         "numerics class",
         f"on the CPU here it is {class_id(own)} ({machine}), the store's is {status.numerics}: "
         "batches computed here count, and are exact up to rounding; "
-        "for equal bits use the same torch, threads (OMP_NUM_THREADS) and device",
+        "for equal bits use the same torch, threads (OMP_NUM_THREADS), device and kind of CPU",
     )
 
 

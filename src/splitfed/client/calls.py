@@ -226,7 +226,8 @@ class Session:
         raise ReplayError(
             "a cut point was called inside of a backward pass, as torch.utils.checkpoint does, "
             f"and none of {len(candidates)} earlier calls with that random state had the same "
-            "outputs: keep preserve_rng_state=True, and the client half free of state"
+            "outputs: keep preserve_rng_state=True, the client half free of state, and all "
+            "replicas in one numerics class"
         )
 
     def request(

@@ -217,6 +217,8 @@ class _Line:
                 verdict, what = "unknown", str(error)
             except SplitFedError as error:
                 verdict, what = "unknown", str(error)
+            if what and commit.num_foreign:
+                what += f" (batches of another numerics class: {commit.num_foreign})"
             if what:
                 self._from_file(commit)
             version, lineage = commit.version, self._lineage.name

@@ -14,6 +14,7 @@ can't be pinned; it shows as a recompute whose outputs have another CRC.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -28,7 +29,7 @@ from splitfed.model.arguments import check_fit, check_unchanged, description, ma
 from splitfed.model.attributes import Attributes, Habits, buffer_slots
 from splitfed.model.boundary import enter, fresh, uncached, unhooked
 from splitfed.model.fingerprint import check_kind
-from splitfed.model.numerics import same_bits
+from splitfed.model.numerics import common_class, same_bits
 from splitfed.model.rng import compute_lock, seeded
 from splitfed.model.settings import apply_settings
 from splitfed.model.skeleton import Template
@@ -286,6 +287,8 @@ class Run:
     """Whether it wrote to persistent buffers."""
     written: tuple[str, ...]
     """The plain attributes that it left otherwise than they were, by module and name."""
+    numerics: str = ""
+    """The short name of the class in which its outputs on record were computed."""
     replayed: bool = False
     """Whether it is a recompute, whose outputs were compared."""
     unfinished: tuple[Tensor, ...] = ()
@@ -312,7 +315,7 @@ class Run:
         Args:
             gradients: Of its parameters.
             digest: Of the request.
-            numerics: The short name of the numerics class that it ran in.
+            numerics: The short name of this process's numerics class.
             num_samples: Its weight.
             start: The buffers that it began with, where they aren't the version's: then its update
                 is there twice, as the change from the version and as that from these.
@@ -329,7 +332,8 @@ class Run:
             num_samples=num_samples,
             loss_scale=1.0,
             digest=digest,
-            numerics=numerics,
+            # The client's gradients are of the outputs that it was answered, in their class.
+            numerics=common_class((self.numerics, numerics)),
             gradients=gradients,
             buffers=buffers,
         )
@@ -427,24 +431,51 @@ def run(
         crcs=tuple(map(safetensors.crc32, live)),
         moved=moved,
         written=tuple(written),
+        numerics=call.numerics,
         unfinished=tuple(unfinished),
     )
 
 
-def check_replay(record: ForwardRecord, replayed: Run, hint: str) -> None:
+def check_replay(record: ForwardRecord, replayed: Run, numerics: str) -> None:
     """Compare a recompute with its forward.
 
+    Args:
+        record: The forward.
+        replayed: The recompute.
+        numerics: The short name of this process's numerics class.
+
     Raises:
-        ReplayError: an output has other bits.
+        ReplayError: an output has other bits, and both ran in one numerics class. Between two this
+            is rounding, and a warning, unless the outputs are of other shapes or dtypes.
     """
-    if replayed.crcs != record.crcs:
-        pairs = zip(replayed.crcs, record.crcs, strict=False)
-        wrong = [i for i, (got, expected) in enumerate(pairs) if got != expected]
-        raise ReplayError(
-            f"recomputing a forward at version {replayed.version} gave other outputs "
-            f"(numbers {wrong} of {len(record.crcs)}): {hint}. A body must not keep state "
-            "in Python, use generators other than torch's defaults, or depend on the time"
-        )
+    if replayed.crcs == record.crcs:
+        return
+    is_alike = record.outputs == record.with_outputs(replayed.tensors, ()).outputs
+    is_foreign = record.numerics != numerics
+    if is_foreign and is_alike:
+        warn_foreign("a forward gave other outputs")
+        return
+    pairs = zip(replayed.crcs, record.crcs, strict=False)
+    wrong = [i for i, (got, expected) in enumerate(pairs) if got != expected]
+    raise ReplayError(
+        f"recomputing a forward at version {replayed.version} gave other outputs "
+        f"(numbers {wrong} of {len(record.crcs)}): the forward was computed in "
+        f"{'another' if is_foreign else 'the same'} numerics class. A body must not keep state "
+        "in Python, use generators other than torch's defaults, or depend on the time"
+    )
+
+
+def warn_foreign(what: str) -> None:
+    """Say that a recompute has other bits as it runs in another numerics class.
+
+    Without a version or a number in it: whoever filters warnings by default gets it once.
+    """
+    warnings.warn(
+        f"recomputing {what} than in the numerics class that it was first computed in. The batch "
+        "counts, exact up to rounding; for equal bits run all replicas and accumulators on the "
+        "same torch, number of threads and kind of CPU (docs/exactness.md)",
+        stacklevel=3,
+    )
 
 
 def backward(

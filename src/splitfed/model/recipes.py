@@ -7,7 +7,6 @@ bit.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from splitfed.errors import ReplayError
 from splitfed.model import execution
 from splitfed.model.execution import Model, Run
+from splitfed.model.numerics import common_class
 from splitfed.protocol import safetensors
 from splitfed.protocol.messages import ForwardRecord, GradientRecord, Recipe
 
@@ -44,13 +44,16 @@ def recipe_of(
     return Recipe(done.version, part, record, tuple(grad_outputs), _crcs(answered), digest)
 
 
-def follow(model: Model, recipe: Recipe, numerics: str, num_samples: float = 1.0) -> GradientRecord:
+def follow(
+    model: Model, recipe: Recipe, numerics: str, answered_in: str, num_samples: float = 1.0
+) -> GradientRecord:
     """The share of a call, computed again.
 
     Args:
         model: The body at the version of the call.
         recipe: The call.
         numerics: The short name of this process's numerics class.
+        answered_in: That of the batch on record.
         num_samples: The weight of its change of the buffers.
 
     Raises:
@@ -60,26 +63,18 @@ def follow(model: Model, recipe: Recipe, numerics: str, num_samples: float = 1.0
     call = recipe.forward
     done = execution.run(model, call, grad=True)
     of_inputs, gradients = execution.backward(done, recipe.grad_outputs)
-    is_same = call.numerics == numerics
-    if is_same:
-        execution.check_replay(call, done, "the forward was computed in the same numerics class")
+    execution.check_replay(call, done, numerics)
+    computed_in = common_class((call.numerics, answered_in, numerics))
     if _crcs(of_inputs) != recipe.crcs:
-        what = (
-            f"recomputing a backward at version {recipe.version} gave other gradients than were "
-            "answered"
-        )
-        if is_same:
+        if computed_in == numerics:
             raise ReplayError(
-                f"{what}, from the same outputs. A body must not keep state in Python that its "
-                "backward uses"
+                f"recomputing a backward at version {recipe.version} gave other gradients than "
+                "were answered, from the same outputs. A body must not keep state in Python that "
+                "its backward uses"
             )
-        warnings.warn(
-            f"{what}: the batch was computed in another numerics class. It counts, exact up to "
-            "rounding",
-            stacklevel=2,
-        )
+        execution.warn_foreign("a backward gave other gradients")
     return done.share(
-        gradients, recipe.digest, numerics, num_samples=num_samples, start=call.buffers
+        gradients, recipe.digest, computed_in, num_samples=num_samples, start=call.buffers
     )
 
 

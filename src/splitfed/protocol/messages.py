@@ -496,6 +496,7 @@ class GradientRecord:
     loss_scale: float
     digest: str
     numerics: str
+    """The short name of the numerics class that it was computed in; 'mixed' for several."""
     gradients: Mapping[str, Tensor]
     buffers: Sequence[BufferUpdate]
     """One for each chain."""

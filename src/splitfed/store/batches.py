@@ -35,7 +35,7 @@ from splitfed.errors import (
     FormatError,
     InputError,
 )
-from splitfed.model.numerics import all_finite
+from splitfed.model.numerics import all_finite, common_class
 from splitfed.protocol import checksum
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
 from splitfed.protocol.messages import (
@@ -424,7 +424,7 @@ class Sealer:
         digest = seal.digest(batch) if share is None else share.digest
         # In a log the parts of before are recipes alone, unless they are held in memory.
         is_whole = all(part.buffers for part in parts.values())
-        record = (sum_of if is_whole else _listed)(parts, seal, digest, self._numerics)
+        record = (sum_of if is_whole else _listed)(parts, seal, digest)
         status = self.store(batch, replace(record, resumed=resumed), is_whole=is_whole)
         # Only now: were the parts dropped first and the process killed, the retry would find
         # neither parts nor batch.
@@ -550,25 +550,20 @@ def _status(outcome: Outcome, resumed: int) -> str:
     return "skipped" if resumed and outcome is Outcome.SKIPPED else outcome.status
 
 
-def sum_of(
-    parts: Mapping[int, GradientRecord], seal: Seal, digest: str, numerics: str
-) -> GradientRecord:
+def sum_of(parts: Mapping[int, GradientRecord], seal: Seal, digest: str) -> GradientRecord:
     """The gradient of a batch.
 
     Args:
         parts: Its parts by number, in the order in which they are added.
         seal: What closes it.
         digest: Of the request that does.
-        numerics: The short name of the numerics class that it was computed in.
     """
-    record = _listed(parts, seal, digest, numerics)
+    record = _listed(parts, seal, digest)
     gradients = _sum([part.gradients for part in parts.values()])
     return replace(record, gradients=gradients, buffers=_updates(seal.chains, parts))
 
 
-def _listed(
-    parts: Mapping[int, GradientRecord], seal: Seal, digest: str, numerics: str
-) -> GradientRecord:
+def _listed(parts: Mapping[int, GradientRecord], seal: Seal, digest: str) -> GradientRecord:
     """A batch as the recipes of its parts."""
     recipes = [recipe for part in parts.values() for recipe in part.recipes]
     return GradientRecord(
@@ -577,7 +572,8 @@ def _listed(
         num_samples=seal.num_samples,
         loss_scale=seal.loss_scale,
         digest=digest,
-        numerics=numerics,
+        # Whoever adds them up adds nothing of its own: a sum of two has the same bits anywhere.
+        numerics=common_class(part.numerics for part in parts.values()),
         # Of the call that rides along: whether it is finite is tested when it is stored.
         gradients=[*parts.values()][-1].gradients,
         buffers=[],
@@ -649,19 +645,24 @@ def _check_same(found: Mapping[str, Tensor], computed: Mapping[str, Tensor], nam
     """Refuse a gradient whose digest is on file with another gradient.
 
     A repeated backward may be computed by a kernel without a fixed order, or in another numerics
-    class: differences of rounding are none.
+    class: differences of rounding are none. They are measured by the gradient as a whole: that of a
+    bias before a BatchNorm is zero but for rounding, and all of it differs.
 
     Raises:
         DigestError: it is another one.
     """
+    lengths, distances = [], {}
     for parameter, gradient in computed.items():
         other = found.get(parameter)
-        if other is not None and other.shape == gradient.shape:
-            wide = torch.complex128 if gradient.is_complex() else torch.float64
-            own = gradient.detach().to("cpu", wide)
-            distance = (own - other.to("cpu", wide)).norm()
-            if distance <= torch.finfo(gradient.dtype).eps ** 0.5 * own.norm():
-                continue
-            if not math.isfinite(float(distance)):
-                continue
-        raise DigestError(f"{name} was sent before for other inputs: {_COPIES}")
+        if other is None or other.shape != gradient.shape:
+            raise DigestError(f"{name} was sent before for other inputs: {_COPIES}")
+        wide = torch.complex128 if gradient.is_complex() else torch.float64
+        own = gradient.detach().to("cpu", wide)
+        lengths.append(float(own.norm()))
+        distances[parameter] = float((own - other.to("cpu", wide)).norm())
+    whole = math.hypot(*filter(math.isfinite, lengths))
+    for parameter, distance in distances.items():
+        if not math.isfinite(distance):
+            continue
+        if distance > torch.finfo(computed[parameter].dtype).eps ** 0.5 * whole:
+            raise DigestError(f"{name} was sent before for other inputs: {_COPIES}")

@@ -249,8 +249,8 @@ class GradientStore:
         Raises:
             FormatError: the store is of another format version.
         """
-        own = numerics_class(device)
-        expected = self._read_format(own)["numerics"]
+        expected = self._read_format(device)["numerics"]
+        own = numerics_class(device, expected)
         if own != expected:
             names = {*own, *expected}
             differing = {
@@ -266,11 +266,11 @@ class GradientStore:
             )
         return class_id(own)
 
-    def _read_format(self, numerics: dict[str, Any]) -> dict[str, Any]:
+    def _read_format(self, device: torch.device) -> dict[str, Any]:
         """The store's format record; if there is none, it is begun with this numerics class."""
         if self.header() is None:
             self.blobs.probe()
-            header = {"format": FORMAT_VERSION, "numerics": numerics}
+            header = {"format": FORMAT_VERSION, "numerics": numerics_class(device)}
             # The header may have been lost: then what was kept says that it is kept.
             if self._keeps_forwards or self.blobs.list("body/kept"):
                 header["keep_forwards"] = True
