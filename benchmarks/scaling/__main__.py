@@ -61,9 +61,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
     base = found["virtual"]["no commits"][0]
     for (way, rates), colour in zip(found["virtual"].items(), plots.PALETTE, strict=False):
         axes.plot(counts, [rate / base for rate in rates], "o-", color=colour, linewidth=2, markersize=4, label=way)
-    one = found["replicas"]["balanced 1"]["rate"]
-    real = [found["replicas"][f"balanced {count}"]["rate"] / one for count in found["counts"]]
-    axes.plot(found["counts"], real, "s", color=plots.INK, markersize=6, label=f"measured on {found['cores']} cores")
+    if found["counts"]:
+        one = found["replicas"]["balanced 1"]["rate"]
+        real = [found["replicas"][f"balanced {count}"]["rate"] / one for count in found["counts"]]
+        label = f"measured on {found['cores']} cores"
+        axes.plot(found["counts"], real, "s", color=plots.INK, markersize=6, label=label)
     title = "Batches a second, as multiples of one replica's, with as many clients as replicas"
     plots.style(axes, title=title, x="replicas", y="")
     axes.set_xscale("log", base=2)
@@ -80,7 +82,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/scaling"), help="where scaling.json goes")
     parser.add_argument("--docs", type=Path, help="write the tables into this page, between its markers")
     parser.add_argument("--picture", type=Path, help="draw the throughput here")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each window")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each window")
     parser.add_argument("--rounds", type=int, default=4, help="windows of each way, in turns")
     settings = parser.parse_args()
     reason = balancer.missing()

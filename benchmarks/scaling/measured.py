@@ -482,9 +482,9 @@ def parts(folder: Path, batches: int) -> Times:
         )
         accumulator.step()
         commits, loads = [], []
-        for _ in range(3):
+        for _ in range(5):
             client.batch()
-            loads.append(max(0.0, client.take()["forward"] - usual["forward"]))
+            loads.append(client.take()["forward"] - usual["forward"])
             _batches(client, 7)
             begun = time.process_time()
             accumulator.step()
@@ -495,7 +495,7 @@ def parts(folder: Path, batches: int) -> Times:
             forward=usual["forward"],
             backward=usual["backward"],
             commit=statistics.median(commits),
-            load=statistics.median(loads),
+            load=max(0.0, statistics.mean(loads)),
             start=start,
             # Of a normal distribution the middle half is 1.349 standard deviations wide.
             spread=statistics.mean(math.log(high / low) / 1.349 for low, _, high in quarters),

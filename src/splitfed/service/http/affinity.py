@@ -25,12 +25,13 @@ import re
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
 CALLS = 16
 """At most so many calls that go on from one another have one key."""
-_CALLS = {
+_CALLS: dict[str, Callable[[Any], Any]] = {
     "forward": lambda request: request,
     "loss": attrgetter("forward"),
     "backward": lambda request: request,
