@@ -34,7 +34,7 @@ from torch import nn
 import splitfed
 from benchmarks.balancer import balancing, hashed, in_turn, named
 from benchmarks.models import tiny, transformer
-from splitfed.protocol.messages import BackwardRequest, Chain, ForwardRequest, Seal
+from splitfed.protocol.messages import BackwardRequest, Chain, ForwardRequest, Housekeeping, Seal
 from splitfed.service.http.client import HttpTransport
 
 WARM = 2
@@ -204,6 +204,7 @@ class Client:
         self._incarnation: int | None = None
         self._number = 0
         self._seen = 0
+        self._done: tuple[tuple[int, int], ...] = ()
 
     def batch(self) -> None:
         """A forward and its backward."""
@@ -224,6 +225,7 @@ class Client:
             version=None,
             seen=self._seen,
             previous=None,
+            housekeeping=Housekeeping(released=self._done),
         )
         answer = self._timed("forward", ahead)
         self._incarnation, self._seen = answer.incarnation, answer.version
@@ -231,6 +233,7 @@ class Client:
         gradients = (self._gradient,)
         back = BackwardRequest(self.name, self._incarnation, number, 0, answer.version, number, gradients, seal)
         self._timed("backward", back)
+        self._done = ((answer.version, number),)
 
     def _timed(self, verb: str, request: Any) -> Any:
         begun = self._clock()
