@@ -41,7 +41,7 @@ unit: $(HAVE_DEV)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		$(if $(COVERAGE),--cov --cov-report=term) $(ARGS)
 
-integrations: $(HAVE_DEV) ## with other libraries' models, adapters and trainers (PEFT, PyG, Lightning, Opacus)
+integrations: $(HAVE_DEV) ## with other libraries' models, adapters and trainers (PEFT, PyG, Lightning, Opacus, MONAI)
 	$(BIN)/python -m pytest -m integration --numprocesses 2 --dist loadfile $(ARGS)
 
 bench: $(HAVE_DEV) ## benchmarks: JSON in runs/bench, tables on the terminal

@@ -11,6 +11,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # The model libraries under test must never look for a network.
 os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
 
+import gc
+import multiprocessing
 import random
 import uuid
 from collections.abc import Iterator
@@ -18,7 +20,6 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 from servers import COUNTING, azurite, ignoring, moto, seaweed
 from soak import PARTS, Ledger
 
@@ -31,26 +32,31 @@ hypothesis.settings.register_profile("soak", deadline=None, max_examples=2_000, 
 TESTS = Path(__file__).parent
 # Files that take longest go first, so that two processes which take a file at a time end at about the same time.
 LONGEST = (
-    "promises/test_examples",
-    "blobs/test_object_stores",
-    "promises/test_transparency",
-    "service/http/test_serve",
-    "simulation/engines/test_processes",
     "faults/test_simulator",
-    "faults/test_kill",
-    "faults/test_kill_owners",
+    "blobs/test_object_stores",
     "promises/test_docs",
-    "faults/test_race",
-    "promises/test_study",
-    "promises/test_invariant_04",
-    "federation/test_per_client",
+    "client/test_resume",
+    "promises/test_transparency",
+    "promises/test_examples",
+    "faults/test_hostile_account",
     "faults/test_service_processes",
+    "service/http/test_serve",
+    "service/http/test_guard",
+    "promises/test_typing",
+    "simulation/engines/test_processes",
     "cli/test_demo",
-    "blobs/test_local",
-    "promises/test_stragglers",
+    "blobs/test_sharing",
+    "faults/test_race",
+    "faults/test_kill",
+    "federation/test_per_client",
     "promises/test_invariant_06",
-    "protocol/test_header",
+    "promises/test_invariant_04",
     "simulation/test_launch",
+    "store/test_bounded",
+    "store/test_holder",
+    "cli/test_doctor",
+    "promises/test_study",
+    "protocol/test_header",
 )
 # Counting lines takes a third of a run: not in those of the long files whose lines other tests count.
 UNCOUNTED = (
@@ -78,8 +84,13 @@ INTEGRATIONS = (
 
 
 def _name(item: pytest.Item) -> str:
-    """A test's file by its place below this folder; file names repeat."""
-    return item.path.relative_to(TESTS).with_suffix("").as_posix()
+    """A test's file by its place."""
+    return _place(item.path)
+
+
+def _place(path: Path) -> str:
+    """A file by its place below this folder; file names repeat."""
+    return path.relative_to(TESTS).with_suffix("").as_posix()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -106,6 +117,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("integration")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of `make integrations` are imported where they are wanted only: some bring a library that takes seconds."""
+    is_unwanted = "not integration" in config.option.markexpr
+    return True if is_unwanted and _place(collection_path) in INTEGRATIONS else None
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the hypothesis profile: fixed examples in the tests, many fresh ones in the soak."""
     is_soak = config.option.markexpr == "soak"
@@ -114,13 +131,22 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Ledger(config.getoption("part") or "all"))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What the imports have made isn't looked at again: a collection of all garbage takes a second with it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def deterministic() -> Iterator[None]:
     """Each test starts with one thread, the same generators, float32 and grad mode on, whatever ran before."""
+    import torch  # here: the process that only deals out the tests does without
+
     torch.set_num_threads(1)
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # the CPU's alone: torch.manual_seed notes a traceback for each other kind
     random.seed(0)
     yield
     if torch.are_deterministic_algorithms_enabled():  # asked first: switching loads the compiler, which takes seconds
@@ -132,6 +158,14 @@ def uncounted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """What is marked `no_cover` counts no lines in the processes that it starts either."""
     if request.node.get_closest_marker("no_cover") is not None:
         monkeypatch.delenv(COUNTING, raising=False)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes of simulations begin where torch is imported already: three seconds less than those of users."""
+    from processes import CONTEXT
+
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: CONTEXT)
 
 
 @pytest.fixture(params=["file", "memory"])

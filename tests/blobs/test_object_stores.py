@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 class ObjectStoreSuite(BlobsSuite):
     """The public suite over one of the fixtures."""
 
-    num_keys = 6
+    num_keys = 3
 
     def open(self, place: str) -> Blobs:
         """A prefix of the bucket."""
@@ -142,12 +142,12 @@ def test_accumulators_that_die_on_s3_leave_the_bits_of_memory(s3: Place) -> None
 
 def test_replies_that_are_lost_between_client_library_and_server_change_nothing(s3: Place) -> None:
     """The first reply to each conditional write is cut off: the library's retry meets its own object, and we know."""
-    calm: list[tuple[int, Hook]] = [(-1, crash)] * 3
+    calm: list[tuple[int, Hook]] = [(-1, crash)]
     url = s3.url()
     SplitServer(split(model(), AT)[1], GradientStore(url))  # begun without the proxy: the probe trusts what it is told
     with Proxy(s3.endpoint) as proxy:
         got = outcome(train_two(url, calm, endpoint_url=proxy.url))
-        assert len(proxy.cut) >= 3 * (2 + 4), "two gradients and the four files of a commit, each time"
+        assert len(proxy.cut) >= 2 + 4, "two gradients and the four files of a commit"
     assert got == outcome(train_two(f"memory://{uuid.uuid4()}", calm))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from splitfed.cli.command import main
+from splitfed.service.http.auth import new_token
 
 # What the script `splitfed` does that an installation makes of the entry point.
 SCRIPT = [sys.executable, "-c", "import sys; from splitfed.cli import main; sys.exit(main())"]
@@ -27,7 +30,6 @@ def ended(command: list[str], *arguments: str) -> tuple[int, str, str]:
         (["token", "--help"], 0, "usage: splitfed token [-h] ACTION"),
         (["--version"], 0, "splitfed "),
         (["dance"], 2, "splitfed: error: argument VERB: invalid choice: 'dance'"),
-        (["status", "--store", "memory://nobody"], 1, "splitfed: error: "),
     ],
 )
 def test_the_package_runs_as_the_command_does(arguments: list[str], status: int, said: str) -> None:
@@ -36,6 +38,24 @@ def test_the_package_runs_as_the_command_does(arguments: list[str], status: int,
     assert found == ended(SCRIPT, *arguments)
     assert found[0] == status
     assert "".join(found[1:]).startswith(said)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
+@pytest.mark.parametrize("command", [MODULE, SCRIPT], ids=["module", "script"])
+def test_output_that_nobody_takes_is_no_traceback(command: list[str], tmp_path: Path) -> None:
+    """A pipe whose reader has left, as `| head` leaves, ends it as shells expect; a full disk is one line.
+
+    The verb is one that needs no torch; none writes otherwise.
+    """
+    new_token(tmp_path / "tokens", "a")
+    words = [*command, "token", "list", "--tokens", str(tmp_path / "tokens")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as left, open("/dev/full", "w") as full:
+        gone = subprocess.run(words, stdout=left, stderr=subprocess.PIPE, text=True, check=False)
+        filled = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (gone.returncode, gone.stderr) == (141, "")
+    assert (filled.returncode, filled.stderr) == (1, "splitfed: error: [Errno 28] No space left on device\n")
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

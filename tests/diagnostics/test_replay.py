@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from harness_store import Point, again, batch, sgd
@@ -310,15 +308,8 @@ def test_in_another_process_by_the_command(tmp_path: Path) -> None:
     """From the store alone: `splitfed replay APP`."""
     store = GradientStore(str(tmp_path / "run"), keep_forwards=True)
     train(store, 3, optimizer=adam, lr_scheduler=steps_down)
-    command = [sys.executable, "-m", "splitfed", "replay", "test_replay:body", "--store", str(tmp_path / "run")]
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [*command, "--threads", str(torch.get_num_threads()), "--json"],
-        cwd=here,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
+    words = ["replay", "test_replay:body", "--store", tmp_path / "run", "--threads", torch.get_num_threads(), "--json"]
+    done = programs.run(programs.command, *words, folder=Path(__file__).parent)
     assert done.returncode == 0, done.stderr + done.stdout
     assert json.loads(done.stdout)["ok"] is True
 

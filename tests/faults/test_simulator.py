@@ -84,7 +84,7 @@ def test_what_is_wrong_is_shrunk() -> None:
     with installed("own files deleted after an ambiguous commit"):
         runs = map(run, range(CATCHES_WITHIN))
         found = next(outcome for outcome in runs if outcome.wrong and len(outcome.faults) > 10)
-        small = Shrinker(most=60).shrink(found)
+        small = Shrinker(most=25).shrink(found)
         assert small.wrong
         assert len(small.faults) < len(found.faults), small.faults
         assert run(small.plan).trace == small.trace

@@ -38,6 +38,21 @@ def test_a_few_pairs_of_faults(backend: str, tmp_path: Path) -> None:
     pairs(backend, tmp_path, FEW, seed=0)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("backend", ["named", "remote"])
+def test_the_same_pairs_are_the_same_run(backend: str, tmp_path: Path) -> None:
+    """Call for call, or a seed that has failed couldn't be looked into."""
+    runs = []
+    for _ in range(2):
+        faults = Faults(random.Random(5), [(150, 155), (300, 302)])
+        with opened(backend, tmp_path / "run", faults) as make:
+            outcome = Training(make, anew=False).run(faults)
+        runs.append((faults.trace, outcome.keys))
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        Remote.objects.clear()
+    assert runs[0] == runs[1]
+
+
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("backend", BACKENDS)

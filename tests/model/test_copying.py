@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import Case, parameters
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -34,7 +34,7 @@ def described(value: Any, seen: dict[int, int]) -> Any:
     return type(value)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", parameters())
 def test_a_copy_is_what_deepcopy_makes(case: Case) -> None:
     """Attribute by attribute, in the same order, with the same objects shared; of models of many kinds."""
     model = case.model()

@@ -45,8 +45,16 @@ def accelerate_reset() -> Iterator[None]:
         GradientState._reset_state()
 
 
-@pytest.mark.usefixtures("accelerate_reset")
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+TRAINERS = "docs/trainers.md"
+RUN = [
+    pytest.param(page, id=name, marks=[pytest.mark.integration] if name == TRAINERS else [])
+    for page, name in zip(PAGES, NAMES, strict=True)
+]
+"""The pages; that on trainers is one of `make integrations`, with all the libraries that it brings."""
+
+
+@pytest.mark.usefixtures("accelerate_reset", "forked_workers")
+@pytest.mark.parametrize("page", RUN)
 def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page, one after another in one namespace and an empty folder, run as they stand."""
     monkeypatch.chdir(tmp_path)

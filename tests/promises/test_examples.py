@@ -10,7 +10,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
+import programs
 import pytest
 from servers import unmeasured
 
@@ -34,24 +36,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("stores")
 
 
-@pytest.fixture(scope="module")
-def ended(folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
-    """All examples, run two at a time; warnings in them are errors."""
-
-    def run(name: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-W", "error", str(EXAMPLES / name), *SMALL[name], "--store", str(folder / name)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=unmeasured())
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(SMALL, pool.map(run, SMALL), strict=True))
-
-
 @pytest.fixture
-def printed(request: pytest.FixtureRequest, ended: dict[str, subprocess.CompletedProcess[str]]) -> str:
-    """What the example that a test is named after has printed."""
-    result = ended[request.node.name.removeprefix("test_") + ".py"]
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def printed(request: pytest.FixtureRequest, folder: Path) -> str:
+    """What the example that a test is named after prints; warnings in it are errors.
+
+    The quickstart is run as from a shell, the others where torch is imported.
+    """
+    name = request.node.name.removeprefix("test_") + ".py"
+    words = [EXAMPLES / name, *SMALL[name], "--store", folder / name]
+    if name == "quickstart.py":
+        command = [sys.executable, "-W", "error", *map(str, words)]
+        ended: Any = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=unmeasured())
+    else:
+        ended = programs.run(programs.script, *words, strict=True)
+    assert ended.returncode == 0, ended.stderr
+    return str(ended.stdout)
 
 
 def figures(pattern: str, printed: str) -> list[float]:
@@ -126,6 +125,7 @@ def test_bert(printed: str) -> None:
     assert right >= 0.85
 
 
+@pytest.mark.integration
 def test_unet(printed: str) -> None:
     """The split network marks discs far better than a threshold does."""
     found, threshold = figures(r"dice.* ([\d.]{5})", printed)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 import graphlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import programs
 import pytest
 
 import splitfed
@@ -238,7 +237,7 @@ from splitfed import CutPoint, SplitClient, SplitFedError, Transport, join, spli
 import {wanted}
 print(*sorted(name.split(".")[1] for name in sys.modules if name.startswith("splitfed.")))
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    result = programs.run(programs.code, code, ("splitfed", "fsspec", "filelock", "starlette"))
     assert result.returncode == 0, result.stderr
     loaded = set(result.stdout.split())
     assert "client" in loaded

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 import splitfed
@@ -35,6 +36,13 @@ def fresh(code: str) -> set[str]:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     return set(run.stdout.split())
+
+
+def with_torch(code: str) -> set[str]:
+    """The same where torch is imported already, and nothing of ours."""
+    ended = programs.run(programs.code, code, ("splitfed",))
+    assert ended.returncode == 0, ended.stderr
+    return set(ended.stdout.split())
 
 
 def test_all_is_sorted_and_without_doubles() -> None:
@@ -98,7 +106,7 @@ def test_light_names_stay_light(name: str) -> None:
 
 def test_a_star_import_brings_all_names() -> None:
     """`from splitfed import *` gives what `__all__` says."""
-    assert set(splitfed.__all__) <= fresh("from splitfed import *; print(*dir())")
+    assert set(splitfed.__all__) <= with_torch("from splitfed import *; print(*dir())")
 
 
 def test_dir_lists_the_public_names() -> None:
@@ -117,7 +125,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 )
 def test_modules_that_are_used_by_name_are_there_at_once(path: str) -> None:
     """`import splitfed` is enough for `splitfed.policies.mode(...)`, whatever else has been imported before."""
-    assert fresh(f"import splitfed; print(splitfed.{path}.__name__)") == {path.rpartition(".")[2]}
+    assert with_torch(f"import splitfed; print(splitfed.{path}.__name__)") == {path.rpartition(".")[2]}
 
 
 PACKAGES = sorted(path.parent for path in PACKAGE.parent.rglob("__init__.py"))
@@ -164,10 +172,7 @@ for name in {names}:
 assert torch.equal(before, torch.get_rng_state()), "random numbers were drawn"
 assert threading.active_count() == 1, threading.enumerate()
 """
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert programs.run(programs.code, code, ("splitfed",), strict=True) == programs.Ended(0, "", "")
 
 
 def test_the_package_says_that_it_is_typed() -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
-from servers import unmeasured
 from torch import Tensor
 
 STUDY = Path(__file__).parents[2] / "examples" / "study.py"
@@ -60,8 +58,7 @@ def summary(folder: Path) -> dict[str, Any]:
 def run(*arguments: object) -> str:
     """Run the script for three owners and two rounds; warnings are errors."""
     settings = ("--clients", OWNERS, "--alpha", 5.0, "--rounds", 2, *arguments)
-    command = [sys.executable, "-W", "error", str(STUDY), *map(str, settings)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=unmeasured())
+    done = programs.run(programs.script, STUDY, *settings, strict=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import harness
 import pytest
 import torch
-from cases import BY_NAME, CASES, Case
+from cases import BY_NAME, CASES, Case, parameters
 from harness import Apart, Split, Step, Wire, assert_equal, assert_same, assert_step, fresh, replay_rng, scalar, step
+from processes import CONTEXT
 from torch import nn
 
 import splitfed
 from splitfed.protocol import messages, packing, pytree
 
 STEPS = 3
-CASE = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+CASE = pytest.mark.parametrize("case", parameters())
 MODES: dict[str, dict[str, Any]] = {
     "graph_kept": {},
     "recomputed": {"keep_graphs": 0},
@@ -68,7 +69,7 @@ def test_training_has_the_bits_of_the_reference(case: Case, mode: str, tmp_path:
         assert_same(split.state(), unsplit.module.state_dict(), "state")
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if case.raw])
+@pytest.mark.parametrize("case", parameters(case for case in CASES if case.raw))
 def test_the_reference_is_the_raw_model(case: Case) -> None:
     """Where the body draws nothing and the cut groups no sum, the reference has the bits of the raw model."""
     raw, reference = case.model(), splitfed.reference(case.model(), case.at)
@@ -125,29 +126,30 @@ class OtherProcess(Wire):
 
     folder: Path
     name: str
-    child: subprocess.Popen[str]
+    child: Connection
 
     def backward(self, request: messages.BackwardRequest, /) -> messages.BackwardAnswer:
         """Through a file, and the answer from another."""
         path = self.folder / f"{self.name}.request"
         path.write_bytes(b"".join(packing.pack(request)))
-        assert self.child.stdin is not None
-        assert self.child.stdout is not None
-        print(self.name, self.folder / self.name, path, file=self.child.stdin, flush=True)
-        assert self.child.stdout.readline() == f"{self.name}\n"
+        self.child.send((self.name, str(self.folder / self.name), path))
+        assert self.child.recv() == self.name
         return packing.unpack(messages.BackwardAnswer, path.with_suffix(".answer").read_bytes())
 
 
-def serve() -> None:
-    """The other process: for each line (case, store, file of a request), answer the request with no graph kept."""
-    for line in sys.stdin:
-        name, url, path = line.split()
-        case = BY_NAME[name]
-        _, body = splitfed.split(case.model(), case.at)
-        server = splitfed.SplitServer(body, splitfed.GradientStore(url, sync="process"), keep_graphs=0)
-        answer = server.backward(packing.unpack(messages.BackwardRequest, Path(path).read_bytes()))
-        Path(path).with_suffix(".answer").write_bytes(b"".join(packing.pack(answer)))
-        print(name, flush=True)
+def serve(asked: Connection) -> None:
+    """The other process: for each case, store and file of a request, answer the request with no graph kept."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    with asked, suppress(EOFError):
+        while True:
+            name, url, path = asked.recv()
+            case = BY_NAME[name]
+            _, body = splitfed.split(case.model(), case.at)
+            server = splitfed.SplitServer(body, splitfed.GradientStore(url, sync="process"), keep_graphs=0)
+            answer = server.backward(packing.unpack(messages.BackwardRequest, path.read_bytes()))
+            path.with_suffix(".answer").write_bytes(b"".join(packing.pack(answer)))
+            asked.send(name)
 
 
 @pytest.fixture
@@ -155,25 +157,26 @@ def child() -> Iterator[Any]:
     """Starts the other process when it is called, and ends it after the test."""
     started = []
 
-    def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-W", "error", "-c", "import test_transparency; test_transparency.serve()"]
-        where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=where))
-        return started[0]
+    def start() -> Connection:
+        here, there = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=serve, args=(there,), daemon=True)
+        process.start()
+        there.close()
+        started.append((process, here))
+        return here
 
     yield start
-    for process in started:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.close()
-        assert process.wait(timeout=60) == 0
-        process.stdout.close()
+    for process, pipe in started:
+        pipe.close()
+        process.join(60)
+        assert process.exitcode == 0
 
 
-def test_a_process_started_after_the_forward_serves_the_backward(child: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", ["", pytest.param("monai", marks=pytest.mark.integration)])
+def test_a_process_started_after_the_forward_serves_the_backward(library: str, child: Any, tmp_path: Path) -> None:
     """Every body's backward has the reference's bits in a process that never saw the forward and keeps no graphs."""
     forwards = []
-    for case in CASES:
+    for case in (case for case in CASES if case.library == library):
         split = Split(case.model(), case.at, tmp_path / case.name, wire=OtherProcess)
         inputs = case.inputs()
         rewind = replay_rng()

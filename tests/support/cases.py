@@ -5,7 +5,7 @@ A process that serves a case's backward builds the same body from this file and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ class Case:
     grouped: bool = False
     """Whether the cut groups a sum: an activation used by the client and several times in the body, or a parameter that
     each of several calls uses more than once."""
+    library: str = ""
+    """Whose model it is, where the import alone takes seconds: such a case is one of `make integrations`."""
 
     @property
     def raw(self) -> bool:
@@ -73,8 +75,8 @@ CASES = [
         draws=True,
     ),
     Case("control_flow", bodies.control_flow, "body", rand(4, 6)),
-    Case("densenet_block", bodies.densenet, "features.denseblock1", rand(2, 1, 32, 32), draws=True),
-    Case("unet", bodies.unet, "model.1.submodule", rand(2, 1, 16, 16), draws=True),
+    Case("densenet_block", bodies.densenet, "features.denseblock1", rand(2, 1, 32, 32), True, library="monai"),
+    Case("unet", bodies.unet, "model.1.submodule", rand(2, 1, 16, 16), True, library="monai"),
     Case("bert_layer", lambda: bodies.hugging_face("bert"), "model.encoder.layer.0", words, draws=True),
     Case("gpt2_layer", lambda: bodies.hugging_face("gpt2"), "model.h.1", words, draws=True),
     Case("inplace_relu", bodies.residual, "1", rand(2, 2, 8, 8)),
@@ -102,3 +104,11 @@ CASES = [
     Case("fan_out", bodies.fan_out, "body", rand(4, 6), grouped=True),
 ]
 BY_NAME = {case.name: case for case in CASES}
+
+
+def parameters(cases: Iterable[Case] = CASES) -> list[Any]:
+    """The cases as the parameters of a test."""
+    import pytest  # here: the process that serves a case has no use for it
+
+    marks = {True: [pytest.mark.integration], False: []}
+    return [pytest.param(case, id=case.name, marks=marks[bool(case.library)]) for case in cases]

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import get_ident
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -31,6 +32,7 @@ from splitfed.blobs import files, local
 from splitfed.errors import SplitFedError, StoreError
 from splitfed.protocol.ids import BatchId
 from splitfed.server.server import SplitServer
+from splitfed.store import clients
 from splitfed.store.store import GradientStore
 
 BEFORE = ("EIO", "ENOSPC", "EINTR", "ESTALE", "ENOENT")
@@ -64,6 +66,7 @@ class Faults:
 
     def __init__(self, chance: random.Random, pairs: Sequence[tuple[int, int]] = ()) -> None:
         self._chance = chance
+        self._names = random.Random(chance.random())
         self._pairs = pairs
         self._at = {number for pair in pairs for number in pair}
         self._thread = get_ident()
@@ -71,17 +74,25 @@ class Faults:
         self.armed = True
         self.seen: list[tuple[str, str, str]] = []
         """Name, argument and kind of those that failed."""
+        self.trace: list[tuple[str, str]] = []
+        """Name and file of each call."""
 
     @property
     def num_pairs(self) -> int:
         """The number of pairs both of which came about."""
         return sum(max(pair) < self.count for pair in self._pairs)
 
+    def names(self, size: int, real: Callable[[int], bytes] = os.urandom) -> bytes:
+        """What the system would draw, of which the names of files are made; the probe's threads get its own."""
+        return self._names.randbytes(size) if get_ident() == self._thread else real(size)
+
     def __call__(self, name: str, what: Any, perform: Callable[[], Any], cut: Callable[[], Any] | None = None) -> Any:
         """One call."""
         if not self.armed or get_ident() != self._thread:
             return perform()
         number, self.count = self.count, self.count + 1
+        paths = [path for path in (what if isinstance(what, tuple) else (what,)) if isinstance(path, str)]
+        self.trace.append((name, os.path.basename(paths[-1]) if paths else ""))
         if number not in self._at:
             return perform()
         kind = self._chance.choice(kinds(name))
@@ -154,6 +165,8 @@ class Remote(Objects):
 def opened(backend: str, folder: Path, faults: Faults) -> Iterator[Callable[[], GradientStore]]:
     """What opens a store of a backend, as a new process would, whose calls are numbered.
 
+    A run is a function of its faults: random names come of their generator, and no clock has clients looked up again.
+
     Args:
         backend: A way of publishing files, "found" for the experiment, "memory" or "remote".
         folder: Where files go, a new folder.
@@ -176,6 +189,8 @@ def opened(backend: str, folder: Path, faults: Faults) -> Iterator[Callable[[], 
     system = System(faults)
     Remote.faults = faults
     with (
+        mock.patch("os.urandom", faults.names),
+        mock.patch.object(clients, "time", SimpleNamespace(monotonic=lambda: 0.0)),
         mock.patch.object(files, "os", system),
         mock.patch.object(local, "os", system),
         mock.patch.object(files, "LEAST_SPARES", 0),

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import urllib3
@@ -105,6 +105,8 @@ def read_all(stream: socket.socket) -> bytes:
 def scripted(*answers: bytes | None, port: int = 0) -> Iterator[tuple[str, list[bytes]]]:
     """A server that reads a request per connection and answers these bytes in turn; `None` closes without an answer.
 
+    After the last it hangs up on whoever comes: a client may ask whether TLS is spoken here, and would wait for that.
+
     Yields:
         Its URL, and the requests that it has read.
     """
@@ -142,12 +144,14 @@ def read_request(stream: socket.socket) -> bytes:
 
 
 def _play(bound: socket.socket, answers: tuple[bytes | None, ...], seen: list[bytes]) -> None:
-    for said in answers:
+    left = iter(answers)
+    while True:
         try:
             stream, _ = bound.accept()
         except OSError:
             return
-        with stream:
+        with stream, suppress(StopIteration):
+            said = next(left)
             seen.append(read_request(stream))
             if said is not None:
                 stream.sendall(said)

@@ -46,9 +46,20 @@ METHODS = {
 }
 TRIES = 100
 CONTEXT = multiprocessing.get_context("forkserver")
-# The first optimizer of a process imports torch._dynamo: once, here, and not in every process.
+# The first optimizer of a process imports torch._dynamo: once, here, and not in every process. Modules of tests import
+# pytest, which takes longer than all else that they bring.
 CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "splitfed.accumulator.accumulator", "splitfed.client.client", "splitfed.server.server"]
+    [
+        "pytest",
+        "torch._dynamo",
+        "splitfed.accumulator.accumulator",
+        "splitfed.cli.command",
+        "splitfed.client.client",
+        "splitfed.server.server",
+        "splitfed.service.http.app",
+        "splitfed.service.http.client",
+        "splitfed.service.http.serve",
+    ]
 )
 
 

@@ -22,11 +22,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from splitfed.store.store import GradientStore
+if TYPE_CHECKING:
+    from splitfed.store.store import GradientStore
 
 KEY, SECRET, REGION, BUCKET = "splitfed-key", "splitfed-secret", "us-east-1", "splitfed"
 START_SECONDS = 60.0
@@ -72,6 +73,10 @@ class Place:
 
     def store(self, url: str = "") -> GradientStore:
         """Open a store here: a fresh one unless `url` says which."""
+        from splitfed.store.store import (
+            GradientStore,  # brings torch, which the process that only deals out tests needn't
+        )
+
         return GradientStore(url or self.url(), **self.options)
 
 

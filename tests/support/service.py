@@ -36,15 +36,6 @@ from splitfed.server.server import SplitServer
 from splitfed.store import layout
 from splitfed.store.store import GradientStore
 
-CONTEXT.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "splitfed.accumulator.accumulator",
-        "splitfed.client.client",
-        "splitfed.service.http.app",
-        "splitfed.service.http.serve",
-    ]
-)
 OWNERS = [f"owner-{number}" for number in range(8)]
 LIMIT = 200.0
 CLIP_NORM = 0.1  # below the norms that come, so that a commit which doesn't clip shows

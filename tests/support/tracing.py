@@ -136,13 +136,15 @@ def trace_step(folder: str | os.PathLike[str]) -> tuple[Trace, Trace]:
     store = splitfed.GradientStore(folder, sync="process")
     client = splitfed.SplitClient(half, splitfed.SplitServer(body, store), client_id="site-a")
     optimizer = torch.optim.SGD(client.parameters(), lr=0.1)
-    for _ in range(STEP):
-        inputs, targets = torch.randn(4, 8), torch.randn(4, 8)
+    batches = [(torch.randn(4, 8), torch.randn(4, 8)) for _ in range(STEP)]
+    for inputs, targets in batches[:-1]:
         optimizer.zero_grad()
-        outputs, forward = trace(partial(client, inputs))
-        loss = nn.functional.mse_loss(outputs, targets)
-        _, backward = trace(loss.backward)
+        nn.functional.mse_loss(client(inputs), targets).backward()
         optimizer.step()
+    inputs, targets = batches[-1]
+    optimizer.zero_grad()
+    outputs, forward = trace(partial(client, inputs))
+    _, backward = trace(nn.functional.mse_loss(outputs, targets).backward)
     return forward, backward
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 
 from splitfed.blobs.contract import Buffer
@@ -179,7 +179,7 @@ history.append({{"kind": "round", "round": 1}})
 history.append({{"kind": "commit", "version": 7}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert programs.run(programs.code, code).returncode == -9
     assert History.load(tmp_path).rows == [{"kind": "round", "round": 1}]
 
 

@@ -6,14 +6,13 @@ import gzip
 import os
 import random
 import socket
-import subprocess
-import sys
 import threading
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from harness import Split, assert_step, sgd
@@ -185,7 +184,7 @@ def test_patience_ends_with_the_last_error(monkeypatch: pytest.MonkeyPatch) -> N
     with scripted(*[BUSY] * 100) as (url, seen), pytest.raises(BusyError, match="much to do"):
         HttpTransport(url, patience=0.3).pull(PullRequest("a"))
     assert len(seen) > 1
-    with scripted(None, None) as (url, _), pytest.raises(UnreachableError, match=url):
+    with scripted(None) as (url, _), pytest.raises(UnreachableError, match=url):
         HttpTransport(url, patience=0.0).pull(PullRequest("a"))
 
 
@@ -318,8 +317,8 @@ def test_a_path_in_the_url_is_kept() -> None:
 def test_the_client_s_side_loads_nothing_of_the_server_s() -> None:
     """A device needs urllib3, and neither starlette nor fsspec nor a module of the store's."""
     code = "import sys, splitfed.service.http.client; print(*sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    loaded = set(run.stdout.split())
+    without = ("splitfed", "starlette", "uvicorn", "fsspec", "filelock", "urllib3")
+    loaded = set(programs.run(programs.code, code, without).stdout.split())
     assert "urllib3" in loaded
     assert not loaded & {"starlette", "uvicorn", "fsspec", "filelock", "splitfed.store", "splitfed.server"}
 

@@ -9,10 +9,8 @@ from typing import Any
 
 import hypothesis
 import pytest
-import schemathesis
 from harness_http import serving
 from harness_requests import ahead
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from splitfed import errors
 from splitfed.errors import InputError, SplitFedError
@@ -84,6 +82,8 @@ def test_the_schema_of_errors_is_what_errors_are() -> None:
 
 def test_schemathesis_finds_nothing() -> None:
     """Made-up requests of every operation: no failure, no status, header or type that the document doesn't have."""
+    import schemathesis  # here, and not as a plugin of pytest: half a second in each process
+
     with serving(f"memory://{uuid.uuid4()}", Limits(body=1 << 20)) as (_, service):
         schema = schemathesis.openapi.from_url(f"{service.url}/openapi.json")
         operations = [found.ok() for found in schema.get_all_operations()]
@@ -96,6 +96,8 @@ def test_schemathesis_finds_nothing() -> None:
 
 def fuzz(operation: Any) -> None:
     """15 requests of one operation, all checks."""
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
     # What the document can only call binary has a form, so that bytes at random are rightly refused.
     opaque = [positive_data_acceptance] if operation.method == "post" else []
 

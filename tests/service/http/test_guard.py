@@ -19,7 +19,7 @@ from splitfed.protocol.packing import pack
 from splitfed.service.http.contract import decode_error
 from splitfed.service.http.limits import Limits
 
-LIMITS = Limits(receive_seconds=2.0, bytes_per_second=1 << 20, http_header=4096, connections=20)
+LIMITS = Limits(receive_seconds=1.0, bytes_per_second=2 << 20, http_header=4096, connections=20)
 HEAD = b"POST /v1/forward HTTP/1.1\r\nhost: x\r\ncontent-type: application/octet-stream\r\n"
 
 
@@ -57,13 +57,13 @@ def test_a_trickle_ends_as_well(service: Service) -> None:
 
 
 def test_a_large_body_over_a_slow_line_arrives(service: Service) -> None:
-    """Bytes that come buy time: 1 MiB a second here, so that 3 MiB may take more than the two seconds."""
+    """Bytes that come buy time: 2 MiB a second here, so that 3 MiB may take more than the one second."""
     data = b"".join(pack(ahead(client_id="slow")))
     pad = b"x" * (1 << 20)
     with service.raw(HEAD + b"content-length: %d\r\n\r\n" % (len(data) + 3 * len(pad)) + data) as stream:
         for _ in range(3):
             stream.sendall(pad)
-            time.sleep(0.9)  # the slow line itself
+            time.sleep(0.45)  # the slow line itself
         assert stream.recv(1 << 16).startswith(b"HTTP/1.1 400")  # trailing bytes: it was read to its end
 
 

@@ -217,6 +217,6 @@ def test_tls_at_a_port_of_plain_http(plain: int) -> None:
 
 def test_an_answer_of_400_that_is_not_about_tls() -> None:
     """It is another service: nothing is said of TLS."""
-    script = scripted(answer(400, b"<html>bad</html>"), None)
+    script = scripted(answer(400, b"<html>bad</html>"))
     with script as (url, _), pytest.raises(UnreachableError, match=r"answered 400.*is the URL right"):
         HttpTransport(url).pull(ASK)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 import urllib3
+from processes import CONTEXT
+from programs import Program, command, program
 from torch import nn
 
 import splitfed
@@ -51,28 +51,18 @@ def body():
     torch.manual_seed(0)
     return Slow()
 """
-COMMAND = [
-    sys.executable,
-    "-c",
-    "import sys; from splitfed.cli import main; sys.exit(main())",
-    "serve",
-    "site_app:body",
-]
+SETTINGS = ["--store", "run", "--sync", "process", "--port", "0"]
 
 
 @contextmanager
-def process(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(folder: Path, *arguments: str) -> Iterator[tuple[Program, str]]:
     """`splitfed serve` as a process, and the URL that it prints."""
     (folder / "site_app.py").write_text(APP)
-    command = [*COMMAND, "--store", "run", "--sync", "process", "--port", "0", *arguments]
-    found = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        line = found.stdout.readline() if found.stdout else ""
-        assert line.startswith("splitfed: serving on http"), found.communicate()[1]
+    words = ["serve", "site_app:body", *SETTINGS, *arguments]
+    with program(command, *words, folder=folder) as found:
+        line = found.stdout.readline()
+        assert line.startswith("splitfed: serving on http"), found.communicate().stderr
         yield found, line.split()[-1]
-    finally:
-        found.kill()
-        found.communicate()
 
 
 def half() -> nn.Module:
@@ -91,9 +81,9 @@ def test_sigterm_lets_a_request_end_and_exits_with_0(tmp_path: Path) -> None:
                 time.sleep(0.01)
             server.send_signal(signal.SIGTERM)
             assert under_way.result().shape == (3, 2)
-        _, log = server.communicate(timeout=60)
-        assert server.returncode == 0
-        assert "Traceback" not in log
+        ended = server.communicate(timeout=60)
+        assert ended.returncode == 0
+        assert "Traceback" not in ended.stderr
         with pytest.raises(splitfed.UnreachableError):
             client(x)
 
@@ -110,9 +100,9 @@ def test_a_worker_that_is_killed_is_started_anew(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
         assert transport.pull(PullRequest("a")).version == -1
         server.send_signal(signal.SIGTERM)
-        _, log = server.communicate(timeout=120)
-        assert server.returncode == 0
-        assert "another one begins" in log
+        ended = server.communicate(timeout=120)
+        assert ended.returncode == 0
+        assert "another one begins" in ended.stderr
 
 
 def test_https_with_the_certificate_that_the_client_trusts(tmp_path: Path) -> None:
@@ -195,16 +185,14 @@ def test_a_call_that_outlasts_the_drain_is_told_to_come_again_and_holds_up_nobod
             server.send_signal(signal.SIGTERM)
             with pytest.raises(splitfed.BusyError, match="is being stopped: try again"):
                 under_way.result()
-        server.communicate(timeout=60)
-        assert server.returncode == 0
+        assert server.communicate(timeout=60).returncode == 0
 
 
 def test_a_signal_as_soon_as_the_url_is_known_ends_it(tmp_path: Path) -> None:
     """Before uvicorn has begun."""
     with process(tmp_path) as (server, _):
         server.send_signal(signal.SIGTERM)
-        server.communicate(timeout=60)
-        assert server.returncode == 0
+        assert server.communicate(timeout=60).returncode == 0
 
 
 def test_a_signal_before_uvicorn_takes_signals_isn_t_lost() -> None:
@@ -226,9 +214,8 @@ def test_a_signal_before_uvicorn_takes_signals_isn_t_lost() -> None:
 
 def test_a_worker_that_doesn_t_end_is_killed(caplog: pytest.LogCaptureFixture) -> None:
     """One that ignores SIGTERM."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    worker = context.Process(target=deaf, args=(there,))
+    here, there = CONTEXT.Pipe()
+    worker = CONTEXT.Process(target=deaf, args=(there,))
     worker.start()
     assert here.recv() == "deaf"
     serving._end_processes([worker], 0.1)

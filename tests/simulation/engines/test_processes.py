@@ -46,6 +46,7 @@ def test_two_workers_end_in_the_bits_of_one_process(tmp_path: Path) -> None:
     assert all(commit["delay"] > 0 for commit in crew.history.commits())
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_round_is_the_same_in_workers_and_its_store_goes_with_it() -> None:
     """Client states travel between workers; a temporary folder holds the store as long as the run is held."""
     settings: dict[str, Any] = {"model": toy.model(0.5), "rounds": 2, "personal": ("3.*",), "keep_optimizers": True}
@@ -59,6 +60,7 @@ def test_a_round_is_the_same_in_workers_and_its_store_goes_with_it() -> None:
     assert not folder.exists()
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize(
     ("how", "error", "said"), [("raises", KeyError, "no such loss"), ("dies", WorkerError, "code 3")]
 )
@@ -79,6 +81,7 @@ def test_what_workers_cant_be_told_is_refused() -> None:
         toy.run(store=GradientStore("memory://mine"), workers=1)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_workers_go_on_with_a_killed_round(tmp_path: Path) -> None:
     """One client's update is in: it isn't trained again, and the round ends in the bits of one go."""
     alone, store = toy.run(rounds=1), GradientStore(tmp_path / "store", sync="process")
