@@ -50,7 +50,21 @@ def table(found: dict[str, Any]) -> str:
     for place, count in enumerate(found["beyond"]):
         cells = (f"{rates[place] / base:.2f}" for rates in found["virtual"].values())
         lines.append(f"| {count} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", behind(found["parts"])])
+
+
+def behind(parts: dict[str, float]) -> str:
+    """The times behind the virtual rows, and how many replicas one accumulator keeps up with."""
+    took = {name: 1e3 * seconds for name, seconds in parts.items()}
+    keeps = 8 / parts["commit"] * (parts["client"] + parts["forward"] + parts["backward"])
+    return (
+        f"In milliseconds of a core: a forward {took['forward']:.0f}, "
+        f"a backward with its graph {took['backward']:.0f}, "
+        f"the client's own work {took['client']:.0f}, the weights of a new version {took['load']:.0f}, "
+        f"a commit of eight batches {took['commit']:.0f}, the start of a replica {took['start']:.0f}. "
+        f"One accumulator commits eight batches as fast as {keeps:.0f} such replicas answer them; "
+        "with more replicas a commit has more batches."
+    )
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
