@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import http_step, limits, page, peers, rounds, split_step
+from benchmarks import http_step, limits, page, peers, pipeline, rounds, split_step
 
 Rows = dict[str, dict[str, float]]
 OTHERS: dict[str, tuple[Callable[[float], Rows], str, float]] = {
@@ -25,6 +25,8 @@ OTHERS: dict[str, tuple[Callable[[float], Rows], str, float]] = {
     "limits": (limits.run, limits.BASE, 0.03),
 }
 """What runs the case in so many seconds, what its ratios are to, and its share of the time."""
+TURNS = 10
+"""Of each loop of the pipeline."""
 SPLIT = 0.8
 """The share of the cases in one process."""
 
@@ -50,6 +52,9 @@ def main() -> None:
         if settings.only in name:
             found[name] = run(60 * settings.minutes * share)
             tables[name] = rounds.as_table({name: found[name]}, base)
+    if settings.only in "pipeline":
+        found["pipeline"] = pipeline.run(TURNS)
+        tables["pipeline"] = pipeline.as_table(found["pipeline"])
     if settings.only in "peers":
         found["peers"] = peers.run(60 * settings.minutes * 0.05)
         tables["peers"] = peers.as_table(found["peers"])

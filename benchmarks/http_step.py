@@ -61,8 +61,8 @@ def run(seconds: float) -> dict[str, dict[str, float]]:
             return stack.enter_context(server(serve, str(folder / name)))
 
         steps = {
-            "splitfed": splitfed_step(HttpTransport(at(_serve_splitfed, "run"))),
-            "plain urllib3": splitfed_step(Plain(at(_serve_splitfed, "plain"))),
+            "splitfed": splitfed_step(HttpTransport(at(serve_splitfed, "run"))),
+            "plain urllib3": splitfed_step(Plain(at(serve_splitfed, "plain"))),
             "executor": splitfed_step(HttpTransport(at(_serve_executor, "executor"))),
             "echoes": echo_step(at(_serve_echo)),
             "JSON lists": json_step(at(_serve_json)),
@@ -190,7 +190,8 @@ def _serve_app(app: Any, bound: socket.socket) -> None:
     _serve_here(lambda: app, Limits(), Place(), bound, lambda: None)
 
 
-def _serve_splitfed(bound: socket.socket, folder: str) -> None:
+def serve_splitfed(bound: socket.socket, folder: str) -> None:
+    """Serve the tiny body as `splitfed serve` does."""
     _serve_app(_service(splitfed.split(tiny(), "2")[1], folder), bound)
 
 
@@ -201,7 +202,7 @@ def _serve_executor(bound: socket.socket, folder: str) -> None:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
     Threads.run = run  # type: ignore[method-assign]
-    _serve_splitfed(bound, folder)
+    serve_splitfed(bound, folder)
 
 
 def _serve_resnet(bound: socket.socket, folder: str) -> None:

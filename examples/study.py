@@ -38,7 +38,8 @@ def train(deal: Deal, arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"rates": {}, "curves": {}, "baselines": {}}
     for name in arguments.modes:
         mode, rates = recipe.make_mode(name, arguments.buffer), rates_of(name, arguments)
-        rows = modes.train(deal, mode, rates, rounds, seed, arguments.output / f"{name}.jsonl")
+        history = arguments.output / f"{name}.jsonl"
+        rows = modes.train(deal, mode, rates, rounds, seed, history, arguments.compression)
         found["rates"][name], found["curves"][name] = rates.describe(), curve(name, rows)
     for name in arguments.baselines:
         found["baselines"][name] = curve(name, baselines.BASELINES[name](deal, rounds, seed))
@@ -73,6 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="*", choices=list(recipe.RATES), default=["round", "buffered", "sflv2"])
     parser.add_argument("--baselines", nargs="*", choices=list(baselines.BASELINES), default=list(baselines.BASELINES))
     parser.add_argument("--buffer", type=int, default=20, help="batches of a commit in buffered mode (default: 20)")
+    parser.add_argument("--compression", metavar="CODEC", help="of all that crosses the cuts, such as int8")
     parser.add_argument("--rule", type=int, default=0, metavar="ROUNDS", help="run the study's own rule too")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="of weights, deal and orders (default: 0)")

@@ -14,7 +14,15 @@ from mnist_study.recipe import Deal, Rates
 from splitfed import policies, simulation
 
 
-def train(deal: Deal, mode: policies.Mode, rates: Rates, rounds: int, seed: int, path: Path) -> Iterator[Row]:
+def train(
+    deal: Deal,
+    mode: policies.Mode,
+    rates: Rates,
+    rounds: int,
+    seed: int,
+    path: Path,
+    compression: str | None = None,
+) -> Iterator[Row]:
     """Train in one mode; yield a row per round.
 
     Args:
@@ -24,6 +32,7 @@ def train(deal: Deal, mode: policies.Mode, rates: Rates, rounds: int, seed: int,
         rounds: How many rounds, of one local pass each.
         seed: Seeds weights and orders.
         path: The file of the run's history; an older one is replaced.
+        compression: The codec of all that crosses the cuts; exact if there is none.
 
     Yields:
         The keys of the baselines; `bytes` counts tensors, both ways. Also `commits` of the body and `passes` over the
@@ -40,7 +49,7 @@ def train(deal: Deal, mode: policies.Mode, rates: Rates, rounds: int, seed: int,
         half_optimizer=rates.half,
         rounds=rounds,
         mode=mode,
-        local=simulation.LocalTraining(batch_size=recipe.BATCH),
+        local=simulation.LocalTraining(batch_size=recipe.BATCH, compression=compression),
         evaluate=deal.test,
         seed=seed,
         name=f"study: {mode.name}",

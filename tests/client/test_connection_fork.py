@@ -151,3 +151,17 @@ def test_a_fork_over_http(tmp_path: Path) -> None:
         assert error_of_a_pass(model, client, given) < 1e-12
         assert in_a_fork(lambda: error_of_a_pass(model, client, given)) < 1e-12
     assert [str(batch) for batch in store.waiting()] == ["a/1/0", "a/2/0"]
+
+
+def test_a_pipeline_stays_with_the_process_that_has_begun_it(tmp_path: Path) -> None:
+    """Its thread isn't in the child, where nothing is ahead; the parent goes on."""
+    _, client, store = made(tmp_path)
+    items = [(torch.randn(4, 6).double(), torch.zeros(())) for _ in range(3)]
+    pipeline = client.pipeline(items, lambda outputs, _: outputs.sum())
+    next(pipeline)
+    kind, text = in_a_fork(lambda: next(pipeline))
+    assert kind == "UnsupportedError"
+    assert "make another one in the child" in text
+    assert in_a_fork(lambda: client.position()["batch"]) == 0
+    assert [done.number for done in pipeline] == [1, 2]
+    assert len(store.waiting()) == 4

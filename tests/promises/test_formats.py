@@ -81,6 +81,7 @@ from splitfed.model.cutpoint import hole_of
 from splitfed.model.numerics import numerics_class
 from splitfed.model.stamp import remove_stamps
 from splitfed.protocol.checksum import sealed, text_of
+from splitfed.protocol.coding import Coded
 from splitfed.protocol.messages import (
     BackwardAnswer,
     BackwardRequest,
@@ -379,7 +380,15 @@ def added_later() -> dict[str, Any]:
     set_by_half = dataclasses.replace(ahead, part="3:5/9f2c01ab", settings=settings, previous_version=2)
     kept = (((2, 3), "float32", True),)
     record = ForwardRecord("", ((x,), {}), (True,), True, 5, None, None, kept, (7,), "x", settings)
+    steps = torch.tensor([[127, -64, 0], [1, 2, 3]], dtype=torch.int8)
+    coding = (Coded(0, "int8/1", "float32", (2, 3), (3, 1), (x[0, :1],), 0.5, 2.0),)
+    wanted = {"coding": coding, "answer_codec": "bfloat16/1+zstd/1"}
     return {
+        "ForwardRequest.coded": dataclasses.replace(ahead, inputs=((steps,), {}), **wanted),
+        "ForwardAnswer.coded": ForwardAnswer(1, 7, steps, (True,), False, {}, (1,), coding=coding),
+        "BackwardRequest.coded": BackwardRequest("a", 1, 5, 0, 7, 3, (steps,), None, **wanted),
+        "BackwardAnswer.coded": BackwardAnswer((steps,), "stored", coding),
+        "LossAnswer.coded": LossAnswer(1, 7, x[0, 0], (steps,), "stored", False, coding=coding),
         "Chain.after": Chain(8.0, 1, after=0),
         "ForwardRequest.settings": set_by_half,
         "ForwardAnswer.written": ForwardAnswer(1, 7, x, (True,), False, {}, (1,), True, ("layer.kl",)),

@@ -14,6 +14,7 @@ from typing_extensions import assert_type
 import splitfed
 from splitfed import Accumulator, Commit, CutPoint, GradientStore, PerClient, SplitClient, SplitServer, Transport
 from splitfed.accumulator import policies
+from splitfed.client import BatchResult
 
 
 def cutting(model: nn.Module, x: Tensor) -> nn.Module:
@@ -56,6 +57,12 @@ def training(client_half: nn.Module, server: Transport, batches: Iterable[tuple[
         optimizer.step()
         with client.batch(num_samples=len(x)):
             client(x).sum().backward()
+    for done in client.pipeline(batches, nn.functional.cross_entropy, optimizer, in_flight=2):
+        assert_type(done, BatchResult)
+        assert_type(done.loss, Tensor)
+    client.pipeline(batches, nn.functional.cross_entropy, in_flight="2")  # type: ignore[arg-type]
+    SplitClient(client_half, server, client_id="hospital-a", compression={"activations": "int8"})
+    SplitClient(client_half, server, client_id="hospital-a", compression=8)  # type: ignore[arg-type]
     client.push(num_samples=100)
     client.push()
     client.push(gradient=True)

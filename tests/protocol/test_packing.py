@@ -14,6 +14,7 @@ from torch import Tensor
 
 from splitfed.errors import ContainerError, FormatError
 from splitfed.protocol import messages, pytree, safetensors
+from splitfed.protocol.coding import Coded
 from splitfed.protocol.fields import added_fields
 from splitfed.protocol.messages import (
     BackwardAnswer,
@@ -137,6 +138,7 @@ def test_every_message_is_among_the_examples() -> None:
         "Chain",
         "RoundInfo",
         "BufferUpdate",
+        "Coded",
     }
     assert held == {n for n, c in vars(messages).items() if dataclasses.is_dataclass(c)}
 
@@ -287,6 +289,7 @@ def test_a_named_tuple_of_messages_is_a_tuple() -> None:
     assert [chain.last_part for chain in found.chains] == [0, 1]
 
 
+CODING = (Coded(0, "int8/1+zstd/1", "float32", (2, 3), (3, 1), (T, T + 1), 0.5, 2.0),)
 LATER = [
     dataclasses.replace(
         AHEAD,
@@ -295,9 +298,15 @@ LATER = [
         previous_version=6,
         resumed=2**32,
         repeats=4,
+        coding=CODING,
+        answer_codec="int8/1",
     ),
-    dataclasses.replace(BACK, counted=False, resumed=2**32),
-    ForwardAnswer(1, 7, {"out": T}, (True,), False, {}, (1,), moved=True, written=("layer.kl",), repeated=True),
+    dataclasses.replace(BACK, counted=False, resumed=2**32, coding=CODING, answer_codec="int8/1"),
+    ForwardAnswer(
+        1, 7, {"out": T}, (True,), False, {}, (1,), moved=True, written=("layer.kl",), repeated=True, coding=CODING
+    ),
+    BackwardAnswer((T, None), "stored", CODING),
+    LossAnswer(1, 7, torch.tensor(0.5), (T, None), "rejected", True, repeated=True, coding=CODING),
 ]
 
 
@@ -309,7 +318,7 @@ def test_a_field_that_came_later_travels_only_if_it_says_something(message: Any)
     assert {name for name, _ in spec_of(message)} - {name for name, _ in spec_of(before)} == set(names)
     for sent in (message, before):
         found = unpack(type(sent), joined(sent))
-        assert [getattr(found, name) for name in names] == [getattr(sent, name) for name in names]
+        assert [fields(getattr(found, name)) for name in names] == [fields(getattr(sent, name)) for name in names]
 
 
 def spec_of(message: Any) -> list[Any]:

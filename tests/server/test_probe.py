@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 import splitfed
 from splitfed.errors import ReplayError, UnsupportedError
+from splitfed.model import execution
+from splitfed.model.rng import has_compute_lock, seeded
+from splitfed.server import probe
 
 
 class Clients:
@@ -169,3 +172,19 @@ def test_a_loss_on_the_server_is_recomputed_too() -> None:
     with pytest.raises(ReplayError, match="gave other outputs"):
         client.loss(torch.randn(4, 6), torch.randn(4, 8))
     assert store.waiting() == []
+
+
+def test_generators_are_seeded_under_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for the first backwards of kept graphs, which run again: another thread draws from the same generator."""
+    held: list[bool] = []
+
+    class Watched(seeded):
+        def __enter__(self) -> seeded:
+            held.append(has_compute_lock())
+            return super().__enter__()
+
+    for module in (execution, probe):
+        monkeypatch.setattr(module, "seeded", Watched)
+    trained(Clients(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))).client(), 1)
+    assert len(held) >= 3  # the forward, and its replay with a backward
+    assert all(held)

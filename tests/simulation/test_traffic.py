@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import toy
 from harness import Wire, sgd
 from torch import Tensor, nn
 
@@ -129,3 +130,31 @@ def test_an_eval_batch_isnt_an_arrival() -> None:
     client(torch.ones(1, 2)).sum().backward()
     client.loss(torch.ones(1, 2), torch.ones(1, 2)).backward()
     assert arrivals.take() == {}
+
+
+def test_compressed_traffic_is_counted_as_it_travels_and_its_error_is_in_the_row() -> None:
+    """Of each client and of the round: two clients, two batches each, four tensors of 16 KiB a batch."""
+    settings = {"model": wide(), "batch_size": 64, "clients": toy.clients(2, 128)}
+    errors = {f"{flow}_error" for flow in ("activations", "outputs", "grad_outputs", "grad_activations")}
+    for exact, coded in zip(toy.run(**settings), toy.run(**settings, compression="int8"), strict=True):
+        assert not errors & exact.keys()
+        assert all(0.0 < coded[name] < 0.02 for name in errors)
+        assert all(errors <= entry.keys() for entry in coded["clients"].values())
+        saved = exact["bytes_up"] + exact["bytes_down"] - coded["bytes_up"] - coded["bytes_down"]
+        assert saved == 2 * 2 * 4 * (64 * 64 * 4 - (64 * 64 + 64 * 4))
+
+
+def test_what_error_feedback_has_still_to_send_outlives_a_round() -> None:
+    """Each round has a new client in each owner's place, which goes on from its residuals."""
+    found = []
+    for rounds in (1, 2):
+        run = toy.run(clients=toy.clients(1, 64), batch_size=64, rounds=rounds, compression="topk:0.1", model=wide())
+        found.append([row["activations_error"] for row in run][-1])
+    assert 0.1 < found[0] != found[1]
+
+
+def wide() -> nn.Module:
+    """A model whose activations are worth compressing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 64), nn.Dropout(0.0), nn.Linear(64, 3))

@@ -16,6 +16,7 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -83,6 +84,8 @@ class Passes:
         self.watch = watch
         self.has_trainer = False
         """Whether Accelerate has prepared the client."""
+        self.pipeline: Callable[[], Any] | None = None
+        """A weak reference to the pipeline that was asked last for a batch."""
         self._connection = connection
         self._sum: Sum | None = None
         self._open: dict[int, Pass] = {}
@@ -129,6 +132,13 @@ class Passes:
         Raises:
             InputError: a pass is running, or a block or trainer sums several.
         """
+        ahead = 0 if self.pipeline is None else getattr(self.pipeline(), "num_ahead", 0)
+        if ahead:
+            raise InputError(
+                f"client.position() was called in a pipeline, whose forwards are {ahead} batches "
+                "ahead of its last result: call it where a pipeline has ended. To save within an "
+                "epoch, give it the loader's batches in parts, by itertools.islice(batches, n)"
+            )
         running = torch._C._current_graph_task_id() != -1
         if not running:
             self.give_up()
@@ -142,6 +152,21 @@ class Passes:
                 f"client.position() was called within {where}, where a batch is half done: "
                 "call it between two steps of the optimizer"
             )
+
+    def end_forward(self, first: int) -> None:
+        """Take a forward as one whose backward has come, though it is still to come.
+
+        A forward that is made before it begins with the buffers that it would begin with after it.
+
+        Args:
+            first: The number of its first call.
+        """
+        for call in self._connection.calls_from(first):
+            call.origin.in_batch = True  # or it would be missed, if it is given up
+        tip: Any = self._connection.buffers.tip
+        is_held = self._sum is not None and self._sum.is_held
+        if tip is not None and self.counts(tip, True) and not is_held:
+            self._connection.buffers.drop()
 
     def counts(self, call: Reached, accumulates: bool) -> bool:
         """Whether the pass under way counts at a call.

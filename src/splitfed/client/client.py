@@ -27,6 +27,7 @@ from splitfed.client.connection import Connection, LossScale
 from splitfed.client.half import HalfSync, take_part
 from splitfed.client.likeness import class_like, forward_with, shown
 from splitfed.client.loss import LossSession
+from splitfed.client.pipeline import BatchResult, Pipeline, Training
 from splitfed.client.position import Position
 from splitfed.client.samples import weigh
 from splitfed.client.sharing import Sharing
@@ -38,9 +39,10 @@ from splitfed.model.arguments import explanation
 from splitfed.model.cutpoint import CutPoint, names_of_parts
 from splitfed.model.promise import settled
 from splitfed.model.tracing import no_whole_model, refuse_script, refuse_tracing
+from splitfed.protocol.compression import Codecs, Compression
 from splitfed.protocol.ids import check_client_id, check_number
 from splitfed.protocol.messages import RoundInfo
-from splitfed.protocol.transport import Transport
+from splitfed.protocol.transport import Middleware, Transport
 
 Self = TypeVar("Self", bound="SplitClient")
 _COPIED = (
@@ -147,12 +149,15 @@ class SplitClient(StandIn):
             pulls, such as `("head.*",)`. Whoever averages the halves names the same.
         token: What the service at the URL asks for; the environment variable SPLITFED_TOKEN if not
             given.
+        compression: What crosses the cuts travels in fewer bytes: a codec of all, such as "int8" or
+            "bfloat16", or a dict by flow (`protocol.compression`). Exact if it isn't given.
         options: Of the way to that URL, such as `timeout` in seconds (`transports`).
 
     Raises:
         IdError: the id may not become a key.
         CutError: the half has no cut point.
-        InputError: `server` is neither a transport nor a URL, or a personal pattern fits nothing.
+        InputError: `server` is neither a transport nor a URL, a personal pattern fits nothing, or
+            no codec has that name.
     """
 
     _connection: Connection
@@ -175,6 +180,7 @@ class SplitClient(StandIn):
         loss_scale: LossScale = 1.0,
         personal: Iterable[str] = (),
         token: str | None = None,
+        compression: Codecs | Mapping[str, str] | str | None = None,
         **options: Any,
     ) -> None:
         check_client_id(client_id)
@@ -195,6 +201,8 @@ class SplitClient(StandIn):
             )
         super().__init__(client_half)
         transport = as_transport(server, client_id, token, options)
+        if compression is not None:
+            transport = Compression(transport, compression)
         # Past __setattr__: an attribute that is set on a client goes to its half.
         self.__dict__["_connection"] = Connection(transport, client_id, loss_scale)
         self._connection.sharing = Sharing.of(client_half, client_id)
@@ -227,6 +235,14 @@ class SplitClient(StandIn):
         """The round under way by the last pull; `None` before, and where nobody runs rounds."""
         return self._sync.round
 
+    @property
+    def compression(self) -> Compression | None:
+        """The compression of what crosses the cuts, and what it did; `None` if all is exact."""
+        transport = self._connection.transport
+        while isinstance(transport, Middleware) and not isinstance(transport, Compression):
+            transport = transport.inner
+        return transport if isinstance(transport, Compression) else None
+
     forward = ClientForward()
     _forward_of_the_class = staticmethod(forward_with(None))
     __prepare_scriptable__ = refuse_script
@@ -255,6 +271,55 @@ class SplitClient(StandIn):
         session.target = target
         self._refuse_replica()
         return session.finish(self.client_half, tuple(inputs), kwargs)
+
+    def pipeline(
+        self,
+        loader: Iterable[Any],
+        loss_fn: Callable[[Any, Any], Tensor],
+        optimizer: Any = None,
+        in_flight: int = 2,
+        *,
+        backward: Callable[[Tensor], None] | None = None,
+        step: Callable[[BatchResult], None] | None = None,
+        num_samples: Callable[[Any], float] | None = None,
+    ) -> Pipeline:
+        """Train on a loader's batches: `for batch in client.pipeline(loader, loss_fn, optimizer):`.
+
+        With `in_flight=1` it is the plain loop. With 2 the forward of a batch is under way while
+        the one before it is in its backward, so that a client which waits for its server waits for
+        half as long. The half that a forward sees is then `in_flight - 1` steps older than in the
+        plain loop. All bits are the plain loop's where no step comes in between: a half that is
+        frozen, or steps once a round. More than 2 make the half older, and nothing faster.
+
+        Between two results nothing is under way: the loop may evaluate, step a scheduler or stop.
+        A loop that breaks off has made `in_flight - 1` forwards more, which are given up; bound it
+        by the loader (`itertools.islice`) to end as the plain loop does.
+
+        Args:
+            loader: Gives batches: `(x, y)`, or `(x, ..., y)`, for which `client(x, ...)` is called
+                and `loss_fn(outputs, y)`; or dicts, of which the client gets what the half's
+                `forward` names, and `loss_fn` all.
+            loss_fn: Returns the loss of `(outputs, target)`, a tensor with one element.
+            optimizer: Zeroes gradients before each batch, and steps after it. `None`, the default,
+                for a half that is frozen, or whose gradients are to add up.
+            in_flight: The most batches between the begin of their forward and the end of their
+                step.
+            backward: Called in place of `loss.backward()`, in another thread, as
+                `lambda loss: scaler.scale(loss).backward()` for a GradScaler.
+            step: Called with each result in place of the optimizer, which then isn't given: to
+                clip gradients, to step every few batches, to zero gradients.
+            num_samples: What a batch counts, of each item of the loader; as in `batch`.
+
+        Returns:
+            An iterator of results, each with `number`, `batch`, `outputs` and `loss`.
+
+        Raises:
+            InputError: an argument isn't what it should be, or another pipeline is ahead.
+            UnsupportedError: a checkpoint in the half, which can't run again on its old weights.
+        """
+        self._refuse_replica()
+        training = Training(loss_fn, optimizer, backward, step, num_samples)
+        return Pipeline(self, self._connection, self._passes, loader, training, in_flight)
 
     @contextmanager
     def at(self, version: int) -> Iterator[SplitClient]:

@@ -104,6 +104,8 @@ class Connection:
         Its calls and parts are numbered from here."""
         self._repeats = False
         """Whether the next batch may be one that the store has from such a process."""
+        self._expected: int | None = None
+        """The number of the batch that calls are to be part of, if others come before it."""
         self._next = {"call": 0, "batch": 0, "push": 0}
         self._live: list[tuple[Recorded, Callable[[], Any]]] = []
         self._abandoned: list[int] = []
@@ -158,7 +160,26 @@ class Connection:
         with self._lock:
             if not self._repeats:
                 return None
-            return self._next["batch"] if seq is None else seq
+            expected = self._next["batch"] if self._expected is None else self._expected
+            return expected if seq is None else seq
+
+    def next(self, kind: str) -> int:
+        """The number that the next 'call' or 'batch' will have."""
+        return self._next[kind]
+
+    def calls_from(self, number: int) -> list[Any]:
+        """The calls on record that have this number or a later one."""
+        with self._lock:
+            return [call for call, _ in self._live if call.number >= number]
+
+    @contextmanager
+    def expecting(self, seq: int) -> Iterator[None]:
+        """A block whose calls are to be part of a batch that isn't the next one."""
+        self._expected = seq
+        try:
+            yield
+        finally:
+            self._expected = None
 
     def note_repeated(self, asked: int | None, repeated: bool) -> None:
         """Take note of whether the store has the batch that was asked for: none follows if not."""

@@ -11,8 +11,8 @@ seed.
 
 The trap: torch's default generator belongs to the process, not to the thread. `compute_lock` keeps
 two bodies from running under each other's seed. A client half that draws in another thread
-meanwhile isn't covered, so many training clients in one process go one after another, and real
-parallelism is by processes.
+meanwhile isn't covered, but in a pipeline, which takes the lock; so many training clients in one
+process go one after another, and real parallelism is by processes.
 
 A lock is given to whoever is quickest, which is a client that asks for it from many threads. So a
 server asks for a turn first (`compute_turns`), and of those that wait it is the clients that take
@@ -30,6 +30,12 @@ import torch
 
 # Reentrant: what runs under it may draw a seed, as a body does that is itself split.
 compute_lock = threading.RLock()
+
+
+def has_compute_lock() -> bool:
+    """Whether this thread has `compute_lock`."""
+    found: bool = compute_lock._is_owned()  # type: ignore[attr-defined]
+    return found
 
 
 class Turns:

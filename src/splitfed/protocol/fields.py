@@ -61,6 +61,11 @@ class Request:
         """The tensors that it carries."""
         return []
 
+    def num_bytes(self) -> int:
+        """Bytes of its tensors once they are expanded."""
+        # numel() counts the elements of an expanded tensor, not those that were sent.
+        return sum([tensor.numel() * tensor.itemsize for tensor in self.tensors()])
+
     def samples(self) -> list[float]:
         """The numbers of examples that it names, each of which is limited."""
         return []

@@ -16,13 +16,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from torch import Tensor
 
 from splitfed.protocol import pytree, safetensors
+from splitfed.protocol.coding import Coded, decode_all, encode_all
 from splitfed.protocol.fields import ADDED, CHECKED_AS_KEY, Request
 from splitfed.protocol.ids import BatchId
+
+if TYPE_CHECKING:
+    from splitfed.protocol.coding import Codec
 
 ClientId = Annotated[str, CHECKED_AS_KEY]
 Number = Annotated[int, CHECKED_AS_KEY]
@@ -104,14 +108,36 @@ class ForwardRequest(Request):
     repeats: int | None = field(default=None, metadata=ADDED)
     """The batch that such a call is to be part of: if the store has it, the call runs at the
     version that the batch ran at."""
+    coding: tuple[Coded, ...] = field(default=(), metadata=ADDED)
+    """The tensors that travel in fewer bytes, and how; whoever serves the request decodes them
+    first."""
+    answer_codec: str = field(default="", metadata=ADDED)
+    """What the client wants the answer's tensors to be coded by; '' for as they are."""
 
     def tensors(self) -> list[Tensor]:
         """The tensors that it carries, each distinct one once."""
         return pytree.flatten(self.inputs)[1]
 
+    def num_bytes(self) -> int:
+        """Bytes of its tensors once they are expanded and decoded."""
+        return _decoded_bytes(self.tensors(), self.coding)
+
     def samples(self) -> list[float]:
         """How many examples it is of: the leading dimension of its first tensor."""
-        return [_leading(self.tensors())]
+        return [_leading(self.tensors(), self.coding)]
+
+    def decoded(self) -> ForwardRequest:
+        """The request with its tensors as they were before they were coded.
+
+        Raises:
+            InputError: this end doesn't have the codec.
+            FormatError: what is coded isn't a tensor of it.
+        """
+        if not self.coding:
+            return self
+        spec, tensors = pytree.flatten(self.inputs)
+        inputs = pytree.unflatten(spec, decode_all(tensors, self.coding))
+        return replace(self, inputs=inputs, coding=())
 
     def counts(self) -> list[tuple[str, int]]:
         """How many numbers of each kind ride along, with what they are."""
@@ -160,6 +186,23 @@ class ForwardAnswer:
     values."""
     repeated: bool = field(default=False, metadata=ADDED)
     """Whether the store has the batch that the request repeats."""
+    coding: tuple[Coded, ...] = field(default=(), metadata=ADDED)
+    """The outputs that travel in fewer bytes, and how."""
+
+    def coded(self, codec: Codec | None) -> ForwardAnswer:
+        """The answer with its outputs in fewer bytes."""
+        spec, tensors = pytree.flatten(self.outputs)
+        found, coding = encode_all(tensors, codec)
+        return replace(self, outputs=pytree.unflatten(spec, found), coding=coding)
+
+    def decoded(self) -> ForwardAnswer:
+        """The answer with its outputs as they were before that, as far as they can be."""
+        if not self.coding:
+            return self
+        spec, tensors = pytree.flatten(self.outputs)
+        return replace(
+            self, outputs=pytree.unflatten(spec, decode_all(tensors, self.coding)), coding=()
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -231,10 +274,31 @@ class BackwardRequest(Request):
     is stored."""
     resumed: Number = field(default=0, metadata=ADDED)
     """As in the forward: a batch that an earlier process has stored under this number stays."""
+    coding: tuple[Coded, ...] = field(default=(), metadata=ADDED)
+    """The tensors that travel in fewer bytes, and how; whoever serves the request decodes them
+    first."""
+    answer_codec: str = field(default="", metadata=ADDED)
+    """What the client wants the answer's tensors to be coded by; '' for as they are."""
 
     def tensors(self) -> list[Tensor]:
         """The gradients that it carries."""
         return [gradient for gradient in self.grad_outputs if gradient is not None]
+
+    def num_bytes(self) -> int:
+        """Bytes of its tensors once they are expanded and decoded."""
+        return _decoded_bytes(self.grad_outputs, self.coding)
+
+    def decoded(self) -> BackwardRequest:
+        """The request with its gradients as they were before they were coded.
+
+        Raises:
+            InputError: this end doesn't have the codec.
+            FormatError: what is coded isn't a gradient of it.
+        """
+        if not self.coding:
+            return self
+        grads = tuple(decode_all(self.grad_outputs, self.coding))
+        return replace(self, grad_outputs=grads, coding=())
 
     def samples(self) -> list[float]:
         """How many examples its batch has, as a whole and by chain; none if it closes no batch."""
@@ -266,6 +330,21 @@ class BackwardAnswer:
     status: str
     """'stored', 'rejected' (not finite), 'part' (the seal is still to come) or 'uncounted' (eval
     mode); 'skipped' if it repeats a batch that an earlier process gave up."""
+    coding: tuple[Coded, ...] = field(default=(), metadata=ADDED)
+    """The gradients that travel in fewer bytes, and how."""
+
+    def coded(self, codec: Codec | None) -> BackwardAnswer:
+        """The answer with its gradients in fewer bytes."""
+        found, coding = encode_all(self.grad_inputs, codec)
+        return replace(self, grad_inputs=tuple(found), coding=coding)
+
+    def decoded(self) -> BackwardAnswer:
+        """The answer with its gradients as they were before that, as far as they can be."""
+        if not self.coding:
+            return self
+        return replace(
+            self, grad_inputs=tuple(decode_all(self.grad_inputs, self.coding)), coding=()
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -291,7 +370,20 @@ class LossRequest(Request):
 
     def samples(self) -> list[float]:
         """How many examples it is of: as its first tensor has them, and as it says."""
-        return [_leading(self.tensors()), self.num_samples]
+        return [_leading(self.tensors(), self.forward.coding), self.num_samples]
+
+    def num_bytes(self) -> int:
+        """Bytes of its tensors once they are expanded and decoded."""
+        return _decoded_bytes(self.tensors(), self.forward.coding)
+
+    def decoded(self) -> LossRequest:
+        """The request with its tensors as they were before they were coded.
+
+        Raises:
+            InputError: this end doesn't have the codec.
+            FormatError: what is coded isn't a tensor of it.
+        """
+        return replace(self, forward=self.forward.decoded()) if self.forward.coding else self
 
     def counts(self) -> list[tuple[str, int]]:
         """How many numbers of each kind ride along, with what they are."""
@@ -323,6 +415,21 @@ class LossAnswer:
     drew: bool
     repeated: bool = field(default=False, metadata=ADDED)
     """Whether the store has the batch already, from an earlier process."""
+    coding: tuple[Coded, ...] = field(default=(), metadata=ADDED)
+    """The gradients that travel in fewer bytes, and how."""
+
+    def coded(self, codec: Codec | None) -> LossAnswer:
+        """The answer with its gradients in fewer bytes."""
+        found, coding = encode_all(self.grad_inputs, codec)
+        return replace(self, grad_inputs=tuple(found), coding=coding)
+
+    def decoded(self) -> LossAnswer:
+        """The answer with its gradients as they were before that, as far as they can be."""
+        if not self.coding:
+            return self
+        return replace(
+            self, grad_inputs=tuple(decode_all(self.grad_inputs, self.coding)), coding=()
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -540,9 +647,22 @@ class SumRecord:
     """Σ nᵢ·gᵢ by name, in float64 and as real numbers; of one batch g."""
 
 
-def _leading(tensors: Sequence[Tensor]) -> int:
+def _leading(tensors: Sequence[Tensor], coding: Sequence[Coded] = ()) -> int:
     """The leading dimension of the first tensor; 0 if there is none."""
-    return tensors[0].shape[0] if tensors and tensors[0].dim() else 0
+    shape = tuple(tensors[0].shape) if tensors else ()
+    for coded in coding:
+        if coded.place == 0:
+            shape = coded.shape
+    return shape[0] if shape else 0
+
+
+def _decoded_bytes(tensors: Sequence[Tensor | None], coding: Sequence[Coded]) -> int:
+    # numel() counts the elements of an expanded tensor, not those that were sent.
+    sizes = [0 if t is None else t.numel() * t.itemsize for t in tensors]
+    for coded in coding:
+        if 0 <= coded.place < len(sizes):
+            sizes[coded.place] = coded.num_bytes
+    return sum(sizes)
 
 
 def content_digest(plain: object, tensors: Iterable[Tensor | None]) -> str:

@@ -176,7 +176,9 @@ def seeded_backward(
     record: ForwardRecord, done: Run, device: torch.device, grads: Sequence[Tensor | None]
 ) -> tuple[list[Tensor | None], bool]:
     """The gradients of inputs and parameters, and whether the backward drew random numbers."""
-    with seeded(record.seed, () if device.type == "cpu" else (device,)) as draws:
+    # The lock first: what runs in another thread must neither draw under this seed nor go on from
+    # the state that is put back.
+    with compute_lock, seeded(record.seed, () if device.type == "cpu" else (device,)) as draws:
         of_inputs, of_parameters = execution.backward(done, grads)
     return [*of_inputs, *(of_parameters.get(name) for name in done.parameters)], draws.drew
 

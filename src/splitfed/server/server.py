@@ -41,6 +41,7 @@ from splitfed.model.rng import compute_turns
 from splitfed.model.skeleton import Template, device_of, unwrap
 from splitfed.model.stamp import check_stamp, stamp_of
 from splitfed.protocol import pytree
+from splitfed.protocol.coding import Codec
 from splitfed.protocol.fields import check_types
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
 from splitfed.protocol.messages import (
@@ -185,6 +186,7 @@ class SplitServer:
             ProtocolError: the client has resumed from a position of another run.
         """
         check_types(request)
+        request, codec = request.decoded(), _answer_codec(request)
         self._confirm()
         self._check_part(request)
         self._check_settings(request)
@@ -205,7 +207,8 @@ class SplitServer:
             if request.grad and incarnation is not None:
                 while not line.runner.keep(asked, incarnation, version, call, done):
                     version, call, done = line.runner.run_newest(asked)
-            return self._forward_answer(line, incarnation, version, done, earlier)
+            answer = self._forward_answer(line, incarnation, version, done, earlier)
+            return answer if codec is None else answer.coded(codec)
 
     def _forward_answer(
         self, line: Line, incarnation: int | None, version: int, done: Run, earlier: Earlier
@@ -237,6 +240,7 @@ class SplitServer:
             InputError: a gradient of the wrong shape or dtype, or a weight that isn't positive.
         """
         check_types(request)
+        request, codec = request.decoded(), _answer_codec(request)
         batch = BatchId(
             check_client_id(request.client_id),
             check_number("incarnation", request.incarnation),
@@ -267,9 +271,11 @@ class SplitServer:
         line.runner.check_branch(request.version)
         _check_gradients(record, request.grad_outputs)
         if line.runner.keeps(key):
-            return self._backward(line, batch, request, key, record)
-        with self.memory.claim(batch.client_id, _tensors(record), record.cut):
-            return self._backward(line, batch, request, key, record)
+            answer = self._backward(line, batch, request, key, record)
+        else:
+            with self.memory.claim(batch.client_id, _tensors(record), record.cut):
+                answer = self._backward(line, batch, request, key, record)
+        return answer if codec is None else answer.coded(codec)
 
     def _backward(
         self,
@@ -345,6 +351,7 @@ class SplitServer:
                 "this server computes no loss: give it one, SplitServer(body, store, loss_fn=...)"
             )
         check_types(request)
+        request, codec = request.decoded(), _answer_codec(request.forward)
         self._confirm()
         ahead = request.forward
         self._check_part(ahead)
@@ -360,7 +367,8 @@ class SplitServer:
         with self.memory.claim(ahead.client_id, [*_tensors(ahead), *tensors], ahead.cut):
             target = pytree.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
             finish = partial(_score, self.loss_fn, target)
-            return self._loss(line, incarnation, request, finish, counts=counts)
+            answer = self._loss(line, incarnation, request, finish, counts=counts)
+            return answer if codec is None else answer.coded(codec)
 
     def _loss(
         self,
@@ -580,6 +588,12 @@ def _lost(line: Line, batch: BatchId, request: BackwardRequest) -> SplitFedError
         "or its version has left the retention window (keep_versions, keep_bytes). "
         "This batch is lost and counts nowhere; the loop may go on"
     )
+
+
+def _answer_codec(request: ForwardRequest | BackwardRequest) -> Codec | None:
+    """What the client wants the answer to be coded by: known before anything is done for it."""
+    text = request.answer_codec
+    return Codec.from_wire(text, what="answers are asked for in") if text else None
 
 
 def _check_gradients(record: ForwardRecord, grad_outputs: Sequence[Tensor | None]) -> None:

@@ -89,8 +89,7 @@ def check_message(message: Request, limits: MessageLimits) -> None:
     Raises:
         TooLargeError: it is over a limit.
     """
-    # numel() counts the elements of an expanded tensor, not those that were sent.
-    size = sum([tensor.numel() * tensor.itemsize for tensor in message.tensors()])
+    size = message.num_bytes()
     if size > limits.body:
         raise TooLargeError(
             f"the tensors take {size} bytes when they are expanded: this server takes {limits.body}"

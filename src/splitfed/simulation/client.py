@@ -27,6 +27,7 @@ from splitfed.client.client import SplitClient
 from splitfed.errors import ExpiredError, InputError, UnsupportedError
 from splitfed.model.copying import deep_copy
 from splitfed.model.fingerprint import personal_names
+from splitfed.protocol.compression import Flow
 from splitfed.protocol.transport import Transport
 from splitfed.simulation import data as localdata
 from splitfed.simulation.data import Data
@@ -85,6 +86,8 @@ class ClientState:
     """Personal parameters and buffers by name; empty before the first local run."""
     optimizer: dict[str, Any] | None = None
     scheduler: dict[str, Any] | None = None
+    residuals: dict[str, Tensor] = field(default_factory=dict)
+    """What the error feedback of its compression has still to send."""
 
 
 @dataclass(slots=True)
@@ -101,6 +104,8 @@ class LocalMetrics:
     """Examples classified right as they were trained on; `None` if nothing is classified."""
     expired: int = 0
     """Batches lost because their version left the retention window before their backward."""
+    flows: dict[str, Flow] = field(default_factory=dict)
+    """What compression has done, by flow."""
 
     def add_batch(self, num_samples: int, mean_loss: float, num_correct: int | None) -> None:
         """Count a batch that was trained on."""
@@ -118,7 +123,7 @@ class LocalMetrics:
             entry["train_accuracy"] = self.num_correct / self.num_samples
         if self.expired:
             entry["expired"] = self.expired
-        return entry
+        return {**entry, **compression_errors([self])}
 
 
 def sum_by_client(metrics: Iterable[LocalMetrics]) -> list[LocalMetrics]:
@@ -133,8 +138,22 @@ def sum_by_client(metrics: Iterable[LocalMetrics]) -> list[LocalMetrics]:
             before.loss_sum + one.loss_sum,
             _sum_if_known(before.num_correct, one.num_correct),
             before.expired + one.expired,
+            _added(before.flows, one.flows),
         )
     return [sums[client_id] for client_id in sorted(sums)]
+
+
+def compression_errors(metrics: Iterable[LocalMetrics]) -> dict[str, float]:
+    """The relative error of each flow that was coded, for a row: ‖x − x̂‖ / ‖x‖."""
+    flows: dict[str, Flow] = {}
+    for one in metrics:
+        flows = _added(flows, one.flows)
+    return {f"{name}_error": flow.relative_error for name, flow in flows.items() if flow.coded}
+
+
+def _added(one: dict[str, Flow], other: dict[str, Flow]) -> dict[str, Flow]:
+    names = {**one, **other}
+    return {name: one.get(name, Flow()) + other.get(name, Flow()) for name in names}
 
 
 def _sum_if_known(one: int | None, other: int | None) -> int | None:
@@ -209,7 +228,16 @@ class LocalRun:
         half.load_state_dict(
             self._state.personal, strict=False
         )  # all other names come with the pull
-        client = SplitClient(half, self._server, self.metrics.client_id, personal=config.personal)
+        client = SplitClient(
+            half,
+            self._server,
+            self.metrics.client_id,
+            personal=config.personal,
+            compression=config.local.compression,
+        )
+        compression = client.compression
+        if compression is not None:
+            compression.load_state_dict(self._state.residuals)
         yield Verb.PULL
         client.pull()
         optimizer, scheduler = self._optimizer(client)
@@ -220,6 +248,9 @@ class LocalRun:
             yield Verb.PUSH
             client.push()
         self._keep_state(half, optimizer, scheduler)
+        if compression is not None:
+            self.metrics.flows = compression.flows
+            self._state.residuals = compression.state_dict()
 
     def _optimizer(self, client: SplitClient) -> tuple[Optimizer, LRScheduler | None]:
         """The client's optimizer and its scheduler, in the state that it kept."""

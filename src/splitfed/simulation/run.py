@@ -23,7 +23,12 @@ from splitfed.model.copying import deep_copy
 from splitfed.model.cut import join
 from splitfed.simulation import data as localdata
 from splitfed.simulation.assembly import Assembly
-from splitfed.simulation.client import ClientConfig, LocalMetrics, sum_by_client
+from splitfed.simulation.client import (
+    ClientConfig,
+    LocalMetrics,
+    compression_errors,
+    sum_by_client,
+)
 from splitfed.simulation.data import Evaluation
 from splitfed.simulation.engines.driver import Driver
 from splitfed.simulation.traffic import Traffic
@@ -194,6 +199,7 @@ class Simulation(Iterator[Row]):
             "clients": _client_entries(report["clients"], metrics, traffic),
             "bytes_up": sum(up for up, _ in traffic.values()),
             "bytes_down": sum(down for _, down in traffic.values()),
+            **compression_errors(metrics),
         }
         if self._evaluate is not None:
             row |= localdata.evaluate(self.whole(), self._evaluate, self._config.loss_fn)

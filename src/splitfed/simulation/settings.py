@@ -17,6 +17,7 @@ from splitfed.accumulator.settings import SchedulerFactory
 from splitfed.checks import at_least, positive
 from splitfed.errors import InputError
 from splitfed.federation.admission import check_sample_size
+from splitfed.protocol.compression import Codecs
 from splitfed.simulation.virtual_time import VirtualTime
 
 
@@ -25,7 +26,7 @@ class LocalTraining:
     """How a client trains on its own data in a round.
 
     Raises:
-        InputError: a number below 1, or a scheduler that can't be called.
+        InputError: a number below 1, a scheduler that can't be called, or an unknown codec.
     """
 
     batch_size: int = 64
@@ -39,10 +40,14 @@ class LocalTraining:
     """
     keep_optimizers: bool = False
     """Whether a client goes on with its optimizer's state in its next round."""
+    compression: Codecs | str | None = None
+    """Codecs for what crosses the cuts, as in `SplitClient`; exact if there is none."""
 
     def __post_init__(self) -> None:
         at_least("batch_size", self.batch_size, 1)
         at_least("local_passes", self.local_passes, 1)
+        if self.compression is not None:
+            Codecs.of(self.compression)
         if self.scheduler is not None:
             check_function(
                 "scheduler",

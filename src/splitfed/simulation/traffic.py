@@ -1,8 +1,8 @@
 """The traffic of a simulation: tensor bytes that cross the cut, and when batches arrive.
 
 Counted are the tensors of requests (up) and answers (down), each distinct tensor once, as they
-would travel uncompressed. Names, numbers and the safetensors header, a few hundred bytes a request,
-are left out.
+travel: with compression that is coded. Names, numbers and the safetensors header, a few hundred
+bytes a request, are left out.
 """
 
 from __future__ import annotations

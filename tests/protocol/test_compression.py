@@ -1,0 +1,502 @@
+"""Compression of what crosses: the server computes on decoded values, whichever way they came, and repeats them."""
+
+from __future__ import annotations
+
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from coders import codecs
+from harness_http import running
+from harness_store import adam, bits
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+import splitfed
+from splitfed.errors import FormatError, InputError, StoreError
+from splitfed.protocol.coding import Codec, decode, encode
+from splitfed.protocol.compression import FLOWS, Codecs, Compression
+from splitfed.protocol.messages import BackwardRequest, ForwardRequest
+from splitfed.protocol.packing import pack, unpack
+from splitfed.protocol.transport import Middleware
+from splitfed.service.http.app import make_app
+from splitfed.service.mailbox.worker import Worker
+
+WIDTH = 32
+LOSSY = ["bfloat16", "int8", "topk:0.25"]
+
+
+def cut() -> tuple[nn.Module, nn.Module]:
+    """Halves whose activations take a few kilobytes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = [nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.2)]
+        model = nn.Sequential(nn.Linear(6, WIDTH), nn.Tanh(), *body, nn.Linear(WIDTH, 3))
+    return splitfed.split(model, "2:5")
+
+
+def batch(number: int, size: int = 64) -> tuple[Tensor, Tensor]:
+    """The same for the same number."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(size, 6, generator=generator), torch.randint(0, 3, (size,), generator=generator)
+
+
+class Tap(Middleware):
+    """Keeps what passes."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.requests: list[Any] = []
+        self.answers: list[Any] = []
+        self.fails_at = -1
+        self.delivers = True
+
+    def send(self, verb: str, request: Any, /) -> Any:
+        """Keep it, and its answer; lose one of these if asked to."""
+        self.requests.append(request)
+        fails = len(self.requests) - 1 == self.fails_at
+        if fails and not self.delivers:
+            raise StoreError("lost on the way there")
+        answer = super().send(verb, request)
+        self.answers.append(answer)
+        if fails:
+            raise StoreError("lost on the way back")
+        return answer
+
+
+class Site:
+    """A store with a server, and a client whose transport is tapped below its compression."""
+
+    def __init__(self, compression: Any = None, url: str | None = None, **settings: Any) -> None:
+        half, self.body = cut()
+        self.store = splitfed.GradientStore(url or f"memory://{uuid.uuid4()}", sync="process")
+        self.server = splitfed.SplitServer(self.body, self.store, loss_fn=cross_entropy, **settings)
+        self.tap = Tap(self.server)
+        self.client = splitfed.SplitClient(half, self.tap, "a", compression=compression)
+        torch.manual_seed(7)
+
+    def train(self, steps: int = 3, size: int = 64) -> None:
+        """A few batches, with steps of the half."""
+        optimizer = torch.optim.SGD(self.client.parameters(), lr=0.1)
+        for number in range(steps):
+            x, y = batch(number, size)
+            optimizer.zero_grad()
+            cross_entropy(self.client(x), y).backward()
+            optimizer.step()
+
+    def end(self) -> Any:
+        """What is stored, and the half."""
+        records = [self.store.pile().read(one) for one in self.store.waiting()]
+        stored = [(record.digest, bits(record.gradients)) for record in records if record is not None]
+        splitfed.Accumulator(self.body, self.store, adam).step()
+        return stored, bits(self.store.load_weights()), bits(self.client.state_dict())
+
+    def flows(self) -> dict[str, Any]:
+        """What compression has done."""
+        assert self.client.compression is not None
+        return self.client.compression.flows
+
+
+class ByHand(Middleware):
+    """Rounds what passes to what a codec makes of it, and sends plain tensors: what compression has to equal."""
+
+    def __init__(self, inner: Any, name: str) -> None:
+        super().__init__(inner)
+        self.codec = Codec.of(name)
+
+    def rounded(self, tensor: Tensor | None) -> Tensor | None:
+        """A tensor as the other end sees it."""
+        made = None if tensor is None else encode(tensor, self.codec, 0)
+        return tensor if made is None else decode(*made)
+
+    def send(self, verb: str, request: Any, /) -> Any:
+        """In both directions."""
+        if verb == "forward":
+            ((x,), kwargs) = request.inputs
+            answer = super().send(verb, replace(request, inputs=((self.rounded(x),), kwargs)))
+            return replace(answer, outputs=self.rounded(answer.outputs))
+        if verb == "backward":
+            grads = tuple(map(self.rounded, request.grad_outputs))
+            answer = super().send(verb, replace(request, grad_outputs=grads))
+            return replace(answer, grad_inputs=tuple(map(self.rounded, answer.grad_inputs)))
+        return super().send(verb, request)
+
+
+# ------------------------------------------------------------------------------------- what is computed
+
+
+def test_exact_is_the_default() -> None:
+    """Nothing is coded, and messages have the bytes that they had."""
+    site = Site()
+    site.train(1)
+    assert site.client.compression is None
+    assert all(request.coding == () for request in site.tap.requests)
+    assert b"coding" not in b"".join(map(bytes, pack(site.tap.requests[0])))
+
+
+@pytest.mark.parametrize("name", codecs("bfloat16", "int8", "zstd", "int8+zstd"))
+@pytest.mark.parametrize("durability", ["gradient", "log"])
+def test_the_server_computes_and_stores_on_decoded_values(name: str, durability: str) -> None:
+    """Records, digests and gradients are as if the rounded values had come plain; recomputed, in both modes."""
+    one, other = (Site(name if coded else None, keep_graphs=0, durability=durability) for coded in (True, False))
+    other.client._connection.transport = ByHand(other.server, name)
+    for site in (one, other):
+        torch.manual_seed(7)
+        site.train()
+    assert one.end() == other.end()
+
+
+@contextmanager
+def through(site: Site, way: str) -> Iterator[Any]:
+    """A way to the site's server from another process, or what stands for one."""
+    with ExitStack() as stack:
+        if way == "direct":
+            yield site.server
+        elif way == "http":
+            yield stack.enter_context(running(make_app(site.server))).url
+        else:
+            worker = Worker(site.server, site.store)
+            thread = Thread(target=worker.run, kwargs={"poll": 0.01})
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(worker.stop)
+            yield site.store.url
+
+
+@pytest.mark.parametrize("name", codecs(*LOSSY, "int8+zstd"))
+def test_each_way_carries_it(name: str, tmp_path: Path) -> None:
+    """In process, over HTTP and through the store: the same bits, for a codec in all four flows."""
+    ends = []
+    for way in ("direct", "http", "mailbox"):
+        site = Site(name, f"file://{tmp_path}/{way}")
+        with through(site, way) as server:
+            site.client = splitfed.SplitClient(cut()[0], server, "a", compression=name)
+            torch.manual_seed(7)
+            site.train()
+            ends.append((site.end(), site.flows()))
+    assert ends[0] == ends[1] == ends[2]
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_each_flow_has_a_codec_of_its_own(flow: str) -> None:
+    """The other three stay exact, and are counted as such."""
+    site = Site({flow: "int8"})
+    site.train()
+    found = site.flows()
+    assert {name for name in FLOWS if found[name].coded} == {flow}
+    assert all(found[name].ratio == 1.0 and found[name].relative_error == 0.0 for name in FLOWS if name != flow)
+    assert found[flow].tensors == found[flow].coded == 3
+    assert found[flow].exact_bytes == 3 * 64 * WIDTH * 4
+    assert 0.25 < found[flow].ratio <= 0.27
+    assert 0.001 < found[flow].relative_error < 0.02
+
+
+def test_a_loss_on_the_server_is_of_decoded_activations() -> None:
+    """Its target stays exact; the gradients come down coded."""
+    half, body = splitfed.split(nn.Sequential(nn.Linear(6, WIDTH), nn.Linear(WIDTH, 3)), "1")
+    store = splitfed.GradientStore(f"memory://{uuid.uuid4()}", sync="process")
+    server = splitfed.SplitServer(body, store, loss_fn=cross_entropy)
+    client = splitfed.SplitClient(half, server, "a", compression="int8")
+    x, y = batch(0)
+    loss = client.loss(x, y)
+    loss.backward()
+    sent = encode(half[0](x).detach(), Codec.of("int8"), 0)
+    assert sent is not None
+    assert torch.equal(loss.detach(), cross_entropy(body(decode(*sent)), y).detach())
+    assert client.compression is not None
+    coded = {flow: found.coded for flow, found in client.compression.flows.items()}
+    assert coded == {"activations": 1, "outputs": 0, "grad_outputs": 0, "grad_activations": 1}
+    assert len(store.waiting()) == 1
+
+
+class Masked(nn.Module):
+    """A half, or a body, of an activation and a mask."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        """(N, C) each."""
+        return self.part(x, mask)
+
+
+class Product(nn.Module):
+    """What a mask leaves of an activation."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """(N, C) each."""
+        return x * mask
+
+
+@pytest.mark.parametrize(("needs_grad", "coded"), [(True, [0]), (False, [0, 1])])
+def test_a_mask_beside_an_activation_stays_exact(needs_grad: bool, coded: list[int]) -> None:
+    """What needs no gradient is no activation; in a frozen half, where nothing does, all floats are coded."""
+    half, body = splitfed.split(Masked(Product()), "part")
+    tap = Tap(splitfed.SplitServer(body, splitfed.GradientStore(f"memory://{uuid.uuid4()}", sync="process")))
+    client = splitfed.SplitClient(half, tap, "a", compression="int8")
+    client(torch.ones(64, 64, requires_grad=needs_grad), torch.ones(64, 64))
+    assert [one.place for one in tap.requests[0].coding] == coded
+
+
+# --------------------------------------------------------------------------------------- repetitions
+
+
+@pytest.mark.parametrize("name", codecs("int8", "topk:0.25", "zstd"))
+@pytest.mark.parametrize("delivers", [False, True])
+def test_a_lost_request_comes_again_with_the_same_bytes(name: str, delivers: bool) -> None:
+    """A transport repeats what it was given; error feedback moves on only once an answer is there."""
+
+    class Again(Middleware):
+        def send(self, verb: str, request: Any, /) -> Any:
+            try:
+                return super().send(verb, request)
+            except StoreError:
+                return super().send(verb, request)
+
+    one, other = Site(name), Site(name)
+    one.tap.fails_at, one.tap.delivers = 3, delivers
+    compression = one.client.compression
+    assert compression is not None
+    compression.inner = Again(one.tap)
+    for site in (one, other):
+        torch.manual_seed(7)
+        site.train()
+    lost, again = one.tap.requests[3:5]
+    assert lost.digest() == again.digest()
+    assert one.end() == other.end()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["int8", "topk:0.25"])
+def test_a_checkpoint_repeats_what_its_call_was_sent(name: str, reentrant: bool) -> None:
+    """The server compares the outputs of both, so an error that is fed back must be the same again."""
+    site = Site(name)
+    for number in range(4):
+        x, y = batch(number)
+        x.requires_grad_(reentrant)
+        outputs = checkpoint(site.client, x, use_reentrant=reentrant)
+        cross_entropy(outputs, y).backward()
+    assert len(site.store.waiting()) == 4
+
+
+# ------------------------------------------------------------------------------------ error feedback
+
+
+def test_what_topk_leaves_out_is_sent_later() -> None:
+    """Over many requests of the same gradient the sum of what was sent comes close to the sum of what is."""
+    x = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
+    arrived: list[Tensor] = []
+
+    class Server:
+        def forward(self, request: ForwardRequest) -> Any:
+            arrived.append(request.decoded().inputs[0][0])
+            return type("Answer", (), {"outputs": (), "coding": (), "decoded": lambda self: self})()
+
+        backward = loss = push = pull = forward
+
+    compression = Compression(Server(), {"activations": "topk:0.05"})  # type: ignore[arg-type]
+    for call in range(60):
+        compression.forward(ahead(x, call))
+    assert float((sum(arrived) / 60 - x).norm() / x.norm()) < 0.2
+    assert float((arrived[0] - x).norm() / x.norm()) > 0.7
+    torch.testing.assert_close(sum(arrived) + residual(compression), 60 * x, rtol=1e-4, atol=1e-3)
+
+
+def residual(compression: Compression) -> Tensor:
+    """The one that there is."""
+    (found,) = compression.state_dict().values()
+    return found
+
+
+def ahead(x: Tensor, call: int) -> ForwardRequest:
+    """A request for a forward that is recorded."""
+    return ForwardRequest("a", 1, "test", call, "", ((x,), {}), (True,), True, True, call, None, None, 0, None)
+
+
+def test_a_smaller_batch_leaves_the_rest_of_the_residual() -> None:
+    """Its rows take theirs along; the others wait."""
+    site = Site({"activations": "topk:0.25"})
+    site.train(1)
+    compression = site.client.compression
+    assert compression is not None
+    before = residual(compression)
+    site.train(1, size=40)
+    after = residual(compression)
+    assert torch.equal(before[40:], after[40:])
+    assert not torch.equal(before[:40], after[:40])
+
+
+def test_a_look_without_grad_feeds_nothing_back() -> None:
+    """An evaluation isn't the training's next request."""
+    site = Site("topk:0.25")
+    site.train(1)
+    compression = site.client.compression
+    assert compression is not None
+    before = compression.state_dict()
+    with torch.no_grad():
+        site.client(batch(9)[0])
+    site.client.eval()
+    site.client(batch(9)[0])
+    after = compression.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_restart_loads_its_residuals_or_says_that_they_are_lost() -> None:
+    """With them it ends with the bits of a run that wasn't restarted."""
+    whole = Site("topk:0.25")
+    whole.train(4)
+    ends = []
+    for loads in (True, False):
+        site = Site("topk:0.25")
+        optimizer = torch.optim.SGD(site.client.parameters(), lr=0.1)
+        for number in range(2):
+            x, y = batch(number)
+            optimizer.zero_grad()
+            cross_entropy(site.client(x), y).backward()
+            optimizer.step()
+        assert site.client.compression is not None
+        saved = {
+            "half": {name: tensor.clone() for name, tensor in site.client.state_dict().items()},
+            "position": site.client.position(),
+            "random": torch.get_rng_state(),
+            "compression": site.client.compression.state_dict(),
+        }
+        client = splitfed.SplitClient(cut()[0], site.tap, "a", compression="topk:0.25")
+        client.load_state_dict(saved["half"])
+        client.resume(saved["position"])
+        torch.set_rng_state(saved["random"])
+        assert client.compression is not None
+        if loads:
+            client.compression.load_state_dict(saved["compression"])
+        site.client = client
+        optimizer = torch.optim.SGD(client.parameters(), lr=0.1)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for number in range(2, 4):
+                x, y = batch(number)
+                optimizer.zero_grad()
+                cross_entropy(client(x), y).backward()
+                optimizer.step()
+        assert len([one for one in said if "error feedback" in str(one.message)]) == (not loads)
+        ends.append(bits(client.state_dict()))
+    assert ends[0] == bits(whole.client.state_dict()) != ends[1]
+
+
+# --------------------------------------------------------------------------------------- two ends
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ("int7", "'int7' isn't a codec: expected 'bfloat16', 'int8'"),
+        (
+            {"activation": "int8"},
+            "expected the name of a codec, such as 'int8', or a dict of them by flow, of activations",
+        ),
+        ({"activations": "gzip"}, "'gzip' isn't a codec"),
+        ("", "expected the name of a codec"),
+        (8, "compression is 8: expected the name of a codec"),
+    ],
+)
+def test_an_unknown_compression_is_refused_when_the_client_is_made(given: Any, match: str) -> None:
+    """Before anything is sent."""
+    with pytest.raises(InputError, match=match):
+        Site(given)
+
+
+class Foreign(Middleware):
+    """A client of another release, which codes by what this one hasn't."""
+
+    def send(self, verb: str, request: Any, /) -> Any:
+        """Say another version of what it codes by."""
+        if verb == "forward":
+            coding = tuple(replace(one, codec="int8/7") for one in request.coding)
+            wanted = "fp4/1" if not coding else request.answer_codec
+            return super().send(verb, replace(request, coding=coding, answer_codec=wanted))
+        return super().send(verb, request)
+
+
+@pytest.mark.parametrize(
+    ("flow", "match"), [("activations", "a tensor is coded by 'int8/7', and this end has"), ("outputs", "'fp4/1'")]
+)
+@pytest.mark.parametrize("way", ["direct", "http"])
+def test_a_server_that_lacks_a_codec_names_both_and_records_nothing(flow: str, match: str, way: str) -> None:
+    """As an error of ours, over HTTP too."""
+    site = Site()
+    with through(site, way) as server:
+        transport: Any = splitfed.SplitClient(cut()[0], server, "b")._connection.transport
+        client = splitfed.SplitClient(cut()[0], Compression(Foreign(transport), {flow: "int8"}), "a")
+        with pytest.raises(InputError, match=match):
+            client(batch(0)[0])
+    assert site.store.blobs.list("body/forward") == []
+
+
+def test_an_older_server_refuses_what_it_doesn_t_know() -> None:
+    """A field that a release doesn't have isn't ignored: its message would be computed on as it is."""
+    site = Site("int8")
+    site.train(1)
+    packed = b"".join(map(bytes, pack(site.tap.requests[0])))
+    with pytest.raises(FormatError, match="a ForwardRequest needs the fields"):
+        unpack(ForwardRequest, packed.replace(b"coding", b"encode"))
+
+
+def test_a_hostile_coding_is_an_error_of_ours() -> None:
+    """Of a tensor that isn't there, or of one that is none."""
+    site = Site("int8")
+    site.train(1)
+    forward, backward = site.tap.requests[:2]
+    for request in (forward, backward):
+        (one,) = request.coding
+        for place in (-1, 1, 99):
+            with pytest.raises(FormatError, match="has no tensor"):
+                replace(request, coding=(replace(one, place=place),)).decoded()
+        with pytest.raises(FormatError):
+            replace(request, coding=(one, one)).decoded()
+    assert isinstance(backward, BackwardRequest)
+
+
+def test_limits_are_of_decoded_tensors() -> None:
+    """Of their bytes, and of their leading dimension, which a payload may not have."""
+    site = Site("topk:0.25")
+    site.train(1)
+    forward, backward = site.tap.requests[:2]
+    assert forward.num_bytes() == backward.num_bytes() == 64 * WIDTH * 4
+    assert forward.samples() == [64]
+
+
+# ------------------------------------------------------------------------------------------- reports
+
+
+def test_what_can_t_be_coded_is_said_once() -> None:
+    """A tensor that is expanded, for one; not what isn't finite, nor what is small."""
+    site = Site("int8")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            compression = site.client.compression
+            assert compression is not None
+            compression._tell_exact("activations", torch.ones(64, 1).expand(64, 64))
+            compression._tell_exact("activations", torch.full((64, 64), torch.inf))
+            compression._tell_exact("activations", torch.ones(3))
+            compression._tell_exact("activations", torch.arange(4096))
+    assert [str(one.message) for one in said] == [
+        "compression of activations: a tensor (64, 64) travels as it is, since it is expanded, or has gaps: "
+        "contiguous() makes it a plain one"
+    ]
+
+
+def test_codecs_are_read_from_a_name_a_dict_or_themselves() -> None:
+    """One for all flows, or one each."""
+    assert Codecs.of("int8") == Codecs("int8", "int8", "int8", "int8")
+    assert Codecs.of({"outputs": "bfloat16"}) == Codecs(outputs="bfloat16")
+    assert Codecs.of(Codecs("topk:0.5")).codec("activations") == Codec("topk", 0.5)
+    assert Codecs().codec("outputs") is None
