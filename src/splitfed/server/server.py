@@ -59,7 +59,7 @@ from splitfed.protocol.messages import (
     PushRequest,
     Recipe,
 )
-from splitfed.server.graphs import CallKey
+from splitfed.server.graphs import CallKey, Uses
 from splitfed.server.halves import Halves
 from splitfed.server.memory import Memory, extent
 from splitfed.server.runner import Line, Lines, RunnerSettings
@@ -137,6 +137,8 @@ class SplitServer:
         self.loss_fn = loss_fn
         self.memory = Memory() if memory is None else memory
         """What calls and kept graphs may hold."""
+        self.uses = Uses()
+        """How often the graph of a call was at hand."""
         _check_whole(body)
         self._settable = _patterns(settings)
         self._template = Template(body)
@@ -169,6 +171,7 @@ class SplitServer:
             keep_graphs,
             self.memory,
             Quota() if quota is None else quota,
+            uses=self.uses,
         )
         self._lines = Lines(store, None if per_client else lineage, runners)
 
