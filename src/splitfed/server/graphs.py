@@ -141,6 +141,8 @@ class Graphs:
             # The oldest one decides between those that have equally many.
             others = [group for group in self._groups.values() if group is not newest]
             self._drop(max(others, key=lambda group: counts[group.client_id]))
+        if self._memory.kept <= self._memory.client:  # all together, so those of one client too
+            return
         own = [group for group in self._groups.values() if group.client_id == newest.client_id]
         total = sum(group.num_bytes for group in own)
         for group in own[:-1]:

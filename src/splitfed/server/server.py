@@ -61,7 +61,7 @@ from splitfed.protocol.messages import (
 )
 from splitfed.server.graphs import CallKey, Uses
 from splitfed.server.halves import Halves
-from splitfed.server.memory import Memory, extent
+from splitfed.server.memory import Memory
 from splitfed.server.runner import Line, Lines, RunnerSettings
 from splitfed.store.batches import answer_is_lost
 from splitfed.store.beginning import begin_with, check_durability
@@ -197,10 +197,9 @@ class SplitServer:
         if incarnation is None and (request.grad or request.repeats is not None):
             incarnation = self.store.open_client(request.client_id, request.process)
         self._tidy(line, request.client_id, incarnation, request.housekeeping)
-        tensors = _tensors(request)
-        with self.memory.claim(request.client_id, tensors, request.cut):
+        with self.memory.claim(request.client_id, _tensors(request), request.cut) as sent:
             if request.grad and incarnation is not None:
-                line.ledger.charge(request.client_id, extent(tensors)[1], calls=1)
+                line.ledger.charge(request.client_id, sent, calls=1)
             earlier = _earlier(line, request, incarnation)
             asked = _at(request, earlier.version)
             version, call, done = line.runner.run_newest(asked)
