@@ -47,7 +47,7 @@ integrations: $(HAVE_DEV) ## with other libraries' models, adapters and trainers
 bench: $(HAVE_DEV) ## benchmarks: JSON in runs/bench, tables on the terminal
 	$(BIN)/python -m benchmarks --output runs/bench $(ARGS)
 
-soak: $(HAVE_DEV) ## the long runs under faults; PART=kills|services|stores|hostile|faults|simulator|growth|clients for one part
+soak: $(HAVE_DEV) ## the long runs under faults; PART=kills|services|stores|hostile|faults|simulator|growth|log|clients for one part
 	$(BIN)/python -m pytest -m soak --timeout=3600 $(if $(PART),--part $(PART)) $(ARGS)
 	$(BIN)/python tests/support/soak.py
 

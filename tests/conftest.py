@@ -20,6 +20,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from log_mode import LEFT_OUT, begin_logs
 from servers import COUNTING, azurite, ignoring, moto, seaweed
 from soak import PARTS, Ledger
 
@@ -96,6 +97,7 @@ def _place(path: Path) -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--part` of the soak."""
     parser.addoption("--part", choices=sorted(PARTS), help="of the soak: only this part")
+    parser.addoption("--log", choices=("sums", "derive"), help="begin every store as a log (log_mode.py)")
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers choose what runs
@@ -115,6 +117,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("no_cover")
         if _name(item) in INTEGRATIONS:
             item.add_marker("integration")
+        reason = LEFT_OUT.get(item.name.partition("[")[0])
+        if config.getoption("log") is not None and reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -127,6 +132,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Choose the hypothesis profile: fixed examples in the tests, many fresh ones in the soak."""
     is_soak = config.option.markexpr == "soak"
     hypothesis.settings.load_profile("soak" if is_soak else "tests")
+    if config.getoption("log") is not None:
+        begin_logs(config.getoption("log"))
     if is_soak and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Ledger(config.getoption("part") or "all"))
 

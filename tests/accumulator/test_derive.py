@@ -13,6 +13,7 @@ from harness_store import again, batch, bits, sgd
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from splitfed.accumulator import policies
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.accumulator.derive import Deriver
 from splitfed.client.client import SplitClient
@@ -175,6 +176,54 @@ def test_a_batch_that_comes_out_otherwise_here_waits_for_who_can_compute_it(monk
     commit = Accumulator(body, again(store), sgd()).step()
     assert commit is not None
     assert list(commit.folded) == [batch(0)]
+
+
+def test_nothing_is_committed_where_no_batch_can_be_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that nobody holds, as its calls went to several servers: it waits, and no empty version is made."""
+    monkeypatch.setattr("splitfed.store.holder.Holder.put_part", lambda *given: None)
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    half, body = parts()
+    two(SplitClient(half, SplitServer(body, store, durability="log"), "a"), X)
+    wrong = parts()[1]
+    wrong.norm.eps = 0.1
+    accumulator = Accumulator(wrong, again(store), sgd())
+    with pytest.warns(UserWarning, match="stay pending"):
+        assert accumulator.step() is None
+    assert accumulator.step() is None
+    assert store.latest_version() == 0
+    commit = Accumulator(body, again(store), sgd()).step()
+    assert commit is not None
+    assert list(commit.folded) == [batch(0)]
+
+
+def test_a_batch_whose_weights_were_deleted_blocks_no_other() -> None:
+    """Nobody can compute it any more: it is closed as rejected, and said."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    half, body = parts()
+    server = SplitServer(body, store, durability="log")
+    client, other = SplitClient(half, server, "a"), SplitClient(parts()[0], server, "b")
+    late = client(X)
+    other(X).sum().backward()
+    Accumulator(body, store, sgd()).step()
+    late.sum().backward()
+    other(X).sum().backward()
+    lose_sums(store)
+    (key,) = [key for key in store.blobs.list("body/weights") if "/0000000000-" in key]
+    store.blobs.delete(key)
+    with pytest.warns(UserWarning, match="batch a/1/0 is rejected: .* deleted from outside"):
+        commit = Accumulator(body, again(store), sgd()).step()
+    assert commit is not None
+    assert (list(commit.folded), list(commit.rejected)) == ([batch(1, "b")], [batch(0)])
+
+
+def test_a_mode_without_a_bound_on_staleness_goes_with_a_log() -> None:
+    """The log has one of its own, which is no setting of the user's."""
+    for name in policies.MODES:
+        mode = policies.mode(name)
+        store = GradientStore(f"memory://{uuid.uuid4()}")
+        accumulator = Accumulator(parts()[1], store, sgd(), durability="log", **mode.settings())
+        accumulator.settings.check_mode(mode)
+        assert accumulator.max_staleness == (14 if mode.max_staleness is None else mode.max_staleness)
 
 
 def test_what_nobody_could_compute_is_stale_in_the_end() -> None:

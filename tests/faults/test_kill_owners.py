@@ -11,11 +11,11 @@ from killed import check
 from restarts import by_commands, by_sockets, check_samples, train
 
 
-def run(tmp_path: Path, way: Any, *, owners: int, steps: int, kills: int, seed: int, limit: float) -> None:
+def run(tmp_path: Path, way: Any, *, owners: int, steps: int, kills: int, seed: int, limit: float, **more: Any) -> None:
     """Some owners; the figures are shown when it fails."""
     url = (tmp_path / "store").as_uri()
     print(f"seed {seed}")
-    outcome = train(url, tmp_path, way, owners=owners, steps=steps, kills=kills, seed=seed, limit=limit)
+    outcome = train(url, tmp_path, way, owners=owners, steps=steps, kills=kills, seed=seed, limit=limit, **more)
     killed = sum(name.startswith("owner") for name in outcome.kills)
     print(f"{owners * steps} batches, {kills} kills, {killed} of owners, in {outcome.seconds:.1f} s: {outcome.kills}")
     assert len(outcome.kills) == kills
@@ -24,17 +24,19 @@ def run(tmp_path: Path, way: Any, *, owners: int, steps: int, kills: int, seed: 
     check_samples(url, owners * steps)
 
 
-def test_forty_eight_batches_and_eight_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize("durability", ["gradient", "log"])
+def test_twenty_four_batches_and_four_kills(tmp_path: Path, durability: str) -> None:
     """Every example counts once, and the final bits are those of the serial replay."""
-    run(tmp_path, by_sockets, owners=3, steps=16, kills=8, seed=8, limit=60)
+    run(tmp_path, by_sockets, owners=3, steps=8, kills=4, seed=8, limit=60, durability=durability)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_nine_thousand_batches_and_three_hundred_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("durability", "steps", "kills"), [("gradient", 3_000, 300), ("log", 1_000, 200)])
+def test_thousands_of_batches_and_hundreds_of_kills(tmp_path: Path, durability: str, steps: int, kills: int) -> None:
     """The same, each time at other moments."""
     seed = int.from_bytes(os.urandom(4), "little")
-    run(tmp_path, by_sockets, owners=3, steps=3_000, kills=300, seed=seed, limit=3_000)
+    run(tmp_path, by_sockets, owners=3, steps=steps, kills=kills, seed=seed, limit=3_000, durability=durability)
 
 
 @pytest.mark.soak

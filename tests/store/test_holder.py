@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from harness_store import again, batch, bits, sgd
+from harness_store import again, batch, bits, sgd, spoil
 from torch import Tensor, nn
 
 import splitfed.accumulator.gather
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.accumulator.derive import Deriver
 from splitfed.client.client import SplitClient
+from splitfed.diagnostics.forgetting import forget
 from splitfed.diagnostics.garbage import collect
 from splitfed.diagnostics.integrity import verify
 from splitfed.diagnostics.replay import replay
+from splitfed.errors import StoreError
 from splitfed.model.cut import split
 from splitfed.server.server import SplitServer
 from splitfed.store import holder as holders
@@ -202,6 +206,104 @@ def test_a_sum_that_goes_on_replaces_its_file() -> None:
     assert [len(group) for group in commit.groups] == [5]
 
 
+def late(durability: str, dtype: torch.dtype, *, apart: bool) -> GradientStore:
+    """One batch that began a version before the two that it is committed with."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    torch.manual_seed(0)
+    body = nn.Linear(3, 2).to(dtype)
+    halves = [split(nn.Sequential(nn.Identity(), body), "1") for _ in "ab"]
+    body = halves[0][1]
+    server = SplitServer(body, store, durability=durability)
+    client, other = (SplitClient(half, server, name) for (half, _), name in zip(halves, "ab", strict=True))
+    accumulator = Accumulator(body, again(store) if apart else store, torch.optim.Adam)
+    x = X.to(dtype)
+    begun = client(x[:3])
+    other(x).square().sum().backward()
+    accumulator.step()
+    begun.square().sum().backward()
+    for number in range(2):
+        other(x + number).square().sum().backward()
+    commit = accumulator.step()
+    assert commit is not None
+    assert (commit.num_batches, commit.num_samples) == (3, 11)
+    return store
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_of_one_batch_is_its_gradient(dtype: torch.dtype, apart: bool) -> None:
+    """There is no other of its version, and n·g isn't g."""
+    log, gradient = (late(durability, dtype, apart=apart) for durability in ("log", "gradient"))
+    assert bits(log.load_weights()) == bits(gradient.load_weights())
+
+
+def test_an_addition_that_was_interrupted_leaves_no_wrong_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a gradient is in it: it is dropped, and what it held is computed again."""
+
+    def interrupt(self: holders.Sum, block: Any) -> None:
+        self.total["scale"].add_(1.0)
+        raise KeyboardInterrupt
+
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 3)
+    client = SplitClient(parts()[0], server, "b")
+    assert store.holder()._held.sums
+    monkeypatch.setattr(holders.Sum, "add", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        client(X).sum().backward()
+    assert not store.holder()._held.sums
+
+
+def test_storage_that_fails_while_sums_are_written_loses_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What couldn't be written is held on to, and the question stays until it was answered."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = SplitServer(parts()[1], store, durability="log")
+    holder = store.holder()
+    monkeypatch.setattr(holder, "_attend", lambda: None)  # nobody looks but this test
+    client = SplitClient(parts()[0], server, "b")
+    key = store.lineage().keys.ask(holder.name)
+    store.blobs.put(key, [b"{}"])
+
+    def refuse(*given: Any, **named: Any) -> None:
+        raise StoreError("the storage is away")
+
+    for _ in range(3):
+        client(X).sum().backward()
+        with monkeypatch.context() as patch:
+            patch.setattr(store.blobs.raw, "put", refuse)
+            with pytest.raises(StoreError):
+                holder.write()
+        assert store.blobs.list("body/ask") == [key]
+    holder.write()
+    assert store.blobs.list("body/ask") == []
+    commit = accumulator_of(store).step()
+    assert commit is not None
+    assert [len(group) for group in commit.groups] == [3]
+
+
+def test_a_thread_that_failed_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What isn't the storage's fault ends it; the next gradient has another one look for questions."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = SplitServer(parts()[1], store, durability="log")
+    client = SplitClient(parts()[0], server, "a")
+    holder = store.holder()
+    failed = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda args: failed.set())
+
+    def fail(self: holders.Holder) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holders.Holder, "write", fail)
+        client(X).sum().backward()
+        store.blobs.put(store.lineage().keys.ask(holder.name), [b"{}"])
+        assert failed.wait(10)
+    client(X).sum().backward()
+    commit = accumulator_of(store).step()
+    assert commit is not None
+    assert [len(group) for group in commit.groups] == [2]
+
+
 def test_memory_is_bounded_by_the_body() -> None:
     """However many batches wait, one gradient and two sums are held; what is counted is dropped."""
     store = GradientStore(f"memory://{uuid.uuid4()}")
@@ -214,6 +316,114 @@ def test_memory_is_bounded_by_the_body() -> None:
     client(X).sum().backward()
     assert list(holder._held.gradients) == [batch(0, "b")]
     assert holder._held.sums == []
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_sums_that_make_room_for_others_are_written(
+    monkeypatch: pytest.MonkeyPatch, derived: list[Any], apart: bool
+) -> None:
+    """However many batches wait, none of them is computed again; a sum of few isn't worth a file."""
+    monkeypatch.setattr(holders, "MOST_BATCHES", 3)
+    monkeypatch.setattr(holders, "WORTH_WRITING", 3)
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 20)
+    assert len(store.blobs.list("body/sum")) == 5
+    accumulator = Accumulator(parts()[1], again(store) if apart else store, sgd())
+    commit = accumulator.step()
+    assert commit is not None
+    assert sorted(map(len, commit.groups), reverse=True) == [3] * 6 + [2] * apart
+    assert derived == []
+    assert store.blobs.list("body/sum") == []
+    del server
+
+
+def test_many_small_gradients_and_many_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By number, as what is known of a batch may be larger than its gradient; and by their buffers."""
+    monkeypatch.setattr(holders, "BYTES", 1 << 30)
+    monkeypatch.setattr(holders, "MOST_ALONE", 4)
+    monkeypatch.setattr(holders, "MOST_TENSORS", 20)
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 9)
+    holder = store.holder()
+    assert len(holder._held.gradients) == 4
+    assert [len(one.batches) for one in holder._held.sums] == [4, 1]  # of six tensors each
+    del server
+
+
+def test_a_gradient_that_isnt_finite_any_more_in_its_file_is_computed_again(derived: list[Any]) -> None:
+    """It was, when it was acknowledged: the batch isn't rejected for the sake of a cache."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 1)
+    holder = store.holder()
+    holder._held.gradients[batch(0)].gradients["scale"].fill_(torch.nan)
+    commit = accumulator_of(store).step()
+    assert commit is not None
+    assert (list(commit.folded), len(derived)) == ([batch(0)], 1)
+    del server
+
+
+def test_what_is_forgotten_isnt_committed_from_memory() -> None:
+    """A server still holds it; the sums that it writes have it, and aren't used."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store, 2)
+    SplitClient(parts()[0], server, "b")(X).sum().backward()
+    forget(again(store), "a")
+    commit = accumulator_of(store).step()
+    assert commit is not None
+    assert (list(commit.folded), list(commit.skipped)) == ([batch(0, "b")], [batch(0), batch(1)])
+    assert store.blobs.list("body/sum") == []
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_a_damaged_recipe_is_no_dead_end(is_held: bool) -> None:
+    """A sum that has the batch is used; else it is rejected. What is kept for a replay of it is gone."""
+    store = GradientStore(f"memory://{uuid.uuid4()}", keep_forwards=True)
+    server = held(store)
+    spoil(store, store.lineage().keys.gradient(batch(1)))
+    if not is_held:
+        store.holder().collect()
+    accumulator = accumulator_of(store)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        commit = accumulator.step()
+    assert commit is not None
+    assert (commit.num_batches, commit.num_rejected, len(told)) == ((4, 0, 0) if is_held else (3, 1, 1))
+    SplitClient(parts()[0], server, "b")(X).sum().backward()
+    commit = accumulator.step()
+    assert commit is not None
+    assert list(commit.folded) == [batch(0, "b")]
+    assert store.waiting() == []
+
+
+def twice(durability: str, monkeypatch: pytest.MonkeyPatch) -> GradientStore:
+    """Four batches, committed at the second try: the storage was away when the first wrote its weights."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = SplitServer(parts()[1], store, durability=durability)
+    torch.manual_seed(5)
+    clients = [SplitClient(parts()[0], server, name) for name in "ab"]
+    for number in range(5):
+        clients[number % 2](X[:2]).square().sum().backward()
+    accumulator = Accumulator(parts()[1], store, sgd())
+    create = store.blobs.raw.create
+
+    def fail(key: str, *given: Any, **named: Any) -> bool:
+        if key.startswith("body/weights/"):
+            raise StoreError("the storage is away")
+        return create(key, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.blobs.raw, "create", fail)
+        with pytest.raises(StoreError):
+            accumulator.step()
+    assert accumulator.step() is not None
+    return store
+
+
+def test_a_sum_that_was_used_isnt_used_again(monkeypatch: pytest.MonkeyPatch, derived: list[Any]) -> None:
+    """A commit that failed has made its mean of it, so it is none any more: its batches are computed again."""
+    log, gradient = (twice(durability, monkeypatch) for durability in ("log", "gradient"))
+    assert len(derived) >= 4
+    assert bits(log.load_weights()) == bits(gradient.load_weights())
 
 
 def test_a_batch_that_was_on_file_isnt_held() -> None:

@@ -13,6 +13,8 @@ from cases import Inputs
 from torch import Tensor, nn
 
 import splitfed
+from splitfed.accumulator.derive import Deriver
+from splitfed.model.skeleton import Template
 from splitfed.protocol import messages, pytree
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
@@ -87,13 +89,14 @@ class Split:
         client_id: str = "a",
         loss_scale: Any = 1.0,
         loss_fn: Any = None,
+        durability: str | None = None,
         **settings: Any,
     ) -> None:
         self.at = at
         self.half, self.body = splitfed.split(model, at)
         self.store = splitfed.GradientStore(str(url), sync="process")
         self.servers = [
-            splitfed.SplitServer(self.body, self.store, keep_graphs=keep_graphs, loss_fn=loss_fn)
+            splitfed.SplitServer(self.body, self.store, keep_graphs=keep_graphs, loss_fn=loss_fn, durability=durability)
             for _ in range(replicas)
         ]
         self.wire = wire(*self.servers)
@@ -101,9 +104,8 @@ class Split:
         self.accumulator = splitfed.Accumulator(self.body, self.store, optimizer=optimizer, **settings)
 
     def waiting(self) -> list[messages.GradientRecord]:
-        """The gradients that wait for a commit."""
-        found = [self.store.pile().read(batch) for batch in self.store.waiting()]
-        return [record for record in found if record is not None]
+        """The gradients that wait for a commit; in a log they are computed again from what is on file of them."""
+        return pending(self.store, self.body)
 
     def body_gradients(self) -> dict[str, Tensor]:
         """The body's parameter gradients of the one batch that waits, by their names in the whole model."""
@@ -121,6 +123,14 @@ class Split:
     def stored(self, kind: str) -> list[str]:
         """Keys of the body's lineage of one kind, such as 'forward'."""
         return self.store.blobs.list(f"body/{kind}")
+
+
+def pending(store: splitfed.GradientStore, body: nn.Module) -> list[messages.GradientRecord]:
+    """The gradients of a body that wait for a commit, on file or computed again."""
+    place = torch.device("cpu")
+    deriver = Deriver(Template(body), store.lineage().state, place, store.begin(place))
+    found = [store.pile().read(batch) for batch in store.waiting()]
+    return [deriver.gradient(record) for record in found if record is not None]
 
 
 def pair(model: nn.Module, url: str | Path, **settings: Any) -> tuple[Split, nn.Module]:

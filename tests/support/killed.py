@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness_store import again, check_counted_once, commits, drain
-from processes import Outcome, new_accumulator, replay, versions
+from harness_store import adam, again, check_counted_once, commits, drain, halving
+from processes import AT, Outcome, model, new_accumulator, replay, versions
 
+from splitfed.diagnostics.garbage import collect
+from splitfed.diagnostics.replay import replay as from_record
+from splitfed.model.cut import split
 from splitfed.store.store import GradientStore
 
 
@@ -26,3 +29,21 @@ def check(url: str, outcome: Outcome, batches: int) -> None:
         assert all(same), f"version {commit.version} differs from its replay in weights or optimizer: {same}"
     assert {name: owner.bits() for name, owner in owners.items()} == outcome.halves
     assert again(store).blobs.list("body/grad") == []
+    if store.lineage().durability == "log":
+        check_log(store, batches)
+
+
+def check_log(store: GradientStore, batches: int) -> None:
+    """Each version follows from its record, groups included, and nothing is left of sums and questions."""
+    found = from_record(split(model(), AT)[1], store, optimizer=adam, lr_scheduler=halving)
+    assert found.ok, [version for version in found.versions if not version.ok][:3]
+    record = commits(store)
+    groups = [group for commit in record for group in commit.groups]
+    print(f"{len(groups)} sums of {sum(map(len, groups))} batches")
+    assert groups or batches < 100, "servers have added something up"
+    for commit in record:
+        added = [batch for group in commit.groups for batch in group]
+        assert len(set(added)) == len(added)
+        assert set(commit.folded).issuperset(added)
+    collect(store)  # who was killed last couldn't
+    assert [store.blobs.list(f"body/{kind}") for kind in ("sum", "ask")] == [[], []]

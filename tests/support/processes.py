@@ -21,9 +21,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import stages
 import torch
 from harness import Wire
 from harness_store import adam, bits, commits, drain, halving, hooked
@@ -158,10 +160,17 @@ class Remote(Noting):
         return unpack(METHODS[method][1], answer)
 
 
+def opened(url: str) -> tuple[GradientStore, str]:
+    """The store as a process of the run opens it, and what is on file of a batch: its recipes, if that is tested."""
+    is_log = stages.install()
+    return GradientStore(url, sync="process", keep_forwards=is_log), "log" if is_log else "gradient"
+
+
 def serve(listener: socket.socket, url: str) -> None:
     """The main function of a replica: one request after the other, for ever."""
     torch.set_num_threads(1)
-    server = SplitServer(split(model(), AT)[1], GradientStore(url, sync="process"))
+    store, durability = opened(url)
+    server = SplitServer(split(model(), AT)[1], store, durability=durability)
     while True:
         stream, _ = listener.accept()
         with Connection(stream.detach()) as connection, suppress(EOFError, OSError):
@@ -178,16 +187,19 @@ def serve(listener: socket.socket, url: str) -> None:
 def accumulate(url: str) -> None:
     """The main function of an accumulator."""
     torch.set_num_threads(1)
-    new_accumulator(GradientStore(url, sync="process")).run(poll=0.002)
+    store, durability = opened(url)
+    least = 4 if durability == "log" else 1  # sums are of batches that wait together
+    new_accumulator(store, durability=durability, min_batches=least).run(poll=0.002)
 
 
-def own(name: str, steps: int, addresses: list[str], report: Connection) -> None:
+def own(name: str, steps: int, addresses: list[str], report: Connection, kills: int) -> None:
     """The main function of an owner: it reports each acknowledged batch, and at the end its half."""
     torch.set_num_threads(1)
     remote = Remote(*addresses)
     owner = Owner(name, remote)
     with report:
-        for _ in range(steps):
+        for step in range(steps):
+            stages.keep_pace(step, steps, kills)
             owner.step()
             report.send((remote.acknowledged, None))
             remote.acknowledged = {}
@@ -273,6 +285,14 @@ def staffed(url: str, environment: Mapping[str, str]) -> Iterator[tuple[Company,
         shutil.rmtree(folder)
 
 
+def kill_at(company: Company, folder: Path, stage: str) -> str:
+    """SIGKILL whoever comes to a stage first: its role and the stage, or '' for the stage if nobody comes."""
+    number = stages.caught(folder, stage, 10.0)
+    role = next((role for role, process in company._running.items() if process.pid == number), "")
+    company.kill(role or "server 0")
+    return f"{role or 'server 0'} {stage if role else 'elsewhere'}"
+
+
 def hear(outcome: Outcome, reports: dict[Any, str], seconds: float, note: Callable[[Any], object]) -> None:
     """Wait for what owners report; who has ended leaves the reports.
 
@@ -304,6 +324,7 @@ def train(
     seed: int,
     limit: float,
     environment: Mapping[str, str] = MappingProxyType({}),
+    folder: Path | None = None,
 ) -> Outcome:
     """Let owners train through two replicas and two accumulators; at each of `kills` random moments one is killed.
 
@@ -315,21 +336,30 @@ def train(
         seed: Seeds who is killed and when.
         limit: Fail when it takes longer, in seconds.
         environment: Variables of all processes, such as the credentials of an object store.
+        folder: Where processes say that they have come to a stage (`stages`). The run is a log then, and somebody is
+            killed at each stage in turn.
     """
     chance, outcome, began = random.Random(seed), Outcome(), time.monotonic()
     moments = sorted(chance.sample(range(1, owners * steps), kills))
+    if folder is not None:
+        environment = {**environment, stages.FOLDER: str(folder)}
     with staffed(url, environment) as (company, addresses):
         victims = ["server 0", "server 1", "accumulator 0", "accumulator 1"]
         reports: dict[Any, str] = {}
         for name in [f"owner-{number}" for number in range(owners)]:
             reading, writing = CONTEXT.Pipe(duplex=False)
-            company.start(name, own, name, steps, addresses, writing)
+            company.start(name, own, name, steps, addresses, writing, kills)
             writing.close()
             reports[reading] = name
         while reports:
             hear(outcome, reports, limit - (time.monotonic() - began), outcome.acknowledged.update)
             while moments and len(outcome.acknowledged) >= moments[0]:
                 moments.pop(0)
+                if folder is not None:
+                    stage = stages.STAGES[len(outcome.kills) % len(stages.STAGES)]
+                    outcome.kills.append(kill_at(company, folder, stage))
+                    stages.release(folder, len(outcome.kills))
+                    continue
                 time.sleep(chance.uniform(0, 0.01))  # anywhere within a request or commit, not just behind one
                 outcome.kills.append(chance.choice(victims))
                 company.kill(outcome.kills[-1])

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from harness_store import commits
 from processes import CONTEXT, TRIES, Company, Noting, Outcome, Owner, Remote, hear, staffed
+from stages import FOLDER
 
 from splitfed.client.transports import open_transport
 from splitfed.errors import UnreachableError
@@ -144,6 +145,7 @@ def train(
     seed: int,
     limit: float,
     environment: Mapping[str, str] = MappingProxyType({}),
+    durability: str = "gradient",
 ) -> Outcome:
     """Let owners train; at each of `kills` random moments somebody is killed: in half of the cases an owner.
 
@@ -157,7 +159,10 @@ def train(
         seed: Seeds who is killed and when.
         limit: Fail when it takes longer, in seconds.
         environment: Variables of all processes, such as the credentials of an object store.
+        durability: What is on file of a batch; only where they are served by functions.
     """
+    if durability == "log":
+        environment = {**environment, FOLDER: str(files)}
     chance, outcome, began = random.Random(seed), Outcome(), time.monotonic()
     moments = sorted(chance.sample(range(1, owners * steps), kills))
     reports: dict[Any, str] = {}

@@ -24,6 +24,7 @@ PARTS = {
     "faults": ("faults/test_system_calls",),
     "simulator": ("faults/test_simulator",),
     "growth": ("store/test_growth",),
+    "log": ("promises/test_log",),
     "clients": ("client/test_resume", "simulation/test_launch"),
 }
 """The test files of each part."""

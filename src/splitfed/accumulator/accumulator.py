@@ -39,6 +39,7 @@ from splitfed.accumulator.settings import (
 from splitfed.checks import at_least
 from splitfed.errors import (
     CorruptedError,
+    ExpiredError,
     FormatError,
     InputError,
     MissingError,
@@ -176,8 +177,9 @@ class Accumulator:
             part=stamp_of(body),
             durability=durability,
         )
-        if self._versions.durability == "log":
-            self.settings = self._within_window()
+        is_log = self._versions.durability == "log"
+        self._bounded = self._within_window() if is_log else self.settings
+        """The settings within the window that a log has."""
         self._unreported: Counter[str] = Counter()
         """What was cleaned up since the last commit of this accumulator, for the next record."""
         self._headers: dict[BatchId, dict[str, object]] = {}
@@ -194,7 +196,7 @@ class Accumulator:
     @property
     def max_staleness(self) -> int | None:
         """Batches whose base is more commits behind aren't folded; `None` for any."""
-        return self.settings.max_staleness
+        return self._bounded.max_staleness
 
     @property
     def staleness_weight(self) -> StalenessWeight:
@@ -204,7 +206,7 @@ class Accumulator:
     @property
     def keep_versions(self) -> int:
         """The number of versions that stay readable."""
-        return self.settings.window
+        return self._bounded.window
 
     def step(self, min_batches: int | None = None, *, only: Verdict | None = None) -> Commit | None:
         """Fold the pending batches into the next version.
@@ -287,27 +289,26 @@ class Accumulator:
         verdict, older = found
         ready = [batch for batch in verdict.folded if batch not in self._deferred]
         waiting = {batch: str(self._header(batch).get("holder") or "") for batch in ready}
-        if not any(waiting.values()):
-            return self._publish(head, self._fold(verdict, head, Held()), older)
-        held, used = self._gatherer.gather(waiting, applied), list[Sum]()
+        is_held = any(waiting.values())
+        used: list[Sum] = []
         try:
-            # Listed again, after the sums: these name no batch that isn't there.
-            found = self._sorted(head, newest, applied, only, least)
-            if found is None:
-                return None
-            verdict, older = found
-            headers = {batch: self._header(batch) for batch in verdict.folded}
-            used = [one for one in held.sums if one.is_usable(headers)]
-            sums = used.copy()
-            folded = self._fold(verdict, head, Held(held.gradients, sums))
+            held = self._gatherer.gather(waiting, applied) if is_held else Held()
+            if is_held:
+                # Listed again, after the sums: these name no batch that isn't there.
+                found = self._sorted(head, newest, applied, only, least)
+                if found is None:
+                    return None
+                verdict, older = found
+                headers = {batch: self._header(batch) for batch in verdict.folded}
+                used = [one for one in held.sums if one.is_usable(headers)]
+            folded = self._fold(verdict, head, Held(held.gradients, used))
             self._warn_deferred(folded)
             if not list(folded.verdict):
                 return None
             return self._publish(head, folded, older)
         finally:
-            # What is held is a cache: without the table it is dropped.
-            with contextlib.suppress(StoreError, MissingError):
-                self._gatherer.give_back(used, self._versions.counted())
+            if is_held:
+                self._gatherer.give_back(used)
 
     def _sorted(
         self, head: int, newest: Commit, applied: BatchSet, only: Verdict | None, least: int
@@ -320,7 +321,7 @@ class Accumulator:
             pending,
             self._header_at(head),
             head,
-            self.settings,
+            self._bounded,
             only,
             self._unfit,
             newest.is_abandoned,
@@ -343,7 +344,7 @@ class Accumulator:
                 return found
             if batch in self._deferred:
                 raise ReplayError("it was tried before")
-            return self._read(batch)
+            return self._read(batch, head)
 
         return fold(
             verdict,
@@ -368,7 +369,7 @@ class Accumulator:
                 f"the gradients of {len(new)} batches can't be computed again here, as of batch "
                 f"{batch}: {error}. They are acknowledged, so they stay pending, until an "
                 "accumulator commits them whose body computes as the servers' do, or until they "
-                f"are older than {self.settings.max_staleness} commits",
+                f"are older than {self.max_staleness} commits",
                 stacklevel=4,
             )
 
@@ -399,7 +400,7 @@ class Accumulator:
         parent = self._versions.commit(head)
         keeps_first = self._archive is not None
         self._unreported["expired"] += self._versions.sweep(
-            self.settings.window, self.settings.keep_bytes, first=keeps_first
+            self._bounded.window, self.settings.keep_bytes, first=keeps_first
         )
         live = self._stepper.take(self._versions, head)
         if folded.verdict.folded:
@@ -489,12 +490,23 @@ class Accumulator:
                 stacklevel=4,
             )
 
-    def _read(self, batch: BatchId) -> GradientRecord | None:
-        """The gradient of a pending batch; in a log it is computed from its recipes."""
+    def _read(self, batch: BatchId, head: int) -> GradientRecord | None:
+        """The gradient of a pending batch; in a log it is computed from its recipes.
+
+        Raises:
+            MissingError: the weights that it ran at have left the window, as others have committed.
+            CorruptedError: these weights were deleted from outside: nobody can compute it any more.
+        """
         record = self._pile.read(batch)
         if record is None or not record.recipes:
             return record
-        return self._deriver.gradient(record)
+        try:
+            return self._deriver.gradient(record)
+        except ExpiredError as error:
+            if self._versions.head() != head:
+                raise
+            what = f"what it follows from was deleted from outside: {error}"
+            raise CorruptedError(what) from error
 
     @property
     def _keeps(self) -> int:
@@ -525,7 +537,7 @@ class Accumulator:
             counted = self._versions.counted()
             self._drop([batch for batch in closed if batch in counted])
             if self._versions.durability == "log":
-                oldest = self._versions.head() - (self.settings.max_staleness or 0)
+                oldest = self._versions.head() - (self.max_staleness or 0)
                 self._gatherer.clean(counted, oldest)
 
     def _drop(self, counted: list[BatchId]) -> None:

@@ -8,6 +8,7 @@ order: shares are added in the order of the recipes, as autograd reached the cal
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -66,7 +67,10 @@ class Deriver:
                 )
             (recipe,) = record.recipes
             model = self._model(recipe.version)
-            return follow(model, recipe, self._numerics, record.numerics, record.num_samples)
+            made = follow(model, recipe, self._numerics, record.numerics, record.num_samples)
+            # A batch by itself changes the buffers once, from its version on, whatever call it has
+            # continued: the second way to see it is for parts of a batch.
+            return replace(made, buffers=made.buffers[:1])
         parts = {
             recipe.part: follow(
                 self._model(recipe.version), recipe, self._numerics, record.numerics

@@ -88,14 +88,15 @@ class Gatherer:
                 found[key] = batches
         return found
 
-    def give_back(self, used: Iterable[Sum], closed: BatchSet) -> None:
+    def give_back(self, used: Iterable[Sum]) -> None:
         """Hold on to what of this process's wasn't used.
 
         Args:
             used: Sums that have become part of a mean.
-            closed: The batches that are closed by now.
         """
-        left, self._own = self._own.without(closed), Held()
+        left, self._own = self._own, Held()
+        with contextlib.suppress(SplitFedError):  # else it is dropped when the holder looks next
+            left = left.without(self._versions.counted())
         taken = set(map(id, used))
         left.sums = [one for one in left.sums if id(one) not in taken]
         self._holder.give_back(left)

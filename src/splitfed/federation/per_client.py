@@ -47,7 +47,7 @@ from splitfed.store.cache import Bounded
 from splitfed.store.commit import Commit
 from splitfed.store.lineage import Lineage
 from splitfed.store.rounds import Ending, Plan
-from splitfed.store.store import GradientStore
+from splitfed.store.store import GradientStore, check_store
 
 BEGUN = ("initial", "begin")
 """The kinds of commit that a line's turn begins with."""
@@ -117,7 +117,13 @@ class PerClient:
             shared, lr_scheduler=lr_scheduler, param_groups=param_groups, clip_norm=clip_norm
         )
         """Those of each client's line."""
-        self.accumulator = Accumulator(body, store, average, **averaging.keywords())
+        check_store(store)
+        # A change is on file as it is, and may be as old as `max_staleness` says: no log has that.
+        is_new = store.lineage("body").head() < 0
+        durability = "gradient" if is_new else None
+        self.accumulator = Accumulator(
+            body, store, average, durability=durability, **averaging.keywords()
+        )
         """The accumulator of the `body` lineage."""
         self.store = store
         self._body = deep_copy(unwrap(body))

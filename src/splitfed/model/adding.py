@@ -53,7 +53,7 @@ def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 def add_products(
     total: dict[str, Tensor], gradients: Sequence[Mapping[str, Tensor]], factors: Sequence[float]
 ) -> None:
-    """Add gradients up.
+    """Add gradients up; if this raises, the total is of no use any more.
 
     Args:
         total: By name, in float64, without gaps and as real numbers; changed in place. A name that

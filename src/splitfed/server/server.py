@@ -132,6 +132,11 @@ class SplitServer:
             raise InputError(
                 f"per_client=True with lineage={lineage!r}: each client's line begins from 'body'"
             )
+        if per_client and durability == "log":
+            raise InputError(
+                "per_client=True with durability='log': bodies of clients are committed from "
+                "gradients, so leave durability out"
+            )
         self.store = store
         self.lineage = lineage
         self.loss_fn = loss_fn
@@ -153,6 +158,7 @@ class SplitServer:
             state,
             part=self._part,
             durability=durability,
+            inline=per_client,
         )
         store.check_beside(lineage, beside, numerics)
         self._halves = Halves(store, numerics)

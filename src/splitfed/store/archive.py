@@ -11,8 +11,10 @@ replaced as long as the batch isn't known.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
+from splitfed.errors import CorruptedError, FormatError
 from splitfed.protocol import checksum
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import GradientRecord
@@ -53,13 +55,17 @@ class Archive:
             self._blobs.put(key, parts, durable=True)
 
     def adopt(self, batch: BatchId) -> None:
-        """Keep the file of a counted gradient, if nothing is kept that it follows from."""
+        """Keep the file of a counted gradient, if nothing is kept that it follows from.
+
+        One that was damaged is kept nowhere: who went on about it would never go on.
+        """
         key = self._keys.kept(batch)
         if self._blobs.raw.get(key) is not None:
             return
-        data = self._blobs.get(self._keys.gradient(batch))
-        if data is not None and peek(GradientRecord, data, ("kind",))["kind"] == "gradient":
-            self._blobs.create(key, [data])
+        with contextlib.suppress(CorruptedError, FormatError):
+            data = self._blobs.get(self._keys.gradient(batch))
+            if data is not None and peek(GradientRecord, data, ("kind",))["kind"] == "gradient":
+                self._blobs.create(key, [data])
 
     def read(self, batch: BatchId) -> GradientRecord | None:
         """What is kept of a batch, its recipes or its gradient; `None` if nothing is.

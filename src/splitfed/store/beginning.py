@@ -57,6 +57,8 @@ def begin_with(
     state: Mapping[str, Tensor],
     part: str | None = None,
     durability: str | None = None,
+    *,
+    inline: bool = False,
 ) -> None:
     """Publish a module's weights as version 0, or warn, once, that a body's come too late.
 
@@ -69,12 +71,15 @@ def begin_with(
         part: The stamp of the body's cut, if it has one.
         durability: What is on file when a batch is acknowledged; `None` for what the lineage was
             begun with, or, if it is new, by the body's size.
+        inline: Whether its batches follow from nothing in the store (averages of clients' bodies),
+            so that they are gradients whatever their size, if nobody says otherwise.
 
     Raises:
         ArchitectureError: the lineage was begun with another architecture, or for another part of a
             model.
     """
-    default = durability_of(fingerprint) if versions.name == "body" else "gradient"
+    is_inline = inline or versions.name != "body"
+    default = "gradient" if is_inline else durability_of(fingerprint)
     begun = versions.initialise(
         fingerprint, state, part=part, durability=durability, default=default
     )

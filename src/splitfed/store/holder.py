@@ -38,15 +38,25 @@ from splitfed.protocol.messages import GradientRecord, SumRecord
 from splitfed.protocol.packing import pack
 from splitfed.store.batchset import BatchSet
 from splitfed.store.lineage import Lineage
-from splitfed.store.sums import Shared, Sum, shared_of, single
+from splitfed.store.sums import Shared, Sum, extent, shared_of, single
 
 BYTES = 256 * 2**20
 """So many bytes of gradients are held as they are, or two gradients if these are larger."""
 LEAST = 2
+MOST_ALONE = 64
+"""So many are held as they are at most: what is known of a batch may be larger than a small one."""
+MOST_PARTS = 256
+"""So many shares of calls are held at most: those of a pass that failed are never taken."""
+MOST_BUFFERS, MOST_TENSORS = 256 * 2**20, 50_000
+"""No sum goes on that holds so many bytes, or tensors, of changed buffers: these aren't added up,
+and no file may have more than 100,000 tensors."""
 MOST_SUMS = 2
 """So many sums are held: of the newest version, and of the one before."""
-MOST_BATCHES = 1024
+MOST_BATCHES = 1 << 14
 """No sum has more: what it holds of its batches would grow."""
+WORTH_WRITING = 64
+"""A sum of so many batches is written when it makes room for another; to compute fewer again costs
+less than to write each, where loss scales alternate."""
 NEAR, FAR = 0.02, 0.25
 """Seconds between two looks for a question: where a read takes microseconds, and elsewhere."""
 _LOOK_AT_TABLE = 1.0
@@ -137,7 +147,9 @@ class Holder:
             self._parts[batch, part] = share.as_gradient()
             self._parts.move_to_end((batch, part))
             total = sum(map(_size, self._parts.values()))
-            while total > self._most and len(self._parts) > LEAST:
+            while len(self._parts) > LEAST and (
+                total > self._most or len(self._parts) > MOST_PARTS
+            ):
                 total -= _size(self._parts.popitem(last=False)[1])
 
     def take_part(self, batch: BatchId, part: int, digest: str) -> GradientRecord | None:
@@ -154,15 +166,23 @@ class Holder:
         with self._adding, self._lock:
             found, self._held = self._held, Held()
             self._num_bytes = 0
+            sums = found.sums
+            found.sums = [one for one in sums if one.only is None]
+            for one in sums:
+                if one.only is not None:
+                    batch = next(iter(one.batches))
+                    found.gradients[batch] = one.only
+                    self._alone.update((batch, key) for key in one.files)
         return found
 
     def give_back(self, held: Held) -> None:
         """Hold again what was taken out and not used."""
-        with self._adding, self._lock:
-            self._held.gradients = {**held.gradients, **self._held.gradients}
-            self._held.sums[:0] = held.sums
-            self._num_bytes = sum(map(_size, self._held.gradients.values()))
-            del self._held.sums[:-MOST_SUMS]
+        with self._adding:
+            with self._lock:
+                self._held.gradients = {**held.gradients, **self._held.gradients}
+                self._held.sums[:0] = held.sums
+                self._num_bytes = sum(map(_size, self._held.gradients.values()))
+            self._make_room()
         self._reduce()
 
     def write(self) -> None:
@@ -176,28 +196,19 @@ class Holder:
         self._drop_counted()
         began = time.monotonic()
         with self._adding:
-            with self._lock:
-                gradients, self._held.gradients = self._held.gradients, {}
-                self._num_bytes = 0
             groups: dict[Shared, list[tuple[BatchId, GradientRecord]]] = {}
-            for batch, record in gradients.items():
-                groups.setdefault(shared_of(record), []).append((batch, record))
+            with self._lock:
+                for batch, record in self._held.gradients.items():
+                    groups.setdefault(shared_of(record), []).append((batch, record))
             for shared, block in groups.items():
-                if len(block) > 1 or self._open(shared) is not None:
-                    self._add(shared, block)
-                    continue
                 batch, record = block[0]
-                if batch not in self._alone:
+                if len(block) > 1 or self._open(shared) is not None:
+                    self._take(batch for batch, _ in block)
+                    self._write(self._add(shared, block))  # before another takes its place
+                elif batch not in self._alone:  # it stays: one that comes later is added to it
                     self._alone[batch] = self._create(shared, single(batch, record))
-                with self._lock:  # one that comes later may be added to it
-                    self._held.gradients.setdefault(batch, record)
-                    self._num_bytes = sum(map(_size, self._held.gradients.values()))
             for one in self._held.sums:
-                if one.num_written < len(one.batches):
-                    one.files.append(self._create(one.shared, one.pack()))
-                    one.num_written = len(one.batches)
-                    while len(one.files) > 1:
-                        self._lineage.blobs.delete(one.files.pop(0))
+                self._write(one)
         self._lineage.blobs.delete(self._lineage.keys.ask(self.name))
         now = time.monotonic()
         self._wrote = (now, now - began)
@@ -209,6 +220,14 @@ class Holder:
             return False
         is_new = any(batch not in self._alone for batch in self._held.gradients)
         return is_new or any(one.num_written < len(one.batches) for one in self._held.sums)
+
+    def _write(self, one: Sum) -> None:
+        """Write a sum, if it has batches that its last file hasn't."""
+        if one.num_written < len(one.batches):
+            one.files.append(self._create(one.shared, one.pack()))
+            one.num_written = len(one.batches)
+            while len(one.files) > 1:
+                self._lineage.blobs.delete(one.files.pop(0))
 
     def _create(self, shared: Shared, record: SumRecord) -> str:
         """Write a file; its key."""
@@ -227,30 +246,51 @@ class Holder:
                 with self._lock:
                     if not self._is_over():
                         return
-                    batch = next(iter(self._held.gradients))
-                    record = self._held.gradients.pop(batch)
-                    self._num_bytes -= _size(record)
+                    batch, record = next(iter(self._held.gradients.items()))
+                self._take([batch])
                 self._add(shared_of(record), [(batch, record)])
 
-    def _is_over(self) -> bool:
-        return self._num_bytes > self._most and len(self._held.gradients) > LEAST
+    def _take(self, batches: Iterable[BatchId]) -> None:
+        """Hold some gradients no longer as they are; `_adding` is held."""
+        with self._lock:
+            for batch in batches:
+                self._num_bytes -= _size(self._held.gradients.pop(batch))
 
-    def _add(self, shared: Shared, block: list[tuple[BatchId, GradientRecord]]) -> None:
-        """Add gradients to the open sum; `_adding` is held."""
-        found = self._open(shared)
-        if found is None:
-            found = Sum(shared)
-            with self._lock:
-                self._held.sums.append(found)
-                del self._held.sums[:-MOST_SUMS]
+    def _is_over(self) -> bool:
+        count = len(self._held.gradients)
+        return count > LEAST and (self._num_bytes > self._most or count > MOST_ALONE)
+
+    def _add(self, shared: Shared, block: list[tuple[BatchId, GradientRecord]]) -> Sum:
+        """Add gradients to the open sum, and return it; `_adding` is held."""
+        found = self._open(shared) or Sum(shared)
+        # Whatever stops an addition midway, an interrupt of the user too, leaves a wrong sum: so
+        # nobody has it meanwhile.
+        with self._lock:
+            self._held.sums = [one for one in self._held.sums if one is not found]
         found.add(block)
         found.files += [self._alone.pop(batch) for batch, _ in block if batch in self._alone]
+        with self._lock:
+            self._held.sums.append(found)
+        self._make_room()
+        return found
+
+    def _make_room(self) -> None:
+        """Hold no more sums than may be held; `_adding` is held."""
+        with self._lock:
+            gone = self._held.sums[:-MOST_SUMS]
+            del self._held.sums[:-MOST_SUMS]
+        for one in gone:
+            if len(one.batches) >= WORTH_WRITING:
+                with contextlib.suppress(SplitFedError):  # what it held is computed again
+                    self._write(one)
 
     def _open(self, shared: Shared) -> Sum | None:
         """The sum that such gradients are added to, if there is one."""
         for one in reversed(self._held.sums):
             if one.shared == shared:
-                return one if len(one.batches) < MOST_BATCHES else None
+                tensors, num_bytes = one.num_buffers
+                is_full = tensors > MOST_TENSORS or num_bytes > MOST_BUFFERS
+                return None if is_full or len(one.batches) >= MOST_BATCHES else one
         return None
 
     def _drop_counted(self) -> None:
@@ -292,6 +332,10 @@ class Holder:
                 self._drop_counted()
         except SplitFedError:  # the storage fails: who asked derives
             return 10 * pause
+        except BaseException:
+            with self._lock:  # this thread ends, and the next gradient starts another
+                self._watch = None
+            raise
         return pause
 
 
@@ -309,7 +353,8 @@ def _watch(found: weakref.ref[Holder]) -> None:
 
 
 def _size(record: GradientRecord) -> int:
-    return sum(gradient.nbytes for gradient in record.gradients.values())
+    gradients = sum(gradient.nbytes for gradient in record.gradients.values())
+    return gradients + extent(record.buffers)[1]
 
 
 def apart(gradients: Mapping[str, Tensor], others: Iterable[Tensor | None]) -> dict[str, Tensor]:

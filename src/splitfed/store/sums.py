@@ -18,7 +18,7 @@ commit that folds each of its batches, with the content that is on file.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ from torch import Tensor
 
 from splitfed.errors import ArchitectureError, CorruptedError, FormatError, IdError
 from splitfed.model.adding import add_products, as_real
+from splitfed.model.fingerprint import check_tensors
+from splitfed.model.numerics import all_finite
 from splitfed.model.skeleton import Fingerprint
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
 from splitfed.protocol.messages import BufferUpdate, GradientRecord, SumRecord
@@ -47,6 +49,12 @@ class Added(NamedTuple):
     buffers: Sequence[BufferUpdate]
 
 
+def extent(updates: Iterable[BufferUpdate]) -> tuple[int, int]:
+    """The tensors of changed buffers, and their bytes; what they began with is their version's."""
+    values = [value for update in updates for value in update.values.values()]
+    return 2 * len(values), sum(value.nbytes for value in values)
+
+
 def shared_of(record: GradientRecord) -> Shared:
     """What a gradient must share with the others of a sum."""
     return record.base_version, record.loss_scale, record.numerics
@@ -59,8 +67,12 @@ class Sum:
     shared: Shared
     batches: dict[BatchId, Added] = field(default_factory=dict)
     """In the order in which they were added."""
+    only: GradientRecord | None = None
+    """The gradient of its first batch, as long as there is no other: n·g/n isn't always g."""
     total: dict[str, Tensor] = field(default_factory=dict)
     """Σ nᵢ·gᵢ by name, in float64 and as real numbers."""
+    num_buffers: tuple[int, int] = (0, 0)
+    """Tensors and bytes of the changes of buffers that it holds."""
     kinds: Kinds = field(default_factory=dict)
     """Dtype and shape of each gradient."""
     files: list[str] = field(default_factory=list)
@@ -88,11 +100,20 @@ class Sum:
         return self.base_version, next(iter(self.batches)), -len(self.batches)
 
     def add(self, block: Sequence[tuple[BatchId, GradientRecord]]) -> None:
-        """Add gradients, one after the other."""
-        gradients = [record.gradients for _, record in block]
-        add_products(self.total, gradients, [record.num_samples for _, record in block])
+        """Add gradients, one after the other; if this raises, the sum is of no use any more."""
+        if not self.batches and len(block) == 1:
+            self.only = block[0][1]
+        else:
+            records = [record for _, record in block]
+            if self.only is not None:
+                records.insert(0, self.only)
+                self.only = None
+            factors = [record.num_samples for record in records]
+            add_products(self.total, [record.gradients for record in records], factors)
         for batch, record in block:
             self.batches[batch] = Added(record.digest, record.num_samples, record.buffers)
+            more = extent(record.buffers)
+            self.num_buffers = (self.num_buffers[0] + more[0], self.num_buffers[1] + more[1])
             for name, gradient in record.gradients.items():
                 self.kinds.setdefault(name, (gradient.dtype, gradient.shape))
 
@@ -110,6 +131,8 @@ class Sum:
 
     def pack(self) -> SumRecord:
         """As a file holds it; its tensors share their memory."""
+        if self.only is not None:
+            return single(next(iter(self.batches)), self.only)
         added = self.batches.values()
         return SumRecord(
             *self.shared,
@@ -143,7 +166,7 @@ def from_file(record: SumRecord, fingerprint: Fingerprint) -> Sum | tuple[BatchI
         fingerprint: The tensors that they must fit.
 
     Raises:
-        FormatError: it isn't one of ours.
+        FormatError: it isn't one of ours, or damaged before it was written.
         ArchitectureError: its tensors aren't the lineage's.
     """
     batches = [read_batch(text) for text in record.batches]
@@ -153,6 +176,9 @@ def from_file(record: SumRecord, fingerprint: Fingerprint) -> Sum | tuple[BatchI
     updates = iter(record.buffers)
     buffers = [list(islice(updates, count)) for count in record.num_updates]
     if len(batches) == 1:
+        check_tensors(fingerprint, record.total, "trainable")
+        if not all(map(all_finite, record.total.values())):
+            raise FormatError(f"the gradient of batch {batches[0]} isn't finite, and was")
         return batches[0], GradientRecord(
             kind="gradient",
             base_version=record.base_version,

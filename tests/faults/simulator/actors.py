@@ -14,6 +14,7 @@ from tests.faults.simulator.process import Process
 from splitfed.errors import (
     CorruptedError,
     ExpiredError,
+    FormatError,
     InputError,
     StoreError,
 )
@@ -24,7 +25,7 @@ from splitfed.store.store import GradientStore
 if TYPE_CHECKING:
     from tests.faults.simulator.world import World
 
-RESTARTED = ("server", "accumulator", "client", "reader", "sweeper", account.NAME)
+RESTARTED = ("server", "accumulator", "client", "reader", "sweeper", "asker", account.NAME)
 """Roles whose processes are started again when they die."""
 
 
@@ -37,6 +38,8 @@ def cast(plan: Plan) -> Iterator[str]:
         yield "operator"
     if plan.has_sweeper:
         yield "sweeper"
+    if plan.is_log:
+        yield "asker"
     if plan.has_hostile:
         yield account.NAME
 
@@ -50,6 +53,7 @@ def act(role: str, process: Process) -> None:
         "reader": read,
         "operator": roll_back,
         "sweeper": sweep,
+        "asker": ask,
         account.NAME: account.attack,
     }
     acts[role.split("-")[0]](role, process)
@@ -77,17 +81,20 @@ def serve(role: str, process: Process) -> None:
     plan = process.world.plan
 
     def make(store: GradientStore) -> SplitServer:
-        return SplitServer(model.body_of(plan), store, loss_fn=model.loss_fn, keep_graphs=plan.keep_graphs)
+        settings = {"loss_fn": model.loss_fn, "keep_graphs": plan.keep_graphs, "durability": plan.durability}
+        return SplitServer(model.body_of(plan), store, **settings)
 
     app = opened(process, make)
     process.world.servers.append(Server(process, app))
+    if plan.is_attended and role == "server-0":
+        process.start(lambda: accumulate(role, process, app.store), "accumulator")
 
 
-def accumulate(role: str, process: Process) -> None:
-    """Commit, now and then only what was decided on, as the end of a round does."""
+def accumulate(role: str, process: Process, shared: GradientStore | None = None) -> None:
+    """Commit, now and then only what was decided on, as the end of a round does; on a server's store, if given."""
     world = process.world
     least = min(process.choose.choice((1, 1, 2, 3)), world.plan.most_pending)
-    accumulator = opened(process, lambda store: world.accumulator(store, least))
+    accumulator = opened(process, lambda store: world.accumulator(shared or store, least))
     while world.is_stormy:
         if world.ledger.num_open < least and process.choose.random() < 0.9:
             process.pause(8)  # it would look in vain, which takes most of the time of a run
@@ -135,6 +142,19 @@ def sweep(role: str, process: Process) -> None:
         with contextlib.suppress(StoreError):
             store.lineage().sweep(world.plan.keep_versions)
         process.pause(50 + int(process.choose.random() * 200))
+
+
+def ask(role: str, process: Process) -> None:
+    """Ask servers for their sums and commit nothing, as an accumulator that dies in between."""
+    world = process.world
+    store = world.open(process)
+    while world.is_stormy:
+        with contextlib.suppress(StoreError, FormatError):
+            headers = (store.pile().peek(batch) for batch in store.waiting())
+            holders = {str(header["holder"]) for header in headers if header is not None and header["holder"]}
+            for holder in sorted(holders):
+                store.blobs.put(store.lineage().keys.ask(holder), [b"{}"])
+        process.pause(30 + int(process.choose.random() * 90))
 
 
 def roll_back(role: str, process: Process) -> None:

@@ -25,12 +25,14 @@ from splitfed.errors import (
     UnreachableError,
 )
 from splitfed.protocol.ids import BatchId
-from splitfed.protocol.messages import BackwardRequest, ForwardRequest, GradientRecord, LossRequest
+from splitfed.protocol.messages import BackwardRequest, ForwardRequest, GradientRecord, LossRequest, SumRecord
+from splitfed.protocol.packing import unpack
 from splitfed.store import layout
 from splitfed.store.batches import OUTCOMES
 from splitfed.store.batchset import Outcome
 from splitfed.store.commit import Commit
 from splitfed.store.store import GradientStore
+from splitfed.store.sums import read_batch
 
 if TYPE_CHECKING:
     from tests.faults.simulator.world import World
@@ -58,6 +60,8 @@ class Ledger:
         """The batches that are in a commit, and in which."""
         self.files: dict[BatchId, GradientRecord] = {}
         """Each gradient file that ever was."""
+        self.sums: list[SumRecord] = []
+        """The files of sums that ever were."""
         self.damaged: set[str] = set()
         """The keys of files that a bit has changed in."""
         self._open: dict[BatchId, GradientRecord] = {}
@@ -126,8 +130,29 @@ class Ledger:
         keys = self._lineage.keys
         batch = keys.parse_gradient(key)
         is_record = any(key == keys.commit(version) for version in range(self.head + 2))
-        if is_record or (batch is not None and existed) or keys.parse_versioned(key) is not None:
+        is_again = existed and (batch is not None or keys.parse_sum(key) is not None)
+        if is_record or is_again or keys.parse_versioned(key) is not None:
             self.fail(f"{key} is overwritten")
+
+    def written(self, key: str) -> None:
+        """A key was written without asking whether it existed."""
+        if self._lineage.keys.parse_sum(key) is None:
+            return
+        found = unpack(SumRecord, self.store.blobs.get(key) or b"")
+        holder = key.rpartition("/")[2].split("-")[1]
+        names = list(map(read_batch, found.batches))
+        if len(set(names)) != len(names):
+            self.fail(f"{key} names a batch twice")
+        for batch, digest, num_samples in zip(names, found.digests, found.num_samples, strict=True):
+            record = self.files.get(batch)
+            if record is None:
+                self.fail(f"{key} names batch {batch}, which isn't on file")
+                return
+            expected = (record.digest, record.num_samples, record.base_version, record.loss_scale, record.holder)
+            own = (digest, num_samples, found.base_version, found.loss_scale, holder)
+            if own != expected:
+                self.fail(f"{key} has batch {batch} as {own}: expected {expected}")
+        self.sums.append(found)
 
     def deleted(self, key: str) -> None:
         """A key that exists is about to be deleted."""
@@ -159,6 +184,7 @@ class Ledger:
         self.weights.append(weights)
         for batch, outcome in commit.verdict.items():
             self._close(commit, batch, outcome)
+        self._check_groups(commit)
         if set(applied) != set(self.closed):
             difference = sorted(set(applied) ^ set(self.closed))
             self.fail(f"the applied table of version {version} isn't the sum of all records: {difference}")
@@ -166,6 +192,18 @@ class Ledger:
         self._sleepers = [(wanted, fiber) for wanted, fiber in self._sleepers if wanted > version]
         for fiber in due:
             self.world.scheduler.unpark(fiber)
+
+    def _check_groups(self, commit: Commit) -> None:
+        """What was added up before is of batches that are folded, of one base version and loss scale, each once."""
+        batches = [batch for group in commit.groups for batch in group]
+        folded = set(commit.folded)
+        if len(set(batches)) != len(batches) or not folded.issuperset(batches):
+            self.fail(f"commit {commit.version} has groups {commit.groups} of {sorted(folded)}")
+            return
+        for group in commit.groups:
+            shared = {(self.files[batch].base_version, self.files[batch].loss_scale) for batch in group}
+            if len(group) < 2 or len(shared) != 1:
+                self.fail(f"commit {commit.version} has a group {group} of {shared}")
 
     def _close(self, commit: Commit, batch: BatchId, outcome: Outcome) -> None:
         if batch in self.closed:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-from tests.faults.simulator import wrong_commits, wrong_servers
+from tests.faults.simulator import wrong_commits, wrong_logs, wrong_servers
 from tests.faults.simulator.table import MUTANTS, RARE
 
-__all__ = ["MUTANTS", "RARE", "installed", "wrong_commits", "wrong_servers"]
+__all__ = ["MUTANTS", "RARE", "installed", "wrong_commits", "wrong_logs", "wrong_servers"]
 
 
 @contextmanager

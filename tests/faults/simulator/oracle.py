@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from tests.faults.simulator import model
 from tests.faults.simulator.ledger import CLOSER, HOSTILE, Ledger
 from tests.faults.simulator.network import Network, Sent
-from tests.faults.simulator.reference import Body, Call, Replica, differing, same
+from tests.faults.simulator.reference import Body, Call, Replica, differing, same, total_of
 from torch import Tensor
 
+from splitfed.accumulator.derive import Deriver
+from splitfed.errors import SplitFedError
+from splitfed.model.skeleton import Template
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import (
     BackwardRequest,
@@ -26,11 +30,14 @@ from splitfed.protocol.messages import (
 )
 from splitfed.protocol.packing import pack_tree
 from splitfed.store.batchset import Outcome
+from splitfed.store.sums import read_batch
 
 
 def check(ledger: Ledger) -> None:
     """Report all that is wrong."""
     check_counted(ledger)
+    derive(ledger)
+    check_sums(ledger)
     check_replay(ledger)
     Answers(ledger).check()
 
@@ -61,6 +68,28 @@ def check_counted(ledger: Ledger) -> None:
             expected = tuple(Outcome)  # it gives up what it has sent, and sends what it has given up
         if outcome not in expected:
             ledger.fail(f"batch {batch} was acknowledged as {status} and is {outcome} in commit {number}")
+
+
+def derive(ledger: Ledger) -> None:
+    """Put in place of recipes what they give: it is compared with the reference like any gradient on file."""
+    template = Template(model.body_of(ledger.world.plan))
+    numerics = ledger.store.numerics()
+    deriver = Deriver(template, lambda version: ledger.weights[version], torch.device("cpu"), numerics)
+    for batch, record in ledger.files.items():
+        try:
+            ledger.files[batch] = deriver.gradient(record)
+        except SplitFedError as error:
+            ledger.fail(f"the gradient of batch {batch} doesn't follow from its recipes: {error!r}", error)
+
+
+def check_sums(ledger: Ledger) -> None:
+    """Each file of a sum is what its batches add up to in the order in which it lists them."""
+    for found in ledger.sums:
+        records = [ledger.files[read_batch(text)] for text in found.batches]
+        expected = total_of(records) if len(records) > 1 else records[0].gradients
+        wrong = differing(found.total, expected)
+        if wrong:
+            ledger.fail(f"the sum of {found.batches} isn't what they add up to: {wrong} differ")
 
 
 def check_replay(ledger: Ledger) -> None:

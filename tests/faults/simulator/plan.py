@@ -28,6 +28,8 @@ are gone. unsent, unanswered: a request, or its answer, is lost. twice: it arriv
 waiting and asks once more.
 """
 KINDS = tuple(dict.fromkeys(kind for kinds in FAULTS.values() for kind in kinds))
+LOGS = 3
+"""One seed in so many is a log."""
 _RATES = (0.0, 0.005, 0.012, 0.025)
 _SELDOM = ("kill", "kill after", "kill late", "sleep")
 _OFTEN = {"get": 0.66, "list": 0.09, "create": 0.08, "delete": 0.08, "request": 0.08, "put": 0.01}
@@ -67,6 +69,10 @@ class Plan:
     momentum: bool = False
     """Whether the optimizer is SGD with momentum and a schedule; else Adam."""
     dropout: float = 0.0
+    is_log: bool = False
+    """Whether batches are acknowledged on their recipes, and servers hold sums."""
+    is_attended: bool = False
+    """Whether the first server's process has an accumulator too, which takes its sums from memory."""
     only: frozenset[str] | None = field(default=None)
     """If given, no other faults than these happen, by their labels."""
 
@@ -80,7 +86,7 @@ class Plan:
         rates["sleep"] = max(rates["sleep"], 0.002)
         rates = _scaled(rates)
         max_staleness = random.choice((None, None, 0, 1, 2))
-        return cls(
+        plan = cls(
             seed=seed,
             rates=rates,
             batches=random.randrange(8, 16),
@@ -99,6 +105,28 @@ class Plan:
             most_pending=random.choice((1, 1, 1, 2, 4)),
             momentum=random.random() < 0.5,
             dropout=random.choice((0.0, 0.3)),
+        )
+        return plan.as_log(random) if seed % LOGS == 0 else plan
+
+    @property
+    def durability(self) -> str:
+        """What is on file when a batch is acknowledged."""
+        return "log" if self.is_log else "gradient"
+
+    def as_log(self, random: Random) -> Plan:
+        """The same run as a log: more batches wait, so that sums have several, and staleness is bounded.
+
+        It is 1 at least: were most that wait stale, accumulators would read them until they are killed.
+        """
+        keep_versions = max(3, self.keep_versions + random.choice((0, 1, 2)))
+        return replace(
+            self,
+            is_log=True,
+            is_attended=random.random() < 0.5,
+            accumulators=max(2, self.accumulators),
+            most_pending=random.choice((3, 4, 6)),
+            keep_versions=keep_versions,
+            max_staleness=keep_versions - 2 if self.max_staleness is None else max(1, self.max_staleness),
         )
 
     def without(self, labels: frozenset[str], **smaller: int | bool) -> Plan:

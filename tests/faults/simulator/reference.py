@@ -23,6 +23,7 @@ from splitfed.protocol.messages import BufferUpdate, ForwardRequest, GradientRec
 from splitfed.store.commit import Commit
 
 Named = Mapping[str, Tensor]
+Records = Sequence[tuple[BatchId, GradientRecord]]
 _GROUP = 32
 """Batches of one process that are added up before they meet others: a part of the format."""
 STATISTICS = ("1.running_mean", "1.running_var")
@@ -171,15 +172,15 @@ class Replica:
             self._restore(self._versions[commit.restored])
         elif commit.kind == "fold" and commit.folded:
             records = [(batch, files[batch]) for batch in sorted(commit.folded)]
-            self._step(records)
+            self._step(records, commit.groups)
             head = {name: buffer.clone() for name, buffer in self._buffers.items()}
             updates = [update for _, record in records for update in record.buffers]
             for name, value in merged(head, updates).items():
                 self._buffers[name].copy_(value)
         self._keep(commit.version)
 
-    def _step(self, records: Sequence[tuple[BatchId, GradientRecord]]) -> None:
-        means = mean(records)
+    def _step(self, records: Records, groups: Sequence[Sequence[BatchId]]) -> None:
+        means = mean(records, groups)
         for name, parameter in self._parameters.items():
             parameter.grad = means.get(name)
         self._optimizer.step()
@@ -200,21 +201,42 @@ class Replica:
             self._schedule.load_state_dict(schedule)
 
 
-def mean(records: Sequence[tuple[BatchId, GradientRecord]]) -> dict[str, Tensor]:
-    """Σ nᵢgᵢ/λᵢ / Σ nᵢ, with batches of a group added up first."""
+def mean(records: Records, added: Sequence[Sequence[BatchId]] = ()) -> dict[str, Tensor]:
+    """Σ nᵢgᵢ/λᵢ / Σ nᵢ, with batches of a group added up first.
+
+    Args:
+        records: The batches, in order.
+        added: What servers have added up, each in the order in which they did.
+    """
     if len(records) == 1:
         record = records[0][1]
         return {name: (g.double() / record.loss_scale).to(g.dtype) for name, g in record.gradients.items()}
     groups: dict[tuple[str, int, int], list[GradientRecord]] = {}
-    for (client_id, incarnation, seq), record in records:
-        groups.setdefault((client_id, incarnation, seq // _GROUP), []).append(record)
+    by_server = {batch for batches in added for batch in batches}
+    for batch, record in records:
+        if batch not in by_server:
+            groups.setdefault((batch.client_id, batch.incarnation, batch.seq // _GROUP), []).append(record)
     sums: dict[str, list[Tensor]] = {}
-    samples = [sum(record.num_samples for record in group) for group in groups.values()]
+    held = dict(records)
+    samples = [record.num_samples for record in held.values()]
+    for batches in added:
+        factor = 1.0 / held[batches[0]].loss_scale
+        for name, total in total_of([held[batch] for batch in batches]).items():
+            sums.setdefault(name, []).append(total * factor)
     for group in groups.values():
         for name, total in _sums(group).items():
             sums.setdefault(name, []).append(total)
     dtypes = {name: g.dtype for _, record in records for name, g in record.gradients.items()}
     return {name: (_add(totals) / sum(samples)).to(dtypes[name]) for name, totals in sums.items()}
+
+
+def total_of(records: Sequence[GradientRecord]) -> dict[str, Tensor]:
+    """Σ nᵢgᵢ, in the order given."""
+    found: dict[str, list[Tensor]] = {}
+    for record in records:
+        for name, gradient in record.gradients.items():
+            found.setdefault(name, []).append(gradient.double() * record.num_samples)
+    return {name: _add(terms) for name, terms in found.items()}
 
 
 def _sums(group: Sequence[GradientRecord]) -> dict[str, Tensor]:

@@ -60,6 +60,7 @@ class Storage:
         self._world.ledger.replaced(key, existed=self.blobs.get(key) is not None)
         self.blobs.put(key, parts)
         self._born.setdefault(key, self._world.scheduler.steps)
+        self._world.ledger.written(key)
 
     def rot(self, key: str, where: float) -> None:
         """Change a bit of it for good."""
@@ -197,7 +198,7 @@ def flipped(data: Buffer, where: float) -> bytes:
 def _may_rot(key: str) -> bool:
     """Whether the run goes on, and is right, when this file is damaged: those of batches, and the hint."""
     parts = key.split("/")
-    return parts[0] == "body" and parts[1] in ("grad", "part", "forward", "pin", "head")
+    return parts[0] == "body" and parts[1] in ("grad", "part", "forward", "pin", "sum", "head")
 
 
 def _refuse(fault: Fault | None, operation: str, key: str) -> None:

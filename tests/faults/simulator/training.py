@@ -31,7 +31,9 @@ _PATIENCE = 40
 def train(role: str, process: Process) -> None:
     """Train as a user does, until the run ends; a process that is refused makes room for a new one."""
     world = process.world
-    client = SplitClient(model.half_of(world.plan), Network(process, process.choose.choice((1, 3, 4))), role)
+    network = Network(process, process.choose.choice((1, 3, 4)))
+    scale = process.choose.choice((1.0, 1.0, 3.0)) if world.plan.is_log else 1.0
+    client = SplitClient(model.half_of(world.plan), network, role, loss_scale=scale)
     _train(role, process, client)
 
 

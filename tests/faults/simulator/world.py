@@ -24,6 +24,7 @@ from tests.faults.simulator.plan import Plan
 from tests.faults.simulator.process import Fault, Process
 from tests.faults.simulator.scheduler import Fiber, Scheduler, current
 from tests.faults.simulator.storage import ProcessBlobs, Storage
+from tests.faults.simulator.threads import Clock, Patience, Threads
 
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.blobs.contract import Blobs
@@ -178,7 +179,8 @@ class World:
 
     def _begin(self) -> None:
         """Version 0."""
-        SplitServer(model.body_of(self.plan), self.open(self.observer), loss_fn=model.loss_fn)
+        store = self.open(self.observer)
+        SplitServer(model.body_of(self.plan), store, loss_fn=model.loss_fn, durability=self.plan.durability)
 
     def _drain(self) -> None:
         """Commit what waits, when all is calm."""
@@ -249,6 +251,8 @@ class World:
                 mock.patch("splitfed.store.store.open_blobs", open_blobs),
                 mock.patch("os.urandom", urandom),
                 mock.patch("time.time", now),
+                mock.patch.multiple("splitfed.store.holder", threading=Threads(), time=Clock(self), LEAST=1, BYTES=0),
+                mock.patch("splitfed.accumulator.gather.Backoff", Patience),
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter("ignore")

@@ -105,9 +105,9 @@ def gradients_deleted_before_the_commit() -> Changes:
     """What is folded is deleted as soon as it is read."""
     real = Accumulator._publish
 
-    def publish(self: Accumulator, head: int, folded: Any, older: Any, applied: Any) -> Commit:
+    def publish(self: Accumulator, head: int, folded: Any, *others: Any) -> Commit:
         self._pile.drop(folded.verdict)
-        return real(self, head, folded, older, applied)
+        return real(self, head, folded, *others)
 
     yield Accumulator, "_publish", publish
 
@@ -117,9 +117,9 @@ def deleted_without_asking_the_head() -> Changes:
     """Who computed a commit deletes what it folded, though another may have won with other batches."""
     real = Accumulator._publish
 
-    def publish(self: Accumulator, head: int, folded: Any, older: Any, applied: Any) -> Commit:
+    def publish(self: Accumulator, head: int, folded: Any, *others: Any) -> Commit:
         try:
-            return real(self, head, folded, older, applied)
+            return real(self, head, folded, *others)
         except MissingError:
             self._pile.drop(folded.verdict)
             raise
@@ -173,10 +173,10 @@ def collected_records() -> Changes:
     """Old commit records are garbage too."""
     real = Lineage.sweep
 
-    def sweep(self: Lineage, keep: int) -> int:
+    def sweep(self: Lineage, keep: int, *others: Any, **options: Any) -> int:
         for version in range(1, self.head() - 2 * keep):
             self.blobs.delete(self.keys.commit(version))
-        return real(self, keep)
+        return real(self, keep, *others, **options)
 
     yield Lineage, "sweep", sweep
 
@@ -186,14 +186,14 @@ def sweep_of_what_no_commit_names() -> Changes:
     """Files of the version that comes next are garbage as long as no commit names them."""
     real = Lineage.sweep
 
-    def sweep(self: Lineage, keep: int) -> int:
+    def sweep(self: Lineage, keep: int, *others: Any, **options: Any) -> int:
         head = self.head()
         for kind in ("weights", "optimizer", "applied"):
             for key in self.blobs.list(f"{self.name}/{kind}"):
                 found = self.keys.parse_versioned(key)
                 if found is not None and found[0] > head:
                     self.blobs.delete(key)
-        return real(self, keep)
+        return real(self, keep, *others, **options)
 
     yield Lineage, "sweep", sweep
 
@@ -202,4 +202,4 @@ def sweep_of_what_no_commit_names() -> Changes:
 def sweep_without_the_window() -> Changes:
     """Only the newest version stays."""
     real = Lineage.sweep
-    yield Lineage, "sweep", lambda self, keep: real(self, 1)
+    yield Lineage, "sweep", lambda self, keep, *others, **options: real(self, 1, *others, **options)

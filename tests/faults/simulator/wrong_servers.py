@@ -69,7 +69,7 @@ def skip_that_overtakes() -> Changes:
         for last in housekeeping.abandoned:
             for seq in range(min(last, 1_000) + 1):
                 batch = BatchId(client_id, incarnation, seq)
-                if not self._is_counted(batch):
+                if batch not in self._lineage.counted():
                     skip = GradientRecord("skip", 0, 0.0, 1.0, "", self._numerics, {}, [])
                     self._pile.blobs.put(self._pile.keys.gradient(batch), pack(skip))
 
@@ -95,11 +95,11 @@ def parts_dropped_before_the_seal() -> Changes:
 def digest_not_compared() -> Changes:
     """A file under that id is a success, whatever is in it."""
 
-    def create(self: Pile, key: str, record: GradientRecord, name: str, *, durable: bool) -> str | None:
+    def create(self: Pile, key: str, record: GradientRecord, name: str, *, durable: bool) -> tuple[str | None, bool]:
         if self.blobs.create(key, pack(record), durable=durable):
-            return None
+            return None, True
         data = self.blobs.get(key)
-        return None if data is None else str(peek(GradientRecord, data, ("kind",))["kind"])
+        return None if data is None else str(peek(GradientRecord, data, ("kind",))["kind"]), False
 
     yield Pile, "_create", create
 
@@ -109,7 +109,7 @@ def file_looked_for_after_the_table() -> Changes:
     """A batch that is committed between the two looks is in neither. As it was: the simulator found it."""
 
     def is_known(self: Sealer, batch: BatchId) -> bool:
-        return self._is_counted(batch) or self._pile.peek(batch) is not None
+        return batch in self._lineage.counted() or self._pile.peek(batch) is not None
 
     yield Sealer, "is_known", is_known
 
