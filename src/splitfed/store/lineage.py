@@ -172,14 +172,15 @@ class Lineage:
 
     def _is_newest_known(self) -> bool:
         """Whether the newest version known here is there, and what it was."""
-        key = self.keys.commit(self._head)
+        head = self._head  # another thread may find a newer one while this one reads
+        key = self.keys.commit(head)
         data = self.blobs.raw.get(key)
         if data is None:
             return False
         # Most often the bytes that were found to be the record's before.
         if data == self._newest:
             return True
-        known = self._commits.get(self._head)
+        known = self._commits.get(head)
         if known is None:
             return True
         if sha256([data]) == known.digest:
