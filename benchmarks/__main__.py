@@ -1,43 +1,74 @@
-"""`python -m benchmarks`: run the benchmarks, print the tables, write the figures."""
+"""`python -m benchmarks`: run the benchmarks, print the tables, write the figures.
+
+    python -m benchmarks --only resnet18            the cases whose name has this in it
+    python -m benchmarks --docs docs/benchmarks.md  all of them, and the tables into the page
+
+The time is shared out among the cases: more of it gives more rounds, and figures that vary less. Each case takes at
+least five rounds. `python -m benchmarks.scaling` has replicas and balancers, `stragglers` and `leakage` what they say.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
+from benchmarks import commit, http_step, limits, page, peers, pipeline, rounds, split_step
 
-from benchmarks import commit, http_step, pipeline, split_step
-
-MARKS = ("<!-- table -->", "<!-- end -->")
+Rows = dict[str, dict[str, float]]
+OTHERS: dict[str, tuple[Callable[[float], Rows], str, float]] = {
+    "tiny over HTTP": (http_step.run, "splitfed", 0.05),
+    "resnet18 over HTTP": (http_step.run_resnet, "unsplit", 0.07),
+    "limits": (limits.run, limits.BASE, 0.03),
+}
+"""What runs the case in so many seconds, what its ratios are to, and its share of the time."""
+TURNS = 10
+"""Of each loop of the pipeline."""
+SPLIT, COMMIT = 0.65, 0.15
+"""The shares of the steps in one process, and of the commits."""
 
 
 def main() -> None:
-    """Time, print a table, write `benchmark.json`, and fill in the page of the docs if asked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    """Time, print the tables, write `benchmark.json`, and fill in the page of the docs if asked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="where benchmark.json goes")
-    parser.add_argument("--docs", type=Path, help="write the table into this page, between its markers")
-    parser.add_argument("--rounds", type=int, default=20, help="timed rounds of the large model")
-    parser.add_argument("--only", default="", help="only the cases whose name has this in it, or `pipeline`")
-    args = parser.parse_args()
-    found = split_step.run(args.rounds, args.only)
-    commits = commit.run(args.rounds, args.only)
-    http = {} if args.only else http_step.run(20 * args.rounds)
-    pipelined = pipeline.run(args.rounds // 2) if args.only in ("", "pipeline") else {}
-    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "milliseconds": found, "http": http}
-    result |= {"commits": commits, "pipeline": pipelined}
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "benchmark.json").write_text(json.dumps(result, indent=1))
-    table = split_step.as_table(found)
-    tables = [table] if found else []
-    tables += [commit.as_table(commits)] if commits else []
-    tables += [http_step.as_table(http)] if http else []
-    tables += [pipeline.as_table(pipelined)] if pipelined else []
-    print("\n\n".join(tables))
-    if args.docs:
-        head, _, rest = args.docs.read_text().partition(MARKS[0])
-        args.docs.write_text(f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+    parser.add_argument("--docs", type=Path, help="write the tables into this page, between its markers")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="for all cases; those that are left out leave theirs"
+    )
+    parser.add_argument("--only", default="", help="only the cases whose name has this in it")
+    settings = parser.parse_args()
+    begun = time.perf_counter()
+    found: dict[str, Any] = {**page.machine(), "split": split_step.run(settings.minutes * SPLIT, settings.only)}
+    tables = {}
+    if found["split"]:
+        tables["split"] = rounds.as_table(found["split"], "unsplit")
+    commits = commit.run(settings.minutes * COMMIT, settings.only)
+    if commits:
+        found["commit"] = commits
+        tables["commit"] = commit.as_table(commits)
+    for name, (run, base, share) in OTHERS.items():
+        if settings.only in name:
+            found[name] = run(60 * settings.minutes * share)
+            tables[name] = rounds.as_table({name: found[name]}, base)
+    if settings.only in "pipeline":
+        found["pipeline"] = pipeline.run(TURNS)
+        tables["pipeline"] = pipeline.as_table(found["pipeline"])
+    if settings.only in "peers":
+        found["peers"] = peers.run(60 * settings.minutes * 0.05)
+        tables["peers"] = peers.as_table(found["peers"])
+    found["minutes"] = (time.perf_counter() - begun) / 60
+    settings.output.mkdir(parents=True, exist_ok=True)
+    (settings.output / "benchmark.json").write_text(json.dumps(found, indent=1) + "\n")
+    text = "\n\n".join([page.described(found), *tables.values()])
+    print(text)
+    if settings.docs:
+        page.fill(settings.docs, "figures", text)
 
 
 if __name__ == "__main__":

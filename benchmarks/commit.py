@@ -29,8 +29,10 @@ import splitfed
 from benchmarks.split_step import CASES, training
 
 BATCHES = 8
-CASE = "transformer 75.6 M, 8×128"
-"""The case of `split_step` that is left out: its commits are those of 4×32, as the body is the same."""
+LEAST = 3
+"""Timed commits of a variant, however long they take."""
+SHARES = {"tiny": 0.1, "resnet18": 0.25, "transformer 3.2 M": 0.2, "transformer 75.6 M, 4×32": 0.45}
+"""The cases of `split_step`, and the share of the time that each gets."""
 VARIANTS: dict[str, tuple[Literal["power", "process"], str]] = {
     "gradient": ("process", "gradient"),
     "power": ("power", "gradient"),
@@ -38,22 +40,22 @@ VARIANTS: dict[str, tuple[Literal["power", "process"], str]] = {
 }
 
 
-def run(rounds: int, only: str = "") -> dict[str, dict[str, dict[str, float]]]:
+def run(minutes: float, only: str = "") -> dict[str, dict[str, dict[str, float]]]:
     """The figures of each model, by model and variant.
 
     Args:
-        rounds: Timed rounds of ResNet-18's split step. An eighth of them here, as each trains eight batches.
+        minutes: For all cases.
         only: Only the cases whose name has this in it: "commit" and the name of the model.
     """
     found = {}
-    for name, make in CASES.items():
-        if only in f"commit {name}" and name != CASE:
-            model, at, x, timed, _ = make(rounds)
-            found[name] = time_case(model, at, x, max(3, timed // BATCHES))
+    for name, share in SHARES.items():
+        if only in f"commit {name}":
+            model, at, x, _ = CASES[name][0]()
+            found[name] = time_case(model, at, x, seconds=60 * minutes * share)
     return found
 
 
-def time_case(model: nn.Module, at: str, x: Tensor, rounds: int) -> dict[str, dict[str, float]]:
+def time_case(model: nn.Module, at: str, x: Tensor, *, seconds: float) -> dict[str, dict[str, float]]:
     """Figures of the unsplit step and of each variant's commit."""
     with torch.no_grad():
         y = torch.randint(0, 10, (model(x).shape[0],))
@@ -68,22 +70,25 @@ def time_case(model: nn.Module, at: str, x: Tensor, rounds: int) -> dict[str, di
             accumulator = splitfed.Accumulator(body, store, _momentum, keep_versions=2)
             step, unsplit = training(client, client, x, y), training(model, model, x, y)
             taken: dict[str, list[float]] = {"wall": [], "cpu": [], "unsplit": []}
-            for warm in range(rounds + 2):
+            ends = time.perf_counter() + seconds / len(VARIANTS)
+            warm = True
+            while warm or len(taken["wall"]) < LEAST or time.perf_counter() < ends:
                 for _ in range(BATCHES):
                     step()
                 began = time.perf_counter()
                 unsplit()
                 once = time.perf_counter() - began
-                if warm == rounds + 1:
-                    with peak() as top:
-                        accumulator.step()
-                    break
                 wall, cpu = time.perf_counter(), time.process_time()
                 accumulator.step()
-                if warm:
+                if not warm:
                     taken["wall"].append(1e3 * (time.perf_counter() - wall))
                     taken["cpu"].append(1e3 * (time.process_time() - cpu))
                     taken["unsplit"].append(1e3 * once)
+                warm = False
+            for _ in range(BATCHES):
+                step()
+            with peak() as top:
+                accumulator.step()
             trainable = sum(parameter.nbytes for parameter in body.parameters() if parameter.requires_grad)
             found[variant] = {
                 "min": min(taken["wall"]),

@@ -1,25 +1,28 @@
-"""A forward and backward of the tiny body over HTTP on loopback, beside what else could be done with the same tensors.
+"""Over HTTP on loopback: the tiny body beside what else could be done with its tensors, and a step of ResNet-18.
 
-Variants, taken alternately in one run, each against one server process of its own:
+Variants of the tiny body, taken alternately in one run, each against one server process of its own:
 
-    splitfed     our service: safetensors bytes, files written (sync="process"), nothing held between the two requests
-    echoes       the bytes of those two requests and answers, echoed raw: what HTTP itself costs
-    JSON lists   the study's protocol, written afresh: tensors as nested JSON lists, the graph held in memory in between
+    splitfed       our service: safetensors bytes, files written (sync="process"), nothing held in between
+    plain urllib3  the same, with urllib3's own connections at the client (`service.http.connection` left out)
+    executor       the same, with `loop.run_in_executor` at the server (`service.http.threads` left out)
+    echoes         the bytes of those two requests and answers, echoed raw: what HTTP itself costs
+    JSON lists     the study's protocol: tensors as nested JSON lists, the graph held in memory in between
 
-All three use urllib3's pool with connection reuse, and uvicorn; the other two as anybody would, ours with the reading
-and writing of `http/exchange.py`. A step is the two requests; the bottom, the loss and the optimizer, which are the
-same everywhere, are left out.
+All use urllib3's pool with connection reuse, and uvicorn. A step is the two requests; the bottom, the loss and the
+optimizer, which are the same everywhere, are left out.
+
+Of ResNet-18 a whole training step is taken, alternately unsplit in this process and with the body in another one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import multiprocessing
 import socket
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,54 +31,73 @@ from typing import Any
 import torch
 import urllib3
 from torch import Tensor, nn
+from urllib3.connection import HTTPConnection
 
 import splitfed
-from benchmarks.models import tiny
+from benchmarks import rounds
+from benchmarks.models import resnet18, tiny
+from benchmarks.rounds import Step
+from benchmarks.split_step import training
 from splitfed.protocol.messages import BackwardRequest, Chain, ForwardRequest, Seal
 from splitfed.protocol.packing import pack
+from splitfed.protocol.safetensors import aligned
+from splitfed.service.http.app import make_app
 from splitfed.service.http.client import HttpTransport
+from splitfed.service.http.connection import Answer
+from splitfed.service.http.limits import Limits
+from splitfed.service.http.serve import Place, _serve_here
+from splitfed.service.http.threads import Threads
 
-Step = Callable[[], Any]
+Serve = Callable[[socket.socket, str], None]
 _BINARY = {"content-type": "application/octet-stream"}
 
 
-def run(rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each variant: minimum, median, and the median of its ratio to splitfed, round by round."""
+def run(seconds: float) -> dict[str, dict[str, float]]:
+    """Milliseconds of each variant of the tiny body: minimum, median, and the median of its ratio to splitfed."""
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+        def at(serve: Serve, name: str = "") -> str:
+            return stack.enter_context(server(serve, str(folder / name)))
+
         steps = {
-            "splitfed": splitfed_step(stack.enter_context(server(serve_splitfed, folder))),
-            "echoes": echo_step(stack.enter_context(server(_serve_echo, folder))),
-            "JSON lists": json_step(stack.enter_context(server(_serve_json, folder))),
+            "splitfed": splitfed_step(HttpTransport(at(serve_splitfed, "run"))),
+            "plain urllib3": splitfed_step(Plain(at(serve_splitfed, "plain"))),
+            "executor": splitfed_step(HttpTransport(at(_serve_executor, "executor"))),
+            "echoes": echo_step(at(_serve_echo)),
+            "JSON lists": json_step(at(_serve_json)),
         }
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for warm in range(rounds + 20):
-            for name, step in steps.items():
-                begun = time.perf_counter()
-                step()
-                if warm >= 20:
-                    times[name].append(1e3 * (time.perf_counter() - begun))
-    base = times["splitfed"]
-    return {
-        name: {
-            "min": min(taken),
-            "median": statistics.median(taken),
-            "ratio": statistics.median(t / b for t, b in zip(taken, base, strict=True)),
-        }
-        for name, taken in times.items()
-    }
+        return rounds.ratios(rounds.in_turns(steps, seconds, warm=20), "splitfed")
 
 
-def as_table(found: dict[str, dict[str, float]]) -> str:
-    """The figures as a Markdown table."""
-    lines = ["| forward and backward over HTTP | min, ms | median, ms | of splitfed's |", "|---|---:|---:|---:|"]
-    lines += [f"| {name} | {t['min']:.2f} | {t['median']:.2f} | {t['ratio']:.2f} × |" for name, t in found.items()]
-    return "\n".join(lines)
+def run_resnet(seconds: float) -> dict[str, dict[str, float]]:
+    """A training step of ResNet-18, unsplit and over HTTP."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        x, y = torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))
+        model = resnet18()
+        url = stack.enter_context(server(_serve_resnet, str(folder / "run"), torch.get_num_threads()))
+        client = splitfed.SplitClient(splitfed.split(model, "2:7")[0], url, "a")
+        steps = {"unsplit": training(model, model, x, y), "over HTTP": training(client, client, x, y)}
+        return rounds.ratios(rounds.in_turns(steps, seconds), "unsplit")
 
 
-def splitfed_step(url: str) -> Step:
-    """Our two requests, by our transport."""
-    transport, x, gradient = HttpTransport(url), torch.randn(64, 64), torch.randn(64, 64)
+class Plain(HttpTransport):
+    """Our transport with urllib3's own connections."""
+
+    def _exchange(self, method: str, path: str, parts: Any, key: str | None) -> Answer:
+        pool = self._connections()
+        pool.ConnectionCls = HTTPConnection
+        body = None if parts is None else b"".join(parts)
+        answer = pool.urlopen(method, path, body=body, headers=self._headers, retries=False)
+        memory = aligned(len(answer.data))
+        memory[:] = answer.data
+        return Answer(answer.status, answer.headers, memory)
+
+
+def splitfed_step(transport: HttpTransport) -> Step:
+    """Our two requests, by a transport of ours."""
+    x, gradient = torch.randn(64, 64), torch.randn(64, 64)
     numbers = iter(range(1_000_000_000))
     incarnation: list[int | None] = [None]
 
@@ -130,14 +152,14 @@ def _back(gradient: Tensor, incarnation: int, number: int, version: int) -> Back
 
 
 @contextmanager
-def server(serve: Callable[[socket.socket, str], None], folder: str) -> Iterator[str]:
+def server(serve: Serve, folder: str, threads: int = 1) -> Iterator[str]:
     """A process that serves at a free port, until the block ends."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as bound:
         bound.bind(("127.0.0.1", 0))
         bound.listen(64)
         context = multiprocessing.get_context("spawn")
         reading, writing = context.Pipe(duplex=False)
-        process = context.Process(target=_begin, args=(serve, bound, folder, writing), daemon=True)
+        process = context.Process(target=_begin, args=(serve, bound, folder, threads, writing), daemon=True)
         process.start()
         reading.recv()
         try:
@@ -147,8 +169,8 @@ def server(serve: Callable[[socket.socket, str], None], folder: str) -> Iterator
             process.join()
 
 
-def _begin(serve: Callable[[socket.socket, str], None], bound: socket.socket, folder: str, ready: Connection) -> None:
-    torch.set_num_threads(1)
+def _begin(serve: Serve, bound: socket.socket, folder: str, threads: int, ready: Connection) -> None:
+    torch.set_num_threads(threads)
     ready.send(None)  # requests wait in the backlog from here on
     serve(bound, folder)
 
@@ -159,12 +181,32 @@ def _run(app: Any, bound: socket.socket) -> None:
     uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False)).run([bound])
 
 
-def serve_splitfed(bound: socket.socket, folder: str) -> None:
-    """Serve the tiny body from a store in the folder."""
-    from splitfed.service.http.app import make_app
+def _service(body: nn.Module, folder: str) -> Any:
+    return make_app(splitfed.SplitServer(body, splitfed.GradientStore(folder, sync="process")))
 
-    store = splitfed.GradientStore(str(Path(folder) / "run"), sync="process")
-    _run(make_app(splitfed.SplitServer(splitfed.split(tiny(), "2")[1], store)), bound)
+
+def _serve_app(app: Any, bound: socket.socket) -> None:
+    """As `splitfed serve` does."""
+    _serve_here(lambda: app, Limits(), Place(), bound, lambda: None)
+
+
+def serve_splitfed(bound: socket.socket, folder: str) -> None:
+    """Serve the tiny body as `splitfed serve` does."""
+    _serve_app(_service(splitfed.split(tiny(), "2")[1], folder), bound)
+
+
+def _serve_executor(bound: socket.socket, folder: str) -> None:
+    pool = ThreadPoolExecutor(32)
+
+    async def run(self: Threads, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
+
+    Threads.run = run  # type: ignore[method-assign]
+    serve_splitfed(bound, folder)
+
+
+def _serve_resnet(bound: socket.socket, folder: str) -> None:
+    _serve_app(_service(splitfed.split(resnet18(), "2:7")[1], folder), bound)
 
 
 def _serve_echo(bound: socket.socket, folder: str) -> None:

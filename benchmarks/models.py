@@ -1,4 +1,4 @@
-"""The bodies that are timed: the study's tiny one, a ResNet-18 for 32×32 images, and transformers of two sizes."""
+"""The bodies that are timed: the study's tiny one, a ResNet-18 for 32×32 images, transformers, and one with LoRA."""
 
 from __future__ import annotations
 
@@ -54,4 +54,42 @@ def transformer(width: int, layers: int, dropout: float) -> nn.Module:
         nn.TransformerEncoderLayer(width, 8, 4 * width, dropout, batch_first=True, norm_first=True)
         for _ in range(layers)
     ]
+    return nn.Sequential(nn.Embedding(64, width), *body, nn.Linear(width, 64), nn.Flatten(0, 1))
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer and a low-rank change of it that trains (Hu et al., arXiv 2106.09685)."""
+
+    def __init__(self, inner: int, outer: int, rank: int = 8) -> None:
+        super().__init__()
+        self.base = nn.Linear(inner, outer).requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(rank, inner) / inner**0.5)
+        self.up = nn.Parameter(torch.zeros(outer, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inner) to (..., outer)."""
+        changed: Tensor = self.base(x) + (x @ self.down.T) @ self.up.T
+        return changed
+
+
+class Layer(nn.Module):
+    """A transformer layer whose attention is frozen, and whose two linear layers have LoRA."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 8, batch_first=True).requires_grad_(False)
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)]).requires_grad_(False)
+        self.up, self.down = LoRA(width, 4 * width), LoRA(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, width) to the same."""
+        y = self.norms[0](x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        found: Tensor = x + self.down(torch.relu(self.up(self.norms[1](x))))
+        return found
+
+
+def lora(width: int, layers: int) -> nn.Module:
+    """As `transformer`, with frozen layers that LoRA trains; the body is the slice '1:-2'."""
+    body = [Layer(width) for _ in range(layers)]
     return nn.Sequential(nn.Embedding(64, width), *body, nn.Linear(width, 64), nn.Flatten(0, 1))

@@ -63,6 +63,12 @@ def test_a_tensor_may_be_expanded_like_a_mask_and_not_like_a_bomb() -> None:
         pass
 
 
+def test_within_a_claim_it_is_known_what_was_sent() -> None:
+    """A row of 16 bytes that is expanded to 64 was sent as 16, with which its client is charged."""
+    with Memory().claim("a", (torch.ones(1, 4).expand(4, 4),)) as sent:
+        assert sent == 16
+
+
 def test_extents_by_hand() -> None:
     """2 × 3 floats whole, transposed, expanded in one dimension, and of none at all."""
     x = torch.ones(2, 3)

@@ -66,10 +66,12 @@ def listener(port: int = 0) -> socket.socket:
 
 
 @contextmanager
-def running(app: Any, limits: Limits | None = None, **settings: Any) -> Iterator[Service]:
-    """Serve an app while the block runs."""
+def running(
+    app: Any, limits: Limits | None = None, at: socket.socket | None = None, **settings: Any
+) -> Iterator[Service]:
+    """Serve an app while the block runs, at a free port or at a socket that listens."""
     usual: dict[str, Any] = {"log_config": None, "timeout_graceful_shutdown": 5}
-    with listener() as bound:
+    with at or listener() as bound:
         server = uvicorn.Server(GuardedConfig(app, limits or Limits(), **usual, **settings))
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()

@@ -112,7 +112,8 @@ class LocalBlobs:
         flat = views(check_key(key), parts)
         sync = durable and self._fsync
         path = self._prefix + key
-        directory = os.path.dirname(path)
+        folder = key.rpartition("/")[0]
+        directory = self._prefix + folder if folder else self.root
         for number in range(_TRIES):
             try:
                 self._make(directory, sync)

@@ -247,24 +247,29 @@ class Connection:
             if node is not None and torch._C._will_engine_execute_node(node)
         ]
 
-    @contextmanager
-    def housekeeping(self) -> Iterator[Housekeeping]:
+    def housekeeping(self) -> Confirming:
         """What the request within confirms; handed back if it fails."""
+        return Confirming(self)
+
+    def take_notes(self) -> Housekeeping:
+        """What the next request confirms."""
         with self._lock:
             self._live = self._needed()
+            if not (self._released or self._abandoned or self._answered):
+                return _NOTHING
             held: tuple[list[Any], ...] = (self._released, self._abandoned, self._answered)
-            notes = Housekeeping(*(tuple(numbers[:MOST_NOTES]) for numbers in held))
+            notes = Housekeeping(*[tuple(numbers[:MOST_NOTES]) for numbers in held])
             for numbers in held:
                 del numbers[:MOST_NOTES]
-        try:
-            yield notes
-        except BaseException:
-            with self._lock:
-                # In front: they are confirmed in the order in which they came.
-                self._released[:0] = notes.released
-                self._abandoned[:0] = notes.abandoned
-                self._answered[:0] = notes.answered
-            raise
+            return notes
+
+    def hand_back(self, notes: Housekeeping) -> None:
+        """A request has failed: what it confirmed rides with the next."""
+        with self._lock:
+            # In front: they are confirmed in the order in which they came.
+            self._released[:0] = notes.released
+            self._abandoned[:0] = notes.abandoned
+            self._answered[:0] = notes.answered
 
     def _needed(self) -> list[tuple[Recorded, Callable[[], Any]]]:
         """The calls whose record is needed; the others are released."""
@@ -358,6 +363,30 @@ class Connection:
             warn_once(self._warned, what, text, 3)
 
 
+class Confirming:
+    """What a request confirms, for the block that makes it.
+
+    A class, as `contextlib.contextmanager` costs more, in each forward and backward.
+
+    Args:
+        connection: The client's process.
+    """
+
+    __slots__ = ("_connection", "_notes")
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> Housekeeping:
+        self._notes = self._connection.take_notes()
+        return self._notes
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            self._connection.hand_back(self._notes)
+
+
+_NOTHING = Housekeeping()
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 

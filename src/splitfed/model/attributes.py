@@ -252,7 +252,7 @@ class _Container:
         """Its elements, if there aren't too many."""
         if self._size <= _MANY:
             self._keys = list(held) if isinstance(held, dict) else None
-            self.contents = self._elements()
+            self.contents = list(self._elements())
 
     def is_changed(self) -> bool:
         """Whether it holds other elements, or more or fewer."""
@@ -277,8 +277,9 @@ class _Container:
             self._held.extend(self.contents)
         return True
 
-    def _elements(self) -> list[Any]:
-        return list(self._held.values() if isinstance(self._held, dict) else self._held)
+    def _elements(self) -> Iterable[Any]:
+        elements: Iterable[Any] = self._held
+        return self._held.values() if isinstance(self._held, dict) else elements
 
 
 @dataclass(slots=True, eq=False)

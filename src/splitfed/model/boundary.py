@@ -20,6 +20,10 @@ from splitfed.protocol import safetensors
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
+AS_IT_IS: AbstractContextManager[Any] = nullcontext()
+"""For a block around which nothing has to be changed: one object for all, entered in each call."""
+
+
 class uncached:  # noqa: N801 -- reads as the adjective that it is
     """Keep autocast's cache of cast weights from crossing the cut.
 
@@ -42,7 +46,7 @@ def unhooked() -> AbstractContextManager[Any]:
     client's code again to get it back.
     """
     if _top_hooks is not None and _top_hooks(True) is None:
-        return nullcontext()
+        return AS_IT_IS
     # Only the innermost pair is called, so one that does nothing keeps the others out. Detached,
     # or a node that saves its own output would keep itself alive.
     return torch.autograd.graph.saved_tensors_hooks(

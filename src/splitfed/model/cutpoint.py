@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -224,12 +224,20 @@ def names_of_parts(half: nn.Module) -> list[str]:
     return found
 
 
+_untraced: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""Functions as torch.compile leaves them alone: to wrap one takes as long as to read a file."""
+
+
 def call_for(called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the body returns for a call of a cut point, or of several."""
     # The mark below breaks the graph of torch.compile here. All beneath must not be traced
     # either, for which its module is asked where it is loaded: importing it takes seconds.
     dynamo = sys.modules.get("torch._dynamo")
-    call = _call if dynamo is None else dynamo.disable(_call)
+    if dynamo is None:
+        return _call(called, args, kwargs)
+    call = _untraced.get(_call)
+    if call is None:
+        call = _untraced[_call] = dynamo.disable(_call)
     return call(called, args, kwargs)
 
 

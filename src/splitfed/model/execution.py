@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from splitfed.errors import BodyError, InputError, ReplayError, SplitFedError, UnsupportedError
 from splitfed.model.arguments import check_fit, check_unchanged, description, may_change
 from splitfed.model.attributes import Attributes, Habits, buffer_slots
-from splitfed.model.boundary import enter, fresh, uncached, unhooked
+from splitfed.model.boundary import AS_IT_IS, enter, fresh, uncached, unhooked
 from splitfed.model.fingerprint import check_kind
 from splitfed.model.numerics import common_class, same_bits
 from splitfed.model.rng import compute_lock, seeded
@@ -381,7 +381,7 @@ def run(
     # The lock before all else: the seed is set on the process's own generators, and the buffers in
     # the module that all runs of a version share. Inference mode off, or what is made under the
     # caller's could never be part of a graph.
-    with compute_lock, torch.inference_mode(False), torch.set_grad_enabled(grad):
+    with compute_lock, _recordable(), _grad_mode(grad):
         walked = None if leave else model.walk()
         model.prepare(call.training, call.buffers, call.settings, afresh=afresh)
         # Only now, and before the model is tidied: both may build its module anew.
@@ -531,7 +531,7 @@ def backward_within(
     device = outputs[0].device
     # The lock, as a hook of the body may draw, which would change what a run in another thread
     # draws under its seed. Autocast off, as what surrounds this call is written down nowhere.
-    with compute_lock, torch.inference_mode(False), _autocast(None, device), _BodyErrors():
+    with compute_lock, _recordable(), _autocast(None, device), _BodyErrors():
         found = torch.autograd.grad(outputs, targets, gradients, allow_unused=True)
     end = len(inputs) + len(parameters)
     _check_dense([*["an input"] * len(inputs), *parameters], found[:end])
@@ -601,12 +601,23 @@ def _check_dense(names: Sequence[str], gradients: Sequence[Tensor | None]) -> No
             )
 
 
+def _recordable() -> contextlib.AbstractContextManager[Any]:
+    """Outside of inference mode: what is made within it can't be part of a graph."""
+    # Entering what is on already takes longer than the question.
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else AS_IT_IS
+
+
+def _grad_mode(grad: bool) -> contextlib.AbstractContextManager[Any]:
+    """The grad mode of a call."""
+    return AS_IT_IS if torch.is_grad_enabled() is grad else torch.set_grad_enabled(grad)
+
+
 def _autocast(dtype: str | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast to a dtype by name; for `None`, none, whatever surrounds the block."""
     if dtype is None:
         if torch.is_autocast_enabled(device.type):
             return torch.autocast(device.type, enabled=False)
-        return contextlib.nullcontext()
+        return AS_IT_IS
     if dtype not in AUTOCAST:
         raise InputError(
             f"autocast dtype {dtype[:40]!r} isn't known: expected one of {sorted(AUTOCAST)}"

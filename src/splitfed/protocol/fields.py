@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress, repeat
-from operator import not_
+from operator import attrgetter, not_
 from typing import (
     Annotated,
     Any,
@@ -85,9 +85,9 @@ def check_types(message: M) -> M:
     """
     tests = _tests(type(message))
     # Most fields are of a few exact classes: a look into a set for each, without a loop in Python.
-    kinds = map(type, map(getattr, repeat(message), tests.exact))
-    for name in compress(tests.exact, map(not_, map(_HAS, tests.classes, kinds))):
-        raise _of_another_kind(message, name)
+    if not all(map(_HAS, tests.classes, map(type, tests.values(message)))):
+        fits = map(_HAS, tests.classes, map(type, tests.values(message)))
+        raise _of_another_kind(message, next(compress(tests.exact, map(not_, fits))))
     for name, is_right in tests.functions:
         if not is_right(getattr(message, name)):
             raise _of_another_kind(message, name)
@@ -127,7 +127,9 @@ class _Tests(NamedTuple):
     exact: list[str]
     """The fields whose values are of a few exact classes ..."""
     classes: list[frozenset[type]]
-    """... which are these."""
+    """... which are these ..."""
+    values: Callable[[Any], Iterable[Any]]
+    """... and what reads the values of a message."""
     functions: list[tuple[str, Callable[[Any], bool]]]
     """The tests of the others."""
 
@@ -135,15 +137,23 @@ class _Tests(NamedTuple):
 @_by_class
 def _tests(cls: Any) -> _Tests:
     """A test of each field's value, from the annotations of the class."""
-    found = _Tests([], [], [])
+    exact: list[str] = []
+    classes: list[frozenset[type]] = []
+    functions: list[tuple[str, Callable[[Any], bool]]] = []
     for name, hint in get_type_hints(cls, include_extras=True).items():
         test = _test_of(hint)
         if isinstance(test, frozenset):
-            found.exact.append(name)
-            found.classes.append(test)
+            exact.append(name)
+            classes.append(test)
         elif test is not None:
-            found.functions.append((name, test))
-    return found
+            functions.append((name, test))
+    # Of a single name an attrgetter makes no tuple.
+    values = (
+        attrgetter(*exact)
+        if len(exact) > 1
+        else lambda message: map(getattr, repeat(message), exact)
+    )
+    return _Tests(exact, classes, values, functions)
 
 
 def _as_function(test: Test | None) -> Callable[[Any], bool]:
@@ -170,7 +180,8 @@ def _test_of(hint: Any) -> Test | None:
     if origin is Mapping:
         return _mapping_of(args[0], args[1])
     if origin is dict:
-        return lambda value: isinstance(value, dict) and all(type(key) is args[0] for key in value)
+        keys = frozenset((args[0],))
+        return lambda value: isinstance(value, dict) and keys.issuperset(map(type, value))
     return _test_of_class(hint)
 
 
@@ -198,17 +209,30 @@ def _any_of(tests: Sequence[Test | None]) -> Test:
     exact = [test for test in tests if isinstance(test, frozenset)]
     if len(exact) == len(tests):
         return frozenset().union(*exact)
-    functions = [_as_function(test) for test in tests]
-    return lambda value: any(is_right(value) for is_right in functions)
+    functions = [_as_function(test) for test in tests if not isinstance(test, frozenset)]
+    classes = frozenset[type]().union(*exact)
+
+    def passes(value: Any) -> bool:
+        if type(value) in classes:
+            return True
+        for is_right in functions:  # noqa: SIM110 -- a generator costs more than the test
+            if is_right(value):
+                return True
+        return False
+
+    return passes
 
 
 def _all_of(kinds: tuple[type, ...], test: Test | None) -> Test:
+    classes = test if isinstance(test, frozenset) else None
     is_right = _as_function(test)
 
     def passes(value: Any) -> bool:
         if not isinstance(value, kinds):
             return False
         items: Any = value
+        if classes is not None:
+            return classes.issuperset(map(type, items))
         return all(map(is_right, items))
 
     return passes
@@ -220,7 +244,10 @@ def _each_of(tests: Sequence[Test | None]) -> Test:
     def passes(value: Any) -> bool:
         if not isinstance(value, tuple) or len(value) != len(functions):
             return False
-        return all(is_right(item) for item, is_right in zip(value, functions, strict=True))
+        for item, is_right in zip(value, functions, strict=True):  # noqa: SIM110 -- as above
+            if not is_right(item):
+                return False
+        return True
 
     return passes
 
@@ -229,9 +256,12 @@ def _mapping_of(key: type, kind: Any) -> Test:
     kind = object if kind is Any else kind
 
     def passes(value: Any) -> bool:
-        if not isinstance(value, Mapping):
+        if not isinstance(value, dict | Mapping):  # a dict is known as one much sooner
             return False
-        return all(type(name) is key and isinstance(item, kind) for name, item in value.items())
+        for name, item in value.items():
+            if type(name) is not key or not isinstance(item, kind):
+                return False
+        return True
 
     return passes
 

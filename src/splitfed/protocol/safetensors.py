@@ -282,7 +282,7 @@ def _in_file_order(
         tensor = stored(tensor, layout)
         ragged = tensor.nbytes % ALIGNMENT != 0
         items.append((ragged, -tensor.itemsize if ragged else 0, name, tensor))
-    items.sort(key=lambda item: item[:3])
+    items.sort()  # by no tensor: names differ
     return [(name, tensor) for _, _, name, tensor in items], layouts
 
 
@@ -324,8 +324,10 @@ def _check_bools(data: memoryview, name: str) -> None:
 
 
 def _memory(tensor: Tensor) -> memoryview:
-    if not tensor.is_cpu or tensor.requires_grad:
-        tensor = tensor.detach().cpu()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if not tensor.is_cpu:
+        tensor = tensor.cpu()
     if not tensor.numel():
         return memoryview(b"")
     if tensor.dtype in _OPAQUE:

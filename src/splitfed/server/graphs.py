@@ -41,6 +41,31 @@ class _Held:
     num_bytes: int
 
 
+class Uses:
+    """How often a graph was at hand, and how often it took a recompute; safe to share."""
+
+    KEPT = "kept"
+    """A backward found the graph of its forward."""
+    RECOMPUTED = "recomputed"
+    """A backward ran the forward again."""
+    CONTINUED = "continued"
+    """A forward ran the one before it again, for the buffers that it had left."""
+
+    def __init__(self) -> None:
+        self._counts = dict.fromkeys((self.KEPT, self.RECOMPUTED, self.CONTINUED), 0)
+        self._lock = threading.Lock()
+
+    def count(self, use: str) -> None:
+        """Count one."""
+        with self._lock:
+            self._counts[use] += 1
+
+    def counts(self) -> dict[str, int]:
+        """All so far, by use."""
+        with self._lock:
+            return dict(self._counts)
+
+
 class Graphs:
     """The graphs that one line keeps; safe to share between threads.
 
@@ -116,6 +141,8 @@ class Graphs:
             # The oldest one decides between those that have equally many.
             others = [group for group in self._groups.values() if group is not newest]
             self._drop(max(others, key=lambda group: counts[group.client_id]))
+        if self._memory.kept <= self._memory.client:  # all together, so those of one client too
+            return
         own = [group for group in self._groups.values() if group.client_id == newest.client_id]
         total = sum(group.num_bytes for group in own)
         for group in own[:-1]:

@@ -103,9 +103,9 @@ class Memory:
                 "send fewer samples, or a tensor that isn't expanded: tensor.contiguous()"
             )
         # One byte more, as a client with a call without tensors has a call under way, too.
-        return self._reserve(client_id, 1 + int(size * (1.0 + self.growth.of(cut))))
+        return self._reserve(client_id, 1 + int(size * (1.0 + self.growth.of(cut))), sent)
 
-    def _reserve(self, client_id: str, need: int) -> Claim:
+    def _reserve(self, client_id: str, need: int, sent: int) -> Claim:
         with self._lock:
             held = self._under_way.get(client_id, 0)
             # One call alone always runs: that its client sends no second one is all one can ask.
@@ -118,7 +118,7 @@ class Memory:
                 )
             self._under_way[client_id] = held + need
             self._sum += need
-        return Claim(self, client_id, need)
+        return Claim(self, client_id, need, sent)
 
     def release(self, client_id: str, need: int) -> None:
         """Give back what was reserved."""
@@ -132,17 +132,21 @@ class Memory:
 
 
 class Claim:
-    """Memory that is reserved within a block."""
+    """Memory that is reserved within a block.
 
-    __slots__ = ("_client_id", "_memory", "_need")
+    The block gets the number of bytes that its tensors were sent as.
+    """
 
-    def __init__(self, memory: Memory, client_id: str, need: int) -> None:
+    __slots__ = ("_client_id", "_memory", "_need", "_sent")
+
+    def __init__(self, memory: Memory, client_id: str, need: int, sent: int) -> None:
         self._memory = memory
         self._client_id = client_id
         self._need = need
+        self._sent = sent
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> int:
+        return self._sent
 
     def __exit__(self, *exception: object) -> None:
         self._memory.release(self._client_id, self._need)

@@ -36,7 +36,7 @@ from splitfed.protocol.messages import (
     ForwardRecord,
     ForwardRequest,
 )
-from splitfed.server.graphs import CallKey, Graphs
+from splitfed.server.graphs import CallKey, Graphs, Uses
 from splitfed.server.memory import Memory, extent
 from splitfed.server.probe import Call, Probe, same_gradients, seeded_backward
 from splitfed.store.batches import Pile, Sealer
@@ -75,6 +75,8 @@ class RunnerSettings:
     """What the body's forwards were seen to do."""
     probe: Probe = field(default_factory=Probe)
     """Tries bodies that set attributes."""
+    uses: Uses = field(default_factory=Uses)
+    """How often a graph was at hand."""
     kept: Iterator[int] = field(default_factory=partial(count, 1))
     """The numbers of the backwards through kept graphs."""
     foreign: Iterator[int] = field(default_factory=partial(count, 1))
@@ -236,6 +238,7 @@ class Runner:
         if held is not None and record.training and held[1].buffers:
             # The next call may begin with what this one left.
             self._ends.put(key, (held[1].buffers, held[1].bases))
+        self._settings.uses.count(Uses.RECOMPUTED if held is None else Uses.KEPT)
         if held is not None:
             return held[1]
         return self._replay(record, key[0], key[1])
@@ -340,6 +343,7 @@ class Runner:
                 f"call {request.previous} of {request.client_id!r}, "
                 "whose buffers this one continues, is gone"
             )
+        self._settings.uses.count(Uses.CONTINUED)
         done = self._replay(record, version, request.client_id)
         self._graphs.put(key, record, done, self._bytes_of(record, done))
         return done.changed_buffers()

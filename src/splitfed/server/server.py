@@ -59,9 +59,9 @@ from splitfed.protocol.messages import (
     PushRequest,
     Recipe,
 )
-from splitfed.server.graphs import CallKey
+from splitfed.server.graphs import CallKey, Uses
 from splitfed.server.halves import Halves
-from splitfed.server.memory import Memory, extent
+from splitfed.server.memory import Memory
 from splitfed.server.runner import Line, Lines, RunnerSettings
 from splitfed.store.batches import answer_is_lost
 from splitfed.store.beginning import begin_with, check_durability
@@ -142,6 +142,8 @@ class SplitServer:
         self.loss_fn = loss_fn
         self.memory = Memory() if memory is None else memory
         """What calls and kept graphs may hold."""
+        self.uses = Uses()
+        """How often the graph of a call was at hand."""
         _check_whole(body)
         self._settable = _patterns(settings)
         self._template = Template(body)
@@ -175,6 +177,7 @@ class SplitServer:
             keep_graphs,
             self.memory,
             Quota() if quota is None else quota,
+            uses=self.uses,
         )
         self._lines = Lines(store, None if per_client else lineage, runners)
 
@@ -200,10 +203,9 @@ class SplitServer:
         if incarnation is None and (request.grad or request.repeats is not None):
             incarnation = self.store.open_client(request.client_id, request.process)
         self._tidy(line, request.client_id, incarnation, request.housekeeping)
-        tensors = _tensors(request)
-        with self.memory.claim(request.client_id, tensors, request.cut):
+        with self.memory.claim(request.client_id, _tensors(request), request.cut) as sent:
             if request.grad and incarnation is not None:
-                line.ledger.charge(request.client_id, extent(tensors)[1], calls=1)
+                line.ledger.charge(request.client_id, sent, calls=1)
             earlier = _earlier(line, request, incarnation)
             asked = _at(request, earlier.version)
             version, call, done = line.runner.run_newest(asked)

@@ -97,11 +97,11 @@ class Pile:
             DigestError: that call was made before with other content.
         """
         key = self.keys.forward(version, client_id, incarnation, call)
-        parts = checksum.sealed(pack(record))
+        parts = pack(record)
         if self.blobs.create(key, parts, durable=False):
             return
         data = self.blobs.get(key)
-        if data is not None and bytes(data) == b"".join(parts):
+        if data is not None and bytes(data) == b"".join(checksum.sealed(parts)):
             return
         if data is not None and _asked(unpack(ForwardRecord, data)) != _asked(record):
             raise DigestError(
@@ -146,7 +146,8 @@ class Pile:
             DigestError: this part was sent before with other content.
         """
         key = self.keys.part(version, batch, part)
-        self._create(key, record, f"part {part} of batch {batch}", durable=False)
+        if not self.blobs.create(key, pack(record), durable=False):
+            self._kind_at(key, record, f"part {part} of batch {batch}")
 
     def part(self, version: int, batch: BatchId, part: int) -> GradientRecord | None:
         """A share that is kept, or `None`."""
@@ -183,10 +184,13 @@ class Pile:
         Raises:
             DigestError: that id was used before with other content.
         """
-        key, name = self.keys.gradient(batch), f"batch {batch}"
-        kind, is_new = self._create(key, record, name, durable=True)
+        key = self.keys.gradient(batch)
+        if self.blobs.create(key, pack(record), durable=True):
+            return record.kind, True
+        name = f"batch {batch}"
+        kind = self._kind_at(key, record, name)
         if kind is None:
-            return record.kind, is_new
+            return record.kind, False
         if exactly and kind == record.kind:
             found = self.read(batch)
             if found is not None and found.digest == record.digest:
@@ -229,15 +233,17 @@ class Pile:
         for batch in batches:
             self.blobs.delete(self.keys.gradient(batch))
 
-    def _create(
-        self, key: str, record: GradientRecord, name: str, *, durable: bool
-    ) -> tuple[str | None, bool]:
-        """Create a file; the kind of one that was there with this digest, and whether none was."""
-        if self.blobs.create(key, pack(record), durable=durable):
-            return None, True
+    def _kind_at(self, key: str, record: GradientRecord, name: str) -> str | None:
+        """The kind of the file that was there before a record, of the same digest.
+
+        `None` if it was folded and dropped meanwhile: then it was there, and counted.
+
+        Raises:
+            DigestError: it has other content.
+        """
         data = self.blobs.peek(key)
-        if data is None:  # folded and dropped meanwhile: it was there, and counted
-            return None, False
+        if data is None:
+            return None
         found = peek(GradientRecord, data, ("kind", "digest", "resumed"))
         # A process that resumes repeats what an earlier one has stored: that stays as it is.
         is_repeated = record.resumed and found["resumed"] != record.resumed
@@ -250,7 +256,7 @@ class Pile:
             )
         if not isinstance(found["kind"], str):
             raise FormatError(f"the file of {name} has no kind")
-        return found["kind"], False
+        return found["kind"]
 
 
 class Sealer:
@@ -424,8 +430,8 @@ class Sealer:
         digest = seal.digest(batch) if share is None else share.digest
         # In a log the parts of before are recipes alone, unless they are held in memory.
         is_whole = all(part.buffers for part in parts.values())
-        record = (sum_of if is_whole else _listed)(parts, seal, digest)
-        status = self.store(batch, replace(record, resumed=resumed), is_whole=is_whole)
+        record = sum_of(parts, seal, digest, resumed, of_recipes=not is_whole)
+        status = self.store(batch, record, is_whole=is_whole)
         # Only now: were the parts dropped first and the process killed, the retry would find
         # neither parts nor batch.
         for version, number in seal.parts:
@@ -550,34 +556,38 @@ def _status(outcome: Outcome, resumed: int) -> str:
     return "skipped" if resumed and outcome is Outcome.SKIPPED else outcome.status
 
 
-def sum_of(parts: Mapping[int, GradientRecord], seal: Seal, digest: str) -> GradientRecord:
-    """The gradient of a batch.
+def sum_of(
+    parts: Mapping[int, GradientRecord],
+    seal: Seal,
+    digest: str,
+    resumed: int = 0,
+    *,
+    of_recipes: bool = False,
+) -> GradientRecord:
+    """A batch: the gradient that its parts add up to, or their recipes.
 
     Args:
         parts: Its parts by number, in the order in which they are added.
         seal: What closes it.
         digest: Of the request that does.
+        resumed: Which process of those that share an incarnation sends it.
+        of_recipes: Whether the parts are recipes, and only the last has its gradient still.
     """
-    record = _listed(parts, seal, digest)
-    gradients = _sum([part.gradients for part in parts.values()])
-    return replace(record, gradients=gradients, buffers=_updates(seal.chains, parts))
-
-
-def _listed(parts: Mapping[int, GradientRecord], seal: Seal, digest: str) -> GradientRecord:
-    """A batch as the recipes of its parts."""
-    recipes = [recipe for part in parts.values() for recipe in part.recipes]
+    shares = [*parts.values()]
+    recipes = tuple(recipe for part in shares for recipe in part.recipes)
     return GradientRecord(
-        kind="rejected" if any(part.kind == _UNFIT for part in parts.values()) else "gradient",
-        base_version=min(part.base_version for part in parts.values()),
+        kind="rejected" if any(part.kind == _UNFIT for part in shares) else "gradient",
+        base_version=min(part.base_version for part in shares),
         num_samples=seal.num_samples,
         loss_scale=seal.loss_scale,
         digest=digest,
         # Whoever adds them up adds nothing of its own: a sum of two has the same bits anywhere.
-        numerics=common_class(part.numerics for part in parts.values()),
+        numerics=common_class(part.numerics for part in shares),
         # Of the call that rides along: whether it is finite is tested when it is stored.
-        gradients=[*parts.values()][-1].gradients,
-        buffers=[],
-        recipes=tuple(recipes),
+        gradients=shares[-1].gradients if of_recipes else _sum(shares),
+        buffers=[] if of_recipes else _updates(seal.chains, parts),
+        resumed=resumed,
+        recipes=recipes,
         seal=seal if recipes else None,
     )
 
@@ -586,10 +596,10 @@ def _is_finite(record: GradientRecord) -> bool:
     return all(all_finite(gradient) for gradient in record.gradients.values())
 
 
-def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _sum(parts: Sequence[GradientRecord]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for part in parts:
-        for name, gradient in part.items():
+        for name, gradient in part.gradients.items():
             total[name] = total[name] + gradient if name in total else gradient
     return total
 
@@ -622,7 +632,7 @@ def _last_update(chain: Chain, parts: Mapping[int, GradientRecord]) -> BufferUpd
     # The first is the change from the version, the last that from what the call began with.
     buffers = parts[chain.last_part].buffers
     last = buffers[-1] if chain.after == -1 else buffers[0]
-    return replace(last, num_samples=positive("num_samples", chain.num_samples))
+    return BufferUpdate(last.values, last.bases, positive("num_samples", chain.num_samples))
 
 
 def _asked(record: ForwardRecord) -> bytes:

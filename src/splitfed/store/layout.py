@@ -272,7 +272,7 @@ def read_pin(data: memoryview, key: str) -> int:
 
 
 def _padded(name: str, value: int, width: int = 10) -> str:
-    return f"{check_number(name, value):0{width}d}"
+    return str(check_number(name, value)).zfill(width)
 
 
 def _process(client_id: str, incarnation: int) -> str:

@@ -78,6 +78,8 @@ class Lineage:
         self._retention = Retention(blobs, self.keys)
         self.warned_of_unused = False
         """Whether it was said that a body's weights came too late (`beginning`)."""
+        self._newest = b""
+        """The record of the newest version, as it was read and found to be that."""
         self._hint = -1
         """The version that the hint was last seen to name, or made to."""
         self._verified: set[int] = set()
@@ -170,12 +172,19 @@ class Lineage:
 
     def _is_newest_known(self) -> bool:
         """Whether the newest version known here is there, and what it was."""
-        key = self.keys.commit(self._head)
-        known = self._commits.get(self._head)
+        head = self._head  # another thread may find a newer one while this one reads
+        key = self.keys.commit(head)
         data = self.blobs.raw.get(key)
         if data is None:
             return False
-        if known is None or sha256([data]) == known.digest:
+        # Most often the bytes that were found to be the record's before.
+        if data == self._newest:
+            return True
+        known = self._commits.get(head)
+        if known is None:
+            return True
+        if sha256([data]) == known.digest:
+            self._newest = bytes(data)
             return True
         # Other bytes: damaged, which is said as that, or another commit.
         found = self.blobs.get(key)

@@ -128,8 +128,20 @@ def test_only_what_our_server_writes_is_read_without_http_client() -> None:
         ours.replace(b"length: 4", b"length: +4"),
         ours.replace(b"\r\n", b"\n"),
         ours.replace(b"octet-stream", b"json"),
+        ours.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"),
+        ours.replace(b"\r\n\r\n", b"\r\nsplitfed-affinity: a\r\ncontent-length: 5\r\n\r\n"),
     ):
         assert not exchange._OURS.match(change)
+
+
+def test_what_nginx_makes_of_it_is_read_likewise() -> None:
+    """Other letters, its own headers, and the replica that it names."""
+    head = b"HTTP/1.1 200 OK\r\nServer: nginx\r\nDate: now\r\nContent-Type: application/octet-stream\r\n"
+    head += b"Content-Length: 4\r\nConnection: keep-alive\r\n"
+    for name, named in ((None, b""), (b"10.0.0.1:8000", b"splitfed-affinity: 10.0.0.1:8000\r\n")):
+        found = exchange._OURS.match(head + named + b"\r\nbody")
+        assert found is not None
+        assert (found["size"], found["name"]) == (b"4", name)
 
 
 NOBODY = NewConnectionError(None, "refused")  # type: ignore[arg-type]

@@ -72,9 +72,8 @@ def make_app(
     pools = _Pools(limits)
     metrics = Metrics()
     desk = Desk(server, limits, checked, pools.serving, metrics)
-    methods = {f"{PREFIX}/{verb}": Method(desk, verb) for verb in VERBS}
     routes: list[BaseRoute] = [
-        Route(path, method, methods=["POST"]) for path, method in methods.items()
+        Route(f"{PREFIX}/{verb}", Method(desk, verb), methods=["POST"]) for verb in VERBS
     ]
     for report in _reports(server, desk, pools, metrics):
         routes.append(Route(report.path, report, methods=["GET"]))
@@ -85,30 +84,11 @@ def make_app(
         pools.close()
         server.hand_over()
 
-    app = _Service(
+    app = Starlette(
         routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _unknown_route}
     )
-    app.methods = methods
     app.router.redirect_slashes = False
     return app
-
-
-class _Service(Starlette):
-    """Starlette, used only for what isn't a request of the protocol.
-
-    Its layers take as long as the rest of the app. But a middleware or a path that somebody has put
-    in front is in front of everything.
-    """
-
-    methods: Mapping[str, Method] = {}
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        method = self.methods.get(scope.get("path", ""))
-        is_post = scope.get("method") == "POST"
-        if method is None or not is_post or scope.get("root_path") or self.user_middleware:
-            await super().__call__(scope, receive, send)
-        else:
-            await method(scope, receive, send)
 
 
 class _Pools:
@@ -158,7 +138,7 @@ def _reports(server: SplitServer, desk: Desk, pools: _Pools, metrics: Metrics) -
         with contextlib.suppress(SplitFedError):
             about = "The newest version of the lineage that is served."
             gauges["version"] = (about, newest())
-        return metrics.text(gauges)
+        return metrics.text(gauges, server.uses.counts())
 
     return [
         Report(desk, f"{PREFIX}/status", JSON, status, pools.listing, private=True),
@@ -252,11 +232,14 @@ class Metrics:
         """Count an error that a request was answered with, by its class."""
         self._errors[name] += 1
 
-    def text(self, gauges: Mapping[str, tuple[str, float]]) -> bytes:
+    def text(
+        self, gauges: Mapping[str, tuple[str, float]], uses: Mapping[str, int] | None = None
+    ) -> bytes:
         """Return all of it in Prometheus's text format.
 
         Args:
             gauges: What is measured at this moment: help and value by name.
+            uses: How often the graph of a call was at hand, by `server.graphs.Uses`.
         """
         lines = _head("requests_total", "counter", "Requests answered, by route and status.")
         for (path, status), count in sorted(self._requests.items()):
@@ -264,6 +247,11 @@ class Metrics:
         lines += _head("errors_total", "counter", "Requests answered with an error, by its class.")
         for name, count in sorted(self._errors.items()):
             lines.append(f'splitfed_errors_total{{error="{name}"}} {count}')
+        if uses is not None:
+            about = "Graphs that were kept, or computed again: recomputed for a backward, "
+            about += "continued for the buffers that the next call goes on from."
+            lines += _head("graphs_total", "counter", about)
+            lines += [f'splitfed_graphs_total{{use="{use}"}} {n}' for use, n in uses.items()]
         lines += self._histogram()
         lines += _head("received_bytes_total", "counter", "Bytes of requests' bodies.")
         lines.append(f"splitfed_received_bytes_total {self._received}")

@@ -27,6 +27,7 @@ from splitfed.errors import FormatError, InputError, UnreachableError
 from splitfed.protocol.backoff import Backoff, growing
 from splitfed.protocol.packing import pack, unpack
 from splitfed.protocol.transport import VERBS, Sender
+from splitfed.service.http.affinity import Affinity
 from splitfed.service.http.connection import (
     Answer,
     Body,
@@ -36,7 +37,7 @@ from splitfed.service.http.connection import (
     reason,
     retry_after,
 )
-from splitfed.service.http.contract import BINARY, PREFIX, RETRIED, decode_error
+from splitfed.service.http.contract import AFFINITY, BINARY, PREFIX, RETRIED, decode_error
 from splitfed.service.http.route import advice, pool_of, proxy_of, speaks_tls, trusted
 
 VARIABLE = "SPLITFED_TOKEN"
@@ -112,6 +113,7 @@ class HttpTransport(Sender):
         self._timeout = Timeout(connect=min(_CONNECT_SECONDS, timeout), read=timeout)
         self._patience = patience
         self._trusted = trusted(ca_certs)
+        self._affinity = Affinity()
         self._lock = threading.Lock()
         self._pool: urllib3.HTTPConnectionPool | None = None
         self._process = 0
@@ -126,7 +128,7 @@ class HttpTransport(Sender):
         Raises:
             SplitFedError: what the server raised.
         """
-        return self._json(self._request("GET", f"{PREFIX}/status", None, self._patience))
+        return self._json(self._request("GET", f"{PREFIX}/status", None, self._patience).memory)
 
     def ready(self) -> dict[str, Any]:
         """Return what the service says of its readiness; one try.
@@ -135,7 +137,7 @@ class HttpTransport(Sender):
             UnreachableError: nobody answers, or something else does.
             StoreError: its store doesn't answer.
         """
-        return self._json(self._request("GET", "/readyz", None, 0.0))
+        return self._json(self._request("GET", "/readyz", None, 0.0).memory)
 
     def close(self) -> None:
         """Close the connections; the next request opens new ones."""
@@ -146,9 +148,12 @@ class HttpTransport(Sender):
 
     def send(self, verb: str, request: Any, /) -> Any:
         """Return the answer to a request, after as many tries as the patience allows."""
-        data = self._request("POST", f"{PREFIX}/{verb}", pack(request), self._patience)
+        path, parts = f"{PREFIX}/{verb}", pack(request)
+        key = self._affinity.key(verb, request)
+        answer = self._request("POST", path, parts, self._patience, key)
+        self._affinity.note(verb, request, answer.headers.get(AFFINITY))
         try:
-            return unpack(VERBS[verb][1], data)
+            return unpack(VERBS[verb][1], answer.memory)
         except FormatError as error:
             raise UnreachableError(
                 f"{self.url}{PREFIX}/{verb} answered what isn't a splitfed server's: "
@@ -166,14 +171,21 @@ class HttpTransport(Sender):
             )
         return found
 
-    def _request(self, method: str, path: str, parts: Body | None, patience: float) -> memoryview:
-        """Return the body of the answer, after as many tries as the patience allows."""
+    def _request(
+        self,
+        method: str,
+        path: str,
+        parts: Body | None,
+        patience: float,
+        key: str | None = None,
+    ) -> Answer:
+        """Return the answer, after as many tries as the patience allows."""
         tries = Backoff(growing(_FIRST_PAUSE, 2.0), most=_LAST_PAUSE, within=patience, jitter=True)
         aborted = 0
         while True:
             asked: float | None = None
             try:
-                answer = self._exchange(method, path, parts)
+                answer = self._exchange(method, path, parts, key)
             except (HTTPError, OSError) as error:
                 aborted += isinstance(error, ProtocolError) and not self._met
                 if aborted == _ABORTED and self._speaks_tls():
@@ -185,7 +197,7 @@ class HttpTransport(Sender):
                 self._met = True
                 if answer.status == 200:
                     self._check_encoding(path, answer)
-                    return answer.memory
+                    return answer
                 failure = self._failure(path, answer)
                 if answer.status not in RETRIED:
                     raise failure
@@ -194,6 +206,7 @@ class HttpTransport(Sender):
                 if 0 < aborted < _ABORTED and self._speaks_tls():
                     raise self._wants_tls()
                 raise failure
+            key = None  # the replica that it leads to may be the one that failed
 
     def _failure(self, path: str, answer: Answer) -> Exception:
         """The error in an answer; one without an error of ours comes from something else."""
@@ -236,11 +249,13 @@ class HttpTransport(Sender):
                 "a proxy in between compresses; turn that off for this path"
             )
 
-    def _exchange(self, method: str, path: str, parts: Body | None) -> Answer:
+    def _exchange(self, method: str, path: str, parts: Body | None, key: str | None) -> Answer:
         """Send a request once and receive its answer."""
         headers = self._headers
         if parts is not None:
             headers = {**headers, "content-length": str(sum(map(len, parts)))}
+        if key is not None:
+            headers = {**headers, AFFINITY: key}
         # urllib3's types don't know that it passes on whatever body its connections take, and
         # returns whatever answer they give.
         body: Any = parts

@@ -2,9 +2,9 @@
 
 For a tiny body the library costs more than the network: it checks and sends headers one by one, and
 parses those of the answer as an e-mail's. Here a small request leaves in one send. An answer as our
-server writes it is recognized by its first bytes, and is received into the memory that its tensors
-will be views of. Any other answer, such as an error or one that a gateway has rewritten, goes to
-http.client, which reads all that HTTP allows.
+server writes it, or as nginx passes it on, is recognized by its first bytes, and is received into
+the memory that its tensors will be views of. Any other answer, such as an error or one that another
+gateway has rewritten, goes to http.client, which reads all that HTTP allows.
 
 The trap is that this must be decided before a byte is consumed. So the first bytes are peeked at,
 which TLS can't do: there every answer is http.client's.
@@ -34,7 +34,7 @@ from urllib3.response import BaseHTTPResponse
 from urllib3.util import Retry
 
 from splitfed.protocol.safetensors import aligned
-from splitfed.service.http.contract import BINARY
+from splitfed.service.http.contract import AFFINITY, BINARY
 
 Body = list[memoryview | bytes]
 
@@ -44,11 +44,14 @@ _SMALL = 64 << 10
 # accepts.
 _SLICE = 512 << 10
 _PEEK = 1024  # bytes, more than the headers that our server writes
-# Exactly what our server writes, in its order: with any other header, a second length for instance,
-# the body may end elsewhere.
+# Exactly what our server writes, in its order, and what nginx makes of it: with any other header, a
+# second length for instance, the body may end elsewhere.
 _OURS = re.compile(
     rb"HTTP/1\.1 200 OK\r\n((date|server): [^\r\n]*\r\n)*"
-    rb"content-type: %s\r\ncontent-length: (?P<size>\d{1,15})\r\n\r\n" % re.escape(BINARY.encode())
+    rb"content-type: %s\r\ncontent-length: (?P<size>\d{1,15})\r\n"
+    rb"(connection: keep-alive\r\n)?(%s: (?P<name>[\x20-\x7e]*)\r\n)?\r\n"
+    % (re.escape(BINARY.encode()), AFFINITY.encode()),
+    re.IGNORECASE,
 )
 
 
@@ -57,8 +60,8 @@ class Answer(BaseHTTPResponse):
 
     Args:
         status: Its status.
-        headers: Its headers, under names of any case; empty for an answer of our server's, whose
-            headers are known.
+        headers: Its headers, under names of any case; for an answer of our server's, whose headers
+            are known, at most that of a balancer.
         memory: Its body.
     """
 
@@ -136,7 +139,9 @@ class _Exchange(HTTPConnection):
         if found is None:
             return None
         self.sock.recv(found.end())  # in one piece: these bytes are there, they were peeked at
-        return Answer(200, {}, _read_exactly(int(found["size"]), self.sock.recv_into))
+        name = found["name"]
+        headers = {} if name is None else {AFFINITY: name.decode("ascii")}
+        return Answer(200, headers, _read_exactly(int(found["size"]), self.sock.recv_into))
 
     def _receive_any(self) -> Answer:
         response = HTTPResponse(self.sock, method=self._sent_method)

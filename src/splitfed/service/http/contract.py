@@ -25,6 +25,8 @@ PREFIX = "/v1"
 """A verb of `Transport` is served at `/v1/` and its name."""
 BINARY = "application/octet-stream"
 JSON = "application/json"
+AFFINITY = "splitfed-affinity"
+"""The header with the key of `affinity`, in requests and in answers of balancers."""
 RETRIED = frozenset({429, 502, 503, 504})
 """Statuses after which the same request may succeed: the server is busy, a replica is gone, the
 store failed."""
@@ -66,6 +68,14 @@ _REFUSALS = {
     431: "Headers over the limit.",
     500: "The server failed.",
     503: "Too many requests under way, or the store failed: try again after Retry-After seconds.",
+}
+_AFFINITY_PARAMETER = {
+    "name": AFFINITY,
+    "in": "header",
+    "required": False,
+    "description": "For a load balancer: requests with one key are best served by one replica. "
+    "A replica doesn't read it.",
+    "schema": {"type": "string"},
 }
 _ERROR_SCHEMA = {
     "type": "object",
@@ -121,6 +131,7 @@ def _operation(verb: str, limits: Limits) -> dict[str, Any]:
     return {
         "operationId": verb,
         "summary": _SUMMARIES[verb],
+        "parameters": [_AFFINITY_PARAMETER] if verb in ("forward", "backward", "loss") else [],
         "requestBody": {
             "required": True,
             "description": f"A packed {request.__name__}, of at most {limits.body} bytes.",

@@ -1,0 +1,1 @@
+"""Whether replicas add up: measured with real processes on this machine, and in virtual time beyond its cores."""
