@@ -81,6 +81,16 @@ def test_a_repeated_seal_answers_as_before() -> None:
     assert site.store.waiting() == []
 
 
+def test_another_seal_whose_parts_are_gone_is_refused() -> None:
+    """A copy of a running process bears its incarnation, and may close the same number with other samples."""
+    site = two_parts()
+    site.server.backward(back(part=2, call=None, grad_outputs=(), seal=CLOSE))
+    other = replace(CLOSE, num_samples=7.0)
+    with pytest.raises(DigestError, match="batch a/1/0 was sent before with other content"):
+        site.other.backward(back(part=2, call=None, grad_outputs=(), seal=other))
+    assert waiting(site).num_samples == 5
+
+
 def test_a_part_that_was_never_sent_loses_the_batch() -> None:
     """Loudly; what was sent counts nowhere."""
     site = two_parts()

@@ -147,7 +147,8 @@ class Pile:
         """
         key = self.keys.part(version, batch, part)
         if not self.blobs.create(key, pack(record), durable=False):
-            self._kind_at(key, record, f"part {part} of batch {batch}")
+            name = f"part {part} of batch {batch}"
+            self._kind_at(key, record.digest, record.resumed, name)
 
     def part(self, version: int, batch: BatchId, part: int) -> GradientRecord | None:
         """A share that is kept, or `None`."""
@@ -188,7 +189,7 @@ class Pile:
         if self.blobs.create(key, pack(record), durable=True):
             return record.kind, True
         name = f"batch {batch}"
-        kind = self._kind_at(key, record, name)
+        kind = self._kind_at(key, record.digest, record.resumed, name)
         if kind is None:
             return record.kind, False
         if exactly and kind == record.kind:
@@ -233,10 +234,22 @@ class Pile:
         for batch in batches:
             self.blobs.delete(self.keys.gradient(batch))
 
-    def _kind_at(self, key: str, record: GradientRecord, name: str) -> str | None:
-        """The kind of the file that was there before a record, of the same digest.
+    def kind_of(self, batch: BatchId, digest: str, resumed: int = 0) -> str | None:
+        """The kind of a pending batch that was made of a request; `None` if it isn't there.
 
-        `None` if it was folded and dropped meanwhile: then it was there, and counted.
+        Args:
+            batch: Its id.
+            digest: Of the request.
+            resumed: Which process of those that share an incarnation sends it.
+
+        Raises:
+            DigestError: it was made of another one.
+        """
+        key = self.keys.gradient(batch)
+        return self._kind_at(key, digest, resumed, f"batch {batch}")
+
+    def _kind_at(self, key: str, digest: str, resumed: int, name: str) -> str | None:
+        """The kind of the file at a key, of the same digest; `None` if there is none.
 
         Raises:
             DigestError: it has other content.
@@ -246,13 +259,13 @@ class Pile:
             return None
         found = peek(GradientRecord, data, ("kind", "digest", "resumed"))
         # A process that resumes repeats what an earlier one has stored: that stays as it is.
-        is_repeated = record.resumed and found["resumed"] != record.resumed
-        if found["digest"] != record.digest and not is_repeated:
+        is_repeated = resumed and found["resumed"] != resumed
+        if found["digest"] != digest and not is_repeated:
             if found["kind"] == "skip":
                 raise DigestError(f"{name} was given up by its client: take a new number")
             raise DigestError(
                 f"{name} was sent before with other content: "
-                f"expected {record.digest}, got {found['digest']}"
+                f"expected {digest}, got {found['digest']}"
             )
         if not isinstance(found["kind"], str):
             raise FormatError(f"the file of {name} has no kind")
@@ -421,13 +434,13 @@ class Sealer:
             ExpiredError: a part is gone and the batch isn't known: it is lost, and counts nowhere.
         """
         parts = self._parts(batch, seal)
+        digest = seal.digest(batch) if share is None else share.digest
         if parts is None:
-            return self._status(batch, resumed)
+            return self._status(batch, digest, resumed)
         if share is not None:
             parts[own] = share
         if not parts:
             raise InputError(f"the seal of batch {batch} names no part: expected at least one")
-        digest = seal.digest(batch) if share is None else share.digest
         # In a log the parts of before are recipes alone, unless they are held in memory.
         is_whole = all(part.buffers for part in parts.values())
         record = sum_of(parts, seal, digest, resumed, of_recipes=not is_whole)
@@ -498,12 +511,16 @@ class Sealer:
             parts[number] = part
         return parts
 
-    def _status(self, batch: BatchId, resumed: int) -> str:
-        """What is answered of a batch that is counted or pending."""
-        header = self._pile.peek(batch)
-        if header is None:
+    def _status(self, batch: BatchId, digest: str, resumed: int) -> str:
+        """What is answered of a batch that is counted or pending.
+
+        Raises:
+            DigestError: it is pending, and was made of another request: of a copy of this process.
+        """
+        kind = self._pile.kind_of(batch, digest, resumed)
+        if kind is None:
             return _status(self._lineage.outcome(batch), resumed)
-        return _status(OUTCOMES.get(str(header["kind"]), Outcome.FOLDED), resumed)
+        return _status(OUTCOMES.get(kind, Outcome.FOLDED), resumed)
 
     def _take(self, batch: BatchId, applied: BatchSet, most: int) -> None:
         """Take note of a number, unless its process has too many holes.

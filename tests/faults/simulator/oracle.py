@@ -175,7 +175,7 @@ class Answers:
         """A gradient file is what one of the requests under its id makes: the acknowledged one, if one was."""
         acknowledged = self._ledger.acknowledged.get(batch, [])
         for sent in acknowledged or candidates:
-            if sent.network.is_forked and sent.came_late:
+            if acknowledged and sent.network.is_forked and sent.came_late:
                 # Known: the digest of a batch that is counted is on file no more, so what another process sends
                 # under its id can't be told from a retry.
                 continue
