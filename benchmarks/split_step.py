@@ -130,9 +130,10 @@ class InMemory:
 
     def __init__(self, half: nn.Module, body: nn.Module) -> None:
         layers = list(half.children())
-        hole = next(i for i, module in enumerate(layers) if isinstance(module, splitfed.CutPoint))
+        # A slice leaves a cut point at each of its places.
+        holes = [i for i, module in enumerate(layers) if isinstance(module, splitfed.CutPoint)]
         self.half, self.body = half, body
-        self.bottom, self.head = nn.Sequential(*layers[:hole]), nn.Sequential(*layers[hole + 1 :])
+        self.bottom, self.head = nn.Sequential(*layers[: holes[0]]), nn.Sequential(*layers[holes[-1] + 1 :])
         self.inputs = self.outputs = torch.empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
