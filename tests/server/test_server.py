@@ -159,6 +159,20 @@ def test_a_copy_of_a_process_isnt_told_that_its_batch_counts(site: Site) -> None
         site.server.backward(back(call=1, version=call.version))
 
 
+def test_a_batch_whose_file_was_damaged_is_told_so_when_it_is_repeated(site: Site) -> None:
+    """Its version is on record nowhere then: it is no copy's."""
+    site.forward()
+    site.forward(incarnation=1, call=1)
+    site.server.backward(back(seq=1, call=1))
+    site.commit()
+    assert site.server.backward(back()).status == "stored"
+    key = site.store.lineage().keys.gradient(BatchId("a", 1, 0))
+    site.store.blobs.raw.put(key, [b"{}"], durable=False)
+    with pytest.warns(UserWarning, match="batch a/1/0 is rejected: its file is unreadable"):
+        assert site.commit().num_rejected == 1
+    assert site.server.backward(back()).status == "rejected"
+
+
 def test_a_number_that_was_given_up_cant_come_late(site: Site) -> None:
     """A pass that failed at the client is closed by the next request."""
     site.forward()

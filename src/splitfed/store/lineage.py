@@ -292,7 +292,9 @@ class Lineage:
             if commit is None:
                 return False
             if batch in commit.verdict:
-                return batch not in commit.skipped and commit.base_of(batch) != version
+                # Of one that was given up, or whose file was damaged, no version is on record.
+                is_known = batch in commit.folded or batch in commit.stale
+                return is_known and commit.base_of(batch) != version
         return False
 
     def _newest_table(self) -> Table:
