@@ -12,16 +12,20 @@ ones alone isn't seen.
 The traps: the digest must depend on nothing but the device, and leave nothing behind. Grad mode,
 autocast, inference mode and default devices belong to a thread, so it is computed in a thread of
 its own, where none is set; nothing is drawn; each dtype is named. A pool of OpenMP belongs to the
-thread that first needed it, too, and a process that forks beside one of its own can't use it.
-`torch.autograd.grad` isn't used: its first call takes a fifth of a second.
+thread that first needed it, too, and a process that forks beside one of its own can't use it. And
+that thread doesn't end: one that was joined still gives its pool back, and a fork at that moment
+leaves a lock to the child that nobody opens. `torch.autograd.grad` isn't used: its first call takes
+a fifth of a second.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -74,10 +78,40 @@ _ELEMENTWISE: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 
 
+class _Worker:
+    """A thread of its own, which waits for the next call; after a fork the child has another."""
+
+    def __init__(self) -> None:
+        self._thread = threading.Thread()
+        self._calls: SimpleQueue[tuple[Future[str], torch.device]] = SimpleQueue()
+
+    def digest(self, device: torch.device) -> str:
+        """The digest, computed there."""
+        if not self._thread.is_alive():
+            # If two callers do so at once, one thread waits for ever: it costs nothing.
+            self._calls = SimpleQueue()
+            self._thread = threading.Thread(target=self._work, args=(self._calls,), daemon=True)
+            self._thread.start()
+        future: Future[str] = Future()
+        self._calls.put((future, device))
+        return future.result()
+
+    @staticmethod
+    def _work(calls: SimpleQueue[tuple[Future[str], torch.device]]) -> None:
+        while True:
+            future, device = calls.get()
+            try:
+                future.set_result(_digest(device))
+            except BaseException as error:  # noqa: BLE001 -- it is raised where it was asked for
+                future.set_exception(error)
+
+
+_worker = _Worker()
+
+
 def kernels_digest(device: torch.device) -> str:
     """A digest of the bits that computations on a device give in this process."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_digest, device).result()
+    return _worker.digest(device)
 
 
 def _digest(device: torch.device) -> str:
