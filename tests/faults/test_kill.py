@@ -34,8 +34,7 @@ def test_a_hundred_and_fifty_batches_and_twenty_kills(tmp_path: Path, durability
     outcome = run(tmp_path, durability, steps=50, kills=20, seed=20, limit=120)
     if durability == "log":
         hit = {kill.rpartition(" ")[2] for kill in outcome.kills}
-        # On a busy machine a stage may pass before anybody is stopped at it.
-        assert len(set(STAGES) - hit) <= 2, f"nobody was killed at {set(STAGES) - hit}"
+        assert hit >= set(STAGES), f"nobody was killed at {set(STAGES) - hit}"
 
 
 @pytest.mark.soak
