@@ -451,8 +451,7 @@ class Accumulator:
         settings = self.settings
         staleness = settings.max_staleness
         own = settings.window - 2 if staleness is None else staleness
-        kept = self._versions.window({"max_staleness": own, "keep_versions": settings.window})
-        keep = int(kept["keep_versions"])
+        keep = self._versions.window(settings.window)
         if staleness is not None and staleness > keep - 2:
             raise InputError(
                 f"max_staleness is {staleness}: expected at most {keep - 2}, since the "

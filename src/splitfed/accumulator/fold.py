@@ -192,107 +192,97 @@ def fold(
         InputError: the weight isn't one.
     """
     warned = set() if unfit is None else unfit
-
-    def add_up(sums: Iterable[Sum], *, tested: bool) -> Folded:
-        return _add_up(
-            verdict, read, fingerprint, head, settings, numerics, warned, sums, keeps, tested
-        )
-
-    folded = add_up(sums, tested=False)
+    adding = _Adding(verdict, read, fingerprint, head, settings, numerics, warned, keeps)
+    folded = adding.add_up(sums, tested=False)
     if all(all_finite(mean) for mean in folded.mean.values()):
         return folded
     # Sums have become part of that mean: their batches are looked at one by one, too.
-    return add_up((), tested=True)
+    return adding.add_up((), tested=True)
 
 
-def _add_up(
-    verdict: Verdict,
-    read: Callable[[BatchId], GradientRecord | None],
-    fingerprint: Fingerprint,
-    head: int,
-    settings: CommitSettings,
-    numerics: str,
-    warned: set[BatchId],
-    sums: Iterable[Sum],
-    keeps: int,
-    tested: bool,
-) -> Folded:
-    """As `fold`, where what isn't finite ends in the mean unless each gradient is `tested`."""
-    streaming = StreamingMean(keeps)
-    folded = Folded(verdict, {}, 0.0, [], Counter(), 0, {}, [], {})
-    updated = _add_sums(folded, streaming, sums, fingerprint, head, settings, numerics)
-    rejected: dict[BatchId, Outcome] = {}
-    for batch in verdict.folded:
-        if batch in updated:
-            continue
-        try:
-            record = read(batch)
-            if record is None:
-                raise MissingError(f"batch {batch} is gone")
-            age = head - record.base_version
-            updates = _checked(record, fingerprint, tested=tested)
-        except _NOT_HERE as error:
-            folded.deferred[batch] = error
-            continue
-        except _UNFIT as error:
-            rejected[batch] = Outcome.REJECTED
-            _warn_rejected(batch, f"it doesn't fit ({error})", warned)
-            continue
-        # Outside of both try blocks: a function that is wrong is no batch's fault.
-        weight = _weight(settings.staleness_weight, age)
-        try:
-            streaming.add(
-                batch,
-                record.gradients,
-                num_samples=record.num_samples,
+@dataclass(frozen=True, slots=True, eq=False)
+class _Adding:
+    """What `fold` is given."""
+
+    verdict: Verdict
+    read: Callable[[BatchId], GradientRecord | None]
+    fingerprint: Fingerprint
+    head: int
+    settings: CommitSettings
+    numerics: str
+    warned: set[BatchId]
+    keeps: int
+
+    def add_up(self, sums: Iterable[Sum], *, tested: bool) -> Folded:
+        """As `fold`, where what isn't finite ends in the mean unless each gradient is `tested`."""
+        streaming = StreamingMean(self.keeps)
+        folded = Folded(self.verdict, {}, 0.0, [], Counter(), 0, {}, [], {})
+        updated = self._add_sums(folded, streaming, sums)
+        rejected: dict[BatchId, Outcome] = {}
+        for batch in self.verdict.folded:
+            if batch in updated:
+                continue
+            try:
+                record = self.read(batch)
+                if record is None:
+                    raise MissingError(f"batch {batch} is gone")
+                age = self.head - record.base_version
+                updates = _checked(record, self.fingerprint, tested=tested)
+            except _NOT_HERE as error:
+                folded.deferred[batch] = error
+                continue
+            except _UNFIT as error:
+                rejected[batch] = Outcome.REJECTED
+                _warn_rejected(batch, f"it doesn't fit ({error})", self.warned)
+                continue
+            # Outside of both try blocks: a function that is wrong is no batch's fault.
+            weight = _weight(self.settings.staleness_weight, age)
+            try:
+                streaming.add(
+                    batch,
+                    record.gradients,
+                    num_samples=record.num_samples,
+                    weight=weight,
+                    loss_scale=record.loss_scale,
+                )
+            except _UNFIT as error:
+                rejected[batch] = Outcome.REJECTED
+                _warn_rejected(batch, f"it doesn't fit ({error})", self.warned)
+                continue
+            updated[batch] = updates
+            folded.count(1, age, weight, is_foreign=record.numerics != self.numerics)
+        folded.mean = streaming.mean()
+        folded.num_samples = streaming.num_samples
+        # In canonical order, whoever has added the gradients up.
+        folded.updates.extend(update for batch in sorted(updated) for update in updated[batch])
+        if rejected:
+            folded.verdict = Verdict.of({**dict(self.verdict.items()), **rejected})
+        if folded.deferred:
+            folded.verdict = folded.verdict.without(folded.deferred)
+        return folded
+
+    def _add_sums(
+        self, folded: Folded, streaming: StreamingMean, sums: Iterable[Sum]
+    ) -> dict[BatchId, Sequence[BufferUpdate]]:
+        """Add sums that share no batch; the buffer updates of their batches."""
+        updated: dict[BatchId, Sequence[BufferUpdate]] = {}
+        for one in sorted(sums, key=Sum.place):
+            if not updated.keys().isdisjoint(one.batches) or not _is_sound(one, self.fingerprint):
+                continue
+            age, count = self.head - one.base_version, len(one.batches)
+            weight = _weight(self.settings.staleness_weight, age)
+            streaming.add_sum(
+                one.total,
+                one.kinds,
+                num_batches=count,
+                num_samples=one.num_samples,
                 weight=weight,
-                loss_scale=record.loss_scale,
+                loss_scale=one.loss_scale,
             )
-        except _UNFIT as error:
-            rejected[batch] = Outcome.REJECTED
-            _warn_rejected(batch, f"it doesn't fit ({error})", warned)
-            continue
-        updated[batch] = updates
-        folded.count(1, age, weight, is_foreign=record.numerics != numerics)
-    folded.mean = streaming.mean()
-    folded.num_samples = streaming.num_samples
-    # In canonical order, whoever has added the gradients up.
-    folded.updates.extend(update for batch in sorted(updated) for update in updated[batch])
-    if rejected:
-        folded.verdict = Verdict.of({**dict(verdict.items()), **rejected})
-    if folded.deferred:
-        folded.verdict = folded.verdict.without(folded.deferred)
-    return folded
-
-
-def _add_sums(
-    folded: Folded,
-    streaming: StreamingMean,
-    sums: Iterable[Sum],
-    fingerprint: Fingerprint,
-    head: int,
-    settings: CommitSettings,
-    numerics: str,
-) -> dict[BatchId, Sequence[BufferUpdate]]:
-    """Add sums that share no batch; the buffer updates of their batches."""
-    updated: dict[BatchId, Sequence[BufferUpdate]] = {}
-    for one in sorted(sums, key=Sum.place):
-        if not updated.keys().isdisjoint(one.batches) or not _is_sound(one, fingerprint):
-            continue
-        age, count = head - one.base_version, len(one.batches)
-        weight = _weight(settings.staleness_weight, age)
-        streaming.add_sum(
-            one.total,
-            one.kinds,
-            num_batches=count,
-            num_samples=one.num_samples,
-            weight=weight,
-            loss_scale=one.loss_scale,
-        )
-        folded.sums.append(one)
-        folded.count(count, age, weight, is_foreign=one.shared[2] != numerics)
-        updated.update((batch, added.buffers) for batch, added in one.batches.items())
-    return updated
+            folded.sums.append(one)
+            folded.count(count, age, weight, is_foreign=one.shared[2] != self.numerics)
+            updated.update((batch, added.buffers) for batch, added in one.batches.items())
+        return updated
 
 
 def _is_sound(one: Sum, fingerprint: Fingerprint) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from torch import Tensor
 
@@ -35,6 +35,9 @@ Settings = Mapping[str, Any]
 """Plain values by module and attribute."""
 Arguments = tuple[Any, dict[str, Any]]
 """The pytree (args, kwargs) of a call."""
+
+
+Answer = TypeVar("Answer", "BackwardAnswer", "LossAnswer")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -322,6 +325,18 @@ class BackwardRequest(Request):
         return content_digest((*place, seal, *uncounted), self.grad_outputs)
 
 
+def _coded(answer: Answer, codec: Codec | None) -> Answer:
+    found, coding = encode_all(answer.grad_inputs, codec)
+    return replace(answer, grad_inputs=tuple(found), coding=coding)
+
+
+def _decoded(answer: Answer) -> Answer:
+    if not answer.coding:
+        return answer
+    found = decode_all(answer.grad_inputs, answer.coding)
+    return replace(answer, grad_inputs=tuple(found), coding=())
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class BackwardAnswer:
     """Gradients of the call's inputs, and what became of the parameter gradient."""
@@ -335,16 +350,11 @@ class BackwardAnswer:
 
     def coded(self, codec: Codec | None) -> BackwardAnswer:
         """The answer with its gradients in fewer bytes."""
-        found, coding = encode_all(self.grad_inputs, codec)
-        return replace(self, grad_inputs=tuple(found), coding=coding)
+        return _coded(self, codec)
 
     def decoded(self) -> BackwardAnswer:
         """The answer with its gradients as they were before that, as far as they can be."""
-        if not self.coding:
-            return self
-        return replace(
-            self, grad_inputs=tuple(decode_all(self.grad_inputs, self.coding)), coding=()
-        )
+        return _decoded(self)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -420,16 +430,11 @@ class LossAnswer:
 
     def coded(self, codec: Codec | None) -> LossAnswer:
         """The answer with its gradients in fewer bytes."""
-        found, coding = encode_all(self.grad_inputs, codec)
-        return replace(self, grad_inputs=tuple(found), coding=coding)
+        return _coded(self, codec)
 
     def decoded(self) -> LossAnswer:
         """The answer with its gradients as they were before that, as far as they can be."""
-        if not self.coding:
-            return self
-        return replace(
-            self, grad_inputs=tuple(decode_all(self.grad_inputs, self.coding)), coding=()
-        )
+        return _decoded(self)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -392,16 +392,22 @@ class Lineage:
         """What is on file when a batch is acknowledged: its 'gradient', or its recipes ('log')."""
         return self.commit(0).durability if self.head() >= 0 else "gradient"
 
-    def window(self, own: Mapping[str, int | None]) -> dict[str, Any]:
-        """How long versions of a log are needed: what its first accumulator has decided on.
+    def window(self, own: int) -> int:
+        """How many versions of a log stay: what its first accumulator has decided on.
 
         Args:
             own: What this one would decide.
+
+        Raises:
+            FormatError: the record of it holds no number.
         """
         key = self.keys.window
         if self.blobs.get(key) is None:
-            self.blobs.create(key, [json.dumps(dict(own)).encode()])
-        return read_json(self.blobs.get(key), key)
+            self.blobs.create(key, [json.dumps({"keep_versions": own}).encode()])
+        found = read_json(self.blobs.get(key), key).get("keep_versions")
+        if type(found) is not int:
+            raise FormatError(f"{key!r} holds {found!r}: expected the number of versions that stay")
+        return found
 
     def _check_durability(self, durability: str | None) -> None:
         found = self.commit(0).durability

@@ -114,27 +114,27 @@ def sum_with_batches_that_arent_pending() -> Changes:
 @mutant
 def sums_that_overlap() -> Changes:
     """A batch may be in two sums of a commit."""
-    real = folding._add_sums
+    real = folding._Adding._add_sums
 
-    def add_sums(folded: Any, streaming: Any, sums: Iterable[Sum], *others: Any) -> Any:
+    def add_sums(self: Any, folded: Any, streaming: Any, sums: Iterable[Sum]) -> Any:
         updated: dict[BatchId, Any] = {}
         for one in sorted(sums, key=Sum.place):
-            updated |= real(folded, streaming, [one], *others)
+            updated |= real(self, folded, streaming, [one])
         return updated
 
-    yield folding, "_add_sums", add_sums
+    yield folding._Adding, "_add_sums", add_sums
 
 
 @mutant
 def computed_beside_its_sum() -> Changes:
     """A batch of a sum is computed and added besides."""
-    real = folding._add_sums
+    real = folding._Adding._add_sums
 
     def add_sums(*given: Any) -> Any:
         real(*given)
         return {}
 
-    yield folding, "_add_sums", add_sums
+    yield folding._Adding, "_add_sums", add_sums
 
 
 @mutant
