@@ -372,6 +372,10 @@ def messages() -> dict[str, Any]:
     }
 
 
+NONCE = 4
+"""The bytes of the random number that a call bears."""
+
+
 def added_later() -> dict[str, Any]:
     """Messages that use the fields which came after the others were pinned."""
     x = numbers(2, 3)
@@ -396,6 +400,8 @@ def added_later() -> dict[str, Any]:
         "BackwardRequest.uncounted": BackwardRequest("a", 1, 5, 0, 7, 3, (x,), None, counted=False),
         "LossRequest.uncounted": LossRequest(set_by_half, 3, x, 7.0, counted=False),
         "ForwardRequest.resumed": dataclasses.replace(ahead, resumed=2**32, repeats=3),
+        "ForwardRequest.nonce": dataclasses.replace(ahead, previous=2, nonce=2**32 - 1, previous_nonce=2**31),
+        "BackwardRequest.nonce": BackwardRequest("a", 1, 5, 0, 7, 3, (x,), None, nonce=2**32 - 1),
         "ForwardAnswer.repeated": ForwardAnswer(1, 7, x, (True,), False, {}, (1,), repeated=True),
         "BackwardRequest.resumed": BackwardRequest("a", 1, 5, 2**32, 7, 2**32, (x,), None, resumed=2**32),
         "LossAnswer.repeated": LossAnswer(1, 7, x[0, 0], (x,), "stored", False, repeated=True),
@@ -931,12 +937,14 @@ def fixed() -> Iterator[Clock]:
     """Random names and the time of day are the same in every run; torch's generators too.
 
     What is drawn is counted by its kind and size: on some machines there are more temporary files,
-    whose names are drawn too.
+    whose names are drawn too. Calls bear no nonce, as those of clients that draw none.
     """
     counts: Counter[str] = Counter()
     clock = Clock()
 
     def drawn(kind: str, size: int) -> bytes:
+        if size == NONCE:
+            return bytes(size)
         counts[f"{kind} {size}"] += 1
         return hashlib.sha256(f"{kind} {size} {counts[f'{kind} {size}']}".encode()).digest()[:size]
 

@@ -297,11 +297,13 @@ LATER = [
         settings={"drop.p": 0.5, "1.training": False},
         previous_version=6,
         resumed=2**32,
+        nonce=2**32 - 1,
+        previous_nonce=2**31,
         repeats=4,
         coding=CODING,
         answer_codec="int8/1",
     ),
-    dataclasses.replace(BACK, counted=False, resumed=2**32, coding=CODING, answer_codec="int8/1"),
+    dataclasses.replace(BACK, counted=False, resumed=2**32, nonce=2**31, coding=CODING, answer_codec="int8/1"),
     ForwardAnswer(
         1, 7, {"out": T}, (True,), False, {}, (1,), moved=True, written=("layer.kl",), repeated=True, coding=CODING
     ),

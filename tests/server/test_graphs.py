@@ -11,13 +11,13 @@ from bodies import sandwich
 from harness import Split
 from torch import nn
 
-from splitfed.server.graphs import MOST_CALLS, Graphs
+from splitfed.server.graphs import MOST_CALLS, CallKey, Graphs
 from splitfed.server.memory import Memory
 
 
-def key(call: int, client_id: str = "a") -> tuple[int, str, int, int]:
+def key(call: int, client_id: str = "a", nonce: int = 0) -> CallKey:
     """A call of a client's first process."""
-    return (0, client_id, 1, call)
+    return CallKey(0, client_id, 1, call, nonce)
 
 
 def kept(graphs: Graphs) -> list[tuple[str, int]]:
@@ -54,6 +54,27 @@ def test_the_calls_of_one_client_call_are_one_batch() -> None:
     put(graphs, 9)
     assert kept(graphs) == [("a", call) for call in (6, 7, 8, 9)]
     assert memory.kept == 4
+
+
+def test_a_copys_call_of_the_same_number_finds_no_graph_of_the_other() -> None:
+    """Neither takes it, continues it, nor joins its batch; one that is kept after it takes its place."""
+    memory = Memory()
+    graphs = Graphs(8, memory)
+    ours, theirs = object(), object()
+    one: Any = ours
+    other: Any = theirs
+    graphs.put(key(4, nonce=7), one, one, 1)
+    assert graphs.get(key(4, nonce=9)) is None
+    assert key(4, nonce=9) not in graphs
+    assert graphs.pop(key(4, nonce=9)) is None
+    graphs.put(key(5, nonce=9), other, other, 1, previous=key(4, nonce=9))
+    assert len(graphs._groups) == 2
+    graphs.put(key(4, nonce=9), other, other, 1)
+    assert graphs.get(key(4, nonce=7)) is None
+    assert graphs.get(key(4, nonce=9)) == (theirs, theirs)
+    graphs.drop(key(4).place)
+    graphs.drop(key(5).place)
+    assert memory.kept == 0
 
 
 def test_a_client_that_never_comes_back_displaces_its_own() -> None:

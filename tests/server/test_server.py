@@ -159,6 +159,28 @@ def test_a_copy_of_a_process_isnt_told_that_its_batch_counts(site: Site) -> None
         site.server.backward(back(call=1, version=call.version))
 
 
+@pytest.mark.parametrize("continued", [False, True])
+def test_a_copys_call_isnt_answered_from_the_others_graph(continued: bool) -> None:
+    """Its record was confirmed elsewhere, and the copy's call of that number is on file in its place."""
+    weights = []
+    for name in ("cached", "other"):
+        site = Site(f"memory://{uuid.uuid4()}", of_norm=continued)
+        answering = getattr(site, name)
+        site.forward(answering, nonce=7)
+        site.other.backward(back(nonce=7))
+        site.forward(site.other, grad=False, incarnation=1, call=9, housekeeping=Housekeeping(released=((0, 0),)))
+        site.forward(site.other, incarnation=1, inputs=((3 * X,), {}), nonce=9)
+        if continued:  # by a call that begins with the buffers which the copy's has left
+            later = {"incarnation": 1, "call": 1, "previous": 0, "previous_nonce": 9, "nonce": 11}
+            site.forward(answering, **later)
+            answering.backward(back(seq=1, call=1, nonce=11))
+        else:
+            answering.backward(back(seq=1, nonce=9))
+        site.commit()
+        weights.append(site.store.load_weights())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_a_batch_whose_file_was_damaged_is_told_so_when_it_is_repeated(site: Site) -> None:
     """Its version is on record nowhere then: it is no copy's."""
     site.forward()

@@ -29,11 +29,12 @@ def body() -> nn.Linear:
 class Site:
     """A store, two replicas that keep no graph, and one that does."""
 
-    def __init__(self, url: str, **settings: Any) -> None:
+    def __init__(self, url: str, *, of_norm: bool = False, **settings: Any) -> None:
         self.store = GradientStore(url, sync="process")
-        self.server = SplitServer(body(), self.store, keep_graphs=0, **settings)
-        self.other = SplitServer(body(), self.store, keep_graphs=0, **settings)
-        self.cached = SplitServer(body(), self.store, **settings)
+        self.body = nn.Sequential(body(), nn.BatchNorm1d(2)) if of_norm else body()
+        self.server = SplitServer(self.body, self.store, keep_graphs=0, **settings)
+        self.other = SplitServer(self.body, self.store, keep_graphs=0, **settings)
+        self.cached = SplitServer(self.body, self.store, **settings)
 
     def forward(self, server: SplitServer | None = None, **changes: Any) -> ForwardAnswer:
         """A recorded call number 0 of a client's first process."""
@@ -42,7 +43,7 @@ class Site:
     def commit(self) -> Commit:
         """Fold what waits."""
         commit = Accumulator(
-            body(), self.store, lambda p: torch.optim.SGD(p, lr=1.0), keep_versions=2, keep_bytes=0
+            self.body, self.store, lambda p: torch.optim.SGD(p, lr=1.0), keep_versions=2, keep_bytes=0
         ).step()
         assert commit is not None
         return commit

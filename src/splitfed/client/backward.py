@@ -60,6 +60,7 @@ class Reached(Protocol):
 
     version: int
     number: int
+    nonce: int
     training: bool
     counts: bool
     """Whether a pass that accumulates parameter gradients counts here: not in a frozen half."""
@@ -454,6 +455,7 @@ class Batch:
                     housekeeping=notes,
                     counted=counted,
                     resumed=connection.resumed,
+                    nonce=0 if call is None else call.nonce,
                 )
             )
         if seal is not None:

@@ -12,6 +12,7 @@ version is that call's, and the CRC of the outputs proves it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextvars import Token
 from dataclasses import dataclass, replace
@@ -56,6 +57,8 @@ class _Made:
     number: int | None
     """Its record's number; `None` until it is run with grad (a reentrant checkpoint runs without it
     first)."""
+    nonce: int
+    """What tells it from a copy's of that number."""
 
 
 class Session:
@@ -137,7 +140,7 @@ class Session:
                 # say: this call begins anew.
                 self.connection.buffers.drop()
                 before = continued = None
-                request = replace(request, previous=None, previous_version=None)
+                request = replace(request, previous=None, previous_version=None, previous_nonce=0)
                 answer = self.connection.transport.forward(request)
         self.connection.note_repeated(request.repeats, answer.repeated)
         self._note(answer, seed)
@@ -154,6 +157,7 @@ class Session:
                 answer.crcs,
                 before,
                 request.call if request.grad else None,
+                request.nonce,
             )
         )
         outputs, recorded = self._connect(request, answer, tensors)
@@ -219,7 +223,7 @@ class Session:
             if answer.crcs == made.crcs:
                 session._note(answer, seed)
                 if request.grad and made.number is None:
-                    made.number = request.call
+                    made.number, made.nonce = request.call, request.nonce
                 return session._connect(request, answer, tensors)[0]
             if request.grad:
                 session.connection.release(RecordedCall(session, request, answer.version))
@@ -265,6 +269,8 @@ class Session:
             part=point.part,
             settings=point.settings(training),
             resumed=self.connection.resumed,
+            nonce=int.from_bytes(os.urandom(4), "little"),
+            previous_nonce=0 if before is None else before.nonce,
             repeats=self._repeats(training),
         ), tensors
 
@@ -341,6 +347,7 @@ class RecordedCall:
         self.origin = origin
         self.version = version
         self.number = request.call
+        self.nonce = request.nonce
         self.training = request.training
         self.counts = origin.counts
         self.moved = False

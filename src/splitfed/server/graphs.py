@@ -4,6 +4,9 @@ They change speed, never results: a graph that isn't here is made again with the
 kept is counted in batches, as the cut calls of one `client(...)` are needed together, and in bytes.
 If it is too much, the client that has most kept loses its oldest: one that never sends a backward
 displaces its own graphs and no other's. The newest is kept whatever its size.
+
+The trap: two processes that are copies of one number their calls alike. A graph is of the call that
+bears its nonce too; for another it isn't here.
 """
 
 from __future__ import annotations
@@ -11,15 +14,32 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from splitfed.model.execution import Run
 from splitfed.protocol.messages import ForwardRecord
 from splitfed.server.memory import Memory
 
-CallKey = tuple[int, str, int, int]
+Place = tuple[int, str, int, int]
 """(version, client id, incarnation, number of the call)"""
 MOST_CALLS = 256
 """Graphs of one `client(...)` call; of more, the earlier ones are computed again."""
+
+
+class CallKey(NamedTuple):
+    """A call that is on record."""
+
+    version: int
+    client_id: str
+    incarnation: int
+    number: int
+    nonce: int = 0
+    """What tells it from that of a copy of the client's process."""
+
+    @property
+    def place(self) -> Place:
+        """Where its record is."""
+        return self[:4]
 
 
 @dataclass(slots=True, eq=False)
@@ -27,7 +47,7 @@ class _Group:
     """The calls of one `client(...)`."""
 
     client_id: str
-    keys: list[CallKey] = field(default_factory=list)
+    keys: list[Place] = field(default_factory=list)
     num_bytes: int = 0
 
 
@@ -35,6 +55,7 @@ class _Group:
 class _Held:
     """One graph."""
 
+    nonce: int
     record: ForwardRecord
     done: Run
     group: _Group
@@ -77,17 +98,17 @@ class Graphs:
     def __init__(self, most: int, memory: Memory) -> None:
         self._most = most
         self._memory = memory
-        self._entries: dict[CallKey, _Held] = {}
+        self._entries: dict[Place, _Held] = {}
         self._groups: OrderedDict[int, _Group] = OrderedDict()
         self._lock = threading.Lock()
 
     def __contains__(self, key: CallKey) -> bool:
-        return key in self._entries
+        return self._find(key) is not None
 
     def get(self, key: CallKey) -> tuple[ForwardRecord, Run] | None:
         """A record with its run, now among the most recent; `None` if it isn't here."""
         with self._lock:
-            held = self._entries.get(key)
+            held = self._find(key)
             if held is None:
                 return None
             self._groups.move_to_end(id(held.group))
@@ -113,13 +134,13 @@ class Graphs:
         if self._most < 1:
             return
         with self._lock:
-            self._remove(key)
-            before = None if previous is None else self._entries.get(previous)
-            group = _Group(key[1]) if before is None else before.group
-            group.keys.append(key)
+            self._remove(key.place)
+            before = None if previous is None else self._find(previous)
+            group = _Group(key.client_id) if before is None else before.group
+            group.keys.append(key.place)
             group.num_bytes += num_bytes
             self._memory.kept += num_bytes
-            self._entries[key] = _Held(record, done, group, num_bytes)
+            self._entries[key.place] = _Held(key.nonce, record, done, group, num_bytes)
             self._groups[id(group)] = group
             self._groups.move_to_end(id(group))
             if len(group.keys) > MOST_CALLS:
@@ -129,8 +150,20 @@ class Graphs:
     def pop(self, key: CallKey) -> tuple[ForwardRecord, Run] | None:
         """Take a graph out."""
         with self._lock:
-            held = self._remove(key)
-            return None if held is None else (held.record, held.done)
+            held = self._find(key)
+            if held is None:
+                return None
+            self._remove(key.place)
+            return held.record, held.done
+
+    def drop(self, place: Place) -> None:
+        """Drop the graph of a call, whichever of that number it is."""
+        with self._lock:
+            self._remove(place)
+
+    def _find(self, key: CallKey) -> _Held | None:
+        held = self._entries.get(key.place)
+        return held if held is not None and held.nonce == key.nonce else None
 
     def _shrink(self, newest: _Group) -> None:
         """Drop the oldest groups beyond the bounds, never the newest."""
@@ -152,15 +185,14 @@ class Graphs:
             self._drop(group)
 
     def _drop(self, group: _Group) -> None:
-        for key in list(group.keys):
-            self._remove(key)
+        for place in list(group.keys):
+            self._remove(place)
 
-    def _remove(self, key: CallKey) -> _Held | None:
-        held = self._entries.pop(key, None)
+    def _remove(self, place: Place) -> None:
+        held = self._entries.pop(place, None)
         if held is not None:
-            held.group.keys.remove(key)
+            held.group.keys.remove(place)
             held.group.num_bytes -= held.num_bytes
             self._memory.kept -= held.num_bytes
             if not held.group.keys:
                 self._groups.pop(id(held.group), None)
-        return held

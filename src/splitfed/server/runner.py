@@ -36,7 +36,7 @@ from splitfed.protocol.messages import (
     ForwardRecord,
     ForwardRequest,
 )
-from splitfed.server.graphs import CallKey, Graphs, Uses
+from splitfed.server.graphs import CallKey, Graphs, Place, Uses
 from splitfed.server.memory import Memory, extent
 from splitfed.server.probe import Call, Probe, same_gradients, seeded_backward
 from splitfed.store.batches import Pile, Sealer
@@ -206,22 +206,22 @@ class Runner:
             Whether it can have a backward: not if it was computed for so long that its version has
             left the retention window before the record held it there.
         """
-        key = (version, request.client_id, incarnation, request.call)
+        key = CallKey(version, request.client_id, incarnation, request.call, request.nonce)
         own = request.previous if request.previous_version is None else None
         call = call.with_outputs(done.tensors, done.crcs)
-        self._pile.put_forward(*key, call)
-        before = None if own is None else (*key[:3], own)
+        self._pile.put_forward(*key.place, call)
+        before = None if own is None else CallKey(*key[:3], own, request.previous_nonce)
         self._graphs.put(key, call, done, self._bytes_of(call, done), before)
         if request.version is not None or not self._lineage.has_left(version):
             return True
-        self.forget(key)
-        self._pile.drop_forward(*key)
+        self.forget(key.place)
+        self._pile.drop_forward(*key.place)
         return False
 
     def record(self, key: CallKey) -> ForwardRecord | None:
         """The record of a call, or `None` if it is gone."""
         held = self._graphs.get(key)
-        return held[0] if held else self._pile.forward(*key)
+        return held[0] if held else self._pile.forward(*key.place)
 
     def keeps(self, key: CallKey) -> bool:
         """Whether the graph of a call is at hand."""
@@ -241,7 +241,7 @@ class Runner:
         self._settings.uses.count(Uses.RECOMPUTED if held is None else Uses.KEPT)
         if held is not None:
             return held[1]
-        return self._replay(record, key[0], key[1])
+        return self._replay(record, key.version, key.client_id)
 
     def check_kept(
         self,
@@ -272,7 +272,7 @@ class Runner:
         if not is_repeatable(self._device):
             return
         # As it was stored: what is at hand may hold the client's own tensors, changed since.
-        record = self._pile.forward(*call) if isinstance(call, tuple) else call
+        record = self._pile.forward(*call.place) if isinstance(call, CallKey) else call
         if record is None:
             return
         try:
@@ -291,9 +291,9 @@ class Runner:
                 "use generators other than torch's defaults there"
             )
 
-    def forget(self, key: CallKey) -> None:
+    def forget(self, place: Place) -> None:
         """Drop a graph."""
-        self._graphs.pop(key)
+        self._graphs.drop(place)
 
     def _model(self, version: int) -> Model:
         found = self._models.get(version)
@@ -330,14 +330,15 @@ class Runner:
             return None
         if request.previous_version not in (None, version):
             return None
-        key = (version, request.client_id, request.incarnation, request.previous)
+        place = (version, request.client_id, request.incarnation, request.previous)
+        key = CallKey(*place, request.previous_nonce)
         ended = self._ends.get(key)
         if ended is not None:
             return execution.changed_of(*ended)
         held = self._graphs.get(key)
         if held is not None:
             return held[1].changed_buffers()
-        record = self._pile.forward(*key)
+        record = self._pile.forward(*place)
         if record is None:
             raise ExpiredError(
                 f"call {request.previous} of {request.client_id!r}, "

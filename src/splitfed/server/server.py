@@ -268,7 +268,9 @@ class SplitServer:
                 )
             status = line.sealer.seal(batch, request.part, request.seal, None, request.resumed)
             return BackwardAnswer((), status)
-        key = (request.version, batch.client_id, batch.incarnation, request.call)
+        key = CallKey(
+            request.version, batch.client_id, batch.incarnation, request.call, request.nonce
+        )
         record = line.runner.record(key)
         if record is None:
             # Only now: a repeated backward whose record is still there is answered once more.
@@ -332,7 +334,7 @@ class SplitServer:
             SplitFedError: its forward is gone, and the batch isn't known.
         """
         # As it was stored: what is at hand may hold the client's own tensors, changed since.
-        record = line.pile.forward(*key)
+        record = line.pile.forward(*key.place)
         if record is None:  # a late repetition, whose forward the client has released
             if line.sealer.is_known(batch):
                 return ()
