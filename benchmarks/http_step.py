@@ -196,7 +196,8 @@ def serve_splitfed(bound: socket.socket, folder: str) -> None:
 
 
 def _serve_executor(bound: socket.socket, folder: str) -> None:
-    pool = ThreadPoolExecutor(32)
+    # As many threads for each operation as in those of ours: another count has other times.
+    pool = ThreadPoolExecutor(32, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 
     async def run(self: Threads, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *args)

@@ -1,7 +1,12 @@
-"""Steps taken in turns: a drift of the machine's speed is the same for all of them."""
+"""Steps taken in turns: a drift of the machine's speed is the same for all of them.
+
+The trap: a step is slower after one that leaves other things in the caches than itself. In one and the same order
+that was a tenth of the time for two variants that were the same. So each round has an order of its own.
+"""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,19 +20,21 @@ LEAST = 5
 
 
 def in_turns(steps: Mapping[str, Step], seconds: float, *, warm: int = 3, every: int = 1, rare: str = "\0") -> Times:
-    """Take each step once a round, as many rounds as fit.
+    """Take each step once a round, in any order, as many rounds as fit.
 
     Args:
         steps: By name.
         seconds: For all rounds, those that warm up included.
         warm: The first rounds, which aren't noted.
-        every: Steps with a rare name are taken in one round of so many ...
+        every: Steps with a rare name are taken in one round of so many, after the others ...
         rare: ... and these are what such a name begins with. They are noted from the first on.
     """
     times: Times = {name: [] for name in steps}
-    begun, number = time.perf_counter(), 0
+    begun, number, drawn, order = time.perf_counter(), 0, random.Random(0), list(steps.items())
     while number < warm + LEAST or time.perf_counter() - begun < seconds:
-        for name, step in steps.items():
+        drawn.shuffle(order)
+        # What is rare comes last: a commit has as many batches each time.
+        for name, step in sorted(order, key=lambda one: one[0].startswith(rare)):
             is_rare = name.startswith(rare)
             if is_rare and number % every:
                 continue

@@ -35,11 +35,13 @@ def test_lora_trains_what_is_not_frozen() -> None:
 
 
 def test_steps_are_taken_in_turns() -> None:
-    """As many rounds as must be; rare ones in one round of four, and noted from the first."""
+    """As many rounds as must be, in changing order; rare ones in one round of four, at its end, and noted at once."""
     order: list[str] = []
     steps = {name: lambda name=name: order.append(name) for name in ("a", "b", "rare c")}
     times = rounds.in_turns(steps, 0.0, warm=3, every=4, rare="rare")
-    assert order[:5] == ["a", "b", "rare c", "a", "b"]
+    assert [sorted(order[start : start + 2]) for start in (0, 3, 5, 7, 9)] == [["a", "b"]] * 5
+    assert [place for place, name in enumerate(order) if name == "rare c"] == [2, 11]
+    assert {("a", "b"), ("b", "a")} == {tuple(order[start : start + 2]) for start in (0, 3, 5, 7, 9)}
     assert {name: len(taken) for name, taken in times.items()} == {"a": 5, "b": 5, "rare c": 2}
 
 
