@@ -12,7 +12,7 @@ of a later time; what it still reads is gone, and its call counts nowhere, as it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,21 +60,34 @@ def collect(
         sizes = store.blobs.sizes("")
         processes = _newest_processes(sizes)
         lines = [_Line(store, name, processes) for name in names]
-        found = [garbage for line in lines for garbage in line.garbage(sizes)]
-        if keep_versions is not None:
-            known = {garbage.key for garbage in found}
-            expired = [one for line in lines for one in line.expired(sizes, keep_versions)]
-            found += [garbage for garbage in expired if garbage.key not in known]
-        if aside:
-            keys = [key for key in sizes if key.startswith(f"{ASIDE}/")]
-            found += [Garbage(key, sizes[key], "set aside by repair") for key in keys]
+        found = _found(lines, sizes, keep_versions, aside=aside)
         if not dry_run:
-            for line in lines:
-                line.adopt(garbage.key for garbage in found)
-            for garbage in found:
-                store.blobs.delete(garbage.key)
-            store.blobs.prune("")
+            _delete(store, lines, [garbage.key for garbage in found])
     return found
+
+
+def _found(
+    lines: Sequence[_Line], sizes: Mapping[str, int], keep_versions: int | None, *, aside: bool
+) -> list[Garbage]:
+    """What nobody can need of these lineages, and what else was asked for."""
+    found = [garbage for line in lines for garbage in line.garbage(sizes)]
+    if keep_versions is not None:
+        known = {garbage.key for garbage in found}
+        expired = [one for line in lines for one in line.expired(sizes, keep_versions)]
+        found += [garbage for garbage in expired if garbage.key not in known]
+    if aside:
+        keys = [key for key in sizes if key.startswith(f"{ASIDE}/")]
+        found += [Garbage(key, sizes[key], "set aside by repair") for key in keys]
+    return found
+
+
+def _delete(store: GradientStore, lines: Sequence[_Line], keys: Sequence[str]) -> None:
+    """Delete files, and the folders that are empty then."""
+    for line in lines:
+        line.adopt(keys)
+    for key in keys:
+        store.blobs.delete(key)
+    store.blobs.prune("")
 
 
 def _newest_processes(keys: Iterable[str]) -> dict[str, int]:

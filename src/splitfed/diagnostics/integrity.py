@@ -254,30 +254,39 @@ def _files(
             if data is not None and digest and sha256([data]) != digest:
                 yield Damage(key, "other", f"the {kind} of version {version} aren't the committed")
     for _ in range(_LOOKS):
-        head = records.get(newest)
-        if head is None:
+        missing = _missing(store, keys, newest, records)
+        later = _later(store, keys, newest) if missing else {}
+        if not later:
+            yield from missing
             return
-        missing = [
-            (keys.versioned(kind, version, records[version].nonce), kind, version)
-            for kind, version in _needed(head)
-            if version in records
-        ]
-        missing = [found for found in missing if store.blobs.raw.get(found[0]) is None]
-        if not missing:
-            return
-        # It may be the newest no more: then its files may rightly be gone.
-        with suppress(SplitFedError):
-            lineage = Lineage(store.blobs, keys.root)
-            now = lineage.head()
-            if now > newest:
-                later = range(newest + 1, now + 1)
-                records = {**records, **{version: lineage.commit(version) for version in later}}
-                newest = now
-                continue
-        for key, kind, version in missing:
+        # It is the newest no more: its files may rightly be gone.
+        records = {**records, **later}
+        newest = max(later)
+
+
+def _missing(
+    store: GradientStore, keys: Keys, newest: int, records: Mapping[int, Commit]
+) -> list[Damage]:
+    """Files that aren't there and that a run needs to go on from a version."""
+    head = records.get(newest)
+    found = []
+    for kind, version in () if head is None else _needed(head):
+        if version not in records:
+            continue
+        key = keys.versioned(kind, version, records[version].nonce)
+        if store.blobs.raw.get(key) is None:
             what = f"the {kind} of version {version}, which the newest version {newest} needs"
-            yield Damage(key, "missing", what)
-        return
+            found.append(Damage(key, "missing", what))
+    return found
+
+
+def _later(store: GradientStore, keys: Keys, newest: int) -> dict[int, Commit]:
+    """The records after a version; none if they can't be read."""
+    with suppress(SplitFedError):
+        lineage = Lineage(store.blobs, keys.root)
+        later = range(newest + 1, lineage.head() + 1)
+        return {version: lineage.commit(version) for version in later}
+    return {}
 
 
 def _needed(head: Commit) -> list[tuple[str, int]]:
