@@ -19,6 +19,9 @@ from splitfed.simulation.virtual_time import VirtualTime
     [
         (LocalTraining, {"batch_size": 0}, "batch_size is 0: expected an integer of at least 1"),
         (LocalTraining, {"local_passes": True}, "local_passes is True"),
+        (LocalTraining, {"drop_last": 1}, "drop_last is 1: expected True or False"),
+        (LocalTraining, {"collate_fn": "pad"}, "collate_fn is str: expected a function, such as .*default_collate"),
+        (LocalTraining, {"target": None}, "target is None: expected a key, such as 'labels'"),
         (LocalTraining, {"scheduler": 0.1}, "scheduler is float: expected a function, such as .*StepLR"),
         (RoundSchedule, {"min_clients": 0}, "min_clients is 0"),
         (RoundSchedule, {"clients_per_round": 1.5}, "clients_per_round is 1.5"),

@@ -194,10 +194,11 @@ class LocalRun:
         self._stream = Stream(config.seed, client_id, *run_id)
 
     @property
-    def num_batches(self) -> int:
-        """How many batches the whole run has."""
+    def num_batches(self) -> int | None:
+        """How many batches the whole run has; `None` with a stream of unknown length."""
         local = self._config.local
-        return local.local_passes * -(-localdata.size(self._data) // local.batch_size)
+        total = localdata.known_size(self._data)
+        return None if total is None else local.local_passes * localdata.num_batches(total, local)
 
     def requests(self) -> Generator[Verb, None, LocalMetrics]:
         """Train; the generator stops before each request.
@@ -276,10 +277,9 @@ class LocalRun:
     ) -> Generator[Verb, None, None]:
         """One pass over the client's data."""
         config = self._config
-        batch_size = config.local.batch_size
+        before = self.metrics.batches + self.metrics.expired
         order = localdata.order(self._data, self._stream.generator)
-        batches = localdata.batches(self._data, batch_size, order)
-        for number, (inputs, targets) in enumerate(batches):
+        for batch in localdata.batches(self._data, config.local, order):
             # With gradients, every batch starts from the newest global step. The run's first pull
             # has been made already; an expired batch had one too.
             if config.gradients and self.metrics.batches + self.metrics.expired:
@@ -287,8 +287,10 @@ class LocalRun:
                 client.pull()
             yield Verb.FORWARD
             optimizer.zero_grad()
-            outputs = client(inputs)
-            loss = _scalar(config.loss_fn(outputs, targets))
+            # Its weight is said: the first tensor's leading dimension may be another one.
+            with client.batch(batch.num_samples):
+                outputs = batch.outputs(client)
+            loss = _scalar(localdata.compute_loss(config.loss_fn, outputs, batch))
             yield Verb.BACKWARD
             try:
                 loss.backward()
@@ -298,9 +300,9 @@ class LocalRun:
                 self.metrics.expired += 1
                 continue
             self.metrics.add_batch(
-                localdata.batch_length(len(order), batch_size, number),
+                batch.num_samples,
                 loss.item(),
-                localdata.num_correct(outputs, targets),
+                localdata.num_correct(outputs, batch.target),
             )
             if config.gradients:
                 yield Verb.PUSH
@@ -309,6 +311,12 @@ class LocalRun:
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
+        if self.metrics.batches + self.metrics.expired == before:
+            raise InputError(
+                f"the {type(self._data).__name__} of client {self.metrics.client_id!r} yielded no "
+                f"batch of {config.local.batch_size} examples in a pass: expected one at least. "
+                "Its __iter__ has to begin again each time, and drop_last needs a whole batch"
+            )
 
     def _keep_state(
         self, half: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None

@@ -47,7 +47,7 @@ from splitfed.simulation.settings import (
 from splitfed.simulation.virtual_time import Timeline, VirtualTime
 from splitfed.store.rows import Row
 from splitfed.store.store import GradientStore
-from splitfed.tracking.callbacks import AnyCallback
+from splitfed.tracking.callbacks import AnyCallback, several
 from splitfed.tracking.history import History
 
 AVERAGING = functools.partial(torch.optim.SGD, lr=1.0)
@@ -75,16 +75,17 @@ def simulate(
     replicas: int = 1,
     seed: int = 0,
     name: str = "simulation",
-    callbacks: Iterable[AnyCallback] = (),
+    callbacks: AnyCallback | Iterable[AnyCallback] = (),
 ) -> Simulation:
     """Train a split model over virtual clients; iterate over the result for a row per round.
 
     Args:
         model: The whole model, with its initial weights. It isn't changed.
         at: Where to cut it; as for `split`.
-        clients: The data of each client, by id: a pair of tensors, a `Dataset`, or what `deal`
-            makes of one data set.
-        loss_fn: `loss_fn(outputs, targets)`: the mean over a batch.
+        clients: The data of each client, by id: tensors (inputs, targets) or more of them, a dict
+            of tensors, a `Dataset`, an `IterableDataset`, or what `deal` makes of one data set.
+        loss_fn: `loss_fn(outputs, targets)`: the mean over a batch. The target is the last part of
+            a sample; of a dict, what `local.target` names.
         optimizer: Makes a client's own optimizer from its half's parameters. Synchronous mode
             takes no local steps but of personal parts.
         server_optimizer: Makes the body's optimizer, as for `Accumulator`.
@@ -104,8 +105,9 @@ def simulate(
         replicas: How many servers share the requests, in turn.
         seed: Seeds all that is drawn: samples of clients, orders of examples, dropout.
         name: The run's name in its history.
-        callbacks: Receive each row. The first `History` among them keeps the rows of the run; they
-            are kept in memory if there is none.
+        callbacks: Receive each row; one alone, such as `print`, needn't be in a list. The first
+            `History` among them keeps the rows of the run; they are kept in memory if there is
+            none.
 
     Raises:
         InputError: a setting out of its range.
@@ -113,7 +115,7 @@ def simulate(
         CutError: the model can't be cut there.
     """
     check_settings(local, schedule, engine)
-    ids = localdata.check_clients(clients)
+    ids = localdata.check_clients(clients, local)
     half, body = split(model, at)
     policy = mode_of(mode)
     _check_enough(schedule, len(ids))
@@ -138,6 +140,9 @@ def simulate(
             "seed": seed,
         },
     )
+    virtual = engine if isinstance(engine, VirtualTime) else None
+    if virtual is not None and any(virtual.pace(client_id).dropout for client_id in ids):
+        localdata.sizes(clients, "VirtualTime(dropout=...)")
     config = ClientConfig(
         half=half,
         loss_fn=loss_fn,
@@ -147,7 +152,6 @@ def simulate(
         personal=plans.personal,
         seed=seed,
     )
-    virtual = engine if isinstance(engine, VirtualTime) else None
     timeline = Timeline()
     if store is None:
         store = temporary_store(shared=isinstance(engine, Processes))
@@ -200,9 +204,11 @@ def _min_updates(schedule: RoundSchedule, active: int) -> int:
     return max(1, active // 10) if schedule.min_updates is None else schedule.min_updates
 
 
-def _history_and_others(callbacks: Iterable[AnyCallback]) -> tuple[History, list[AnyCallback]]:
+def _history_and_others(
+    callbacks: AnyCallback | Iterable[AnyCallback],
+) -> tuple[History, list[AnyCallback]]:
     """The first history among the callbacks, or one in memory; and the other callbacks."""
-    receivers = list(callbacks)
+    receivers = several(callbacks)
     for callback in receivers:
         if isinstance(callback, History):
             return callback, [other for other in receivers if other is not callback]
@@ -220,8 +226,9 @@ def _head(
     """The row that a run begins with: its clients and its settings."""
     parties: dict[str, Row] = {}
     for client_id, data in sorted(clients.items()):
-        parties[client_id] = {"num_samples": localdata.size(data)}
-        counts = localdata.classes(data)
+        total = localdata.known_size(data)
+        parties[client_id] = {} if total is None else {"num_samples": total}
+        counts = localdata.classes(data, config.local.target)
         if counts is not None:
             parties[client_id]["classes"] = counts
     settings = {

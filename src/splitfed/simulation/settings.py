@@ -10,8 +10,9 @@ process by a virtual clock (`VirtualTime`), or in worker processes (`Processes`)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from splitfed.accumulator.settings import SchedulerFactory
 from splitfed.checks import at_least, positive
@@ -31,6 +32,18 @@ class LocalTraining:
 
     batch_size: int = 64
     """Examples of a batch; the last one of a pass may be smaller."""
+    drop_last: bool = False
+    """Whether a last batch that is smaller is left out."""
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    """Puts samples together in a batch: (inputs, targets), a longer tuple, or a dict.
+
+    By default torch's `default_collate`. It is used for held-out data too.
+    """
+    target: str = "labels"
+    """Where samples are dicts: the key of what `loss_fn` gets.
+
+    The model gets the other keys as keywords.
+    """
     local_passes: int = 1
     """How often a client goes through its data in a round (elsewhere: local epochs)."""
     scheduler: SchedulerFactory | None = None
@@ -46,6 +59,14 @@ class LocalTraining:
     def __post_init__(self) -> None:
         at_least("batch_size", self.batch_size, 1)
         at_least("local_passes", self.local_passes, 1)
+        if not isinstance(self.drop_last, bool):
+            raise InputError(f"drop_last is {self.drop_last!r}: expected True or False")
+        if self.collate_fn is not None:
+            check_function(
+                "collate_fn", self.collate_fn, "torch.utils.data.default_collate: it gets a list"
+            )
+        if not isinstance(self.target, str):
+            raise InputError(f"target is {self.target!r}: expected a key, such as 'labels'")
         if self.compression is not None:
             Codecs.of(self.compression)
         if self.scheduler is not None:

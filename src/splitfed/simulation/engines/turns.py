@@ -170,7 +170,7 @@ class Turns:
                     # It is back after the time that the run would have taken. Global steps can't
                     # wait for that: to them it is gone at once.
                     if not self._config.gradients:
-                        yield run.num_batches * (pace.compute + 4 * pace.latency)
+                        yield (run.num_batches or 0) * (pace.compute + 4 * pace.latency)
                     return
                 begun += 1
             if self._virtual is not None:
@@ -195,10 +195,12 @@ class Turns:
 
     def _vanishing_batch(self, run: LocalRun, pace: Pace) -> int | None:
         """The batch at which the client vanishes in this run; `None` if it stays."""
+        if not pace.dropout:
+            return None
         words: list[str | int] = [self._config.seed, run.metrics.client_id, *run.run_id]
         if uniform("vanishes", *words) >= pace.dropout:
             return None
-        return int(uniform("when", *words) * run.num_batches)
+        return int(uniform("when", *words) * (run.num_batches or 0))
 
 
 def _delay(answered: Verb | None, upcoming: Verb, pace: Pace) -> float:
