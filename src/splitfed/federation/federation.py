@@ -85,7 +85,7 @@ class SharedBody:
 
     def stream(self, clients: Iterable[str]) -> bool:
         """Commit the pending batches, if they are enough and the mode commits within rounds."""
-        return self._streams and self._accumulator.step() is not None
+        return self._streams and self._fold() > 0
 
     def global_step(self) -> None:
         """Commit one step over all pending batches, whatever their number."""
@@ -97,7 +97,19 @@ class SharedBody:
             self._accumulator.step(1, only=ending.body)
         elif self._streams and plan.barrier:
             # Too few for a commit of their own; but after the last round nothing would follow.
-            self._accumulator.step(1)
+            self._fold(1)
+
+    def _fold(self, least: int | None = None) -> int:
+        """Commit what is pending now, in several commits if one may not fold all; how many."""
+        commits = 1
+        most = self._accumulator.max_batches
+        if most is not None:
+            # Counted beforehand: whoever sends as fast as this commits would keep it here forever.
+            commits = max(1, -(-len(self.store.waiting("body")) // most))
+        for made in range(commits):
+            if self._accumulator.step(least) is None:
+                return made
+        return commits
 
 
 def as_body(accumulator: Accumulator | Body, mode: Mode) -> Body:

@@ -88,7 +88,9 @@ class Assembly:
         self._commits = as_body(self.body, plans.mode)
         halves: dict[str, Any] = {"staleness_weight": plans.mode.staleness_weight}
         if not plans.barrier:
-            halves = {**plans.mode.settings(), "min_batches": plans.min_updates}
+            # The most batches of a commit are the body's: updates of halves are others, and fewer.
+            numbers = {"min_batches": plans.min_updates, "max_batches": None}
+            halves = {**plans.mode.settings(), **numbers}
         self.half = Accumulator(
             plans.half,
             store,
