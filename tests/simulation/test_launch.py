@@ -178,6 +178,16 @@ def test_a_killed_run_goes_on_with_streams_as_with_data_sets() -> None:
     assert toy.same(run.whole(), whole.whole())
 
 
+def test_clients_are_sampled_in_proportion_to_their_examples() -> None:
+    """One of nine in ten examples is drawn nearly always; in the other way, half the time."""
+    clients = {"large": toy.examples(36), "small": toy.examples(4)}
+    drawn = {}
+    for sampling in ("uniform", "data"):
+        run = toy.run(clients=clients, clients_per_round=1, rounds=16, batch_size=40, sampling=sampling)
+        drawn[sampling] = [row["sampled"] for row in run].count(["large"])
+    assert drawn["uniform"] < 13 <= drawn["data"]
+
+
 def test_a_callback_needs_no_list(capsys: pytest.CaptureFixture[str]) -> None:
     """`print` shows each row; a history alone keeps them."""
     list(toy.run(rounds=1, callbacks=print))
@@ -341,6 +351,14 @@ def test_a_store_that_was_not_given_goes_with_its_run() -> None:
         ({"optimizer": toy.sgd([nn.Parameter(torch.ones(1))])}, InputError, "optimizer is SGD: expected a function"),
         ({"loss_fn": "mse"}, InputError, "loss_fn is str: expected a function"),
         ({"scheduler": 0.1}, InputError, "scheduler is float: expected a function"),
+        ({"pacing": "data"}, InputError, "in mode 'round' there are none: leave it out, or take such as 'buffered'"),
+        ({"pacing": "data", "mode": "synchronous"}, InputError, "in mode 'synchronous' there are none"),
+        (
+            {"pacing": "data", "mode": "sflv2", "clients": {"a": Sentences(0)}},
+            InputError,
+            r"RoundSchedule\(pacing='data'\) needs to know",
+        ),
+        ({"sampling": "data", "clients": {"a": Sentences(0)}}, InputError, r"sampling='data'\) needs to know"),
         ({"drop_last": True, "batch_size": 9}, InputError, "client 'client-0' has 8 examples, which drop_last"),
         (
             {"clients": {"a": Sentences(0)}, "virtual": VirtualTime(dropout=0.1)},

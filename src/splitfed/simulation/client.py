@@ -31,6 +31,7 @@ from splitfed.protocol.compression import Flow
 from splitfed.protocol.transport import Transport
 from splitfed.simulation import data as localdata
 from splitfed.simulation.data import Data
+from splitfed.simulation.rates import ClientRates, Falling
 from splitfed.simulation.rng import Stream
 from splitfed.simulation.settings import LocalTraining, check_function
 
@@ -68,6 +69,8 @@ class ClientConfig:
     """
     personal: tuple[str, ...] = ()
     seed: int = 0
+    falling: Falling | None = None
+    """How clients' rates fall over the run; `None` if they don't."""
 
     def __post_init__(self) -> None:
         check_function("loss_fn", self.loss_fn, "torch.nn.functional.cross_entropy")
@@ -192,6 +195,7 @@ class LocalRun:
         self._data = data
         self._state = state
         self._stream = Stream(config.seed, client_id, *run_id)
+        self._rates: ClientRates | None = None
 
     @property
     def num_batches(self) -> int | None:
@@ -257,6 +261,8 @@ class LocalRun:
         """The client's optimizer and its scheduler, in the state that it kept."""
         local = self._config.local
         optimizer = self._config.optimizer(client.parameters())
+        if self._config.falling is not None:
+            self._rates = ClientRates(self._config.falling, optimizer)
         scheduler = None if local.scheduler is None else local.scheduler(optimizer)
         for made in (optimizer, scheduler):
             if made is not None and not steps_alone(made):
@@ -308,6 +314,7 @@ class LocalRun:
                 yield Verb.PUSH
                 client.push(gradient=True)
                 _drop_shared_gradients(client, config.personal)
+            self._set_rates()
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
@@ -317,6 +324,16 @@ class LocalRun:
                 f"batch of {config.local.batch_size} examples in a pass: expected one at least. "
                 "Its __iter__ has to begin again each time, and drop_last needs a whole batch"
             )
+
+    def _set_rates(self) -> None:
+        """Set the rates of the step of the batch that was trained on last."""
+        if self._rates is None:
+            return
+        number, repetition = self.run_id[0], self.run_id[-1]
+        before = self.metrics.batches + self.metrics.expired - 1
+        # Without a barrier a client may begin again in one round: it isn't faster then.
+        done = 1.0 if repetition else before / (self.num_batches or 1)
+        self._rates.set(number, done)
 
     def _keep_state(
         self, half: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None

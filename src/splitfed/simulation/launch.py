@@ -36,6 +36,7 @@ from splitfed.simulation.data import Data, Evaluation
 from splitfed.simulation.engines.driver import Driver
 from splitfed.simulation.engines.processes import WorkerPool
 from splitfed.simulation.engines.turns import Turns
+from splitfed.simulation.rates import Falling, num_commits
 from splitfed.simulation.run import Simulation
 from splitfed.simulation.settings import (
     Engine,
@@ -43,6 +44,7 @@ from splitfed.simulation.settings import (
     Processes,
     RoundSchedule,
     check_settings,
+    two_schedules,
 )
 from splitfed.simulation.virtual_time import Timeline, VirtualTime
 from splitfed.store.rows import Row
@@ -92,12 +94,13 @@ def simulate(
         rounds: The number of the last round; a store with rounds in it goes on from there.
         mode: How body and halves are updated: a name, or a `Mode` of `splitfed.policies`.
         local: How a client trains: batch size, passes, scheduler.
-        schedule: How rounds run: sampling, deadline, barrier.
+        schedule: How rounds run: sampling, turns, deadline, barrier, and how rates fall.
         engine: Where clients run: in turns in this process, if `None`; by a virtual clock,
             `VirtualTime(...)`; or in parallel, `Processes(workers)`.
         half_optimizer: Makes the optimizer of the client lineage: SGD with rate 1 is FedAvg, others
             are FedOpt.
-        server_scheduler: Makes a scheduler for the body's optimizer; it steps once per commit.
+        server_scheduler: Makes a scheduler for the body's optimizer; it steps once per commit. To
+            let all rates fall alike, set `schedule.final_rate` instead.
         evaluate: Held-out data, or a function of the model that returns metrics by name; evaluated
             once per round.
         store: The store of the run; by default one in memory that goes when nobody holds it.
@@ -119,7 +122,16 @@ def simulate(
     half, body = split(model, at)
     policy = mode_of(mode)
     _check_enough(schedule, len(ids))
+    _check_pacing(policy, schedule)
     active = sample_size(schedule.clients_per_round, len(ids), schedule.min_clients)
+    falling = None
+    if schedule.final_rate is not None:
+        if server_scheduler is not None:
+            raise two_schedules("server_scheduler")
+        falling = Falling(schedule.final_rate, at_least("rounds", rounds, 1))
+        batches = _num_batches(clients, local, "RoundSchedule(final_rate=...)")
+        commits = num_commits(policy, batches, rounds, active / len(ids))
+        server_scheduler = falling.scheduler(commits)
     plans = Plans(
         half=half,
         body=body,
@@ -127,6 +139,9 @@ def simulate(
         server_optimizer=server_optimizer,
         half_optimizer=half_optimizer,
         server_scheduler=server_scheduler,
+        half_scheduler=(
+            server_scheduler if falling and policy.gradients else schedule.half_scheduler
+        ),
         personal=tuple(personal),
         active=active,
         barrier=_has_barrier(policy, schedule, engine),
@@ -137,8 +152,14 @@ def simulate(
             "min_clients": schedule.min_clients,
             "deadline": schedule.deadline,
             "late": schedule.late,
+            "sampling": schedule.sampling,
             "seed": seed,
         },
+        sizes=(
+            localdata.sizes(clients, "RoundSchedule(sampling='data')")
+            if schedule.sampling == "data"
+            else None
+        ),
     )
     virtual = engine if isinstance(engine, VirtualTime) else None
     if virtual is not None and any(virtual.pace(client_id).dropout for client_id in ids):
@@ -151,6 +172,7 @@ def simulate(
         gradients=policy.gradients,
         personal=plans.personal,
         seed=seed,
+        falling=falling,
     )
     timeline = Timeline()
     if store is None:
@@ -160,7 +182,10 @@ def simulate(
     if isinstance(engine, Processes):
         driver = WorkerPool(assembly, config, clients, plans, engine.workers)
     else:
-        driver = Turns(assembly, config, clients, timeline, virtual)
+        paced = None
+        if schedule.pacing == "data":
+            paced = _num_batches(clients, local, "RoundSchedule(pacing='data')")
+        driver = Turns(assembly, config, clients, timeline, virtual, paced)
     history, others = _history_and_others(callbacks)
     return Simulation(
         assembly,
@@ -182,6 +207,23 @@ def _check_enough(schedule: RoundSchedule, known: int) -> None:
             f"clients_per_round is {wanted}, but there are {known} clients: "
             f"expected at most {known}, a share such as 0.1, or None for all"
         )
+
+
+def _check_pacing(mode: Mode, schedule: RoundSchedule) -> None:
+    """Refuse an order of turns where it makes no difference."""
+    if schedule.pacing == "data" and (mode.per_client or not mode.streams):
+        raise InputError(
+            f"pacing='data' orders the turns of clients that train on each other's commits, and in "
+            f"mode {mode.name!r} there are none: leave it out, or take such as 'buffered'"
+        )
+
+
+def _num_batches(clients: Mapping[str, Data], local: LocalTraining, purpose: str) -> dict[str, int]:
+    """How many batches each client has in a round."""
+    return {
+        client_id: local.local_passes * localdata.num_batches(total, local)
+        for client_id, total in localdata.sizes(clients, purpose).items()
+    }
 
 
 def _has_barrier(mode: Mode, schedule: RoundSchedule, engine: Engine | None) -> bool:
@@ -238,6 +280,7 @@ def _head(
         "personal": list(config.personal),
         "virtual_time": virtual is not None,
         "barrier": plans.barrier,
+        "final_rate": None if config.falling is None else config.falling.share,
         "policy": plans.mode.describe(),
         **plans.settings,
     }

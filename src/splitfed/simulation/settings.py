@@ -106,6 +106,26 @@ class RoundSchedule:
 
     By default a tenth of the sampled clients; with a barrier it has no effect.
     """
+    half_scheduler: SchedulerFactory | None = None
+    """Makes a scheduler for `half_optimizer`; it steps once per commit of the halves."""
+    final_rate: float | None = None
+    """The share of their rates to which all optimizers fall, linearly over the run, such as 0.05.
+
+    It holds for the body, for clients, and for halves whose gradients are pushed. What averages
+    halves stays at its rate: it has no training of its own.
+    """
+    sampling: Literal["uniform", "data"] = "uniform"
+    """Whether each client is as likely to be sampled as another, or in proportion to its examples.
+
+    In proportion is meant for rounds in which each trains on as many batches: means weigh clients
+    by their examples already.
+    """
+    pacing: Literal["even", "data"] = "even"
+    """Whether clients take turns one batch each, or in proportion to their numbers of batches.
+
+    In turns of one batch each, those with much data are alone at the end of a round. In proportion,
+    all end their passes together. It needs a mode that commits while clients train, on one body.
+    """
 
     def __post_init__(self) -> None:
         at_least("min_clients", self.min_clients, 1)
@@ -122,6 +142,28 @@ class RoundSchedule:
             )
         if self.min_updates is not None:
             at_least("min_updates", self.min_updates, 1)
+        if self.sampling not in ("uniform", "data"):
+            raise InputError(f"sampling is {self.sampling!r}: expected 'uniform' or 'data'")
+        if self.pacing not in ("even", "data"):
+            raise InputError(f"pacing is {self.pacing!r}: expected 'even' or 'data'")
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        if self.half_scheduler is not None:
+            check_function(
+                "half_scheduler",
+                self.half_scheduler,
+                "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10)",
+            )
+        if self.final_rate is None:
+            return
+        if positive("final_rate", self.final_rate) > 1:
+            raise InputError(
+                f"final_rate is {self.final_rate!r}: expected a share of the rates, "
+                "above 0 and at most 1, such as 0.05"
+            )
+        if self.half_scheduler is not None:
+            raise two_schedules("half_scheduler")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +209,24 @@ def check_settings(local: object, schedule: object, engine: object) -> None:
             f"deadline={schedule.deadline!r} needs a clock: "
             "give engine=VirtualTime(...) too, or no deadline"
         )
+    if schedule.pacing == "data" and engine is not None:
+        raise InputError(
+            "pacing='data' orders the turns of clients in this process: leave engine out, "
+            "or let VirtualTime(compute=...) give each client its own speed"
+        )
+    if schedule.final_rate is not None and local.scheduler is not None:
+        raise two_schedules("LocalTraining.scheduler")
     if isinstance(engine, Processes) and schedule.barrier is False:
         raise InputError(
             "worker processes train in rounds: leave barrier=False out, or engine=Processes(...)"
         )
+
+
+def two_schedules(name: str) -> InputError:
+    """The error of a scheduler beside `final_rate`."""
+    return InputError(
+        f"final_rate lets all rates fall, and {name} is given too: leave one of them out"
+    )
 
 
 def check_function(name: str, value: object, example: str) -> None:
