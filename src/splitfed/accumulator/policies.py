@@ -52,10 +52,10 @@ class Mode:
     """
 
     name: str
-    """`round`, `buffered`, `synchronous`, `sflv2`, `sflv1`, or one of your own."""
+    """`round`, `buffered`, `synchronous`, `grouped`, `sflv2`, `sflv1`, or one of your own."""
     min_batches: int | None = None
-    """The number of pending batches that makes a commit; `None`: the end of the round does, or each
-    global step.
+    """The number of pending batches that makes a commit of the body; `None`: the end of the round
+    does, or a group.
     """
     max_staleness: int | None = None
     """Batches whose base is more commits behind are reported as stale and not folded; `None` for
@@ -65,7 +65,11 @@ class Mode:
     """s(τ)."""
     gradients: bool = False
     """Whether clients publish the gradient of their half and take no local step
-    (`push(gradient=True)`).
+    (`push(gradient=True)`). Then body and halves are committed together.
+    """
+    group: int | None = None
+    """Of batches whose halves' gradients are published: how many that wait make a commit of body
+    and halves; `None`: one of each client.
     """
     per_client: bool = False
     """Whether each client has a body of its own, averaged when the round ends (`PerClient`)."""
@@ -80,16 +84,38 @@ class Mode:
             at_least("min_batches", self.min_batches, 1)
         if self.max_staleness is not None:
             at_least("max_staleness", self.max_staleness, 0)
+        self._check_group()
         if not callable(self.staleness_weight):
             raise InputError(
                 f"staleness_weight is {self.staleness_weight!r}: "
                 "expected a function, as inverse_sqrt"
             )
 
+    def _check_group(self) -> None:
+        """Refuse what would have body and halves committed by different rules."""
+        if self.group is not None:
+            at_least("group", self.group, 1)
+        if self.group is not None and not self.gradients:
+            raise InputError(
+                f"mode {self.name!r} has group={self.group}, but its clients publish no gradients "
+                "of their halves: expected gradients=True, as in mode 'grouped'"
+            )
+        if self.gradients and self.min_batches is not None:
+            raise InputError(
+                f"mode {self.name!r} commits body and halves together, so min_batches="
+                f"{self.min_batches} can't be kept by the body alone: give group="
+                f"{self.min_batches}, as in policies.mode('grouped', group={self.min_batches})"
+            )
+        if self.gradients and self.per_client:
+            raise InputError(
+                f"mode {self.name!r} can't have gradients=True and per_client=True: a body for "
+                "each client has no step in common with the halves"
+            )
+
     @property
     def streams(self) -> bool:
         """Whether the body's batches are committed while a round goes on, not at its end."""
-        return self.min_batches is not None
+        return self.min_batches is not None or self.group is not None
 
     @property
     def shares_steps(self) -> bool:
@@ -107,8 +133,12 @@ class Mode:
         return "a PerClient" if self.per_client else "an Accumulator"
 
     def settings(self) -> dict[str, Any]:
-        """The keywords of the accumulator of the body that follows this mode."""
-        least = {} if self.per_client else {"min_batches": self.min_batches or 1}
+        """The keywords of the accumulator of the body that follows this mode.
+
+        Where clients publish gradients they are those of the halves' accumulator too.
+        """
+        enough = self.group or self.min_batches or 1
+        least = {} if self.per_client else {"min_batches": enough}
         return {
             **least,
             "max_staleness": self.max_staleness,
@@ -129,6 +159,7 @@ _MODES = (
     Mode("round"),
     Mode("buffered", min_batches=8, max_staleness=16, staleness_weight=inverse_sqrt),
     Mode("synchronous", gradients=True),
+    Mode("grouped", max_staleness=16, staleness_weight=inverse_sqrt, gradients=True, group=4),
     Mode("sflv2", min_batches=1),
     Mode("sflv1", min_batches=1, per_client=True),
 )
@@ -143,6 +174,8 @@ def mode(name: str | Mode, /, **settings: Any) -> Mode:
       2106.06639);
     - `synchronous`: a commit per global step, over one batch of every sampled client: large-batch
       training;
+    - `grouped`: the same over any 4 batches that wait, of whichever clients: body and halves are
+      committed together, and clients take no local step;
     - `sflv2`: a commit per batch on one body (Thapa et al. 2020, arXiv 2004.12088, section 3.2);
     - `sflv1`: a commit per batch on a body per client, and their average when the round ends (the
       same).

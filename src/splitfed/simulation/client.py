@@ -62,7 +62,7 @@ class ClientConfig:
     optimizer: Optimizers
     local: LocalTraining = field(default_factory=LocalTraining)
     gradients: bool = False
-    """Whether clients publish the half's gradient after each batch (synchronous mode).
+    """Whether clients publish the half's gradient after each batch (synchronous, grouped).
 
     Local steps then train the personal parts alone.
     """
@@ -287,10 +287,10 @@ class LocalRun:
                 client.pull()
             yield Verb.FORWARD
             optimizer.zero_grad()
-            outputs = client(inputs)
-            loss = _scalar(config.loss_fn(outputs, targets))
-            yield Verb.BACKWARD
             try:
+                outputs = client(inputs)
+                loss = _scalar(config.loss_fn(outputs, targets))
+                yield Verb.BACKWARD
                 loss.backward()
             except ExpiredError:
                 # Commits of others pushed its version out of the retention window: the batch is

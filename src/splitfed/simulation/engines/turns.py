@@ -11,7 +11,7 @@ real one would.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from splitfed.simulation.assembly import Assembly
 from splitfed.simulation.client import ClientConfig, ClientState, LocalMetrics, LocalRun, Verb
@@ -61,6 +61,8 @@ class Turns:
         """Whether an update was pushed since the coordinator last looked."""
         self._awaits_step = False
         """Whether pushed gradients wait for a global step."""
+        self._places: dict[str, Iterator[float]] = {}
+        """When the turns of each client are on the timeline, where the order of turns matters."""
 
     def run_round(self, plan: Plan) -> Row:
         """Let clients train until the round is over; returns the coordinator's report."""
@@ -104,10 +106,29 @@ class Turns:
         self._remaining = frozenset(remaining)
         # Without a barrier a client trains again and again: it would never let another have a turn.
         self._in_turns |= not plan.barrier
+        if self._config.gradients and self._virtual is None and not self._waits:
+            self._places = self._places_of(remaining)
         for client_id in remaining:
             if client_id not in self._busy:
                 self._busy.add(client_id)
                 self._timeline.start(self._process(client_id))
+
+    @property
+    def _waits(self) -> bool:
+        """Whether clients that have pushed a gradient wait for a global step."""
+        return not self._assembly.mode.streams
+
+    def _places_of(self, clients: Iterable[str]) -> dict[str, Iterator[float]]:
+        """The instants of the clients' turns: one after the other, in the order of turns."""
+        sizes = {}
+        for client_id in clients:
+            data, state = self._clients[client_id], ClientState()
+            run = LocalRun(self._config, self._assembly.meter, client_id, data, state, ())
+            sizes[client_id] = run.num_batches
+        places: dict[str, list[float]] = {client_id: [] for client_id in sizes}
+        for place, client_id in enumerate(order_of_turns(sizes), 1):
+            places[client_id].append(self._timeline.now + place)
+        return {client_id: iter(own) for client_id, own in places.items()}
 
     def _end(self) -> Row:
         """End the round at its deadline, or when nobody is left that trains."""
@@ -163,7 +184,7 @@ class Turns:
         answered: Verb | None = None
         for upcoming in run.requests():
             self._follow_up(answered, run)
-            if answered is Verb.PUSH:
+            if answered is Verb.PUSH and self._waits:
                 yield None  # parked until the global step
             if upcoming is Verb.FORWARD:
                 if begun == vanishing:
@@ -175,17 +196,28 @@ class Turns:
                 begun += 1
             if self._virtual is not None:
                 yield _delay(answered, upcoming, pace)
-            elif self._in_turns and upcoming is Verb.FORWARD:
-                yield 0.0
+            elif upcoming is self._turn_begins and self._in_turns:
+                yield self._seconds_to_turn(run.metrics.client_id)
             answered = upcoming
         self._follow_up(answered, run)
 
+    @property
+    def _turn_begins(self) -> Verb:
+        """The request that a turn begins with. In a group each batch has a pull of its own."""
+        return Verb.PULL if self._config.gradients and not self._waits else Verb.FORWARD
+
+    def _seconds_to_turn(self, client_id: str) -> float:
+        """How long a client waits for its next turn, by a clock that has a second for each."""
+        place = next(self._places.get(client_id, iter(())), self._timeline.now)
+        return max(0.0, place - self._timeline.now)
+
     def _follow_up(self, answered: Verb | None, run: LocalRun) -> None:
         """Do what follows from a request that has been answered."""
-        if answered is Verb.BACKWARD:
+        if answered is Verb.BACKWARD and not self._config.gradients:
             self._assembly.commit(run.metrics.client_id)
         elif answered is Verb.PUSH and self._config.gradients:
-            self._awaits_step = True
+            self._awaits_step = self._waits
+            self._assembly.commit(run.metrics.client_id)
         elif answered is Verb.PUSH:
             self._has_update = True
             if self._plan is not None and self._plan.number != run.run_id[0]:
@@ -199,6 +231,19 @@ class Turns:
         if uniform("vanishes", *words) >= pace.dropout:
             return None
         return int(uniform("when", *words) * run.num_batches)
+
+
+def order_of_turns(sizes: Mapping[str, int]) -> Iterator[str]:
+    """The order of the clients' turns in a round of `grouped`: around, as long as each has batches.
+
+    Args:
+        sizes: How many batches each client has.
+
+    Yields:
+        Ids, each as often as its client has batches.
+    """
+    for turn in range(max(sizes.values(), default=0)):
+        yield from (client_id for client_id, size in sorted(sizes.items()) if size > turn)
 
 
 def _delay(answered: Verb | None, upcoming: Verb, pace: Pace) -> float:
