@@ -13,15 +13,50 @@ however many processes, carries the decision out before anything else, and one o
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any, Protocol
 
+from splitfed.accumulator.fold import Older
+from splitfed.accumulator.settings import CommitSettings
 from splitfed.checks import at_least
 from splitfed.errors import InputError, MissingError
-from splitfed.store.batchset import Verdict
+from splitfed.store.batchset import BatchSet, Verdict
 from splitfed.store.commit import Commit
+from splitfed.store.lineage import Lineage
+from splitfed.store.store import GradientStore
 
-if TYPE_CHECKING:
-    from splitfed.accumulator.accumulator import Accumulator
+
+class Side(Protocol):
+    """An `Accumulator`, as one of the two."""
+
+    lineage: str
+    store: GradientStore
+    settings: CommitSettings
+    num_conflicts: int
+    _versions: Lineage
+
+    @property
+    def min_batches(self) -> int:
+        """As there."""
+        ...
+
+    @property
+    def max_staleness(self) -> int | None:
+        """As there."""
+        ...
+
+    @property
+    def keep_versions(self) -> int:
+        """As there."""
+        ...
+
+    def _attempt(
+        self, head: int, least: int, only: Verdict | None, together: Mapping[str, Any]
+    ) -> Commit | None: ...
+
+    def _sorted(
+        self, head: int, newest: Commit, applied: BatchSet, only: Verdict | None, least: int
+    ) -> tuple[Verdict, Older] | None: ...
 
 
 class Grouped:
@@ -37,7 +72,7 @@ class Grouped:
         InputError: they aren't these two, of one store.
     """
 
-    def __init__(self, body: Accumulator, halves: Accumulator) -> None:
+    def __init__(self, body: Side, halves: Side) -> None:
         lineages = (body.lineage, getattr(halves, "lineage", None))
         if lineages != ("body", "client") or halves.store is not body.store:
             raise InputError(
