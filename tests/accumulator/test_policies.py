@@ -33,11 +33,14 @@ def test_negative_staleness_is_refused(weight: policies.StalenessWeight) -> None
 def test_each_mode_is_one_policy() -> None:
     """What tells them apart: when a commit comes, what staleness costs, what clients publish, whose body it is."""
     found = {name: policies.mode(name) for name in policies.MODES}
-    assert list(found) == ["round", "buffered", "synchronous", "sflv2", "sflv1"]
-    assert [mode.min_batches for mode in found.values()] == [None, 8, None, 1, 1]
-    assert [mode.max_staleness for mode in found.values()] == [None, 16, None, None, None]
-    assert [mode.staleness_weight(3) for mode in found.values()] == [1, 0.5, 1, 1, 1]
-    assert [name for name, mode in found.items() if mode.gradients] == ["synchronous"]
+    assert list(found) == ["round", "buffered", "synchronous", "grouped", "sflv2", "sflv1"]
+    assert [mode.min_batches for mode in found.values()] == [None, 8, None, None, 1, 1]
+    assert [mode.max_staleness for mode in found.values()] == [None, 16, None, 16, None, None]
+    assert [mode.staleness_weight(3) for mode in found.values()] == [1, 0.5, 1, 0.5, 1, 1]
+    assert [(name, mode.group) for name, mode in found.items() if mode.gradients] == [
+        ("synchronous", None),
+        ("grouped", 4),
+    ]
     assert [name for name, mode in found.items() if mode.per_client] == ["sflv1"]
 
 
@@ -65,6 +68,7 @@ def test_the_settings_of_an_accumulator() -> None:
     }
     assert policies.mode("buffered", max_batches=9).settings()["max_batches"] == 9
     assert policies.mode("buffered", min_batches=3).settings()["min_batches"] == 3
+    assert policies.mode("grouped", group=3).settings()["min_batches"] == 3
     assert set(policies.mode("sflv1").settings()) == {"max_staleness", "staleness_weight"}
 
 
@@ -77,15 +81,17 @@ def test_a_mode_describes_itself_in_json() -> None:
         "max_staleness": 16,
         "staleness_weight": "inverse_sqrt",
         "gradients": False,
+        "group": None,
         "per_client": False,
     }
+    assert policies.mode("grouped", group=2).describe()["group"] == 2
     assert policies.mode("round", staleness_weight=functools.partial(pow, 2)).describe()["staleness_weight"] == "own"
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("fedbuff", {}, "mode 'fedbuff' isn't known: expected one of round, buffered, synchronous, sflv2, sflv1"),
+        ("fedbuff", {}, "mode 'fedbuff' isn't known: expected one of round, buffered, synchronous, grouped, sflv2"),
         ("round", {"k": 3}, "a mode has no setting 'k': expected name, min_batches"),
         ("buffered", {"min_batches": 0}, "min_batches is 0: expected an integer of at least 1"),
         ("buffered", {"max_batches": 0}, "max_batches is 0: expected an integer of at least 1"),
@@ -95,6 +101,11 @@ def test_a_mode_describes_itself_in_json() -> None:
         ("buffered", {"max_staleness": -1}, "max_staleness is -1"),
         ("round", {"staleness_weight": 0.5}, "staleness_weight is 0.5: expected a function"),
         ("round", {"name": ""}, "a mode needs a name, got ''"),
+        ("grouped", {"group": 0}, "group is 0: expected an integer of at least 1"),
+        ("buffered", {"group": 4}, "its clients publish no gradients of their halves: expected gradients=True"),
+        ("synchronous", {"min_batches": 4}, "give group=4, as in policies.mode('grouped', group=4)"),
+        ("grouped", {"min_batches": 4}, "can't be kept by the body alone"),
+        ("grouped", {"per_client": True}, "can't have gradients=True and per_client=True"),
     ],
 )
 def test_a_mode_that_isnt_one_is_refused(name: str, settings: dict[str, Any], message: str) -> None:

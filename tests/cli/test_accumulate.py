@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
@@ -13,11 +14,13 @@ import pytest
 import torch
 from harness_store import Point, again, batch, bits, commits, net, plant, record
 
+from splitfed import SplitClient, SplitServer
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.cli.command import main
 from splitfed.store.store import GradientStore
 
 APP = """
+import splitfed
 import torch
 from harness_store import Point
 
@@ -30,6 +33,13 @@ def optimizer(params):
 
 def halving(optimizer):
     return torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+
+def sides():
+    return splitfed.split(torch.nn.Sequential(*(torch.nn.Linear(1, 1, bias=False) for _ in range(2))), "1")
+
+half, last = sides()
+for part in (half, last):
+    torch.nn.init.ones_(next(part.parameters()))
 
 def broken(params):
     raise RuntimeError("no such rate")
@@ -138,9 +148,36 @@ def test_staleness_can_weigh_less(store: GradientStore) -> None:
     assert again(store).load_weights()["w"][0].item() == pytest.approx(-1 - 2**-0.5)
 
 
+def test_a_group_is_committed_with_its_halves(store: GradientStore, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the settings of the mode and one optimizer, whose rate may be another for the halves; then nothing waits."""
+    import points  # type: ignore[import-not-found]
+
+    named = ["--mode", "grouped", "--group", "2", "--half", "points:half", "--optimizer", "SGD", "--lr", "0.5"]
+    arguments = ["accumulate", "points:last", "--store", "run", "--sync", "process", *named, "--half-lr", "0.25"]
+    assert main([*arguments, "--once"]) == 0
+    assert capsys.readouterr().out == "nothing to commit: 0 of 2 batches wait\n"
+    server = SplitServer(points.last, store)
+    for name in "ab":
+        client = SplitClient(copy.deepcopy(points.half), server, name)
+        client.pull()
+        client(torch.ones(1, 1)).sum().backward()
+        client.push(gradient=True)
+    assert main([*arguments, "--once"]) == 0
+    assert capsys.readouterr().out == "version 1: 2 batches, 2 samples\n"
+    assert (store.pair().body, store.pair().client) == (1, 1)
+    (body,), (half,) = (again(store).load_weights(lineage=name).values() for name in ("body", "client"))
+    assert (body.item(), half.item()) == (0.5, 0.75)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["--mode", "grouped", "--optimizer", "SGD"], "expected APP as the body, --half as the client half"),
+        (["--half", "points:half", "--optimizer", "SGD"], "--half and --half-lr go with --mode grouped"),
+        (["--group", "2", "--optimizer", "SGD"], "its clients publish no gradients"),
+        (["--mode", "grouped", "--min-batches", "2", "--half", "points:half", "--optimizer", "SGD"], "give group=2"),
+        (["--mode", "grouped", "--group", "0", "--half", "points:half", "--optimizer", "SGD"], "group is 0"),
+        (["--mode", "grouped", "--half", "points:calls", "--optimizer", "SGD"], "expected the client half as an nn"),
         (["--optimizer", "Adagrad2"], "isn't a class of torch.optim"),
         (["--optimizer", "Optimizer2", "--lr", "1"], "isn't a class of torch.optim"),
         (["--optimizer", "Adam", "--momentum", "0.9"], "--momentum: torch.optim.Adam takes none"),

@@ -6,6 +6,7 @@ gradients of both are 1 − y. Everything is float64, and rates are powers of tw
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import uuid
@@ -13,12 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from coalition import Coalition
+from harness_store import Crash, Nth, crash, hooked
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import splitfed
 from splitfed.accumulator import policies
 from splitfed.accumulator.policies import Mode
+from splitfed.errors import InputError
+from splitfed.store.together import Pair
 
 ONE = torch.ones(1, dtype=torch.float64)
 
@@ -260,3 +265,109 @@ def test_synchronous_mode_is_centralised_large_batch_training() -> None:
     far = {name: (whole[name] - value).abs().max().item() for name, value in model.state_dict().items()}
     assert len(far) == 10
     assert max(far.values()) <= 1e-12, far
+
+
+def grouped(**settings: Any) -> Coalition:
+    """Three owners in groups of two."""
+    mode = policies.mode("grouped", group=2)
+    return Coalition.begun(
+        f"memory://{uuid.uuid4()}", "a", "b", "c", mode=mode, body=mode.settings(), half=mode.settings(), **settings
+    )
+
+
+def publish(run: Coalition, name: str, x: float) -> None:
+    """One batch of a client, and the gradient of its half; with h = b = 1 both are x."""
+    run.client(name).zero_grad()
+    run.batch(name, x)
+    run.client(name).push(gradient=True)
+
+
+def test_a_round_of_groups_commits_them_as_they_fill_and_the_rest_when_it_ends() -> None:
+    """Gradients 2 and 6 make 1 − 4 = −3 on either side; the third client's 1, from the first pair, ends at −4."""
+    run = grouped()
+    publish(run, "a", 2.0)
+    assert run.federation.poll() is None
+    publish(run, "b", 6.0)
+    assert run.federation.poll() is None
+    assert (run.store.pair(), run.weight("body"), run.weight("client")) == (Pair(1, 1), -3.0, -3.0)
+    publish(run, "c", 1.0)
+    report = run.poll()
+    assert (report["status"], report["participants"], report["missing"]) == ("complete", ["a", "b", "c"], [])
+    assert (report["commits"], report["batches"], report["version"], report["client_version"]) == (2, 3, 2, 2)
+    assert report["clients"]["c"] == {"status": "folded", "batches": 1, "staleness": 1}
+    assert run.weight("body") == run.weight("client") == pytest.approx(-3.0 - 2**-0.5)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "grouped"])
+def test_a_client_that_dies_before_its_push_is_missing_at_the_deadline(mode: str) -> None:
+    """Its batch counts in neither half of the model, and the others' count in both."""
+    run = grouped() if mode == "grouped" else Coalition.begun(f"memory://{uuid.uuid4()}", "a", "b", "c", mode=mode)
+    publish(run, "a", 2.0)
+    run.batch("c", 100.0)
+    publish(run, "b", 6.0)
+    assert run.federation.poll() is None
+    run.clock.now += 60
+    report = run.poll()
+    assert (report["status"], report["missing"], report["batches"]) == ("deadline", ["c"], 2)
+    assert (run.weight("body"), run.weight("client")) == (-3.0, -3.0)
+    assert [batch.client_id for batch in run.store.waiting()] == ["c"]
+    run.federation.open()
+    run.client("c").push(gradient=True)
+    for name in "ab":
+        run.pull(name)
+        publish(run, name, 0.0)
+    run.clock.now += 60
+    assert run.poll()["late"] == ["c"], "its push came late, and brings its batch along"
+    assert run.store.waiting() == run.store.waiting("client") == []
+
+
+def test_groups_without_a_barrier_go_on_and_on() -> None:
+    """A round is a stretch of as many pushes as there are clients; one that lives fills groups alone."""
+    run = grouped(barrier=False)
+    reports = []
+    for _ in range(6):
+        publish(run, "a", 0.0)
+        report = run.federation.poll()
+        run.pull("a")
+        if report is not None:
+            reports.append((report["participants"], report["batches"], report["version"]))
+            run.federation.open()
+    assert reports == [(["a"], 4, 2)]
+    assert run.store.pair() == Pair(3, 3)
+
+
+def test_a_synchronous_round_that_a_coordinator_leaves_anywhere_ends_once() -> None:
+    """At each record: readers have a pair, and the next one ends in the same bits."""
+
+    def ready() -> Coalition:
+        run = Coalition.begun(f"memory://{uuid.uuid4()}", "a", "b", mode="synchronous")
+        publish(run, "a", 2.0)
+        publish(run, "b", 6.0)
+        return run
+
+    run, log = ready(), Nth(at="create")
+    with log.armed():
+        run.another(hooked(run.url, log)).poll()
+    assert log.count > 5
+    for n in range(log.count):
+        run, hook = ready(), Nth(n, crash, at="create")
+        with hook.armed(), contextlib.suppress(Crash):
+            run.another(hooked(run.url, hook)).poll()
+        assert run.store.pair() in (Pair(0, 0), Pair(1, 1))
+        report = run.another().poll()
+        assert report is not None
+        assert (report["status"], report["batches"], report["version"]) == ("complete", 2, 1)
+        assert (run.weight("body"), run.weight("client"), run.store.pair()) == (-3.0, -3.0, Pair(1, 1))
+
+
+def test_what_a_federation_of_groups_cant_keep_is_refused() -> None:
+    """Groups above the number of sampled clients, another number at the accumulators, and steps nobody waits for."""
+    run = grouped()
+    body, half = run.federation.body, run.federation.half
+    mode = policies.mode("grouped", group=2)
+    with pytest.raises(InputError, match="groups of 2 batches, and 1 clients train"):
+        splitfed.Federation(body, half, mode=mode, clients_per_round=1)
+    with pytest.raises(InputError, match="min_batches is 2, but mode 'grouped' says 3"):
+        splitfed.Federation(body, half, mode=policies.mode(mode, group=3))
+    with pytest.raises(InputError, match="with barrier=False nobody waits"):
+        splitfed.Federation(body, half, mode="synchronous", barrier=False)

@@ -407,6 +407,9 @@ def added_later() -> dict[str, Any]:
         "LossAnswer.repeated": LossAnswer(1, 7, x[0, 0], (x,), "stored", False, repeated=True),
         "PushRequest.resumed": PushRequest("a", 1, "3f00", 5, 7, None, {"w": x}, {}, {}, 7.0, 1.0, resumed=2**32),
         "GradientRecord.resumed": GradientRecord("gradient", 7, 8.0, 1.0, "0" * 64, "x", {"w": x}, [], 2**32),
+        "PullAnswer.body_version": PullAnswer(7, {"w": {}}, {"w": x}, None, 6),
+        "PushRequest.upto": PushRequest("a", 1, "3f00", 5, 7, None, {"w": x}, {}, {}, 7.0, 1.0, upto=6),
+        "GradientRecord.upto": GradientRecord("gradient", 7, 8.0, 1.0, "0" * 64, "x", {"w": x}, [], upto=6),
         "ForwardAnswer.complex128": ForwardAnswer(
             1, 7, numbers(2, 2, dtype=torch.complex128), (True,), False, {}, (1,)
         ),

@@ -309,6 +309,8 @@ LATER = [
     ),
     BackwardAnswer((T, None), "stored", CODING),
     LossAnswer(1, 7, torch.tensor(0.5), (T, None), "rejected", True, repeated=True, coding=CODING),
+    PullAnswer(7, {"w": {}}, {"w": T}, None, 6),
+    PushRequest("a", 1, "3f00", 5, 7, None, {"w": T}, {}, {}, 7.0, 1.0, resumed=2**32, upto=6),
 ]
 
 

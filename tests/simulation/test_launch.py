@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,13 @@ from splitfed import History, VirtualTime
 from splitfed.accumulator import policies
 from splitfed.blobs.memory import _REGISTRY
 from splitfed.errors import CutError, InputError
+from splitfed.simulation.data import batches, order
+from splitfed.simulation.engines.turns import Turns
+from splitfed.simulation.rng import Stream
 from splitfed.store.store import GradientStore
 
-MODES = ("round", "buffered", "sflv2", "sflv1", "synchronous")
+GROUPED = policies.mode("grouped", group=2)
+MODES = ("round", "buffered", "sflv2", "sflv1", "synchronous", GROUPED)
 
 
 def linear() -> nn.Module:
@@ -74,8 +80,9 @@ def test_a_round_is_fedavg_of_the_halves_and_one_step_of_the_body() -> None:
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-12)
 
 
-def test_synchronous_mode_is_centralised_training_on_all_batches() -> None:
-    """With Adam on both lineages, ten global steps, clients of unlike sizes: to 1e-12."""
+@pytest.mark.parametrize("mode", ["synchronous", policies.mode("grouped", group=3)], ids=["synchronous", "grouped"])
+def test_a_step_over_all_is_centralised_training_on_all_batches(mode: Any) -> None:
+    """With Adam on both lineages, fifty steps, clients of unlike sizes: to 1e-12, and in both modes the same bits."""
     whole, clients = linear(), halves(3)
     simulation = toy.run(
         model=whole,
@@ -83,20 +90,19 @@ def test_synchronous_mode_is_centralised_training_on_all_batches() -> None:
         clients=clients,
         loss_fn=mse_loss,
         server_optimizer=toy.adam,
-        half_optimizer=toy.adam,
-        mode="synchronous",
-        rounds=10,
+        mode=mode,
+        rounds=50,
         batch_size=100,
     )
     rows = list(simulation)
     expected = copy.deepcopy(whole)
     optimizer = toy.adam(expected.parameters())
     inputs, targets = (torch.cat(parts) for parts in zip(*clients.values(), strict=True))
-    for _ in range(10):
+    for _ in range(50):
         optimizer.zero_grad()
         mse_loss(expected(inputs), targets).backward()
         optimizer.step()
-    assert [row["commits"] for row in rows] == [1] * 10
+    assert [row["commits"] for row in rows] == [1] * 50
     for name, tensor in simulation.whole().state_dict().items():
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-12)
 
@@ -198,9 +204,79 @@ def test_a_callback_needs_no_list(capsys: pytest.CaptureFixture[str]) -> None:
         toy.run(callbacks=7)
 
 
+def test_a_group_of_all_is_synchronous_and_both_are_what_the_parts_make_by_hand() -> None:
+    """The same bits, with dropout and uneven batches; groups of 4 by clients, store and accumulators."""
+    data = toy.clients(5, each=7)
+    settings: dict[str, Any] = {"clients": data, "model": toy.model(0.5), "rounds": 2, "batch_size": 3}
+    runs = [toy.run(**settings, mode=mode) for mode in ("synchronous", policies.mode("grouped", group=5), "grouped")]
+    rows = [[row["commits"] for row in run] for run in runs]
+    assert rows == [[3, 3], [3, 3], [4, 4]]
+    assert toy.same(runs[0].whole(), runs[1].whole())
+    assert toy.same(runs[2].whole(), by_hand(data, settings["model"], rounds=2, size=3))
+    assert not toy.same(runs[0].whole(), runs[2].whole())
+
+
+def by_hand(data: dict[str, Any], whole: nn.Module, *, rounds: int, size: int) -> nn.Module:
+    """Mode `grouped` with the parts of a federation: clients in turns, one batch each, a commit when 4 wait."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    half, body = splitfed.split(whole, toy.AT)
+    mode = policies.mode("grouped", group=4)
+    updates = splitfed.Accumulator(half, store, toy.adam, lineage="client", **mode.settings())
+    both = splitfed.Accumulator(body, store, toy.adam, halves=updates, **mode.settings())
+    server = splitfed.SplitServer(body, store)
+    for number in range(1, rounds + 1):
+        clients = {name: splitfed.SplitClient(copy.deepcopy(half), server, name) for name in data}
+        streams = {name: Stream(0, name, number, 0) for name in data}
+        orders = {name: order(own, streams[name].generator) for name, own in data.items()}
+        loaders = {
+            name: iter(batches(own, splitfed.simulation.LocalTraining(batch_size=size), orders[name]))
+            for name, own in data.items()
+        }
+        while loaders:
+            for name in sorted(loaders):
+                batch = next(loaders[name], None)
+                if batch is None:
+                    del loaders[name]
+                    continue
+                with streams[name].active():
+                    client = clients[name]
+                    client.pull()
+                    client.zero_grad()
+                    cross_entropy(batch.outputs(client), batch.target).backward()
+                    client.push(gradient=True)
+                both.step()
+        both.step(1)
+    clients["client-0"].pull()
+    return splitfed.join(clients["client-0"], store.load_weights())
+
+
+def test_personal_heads_step_locally_in_a_group() -> None:
+    """What is shared takes no local step; a head that stays does, and each client has its own."""
+    simulation = toy.run(mode=GROUPED, personal=("3.*",), keep_optimizers=True)
+    rows = list(simulation)
+    assert [row["commits"] for row in rows] == [3, 3]
+    assert sorted(simulation.store.load_weights(lineage="client")) == ["0.bias", "0.weight"]
+    driver = simulation._driver
+    assert isinstance(driver, Turns)
+    heads = [driver.state(name).personal["3.weight"] for name in toy.clients()]
+    assert not any(torch.equal(head, toy.model().state_dict()["3.weight"]) for head in heads)
+    assert not torch.equal(heads[0], heads[1])
+
+
+def test_a_rate_that_falls_reaches_both_sides() -> None:
+    """By default the halves step as the body does; a rate of zero leaves them where they are."""
+    still = toy.run(mode=GROUPED, half_optimizer=functools.partial(torch.optim.SGD, lr=0.0))
+    list(still)
+    moved = toy.run(mode=GROUPED)
+    list(moved)
+    begun = toy.model().state_dict()["0.weight"]
+    assert torch.equal(still.whole().state_dict()["0.weight"], begun)
+    assert not torch.equal(moved.whole().state_dict()["0.weight"], begun)
+
+
 @pytest.mark.filterwarnings("ignore:a gradient of client 'client-1' isn't finite")
 @pytest.mark.parametrize("mode", MODES)
-def test_a_client_with_nan_in_all_its_data_is_reported_and_the_others_train(mode: str) -> None:
+def test_a_client_with_nan_in_all_its_data_is_reported_and_the_others_train(mode: Any) -> None:
     """Each of its batches is rejected, and its update; the run goes on as without it."""
     clients = toy.clients()
     inputs, labels = toy.examples(8)
@@ -215,7 +291,7 @@ def test_a_client_with_nan_in_all_its_data_is_reported_and_the_others_train(mode
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_same_seed_gives_the_same_bits_and_another_one_others(mode: str) -> None:
+def test_the_same_seed_gives_the_same_bits_and_another_one_others(mode: Any) -> None:
     """Whatever the caller drew before; dropout in the body draws too."""
     ends, losses = [], []
     for number, seed in enumerate((0, 0, 1)):
@@ -343,6 +419,13 @@ def test_a_store_that_was_not_given_goes_with_its_run() -> None:
         ({"deadline": 3.0}, InputError, "deadline=3.0 needs a clock"),
         ({"workers": 2, "barrier": False}, InputError, "worker processes train in rounds: leave barrier=False out"),
         ({"mode": "synchronous", "barrier": False}, InputError, "leave barrier=False out"),
+        ({"mode": "grouped"}, InputError, "groups of 4 batches, and 3 clients train: expected group=3 at most"),
+        ({"mode": GROUPED, "clients_per_round": 1}, InputError, "expected group=1 at most"),
+        (
+            {"mode": GROUPED, "clients": {**toy.clients(), "none": toy.examples(0)}},
+            InputError,
+            "'none' has no examples",
+        ),
         ({"personal": ("tail.*",)}, InputError, "fits no parameter"),
         ({"at": "7"}, CutError, "7"),
         ({"clients": {}}, InputError, "expected a mapping"),

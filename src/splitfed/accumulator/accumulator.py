@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from splitfed.accumulator.buffers import Rule, merge_buffers
 from splitfed.accumulator.derive import Deriver
 from splitfed.accumulator.fold import Folded, Older, fold, oldest, sort_batches
 from splitfed.accumulator.gather import Gatherer
+from splitfed.accumulator.grouped import Grouped
 from splitfed.accumulator.optimizer import Stepper, capture
 from splitfed.accumulator.policies import StalenessWeight, constant
 from splitfed.accumulator.recorded import differences, note, read, record_of
@@ -65,6 +67,8 @@ _MOST_KEPT = 64
 """So many gradients are added up in one pass at most: each is a file that is open."""
 _KEPT_BYTES = 64 << 20
 """Where they aren't mapped files, so many bytes of them."""
+_ALONE: Mapping[str, Any] = MappingProxyType({})
+"""What a record says of the other lineage where each is committed by itself."""
 
 
 class Accumulator:
@@ -101,6 +105,8 @@ class Accumulator:
         device: Where the optimizer steps; the body's device if it isn't given.
         lock_seconds: How long to wait for another accumulator of this host to finish. It only saves
             duplicate work.
+        halves: The accumulator of the client halves, whose clients publish gradients: each commit
+            is then one of both, over the same batches (`splitfed.policies`, mode `grouped`).
         durability: What is on file when a batch is acknowledged, as for `SplitServer`. In a
             `"log"` a gradient may be computed here, from the weights that it ran at: so staleness
             is bounded by what stays readable, `keep_versions - 2` of the lineage's first
@@ -133,6 +139,7 @@ class Accumulator:
         keep_bytes: int | None = None,
         device: torch.device | str | None = None,
         lock_seconds: float = 10.0,
+        halves: Accumulator | None = None,
         durability: str | None = None,
     ) -> None:
         check_store(store)
@@ -193,6 +200,7 @@ class Accumulator:
         """Pending batches that were found unfit, and warned of."""
         self._deferred: set[BatchId] = set()
         """Pending batches of a log whose gradients this process can't compute, and has said so."""
+        self._group = None if halves is None else Grouped(self, halves)
 
     @property
     def min_batches(self) -> int:
@@ -236,6 +244,8 @@ class Accumulator:
             StoreError: the storage failed; nothing is lost, and a later step continues.
             CorruptedError: the version to build upon was changed or deleted from outside.
         """
+        if self._group is not None and only is None:
+            return self._group.step(min_batches)
         least = self.settings.min_batches
         if min_batches is not None:
             least = at_least("min_batches", min_batches, 1)
@@ -284,8 +294,16 @@ class Accumulator:
         """End `run()`, also one that begins later; a commit under way is finished."""
         self._stop.set()
 
-    def _attempt(self, head: int, least: int, only: Verdict | None) -> Commit | None:
+    def _attempt(
+        self, head: int, least: int, only: Verdict | None, together: Mapping[str, Any] = _ALONE
+    ) -> Commit | None:
         """One attempt: the commit, or `None` if too few batches are pending.
+
+        Args:
+            head: The version to build upon.
+            least: So many batches make a commit; 0 if one comes about in any case.
+            only: As for `step`.
+            together: What the record says of the other lineage, if both are committed together.
 
         Raises:
             MissingError: files that it needs are gone; ordinarily another accumulator won.
@@ -315,9 +333,9 @@ class Accumulator:
                 used = [one for one in held.sums if one.is_usable(headers)]
             folded = self._fold(verdict, head, Held(held.gradients, used))
             self._warn_deferred(folded)
-            if not list(folded.verdict):
+            if least and not list(folded.verdict):
                 return None
-            return self._publish(head, folded, older)
+            return self._publish(head, folded, older, together)
         finally:
             if is_held:
                 self._gatherer.give_back(used)
@@ -411,7 +429,9 @@ class Accumulator:
             self._unfit &= there
             self._deferred &= there
 
-    def _publish(self, head: int, folded: Folded, older: Older) -> Commit:
+    def _publish(
+        self, head: int, folded: Folded, older: Older, together: Mapping[str, Any]
+    ) -> Commit:
         parent = self._versions.commit(head)
         keeps_first = self._archive is not None
         self._unreported["expired"] += self._versions.sweep(
@@ -441,6 +461,7 @@ class Accumulator:
             settings=self._own_settings(),
             weights=folded.weights,
             groups=tuple(tuple(one.batches) for one in folded.sums),
+            **together,
         )
         optimizer = None
         if live.optimizer is not None:

@@ -52,10 +52,10 @@ class Mode:
     """
 
     name: str
-    """`round`, `buffered`, `synchronous`, `sflv2`, `sflv1`, or one of your own."""
+    """`round`, `buffered`, `synchronous`, `grouped`, `sflv2`, `sflv1`, or one of your own."""
     min_batches: int | None = None
-    """The number of pending batches that makes a commit; `None`: the end of the round does, or each
-    global step.
+    """The number of pending batches that makes a commit of the body; `None`: the end of the round
+    does, or a group.
     """
     max_batches: int | None = None
     """A commit folds so many pending batches at most, the oldest first; `None` for all of them.
@@ -70,7 +70,11 @@ class Mode:
     """s(τ)."""
     gradients: bool = False
     """Whether clients publish the gradient of their half and take no local step
-    (`push(gradient=True)`).
+    (`push(gradient=True)`). Then body and halves are committed together.
+    """
+    group: int | None = None
+    """Of batches whose halves' gradients are published: how many that wait make a commit of body
+    and halves; `None`: one of each client.
     """
     per_client: bool = False
     """Whether each client has a body of its own, averaged when the round ends (`PerClient`)."""
@@ -86,6 +90,7 @@ class Mode:
         self._check_most()
         if self.max_staleness is not None:
             at_least("max_staleness", self.max_staleness, 0)
+        self._check_group()
         if not callable(self.staleness_weight):
             raise InputError(
                 f"staleness_weight is {self.staleness_weight!r}: "
@@ -102,10 +107,31 @@ class Mode:
             )
         check_most(self.max_batches, self.min_batches)
 
+    def _check_group(self) -> None:
+        """Refuse what would have body and halves committed by different rules."""
+        if self.group is not None:
+            at_least("group", self.group, 1)
+        if self.group is not None and not self.gradients:
+            raise InputError(
+                f"mode {self.name!r} has group={self.group}, but its clients publish no gradients "
+                "of their halves: expected gradients=True, as in mode 'grouped'"
+            )
+        if self.gradients and self.min_batches is not None:
+            raise InputError(
+                f"mode {self.name!r} commits body and halves together, so min_batches="
+                f"{self.min_batches} can't be kept by the body alone: give group="
+                f"{self.min_batches}, as in policies.mode('grouped', group={self.min_batches})"
+            )
+        if self.gradients and self.per_client:
+            raise InputError(
+                f"mode {self.name!r} can't have gradients=True and per_client=True: a body for "
+                "each client has no step in common with the halves"
+            )
+
     @property
     def streams(self) -> bool:
         """Whether the body's batches are committed while a round goes on, not at its end."""
-        return self.min_batches is not None
+        return self.min_batches is not None or self.group is not None
 
     @property
     def shares_steps(self) -> bool:
@@ -123,8 +149,12 @@ class Mode:
         return "a PerClient" if self.per_client else "an Accumulator"
 
     def settings(self) -> dict[str, Any]:
-        """The keywords of the accumulator of the body that follows this mode."""
-        numbers = {"min_batches": self.min_batches or 1, "max_batches": self.max_batches}
+        """The keywords of the accumulator of the body that follows this mode.
+
+        Where clients publish gradients they are those of the halves' accumulator too.
+        """
+        enough = self.group or self.min_batches or 1
+        numbers = {"min_batches": enough, "max_batches": self.max_batches}
         return {
             **({} if self.per_client else numbers),
             "max_staleness": self.max_staleness,
@@ -145,6 +175,7 @@ _MODES = (
     Mode("round"),
     Mode("buffered", min_batches=8, max_staleness=16, staleness_weight=inverse_sqrt),
     Mode("synchronous", gradients=True),
+    Mode("grouped", max_staleness=16, staleness_weight=inverse_sqrt, gradients=True, group=4),
     Mode("sflv2", min_batches=1),
     Mode("sflv1", min_batches=1, per_client=True),
 )
@@ -159,6 +190,8 @@ def mode(name: str | Mode, /, **settings: Any) -> Mode:
       2106.06639);
     - `synchronous`: a commit per global step, over one batch of every sampled client: large-batch
       training;
+    - `grouped`: the same over any 4 batches that wait, of whichever clients: body and halves are
+      committed together, and clients take no local step;
     - `sflv2`: a commit per batch on one body (Thapa et al. 2020, arXiv 2004.12088, section 3.2);
     - `sflv1`: a commit per batch on a body per client, and their average when the round ends (the
       same).

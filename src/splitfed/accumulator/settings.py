@@ -94,7 +94,7 @@ class CommitSettings:
         usual = CommitSettings()
         for name, expected in mode.settings().items():
             found = getattr(self, name)
-            is_free = mode.min_batches is None and expected == getattr(usual, name)
+            is_free = not mode.streams and expected == getattr(usual, name)
             if found != expected and not is_free:
                 raise InputError(
                     f"the accumulator's {name} is {found!r}, but mode {mode.name!r} says "

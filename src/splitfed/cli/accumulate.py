@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from splitfed.accumulator.accumulator import Accumulator
+    from splitfed.accumulator.policies import Mode
     from splitfed.store.commit import Commit
 
 _DESCRIPTION = """\
@@ -36,6 +37,8 @@ Fold the gradients that wait in a store into their mean, take one optimizer step
 next version; again and again, or once. Any number may run on one store, and any may be killed at
 any moment. SIGTERM ends it after the commit under way."""
 
+_MODES = ("buffered", "sflv2", "grouped")
+"""The modes whose commits wait for no end of a round: those are a `Federation`'s."""
 _OPTIMIZER_SETTINGS = ("lr", "momentum", "weight_decay")
 
 
@@ -92,11 +95,37 @@ def add_optimizer(group: argparse._ArgumentGroup, *, required: bool = True) -> N
 
 def _add_policy(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "--mode",
+        choices=_MODES,
+        help="take the settings of a mode; what else is given here changes them. In mode grouped "
+        "body and client halves are committed together: --half is needed then",
+    )
+    group.add_argument(
+        "--group",
+        type=int,
+        metavar="G",
+        help="in mode grouped: commit when so many batches of any clients wait (default: 4)",
+    )
+    group.add_argument(
+        "--half",
+        metavar="MODULE:ATTRIBUTE",
+        help="in mode grouped: the client half as APP is the body; the same optimizer steps it",
+    )
+    group.add_argument(
+        "--half-lr", type=float, metavar="X", help="its learning rate (default: that of the body)"
+    )
+    group.add_argument(
+        "--personal",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="names in the half that stay with each client; may be repeated",
+    )
+    group.add_argument(
         "--min-batches",
         type=int,
-        default=1,
         metavar="K",
-        help="commit when so many wait (default: %(default)s)",
+        help="commit when so many wait (default: 1, or that of the mode)",
     )
     group.add_argument(
         "--max-batches",
@@ -108,14 +137,13 @@ def _add_policy(group: argparse._ArgumentGroup) -> None:
         "--max-staleness",
         type=int,
         metavar="N",
-        help="leave out batches more commits behind (default: any count)",
+        help="leave out batches more commits behind (default: any count, or that of the mode)",
     )
     group.add_argument(
         "--staleness-weight",
         choices=("constant", "inverse_sqrt"),
-        default="constant",
         help="what a batch counts that is t commits behind: 1, or 1/sqrt(1+t) "
-        "(default: %(default)s)",
+        "(default: constant, or that of the mode)",
     )
     group.add_argument(
         "--clip-norm", type=float, metavar="X", help="clip the mean gradient to this 2-norm"
@@ -177,26 +205,61 @@ def open_accumulator(arguments: argparse.Namespace) -> Accumulator:
         InputError: an argument doesn't fit.
     """
     set_threads(arguments)
+    mode = _mode(arguments)
     store = open_store(arguments)
-    from splitfed.accumulator import policies
     from splitfed.accumulator.accumulator import Accumulator
 
+    shared = {
+        **mode.settings(),
+        "lr_scheduler": scheduler_factory(arguments),
+        "clip_norm": arguments.clip_norm,
+        "keep_versions": arguments.keep_versions,
+        "keep_bytes": arguments.keep_bytes,
+        "device": check_device(arguments.device),
+    }
+    body, optimizer = load_body(arguments.app), optimizer_factory(arguments)
+    halves = None
+    personal: dict[str, Any] = {"personal": tuple(arguments.personal)}
+    if mode.gradients:
+        half = load_body(arguments.half, "--half", "client half")
+        rate = arguments.lr if arguments.half_lr is None else arguments.half_lr
+        steps = optimizer_factory(argparse.Namespace(**{**vars(arguments), "lr": rate}))
+        halves = Accumulator(half, store, steps, lineage="client", **personal, **shared)
+        personal = {}
     return Accumulator(
-        load_body(arguments.app),
+        body,
         store,
-        optimizer_factory(arguments),
-        lr_scheduler=scheduler_factory(arguments),
+        optimizer,
         lineage=arguments.lineage,
-        min_batches=arguments.min_batches,
-        max_batches=arguments.max_batches,
-        max_staleness=arguments.max_staleness,
-        staleness_weight=getattr(policies, arguments.staleness_weight),
-        clip_norm=arguments.clip_norm,
-        keep_versions=arguments.keep_versions,
-        keep_bytes=arguments.keep_bytes,
-        device=check_device(arguments.device),
+        halves=halves,
         durability=arguments.durability,
+        **personal,
+        **shared,
     )
+
+
+def _mode(arguments: argparse.Namespace) -> Mode:
+    """When to commit, and what counts.
+
+    Raises:
+        InputError: arguments that don't go together, or a setting out of its range.
+    """
+    from splitfed.accumulator import policies
+
+    names = ("group", "min_batches", "max_batches", "max_staleness")
+    given = {name: getattr(arguments, name) for name in names}
+    if arguments.staleness_weight is not None:
+        given["staleness_weight"] = getattr(policies, arguments.staleness_weight)
+    settings = {name: value for name, value in given.items() if value is not None}
+    mode = policies.mode(arguments.mode or policies.Mode("accumulate", min_batches=1), **settings)
+    if mode.gradients and (arguments.half is None or arguments.lineage != "body"):
+        raise InputError(
+            "--mode grouped commits body and client halves together: expected APP as the body, "
+            "--half as the client half, and no --lineage"
+        )
+    if not mode.gradients and (arguments.half is not None or arguments.half_lr is not None):
+        raise InputError("--half and --half-lr go with --mode grouped: leave them out")
+    return mode
 
 
 def scheduler_factory(arguments: argparse.Namespace) -> Callable[[Any], Any] | None:

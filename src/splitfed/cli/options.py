@@ -112,25 +112,30 @@ def _module_and_path(spec: str, what: str) -> tuple[str, str]:
     return module, path
 
 
-def load_body(spec: str) -> nn.Module:
+def load_body(spec: str, what: str = "APP", part: str = "body") -> nn.Module:
     """The body that APP names: a module, or a function or class without arguments that returns one.
+
+    Args:
+        spec: The name.
+        what: The argument that it was given as.
+        part: Which part of a model it's to be, in words.
 
     Raises:
         InputError: it is neither, or calling it raised.
     """
     from torch import nn
 
-    found = load_object(spec, "APP")
+    found = load_object(spec, what)
     # A module can be called too, but then it computes: only what isn't one yet is called.
     if not isinstance(found, nn.Module) and callable(found):
         try:
             found = found()
         except Exception as error:
-            raise InputError(f"APP {spec!r}: calling it raised {_description(error)}") from error
+            raise InputError(f"{what} {spec!r}: calling it raised {_description(error)}") from error
     if not isinstance(found, nn.Module):
         raise InputError(
-            f"APP {spec!r} is a {type(found).__name__}: "
-            "expected the body as an nn.Module, or a function that returns it, "
+            f"{what} {spec!r} is a {type(found).__name__}: "
+            f"expected the {part} as an nn.Module, or a function that returns it, "
             "such as lambda: splitfed.split(model, '1:5')[1]"
         )
     return found

@@ -44,11 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     """
     store = open_store(arguments)
     store.latest_version(arguments.lineage)
-    lineage = store.lineage(arguments.lineage)
-    with store.alone([arguments.lineage]):
+    both = ["body", "client"] if store.together().is_begun() else []
+    with store.alone([arguments.lineage, *both]):
         if arguments.to < 0:
             raise InputError(f"--to {arguments.to}: expected a version, 0 or more")
-        commit, lost = lineage.rollback(arguments.to)
+        commit, lost = store.roll_back(arguments.to, arguments.lineage)
     if arguments.json:
         print(json.dumps({"version": commit.version, "restored": arguments.to, "lost": lost}))
     else:

@@ -87,7 +87,8 @@ class CutMethod:
         weight, counts = weigh(args, kwargs), passes.watch.trains()
         passes.has_trainer = "_is_accelerate_prepared" in client.__dict__
         training = client.client_half.training
-        with Session(connection, passes, weight, client._pinned, training, counts) as session:
+        version = client._version_of_calls()
+        with Session(connection, passes, weight, version, training, counts) as session:
             try:
                 outputs = self._run(*args, **kwargs)
                 # What layers of a run return, and nobody has asked for so far.
@@ -266,7 +267,12 @@ class SplitClient(StandIn):
         counts = self._passes.watch.trains(since_made=False)
         weight = weigh(tuple(inputs), kwargs)
         session = LossSession(
-            self._connection, self._passes, weight, self._pinned, self.training, counts
+            self._connection,
+            self._passes,
+            weight,
+            self._version_of_calls(),
+            self.training,
+            counts,
         )
         session.target = target
         self._refuse_replica()
@@ -493,6 +499,10 @@ class SplitClient(StandIn):
         if inspect.ismethod(found) and found.__self__ is self.__dict__.get("client_half"):
             return CutMethod(self, found, found)
         return found
+
+    def _version_of_calls(self) -> int | None:
+        """The version of the body at which a call runs; `None` for the newest."""
+        return self._sync.body_version if self._pinned is None else self._pinned
 
     def _notice_privacy(self) -> None:
         """Look, at the first call that trains, whether a tool takes per-sample gradients."""

@@ -74,6 +74,9 @@ class HalfSync:
         self._unanswered: tuple[PushRequest, dict[str, Tensor], Counted] | None = None
         """A push whose reply was lost, the half as it was then, and its samples; the next pull or
         push repeats it."""
+        self.body_version: int | None = None
+        """The version of the body that belongs to the half that was pulled, where both are
+        committed together: calls run there until the next pull."""
 
     def pull(self) -> int:
         """Copy the newest client half in place; publish this one if there is none.
@@ -105,6 +108,7 @@ class HalfSync:
         for name, tensor in self._state().items():
             tensor.copy_(answer.weights[name])
         self.version = answer.version
+        self.body_version = answer.body_version
         self._begin(self._state(), self._connection.counted)
         self._start_version = answer.version
         return answer.version
@@ -114,6 +118,7 @@ class HalfSync:
         found = replace(
             self._connection.position(),
             half=self._start_version,
+            body=self.body_version,
             round=self.current,
             done=self.done,
         )
@@ -137,6 +142,7 @@ class HalfSync:
         if start is not None:
             self._start = start
             self.version = self._start_version = position.half
+            self.body_version = position.body
             self.resumed = self.round = position.round
 
     def _fetch(self, version: int) -> dict[str, Tensor] | None:
@@ -242,6 +248,7 @@ class HalfSync:
             num_samples=samples,
             loss_scale=scale,
             resumed=self._connection.resumed,
+            upto=self._connection.next("batch") if gradient else 0,
         )
         return request, state, counted
 

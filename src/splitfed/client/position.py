@@ -52,10 +52,14 @@ class Position:
     """The round that the client trains in."""
     done: int = 0
     """The last round that it has trained in."""
+    body: int | None = None
+    """The version of the body that calls run at, where it is committed together with the half."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON, which also `torch.load(weights_only=True)` reads."""
         plain = {**asdict(self), "abandoned": [*self.abandoned], "counted": [*self.counted]}
+        if self.body is None:
+            del plain["body"]  # as before there was one
         return {"format": FORMAT, **plain}
 
     @classmethod
@@ -81,7 +85,7 @@ class Position:
                 plain["round"] = RoundInfo(**plain["round"])
             found = check_types(cls(**plain))
             check_client_id(found.client_id)
-            for name in ("batch", "push", "seen", "done", "incarnation", "half"):
+            for name in ("batch", "push", "seen", "done", "incarnation", "half", "body"):
                 if getattr(found, name) is not None:
                     check_number(name, getattr(found, name))
             for seq in found.abandoned:

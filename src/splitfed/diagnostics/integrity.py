@@ -33,7 +33,7 @@ ASIDE = "aside"
 """Where `repair` puts what is damaged."""
 _OURS = re.compile(
     r"format\.json|clients/.+|rounds/.+|history/.+|post/.+|(?:body|client|body@[^/]+)/"
-    r"(?:fingerprint(?:-copy)?\.json|beside\.json|window\.json|head|frozen-.+|settings-.+|(?:forward|part|pin|grad|sum|ask|kept|weights|optimizer"
+    r"(?:fingerprint(?:-copy)?\.json|beside\.json|window\.json|together\.json|head|frozen-.+|settings-.+|(?:forward|part|pin|grad|sum|ask|kept|weights|optimizer"
     r"|applied|commit)/.+)"
 )
 _LOOKS = 5

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from splitfed.accumulator.policies import Mode
 from splitfed.errors import FormatError, InputError
 from splitfed.protocol.ids import BatchId
 from splitfed.store.batchset import BatchSet, Outcome, Verdict
@@ -104,6 +105,19 @@ def check_sample_size(clients_per_round: int | float | None, least: int) -> None
         )
 
 
+def check_group(mode: Mode, clients: int) -> None:
+    """Refuse groups that are larger than the number of clients that train.
+
+    Raises:
+        InputError: a group never needs as many.
+    """
+    if mode.group is not None and mode.group > clients:
+        raise InputError(
+            f"mode {mode.name!r} has groups of {mode.group} batches, and {clients} clients train: "
+            f"expected group={clients} at most, which is a step over one batch of each"
+        )
+
+
 @dataclass(slots=True)
 class Findings:
     """What was found of the pending batches of a lineage, and of their clients."""
@@ -172,38 +186,46 @@ class Judge:
         came = len(self.heard()) if self._plan.barrier else self.num_closed()
         return came >= len(self._plan.sampled)
 
-    def decide(self, now: float, is_streaming: bool) -> Ending:
+    def decide(self, now: float, mode: Mode) -> Ending:
         """The decision that ends the round as things are.
 
         Args:
             now: The time by the coordinator's clock.
-            is_streaming: Whether the body's batches are committed while the round goes on; then
-                none of them is judged here.
+            mode: How body and halves are updated. What is committed while the round goes on isn't
+                judged here.
         """
         plan = self._plan
-        if plan.barrier:
+        judges_updates = plan.barrier and not (mode.gradients and mode.streams)
+        if judges_updates:
             updates = self.updates()
+        elif plan.barrier:
+            updates = Findings(heard=self.heard())
         else:
             # The halves are committed as updates come, so none is left to be judged.
             updates = Findings(heard=self.folded() & set(plan.sampled))
-        batches = Findings() if is_streaming else self.batches()
+        batches = Findings() if mode.streams or mode.gradients else self.batches()
         is_over = len(updates.heard) == len(plan.sampled) if plan.barrier else self.is_over()
         status = "complete" if is_over else "deadline"
         dropped = {**batches.dropped, **updates.dropped}
         # Updates that a commit has folded already count for the quorum: this decision may be made
         # by a coordinator that comes after the one that folded them.
-        if plan.barrier and len({*updates.samples, *self.folded()}) < plan.min_clients:
+        if judges_updates and len({*updates.samples, *self.folded()}) < plan.min_clients:
             status = "below_quorum"
             if plan.below_quorum == "drop":
                 reason = f"fewer than {plan.min_clients} clients had an update"
                 dropped = {**dict.fromkeys(updates.samples, reason), **dropped}
+        client = self._verdict(updates, status)
+        body = self._verdict(batches, status)
+        if mode.gradients:
+            # A batch counts where its half's gradient does, and waits for it until then.
+            body = self._store.together().partners(client)
         return Ending(
             number=plan.number,
             status=status,
             time=now,
             ended=time.time(),
-            body=self._verdict(batches, status),
-            client=self._verdict(updates, status),
+            body=body,
+            client=client,
             heard=tuple(sorted(updates.heard)),
             late=tuple(sorted(updates.late)),
             dropped=dict(sorted(dropped.items())),

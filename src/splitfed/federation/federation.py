@@ -20,11 +20,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
 from splitfed.accumulator.accumulator import Accumulator
+from splitfed.accumulator.grouped import Grouped
 from splitfed.accumulator.policies import Mode
 from splitfed.accumulator.policies import mode as mode_of
 from splitfed.checks import at_least, positive
 from splitfed.errors import InputError
-from splitfed.federation.admission import Judge, check_sample_size, sample, sample_size
+from splitfed.federation.admission import (
+    Judge,
+    check_group,
+    check_sample_size,
+    sample,
+    sample_size,
+)
 from splitfed.federation.reports import make_report
 from splitfed.protocol.ids import check_client_id
 from splitfed.store.rounds import Ending, Plan
@@ -112,14 +119,64 @@ class SharedBody:
         return commits
 
 
-def as_body(accumulator: Accumulator | Body, mode: Mode) -> Body:
+class GroupedBody:
+    """One body that is committed together with the halves, as a `Body`.
+
+    Args:
+        accumulator: Its accumulator.
+        half: That of the halves.
+        mode: How they are updated.
+
+    Raises:
+        InputError: the accumulator of the halves doesn't follow the mode.
+    """
+
+    def __init__(self, accumulator: Accumulator, half: Accumulator, mode: Mode) -> None:
+        half.settings.check_mode(mode)
+        self.store = accumulator.store
+        self._both = Grouped(accumulator, half)
+        self._streams = mode.streams
+
+    def suits(self, mode: Mode) -> bool:
+        """Whether this is how a mode wants the body's batches committed."""
+        return mode.gradients
+
+    def lineages(self) -> list[str]:
+        """The lineages on which the calls of clients run: one that all share."""
+        return ["body"]
+
+    def stream(self, clients: Iterable[str]) -> bool:
+        """Commit a group, if enough wait and the mode doesn't wait for all clients."""
+        return self._streams and self._both.step() is not None
+
+    def global_step(self) -> None:
+        """Commit one step over all pending batches, whatever their number."""
+        self._both.step(1)
+
+    def end_round(self, plan: Plan, ending: Ending) -> None:
+        """Commit what was decided; what has been committed already stays as it is."""
+        if ending.client.folded:
+            self._both.step(1, only=(ending.body, ending.client))
+        elif self._streams and plan.barrier:
+            self._both.step(1)  # too few for a group; but after the last round none would follow
+
+
+def as_body(accumulator: Accumulator | Body, mode: Mode, half: Accumulator | None = None) -> Body:
     """What commits the body's batches, as rounds see it, after a check that it follows the mode.
+
+    Args:
+        accumulator: The body's, or the bodies of clients.
+        mode: The mode.
+        half: The accumulator of the halves, in whose mode body and halves may be committed
+            together.
 
     Raises:
         InputError: it doesn't.
     """
     body: Body
-    if isinstance(accumulator, Accumulator):
+    if isinstance(accumulator, Accumulator) and mode.gradients and half is not None:
+        body = GroupedBody(accumulator, half, mode)
+    elif isinstance(accumulator, Accumulator):
         body = SharedBody(accumulator, mode)
     elif callable(getattr(accumulator, "suits", None)):
         body = accumulator
@@ -188,13 +245,20 @@ class Federation:
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.mode = mode_of(mode)
-        self._body = as_body(body, self.mode)
         if half.lineage != "client" or half.store is not body.store:
             raise InputError(
                 f"half accumulates lineage {half.lineage!r} of {half.store.url}: expected lineage "
                 f"'client' of the body's own store object, {body.store.url}"
             )
         check_sample_size(clients_per_round, at_least("min_clients", min_clients, 1))
+        if isinstance(clients_per_round, int):
+            check_group(self.mode, clients_per_round)
+        if self.mode.gradients and not self.mode.streams and not barrier:
+            raise InputError(
+                f"mode {self.mode.name!r} takes its steps when all clients have pushed, and with "
+                "barrier=False nobody waits for that: leave it out, or take mode 'grouped'"
+            )
+        self._body = as_body(body, self.mode, half)
         if isinstance(clients, str):
             raise InputError(f"clients is {clients!r}: expected several ids, such as [{clients!r}]")
         if deadline is not None:
@@ -241,8 +305,8 @@ class Federation:
         number = newest + 1
         opened = self._clock()
         if before is None:
-            body_version = self._store.latest_version("body")
-            client_version = self._store.latest_version("client")
+            pair = self._store.pair()
+            body_version, client_version = pair.body, pair.client
         else:
             # A round begins where the report of the one before ends: each commit is in one report.
             body_version = before["version"]
@@ -313,7 +377,7 @@ class Federation:
             return report
         ending = self.rounds.ending(plan.number)
         if ending is None:
-            decided = Judge(self._store, plan).decide(self._clock(), self.mode.streams)
+            decided = Judge(self._store, plan).decide(self._clock(), self.mode)
             ending = self.rounds.end(decided)
         self._carry_out(plan, ending)
         report = self.rounds.close(plan.number, make_report(self._store, plan, ending))
@@ -401,7 +465,7 @@ class Federation:
     def _stream(self, plan: Plan) -> None:
         """Commit what needn't wait for the round's end."""
         self._body.stream(plan.sampled)
-        if not plan.barrier:
+        if not plan.barrier and not self.mode.gradients:
             self.half.step()
 
     def _carry_out(self, plan: Plan, ending: Ending) -> None:
@@ -409,7 +473,7 @@ class Federation:
         if ending.status == "below_quorum":
             return
         self._body.end_round(plan, ending)
-        if ending.client.folded:
+        if ending.client.folded and not self.mode.gradients:
             self.half.step(1, only=ending.client)
 
 

@@ -93,7 +93,8 @@ def make_report(store: GradientStore, plan: Plan, ending: Ending) -> Row:
         plan: The round.
         ending: How it was decided.
     """
-    versions = {lineage: store.latest_version(lineage) for lineage in ("body", "client")}
+    pair = store.pair()
+    versions = {"body": pair.body, "client": pair.client}
     body = _tally(store, "body", plan, versions["body"], ending)
     halves = _tally(store, "client", plan, versions["client"], ending)
     first = store.rounds().plan(1)

@@ -482,6 +482,9 @@ class PullAnswer:
     weights: Mapping[str, Tensor]
     round: RoundInfo | None = None
     """`None` where nobody runs rounds."""
+    body_version: int | None = field(default=None, metadata=ADDED)
+    """The version of the body that this half belongs to, where both are committed together: calls
+    run there until the next pull."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -509,6 +512,9 @@ class PushRequest(Request):
     """What `gradients` are to be divided by; 1 for start − end."""
     resumed: Number = field(default=0, metadata=ADDED)
     """As in a forward: an update that an earlier process has pushed under this number stays."""
+    upto: Number = field(default=0, metadata=ADDED)
+    """Of a gradient: the body's batches below this number, of the same process, belong to it, if
+    they belong to no earlier one."""
 
     samples_limit = "push_samples"  # it counts all batches since the pull
 
@@ -640,6 +646,8 @@ class GradientRecord:
     """What closed the batch, beside recipes; `None` for a loss on the server."""
     holder: str = field(default="", metadata=ADDED)
     """Beside recipes: which process has computed the gradient, and may hold it in a sum."""
+    upto: int = field(default=0, metadata=ADDED)
+    """Of a half's gradient: as in the push."""
 
     def as_recipes(self) -> GradientRecord:
         """The record without its gradient, which can be computed again."""

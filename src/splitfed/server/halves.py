@@ -3,8 +3,9 @@
 FedAvg is the same commit on another lineage: a client publishes start − end as its pseudo-gradient,
 weighted by its samples, and whoever accumulates the `client` lineage with SGD at rate 1 applies
 their mean (McMahan et al., arXiv 1602.05629; with another optimizer it is FedOpt, Reddi et al.,
-arXiv 2003.00295). In synchronous mode what it publishes is a gradient, divided by its loss scale in
-the mean like any batch's.
+arXiv 2003.00295). Where body and halves are committed together (`store.together`) what it publishes
+is a gradient, divided by its loss scale in the mean like any batch's, and what is handed out is the
+half that belongs to the newest body, with the version of that.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Halves:
         self._lineage = store.lineage(LINEAGE)
         self._pile = store.pile(LINEAGE)
         self._sealer = Sealer(self._lineage, self._pile, numerics)
+        self._together = store.together()
 
     def pull(self, request: PullRequest) -> PullAnswer:
         """The client half, newest or at a version, and the round; version -1 if there is none yet.
@@ -60,9 +62,13 @@ class Halves:
             info = rounds.info(plan, client_id, self._has_update(plan, client_id))
         if head < 0 or not request.weights:
             return PullAnswer(head, None, {}, info)
-        version = head if request.version is None else request.version
         fingerprint = self._lineage.fingerprint()
-        return PullAnswer(version, fingerprint, self._lineage.checked_state(version), info)
+        if request.version is not None or not self._together.is_begun():
+            version = head if request.version is None else request.version
+            return PullAnswer(version, fingerprint, self._lineage.checked_state(version), info)
+        pair = self._together.newest()
+        state = self._lineage.checked_state(pair.client)
+        return PullAnswer(pair.client, fingerprint, state, info, pair.body)
 
     def _has_update(self, plan: Plan, client_id: str) -> bool:
         """Whether an update of a client is pending that began in this round."""
@@ -120,6 +126,7 @@ class Halves:
             gradients=dict(request.gradients),
             buffers=[BufferUpdate(dict(request.values), dict(request.bases), samples)],
             resumed=request.resumed,
+            upto=check_number("upto", request.upto),
         )
         batch = BatchId(client_id, incarnation, request.seq)
         return PushAnswer(incarnation, self._sealer.store(batch, record))

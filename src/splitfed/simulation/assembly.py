@@ -88,9 +88,10 @@ class Assembly:
         self.body = make_body(
             plans.mode, plans.body, store, plans.server_optimizer, lr_scheduler=scheduler
         )
-        self._commits = as_body(self.body, plans.mode)
         halves: dict[str, Any] = {"staleness_weight": plans.mode.staleness_weight}
-        if not plans.barrier:
+        if plans.mode.gradients:
+            halves = plans.mode.settings()
+        elif not plans.barrier:
             # The most batches of a commit are the body's: updates of halves are others, and fewer.
             numbers = {"min_batches": plans.min_updates, "max_batches": None}
             halves = {**plans.mode.settings(), **numbers}
@@ -103,6 +104,7 @@ class Assembly:
             lr_scheduler=plans.half_scheduler,
             **halves,
         )
+        self._commits = as_body(self.body, plans.mode, self.half)
         self.server = serve(plans, store)
         now = steady_clock() if clock is None else clock
         self.arrivals = Arrivals(now, plans.mode.shared_lineages)
@@ -133,14 +135,13 @@ class Assembly:
         return tuple(client_id for client_id in plan.sampled if client_id not in heard)
 
     def commit(self, client_id: str) -> None:
-        """Commit the body's pending gradients, unless the mode waits for the end of the round."""
+        """Commit what is pending, unless the mode waits for more, or for the end of the round."""
         if self._commits.stream([client_id]):
             self.note()
 
     def global_step(self) -> None:
         """Commit the pending gradients of both lineages: one step of synchronous mode."""
         self._commits.global_step()
-        self.half.step(min_batches=1)
         self.note()
 
     def note(self) -> None:

@@ -63,7 +63,7 @@ class ClientConfig:
     optimizer: Optimizers
     local: LocalTraining = field(default_factory=LocalTraining)
     gradients: bool = False
-    """Whether clients publish the half's gradient after each batch (synchronous mode).
+    """Whether clients publish the half's gradient after each batch (synchronous, grouped).
 
     Local steps then train the personal parts alone.
     """
@@ -293,12 +293,12 @@ class LocalRun:
                 client.pull()
             yield Verb.FORWARD
             optimizer.zero_grad()
-            # Its weight is said: the first tensor's leading dimension may be another one.
-            with client.batch(batch.num_samples):
-                outputs = batch.outputs(client)
-            loss = _scalar(localdata.compute_loss(config.loss_fn, outputs, batch))
-            yield Verb.BACKWARD
             try:
+                # Its weight is said: the first tensor's leading dimension may be another one.
+                with client.batch(batch.num_samples):
+                    outputs = batch.outputs(client)
+                loss = _scalar(localdata.compute_loss(config.loss_fn, outputs, batch))
+                yield Verb.BACKWARD
                 loss.backward()
             except ExpiredError:
                 # Commits of others pushed its version out of the retention window: the batch is

@@ -27,7 +27,7 @@ from splitfed.accumulator.settings import OptimizerFactory, SchedulerFactory
 from splitfed.blobs.contract import Blobs
 from splitfed.checks import at_least
 from splitfed.errors import InputError
-from splitfed.federation.admission import sample_size
+from splitfed.federation.admission import check_group, sample_size
 from splitfed.model.cut import split
 from splitfed.simulation import data as localdata
 from splitfed.simulation.assembly import Assembly, Plans
@@ -69,7 +69,7 @@ def simulate(
     local: LocalTraining = LocalTraining(),  # noqa: B008 -- frozen
     schedule: RoundSchedule = RoundSchedule(),  # noqa: B008 -- frozen
     engine: Engine | None = None,
-    half_optimizer: OptimizerFactory = AVERAGING,
+    half_optimizer: OptimizerFactory | None = None,
     server_scheduler: SchedulerFactory | None = None,
     evaluate: Evaluation | None = None,
     store: GradientStore | None = None,
@@ -88,8 +88,8 @@ def simulate(
             of tensors, a `Dataset`, an `IterableDataset`, or what `deal` makes of one data set.
         loss_fn: `loss_fn(outputs, targets)`: the mean over a batch. The target is the last part of
             a sample; of a dict, what `local.target` names.
-        optimizer: Makes a client's own optimizer from its half's parameters. Synchronous mode
-            takes no local steps but of personal parts.
+        optimizer: Makes a client's own optimizer from its half's parameters. Modes `synchronous`
+            and `grouped` take no local steps but of personal parts.
         server_optimizer: Makes the body's optimizer, as for `Accumulator`.
         rounds: The number of the last round; a store with rounds in it goes on from there.
         mode: How body and halves are updated: a name, or a `Mode` of `splitfed.policies`.
@@ -98,7 +98,8 @@ def simulate(
         engine: Where clients run: in turns in this process, if `None`; by a virtual clock,
             `VirtualTime(...)`; or in parallel, `Processes(workers)`.
         half_optimizer: Makes the optimizer of the client lineage: SGD with rate 1 is FedAvg, others
-            are FedOpt.
+            are FedOpt. By default that of FedAvg; where clients publish gradients
+            (`synchronous`, `grouped`), `server_optimizer`.
         server_scheduler: Makes a scheduler for the body's optimizer; it steps once per commit. To
             let all rates fall alike, set `schedule.final_rate` instead.
         evaluate: Held-out data, or a function of the model that returns metrics by name; evaluated
@@ -124,6 +125,7 @@ def simulate(
     _check_enough(schedule, len(ids))
     _check_pacing(policy, schedule)
     active = sample_size(schedule.clients_per_round, len(ids), schedule.min_clients)
+    check_group(policy, active)
     falling = None
     if schedule.final_rate is not None:
         if server_scheduler is not None:
@@ -137,7 +139,7 @@ def simulate(
         body=body,
         mode=policy,
         server_optimizer=server_optimizer,
-        half_optimizer=half_optimizer,
+        half_optimizer=half_optimizer or (server_optimizer if policy.gradients else AVERAGING),
         server_scheduler=server_scheduler,
         half_scheduler=(
             server_scheduler if falling and policy.gradients else schedule.half_scheduler

@@ -85,7 +85,8 @@ def num_commits(mode: Mode, batches: Mapping[str, int], rounds: int, share: floa
         return math.ceil(rounds * share * most)
     if mode.gradients and not mode.streams:
         return rounds * most
-    if mode.min_batches is None:
+    enough = mode.group or mode.min_batches
+    if enough is None:
         return rounds
     # What is left at the end of a round is a commit too.
-    return rounds * math.ceil(share * sum(batches.values()) / mode.min_batches)
+    return rounds * math.ceil(share * sum(batches.values()) / enough)

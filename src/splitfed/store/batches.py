@@ -73,7 +73,16 @@ _COPIES = (
     "two processes bear the incarnation of its client, as copies of a running one do. "
     "Make a new SplitClient in each of them"
 )
-_PLAIN = ("kind", "base_version", "num_samples", "loss_scale", "digest", "numerics", "holder")
+_PLAIN = (
+    "kind",
+    "base_version",
+    "num_samples",
+    "loss_scale",
+    "digest",
+    "numerics",
+    "holder",
+    "upto",
+)
 
 
 class Pile:

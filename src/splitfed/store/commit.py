@@ -29,7 +29,7 @@ from splitfed.store.batchset import BatchSet, Outcome, Verdict
 _KEYS = (
     "version kind nonce parent table files frozen restored abandoned source turn num_samples "
     "staleness folded older stale rejected skipped num_duplicates num_expired num_foreign time "
-    "part was settings weights durability groups"
+    "part was settings weights durability groups halves body"
 ).split()
 _ALWAYS = ("version", "kind", "nonce", "files", "num_samples", "time")
 """What is in each record, whatever its value."""
@@ -49,6 +49,8 @@ _DEFAULTS = {
     "settings": "",
     "durability": "gradient",
     "groups": (),
+    "halves": None,
+    "body": None,
 }
 
 
@@ -112,6 +114,11 @@ class Commit:
     groups: tuple[tuple[BatchId, ...], ...] = ()
     """The folded batches that servers had added up, each sum in the order in which it was made: the
     rest was added in canonical order."""
+    halves: int | None = None
+    """Of `body`, where both are committed together: the version of `client` that belongs to it."""
+    body: Verdict | None = None
+    """Of `client`, where both are committed together: what was decided on the body's batches. The
+    version of `body` that carries it out names this one."""
     digest: str = ""
     """SHA-256 of the record itself, once it was read."""
 
@@ -178,7 +185,7 @@ class Commit:
             value = getattr(self, name)
             if name == "older":
                 value = {version: batches.to_json() for version, batches in value.items()}
-            elif isinstance(value, BatchSet):
+            elif isinstance(value, BatchSet | Verdict):
                 value = value.to_json()
             if name in _ALWAYS or value != _DEFAULTS.get(name, {}):
                 record[name] = value
@@ -201,6 +208,7 @@ class Commit:
             staleness = record.pop("staleness", {})
             weights = record.pop("weights", {})
             table = record.pop("table", None)
+            halves, body = record.pop("halves", None), record.pop("body", None)
             found = cls(
                 verdict=Verdict(**sets),
                 older={int(version): BatchSet.from_json(ids) for version, ids in older.items()},
@@ -214,6 +222,8 @@ class Commit:
                 groups=tuple(
                     tuple(_batch(*batch) for batch in group) for group in record.pop("groups", ())
                 ),
+                halves=None if halves is None else check_number("halves", halves),
+                body=None if body is None else Verdict.from_json(body),
                 digest=hashlib.sha256(data).hexdigest(),
                 **record,
             )

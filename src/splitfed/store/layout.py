@@ -27,6 +27,7 @@
       sum/<version>-<holder>-<number>          what gradients of a log add up to; a cache
       ask/<holder>                             an accumulator asks a server to write its sums
       window.json                              create-once: of a log: how long versions are needed
+      together.json                            create-once: of client: committed with the body
       settings-<hash>.safetensors              create-once: how commits step
       weights/<version>-<nonce>.safetensors    never overwritten
       optimizer/<version>-<nonce>.safetensors  never overwritten
@@ -151,6 +152,7 @@ class Keys:
         self.spare = f"{lineage}/fingerprint-copy.json"
         self.beside = f"{lineage}/beside.json"
         self.window = f"{lineage}/window.json"
+        self.together = f"{lineage}/together.json"
         self.head = f"{lineage}/head"
         self.gradients = f"{lineage}/grad"
         self.sums = f"{lineage}/sum"

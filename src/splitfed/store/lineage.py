@@ -456,7 +456,8 @@ class Lineage:
         if version > 0:
             parent = self.commit(version - 1)
             abandoned = commit.abandoned or parent.abandoned
-            commit = replace(commit, parent=parent.digest, abandoned=abandoned)
+            halves = parent.halves if commit.halves is None else commit.halves
+            commit = replace(commit, parent=parent.digest, abandoned=abandoned, halves=halves)
             table = self._table(version - 1).adding(commit.verdict)
             place = parent.table or (version - 1, 0)
         if place is None or is_due(version, place):
@@ -538,8 +539,12 @@ class Lineage:
         record = replace(commit, frozen=self.commit(last).frozen)
         return self.publish(record, state, kept)
 
-    def rollback(self, version: int) -> tuple[Commit, list[str]]:
+    def rollback(self, version: int, *, halves: int | None = None) -> tuple[Commit, list[str]]:
         """Make head + 1 from the state of an older version; no batch that is closed counts again.
+
+        Args:
+            version: The older one.
+            halves: The version of the halves that belongs to what comes back (`together`).
 
         Returns:
             The commit, and the ids of the batches that are thereby lost.
@@ -566,6 +571,7 @@ class Lineage:
             frozen=target.frozen,
             restored=version,
             abandoned=(*target.abandoned, (version + 1, head)),
+            halves=halves,
         )
         made = self.publish(commit, state, self.optimizer(version))
         if made is None:

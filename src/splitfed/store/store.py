@@ -39,9 +39,11 @@ from splitfed.store.batches import Pile
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
 from splitfed.store.clients import Clients
+from splitfed.store.commit import Commit
 from splitfed.store.holder import Holder
 from splitfed.store.lineage import Lineage
 from splitfed.store.rounds import Rounds
+from splitfed.store.together import Pair, Together
 
 FORMAT_VERSION = 2
 """The format of stores that are begun here; since 2 each file has a checksum."""
@@ -167,14 +169,45 @@ class GradientStore:
     def rollback(self, version: int, lineage: str = "body") -> list[str]:
         """Go back: make the next version from the state of an older one.
 
+        Where body and halves are committed together, the halves go back with the body.
+
         Returns:
             The ids of the batches that are thereby lost; they don't count again.
 
         Raises:
-            InputError: the version isn't older than the newest.
+            InputError: the version isn't older than the newest, or it is one of the halves that
+                are committed together with the body.
             ExpiredError: it has left the retention window.
         """
-        return self.lineage(lineage).rollback(version)[1]
+        return self.roll_back(version, lineage)[1]
+
+    def roll_back(self, version: int, lineage: str = "body") -> tuple[Commit, list[str]]:
+        """As `rollback`; returns the commit too."""
+        if lineage in ("body", "client") and self.together().is_begun():
+            if lineage == "client":
+                raise InputError(
+                    "the halves are committed together with the body, and can't go back without "
+                    "it: roll back lineage 'body', and the halves follow"
+                )
+            return self.together().rollback(version)
+        return self.lineage(lineage).rollback(version)
+
+    def together(self) -> Together:
+        """Which versions of body and halves belong together, where one commit makes both."""
+        (body, batches), (halves, updates) = self._open("body"), self._open("client")
+        return Together(body, batches, halves, updates)
+
+    def pair(self) -> Pair:
+        """The newest version of the body, and that of the client halves that belongs to it.
+
+        Where they aren't committed together it is the newest of each.
+
+        Raises:
+            MissingError: nobody has begun one of them.
+        """
+        found = Pair(self.latest_version(), self.latest_version("client"))
+        together = self.together()
+        return together.newest() if together.is_begun() else found
 
     def lineages(self) -> list[str]:
         """The names of all lineages that were begun, sorted."""

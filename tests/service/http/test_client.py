@@ -39,6 +39,7 @@ from splitfed.service.http.app import make_app
 from splitfed.service.http.auth import new_token
 from splitfed.service.http.client import HttpTransport
 from splitfed.service.http.contract import encode_error
+from splitfed.service.mailbox.worker import Worker
 
 PULLED = b"".join(pack(PullAnswer(-1, None, {})))
 BUSY = answer(429, encode_error(BusyError("much to do")), retry_after=0)
@@ -86,6 +87,38 @@ def test_training_over_http_ends_in_the_weights_of_training_in_one_process(tmp_p
             client.push()
         ended.append(splitfed.join(client, split.store.load_weights()).state_dict())
     assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
+
+
+def test_groups_over_http_and_through_the_store_end_in_the_bits_of_one_process(tmp_path: Path) -> None:
+    """Each pull brings a pair and each push its batches: the same versions of both, and the same weights."""
+    ended = []
+    for place in ("here", "http", "store"):
+        torch.manual_seed(0)
+        url = (tmp_path / place).as_uri()
+        store, (half, body) = splitfed.GradientStore(url, sync="process"), splitfed.split(model(), "1:5")
+        mode = splitfed.policies.mode("grouped", group=2)
+        updates = splitfed.Accumulator(half, store, sgd, lineage="client", **mode.settings())
+        both = splitfed.Accumulator(body, store, sgd, halves=updates, **mode.settings())
+        server = splitfed.SplitServer(body, store)
+        worker = Worker(server, store)
+        thread = threading.Thread(target=worker.run, kwargs={"poll": 0.01})
+        thread.start()
+        with running(make_app(server)) as service:
+            given = {"here": server, "http": service.url, "store": url}[place]
+            client = splitfed.SplitClient(half, given, client_id="a")
+            for step in range(4):
+                client.pull()
+                assert (client.version, client._sync.body_version) == (step // 2, step // 2)
+                client.zero_grad()
+                nn.functional.cross_entropy(client(torch.randn(4, 6)), torch.randint(0, 3, (4,))).backward()
+                client.push(gradient=True)
+                assert (both.step() is None) == (step % 2 == 0)
+            client.pull()
+        worker.stop()
+        thread.join(60)
+        ended.append(splitfed.join(client, store.load_weights()).state_dict())
+    for found in ended[1:]:
+        assert all(torch.equal(ended[0][name], found[name]) for name in found)
 
 
 def test_the_loss_call_goes_over_http() -> None:

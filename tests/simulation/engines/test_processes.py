@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import IterableDataset
 
+from splitfed.accumulator import policies
 from splitfed.errors import InputError, WorkerError
 from splitfed.store.store import GradientStore
 
@@ -46,6 +47,21 @@ def test_two_workers_end_in_the_bits_of_one_process(tmp_path: Path) -> None:
         assert one[name] == other[name], name
     assert [entry["num_samples"] for entry in other["clients"].values()] == [9, 9, 9]
     assert all(commit["delay"] > 0 for commit in crew.history.commits())
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_groups_are_committed_by_workers(tmp_path: Path) -> None:
+    """By whichever has pushed last: each batch counts once, in the same version of body and halves."""
+    mode = policies.mode("grouped", group=2)
+    crew = toy.run(mode=mode, workers=2, rounds=1, store=GradientStore(tmp_path / "store", sync="process"))
+    (row,) = crew
+    assert (row["status"], row["batches"], row["version"]) == ("complete", 6, row["client_version"])
+    closed = [
+        [list(crew.store.lineage(name).commit(version).folded) for version in range(1, row["version"] + 1)]
+        for name in ("body", "client")
+    ]
+    assert [len(group) for group in closed[0]] == [len(group) for group in closed[1]]
+    assert crew.store.pair().body == crew.store.latest_version("client")
 
 
 @pytest.mark.usefixtures("forked_workers")

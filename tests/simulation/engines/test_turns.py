@@ -13,6 +13,8 @@ from splitfed.simulation.engines.turns import Turns, interleave
 from splitfed.simulation.run import Simulation
 from splitfed.simulation.virtual_time import VirtualTime
 
+GROUPED = policies.mode("grouped", group=2)
+
 
 def watched(monkeypatch: pytest.MonkeyPatch, simulation: Simulation) -> list[tuple[float, str, str]]:
     """The (time, client, request) of each request that a simulation makes from now on."""
@@ -57,12 +59,13 @@ def test_without_virtual_time_clients_come_one_after_the_other_where_order_doesn
 ) -> None:
     """In round mode; batch by batch where one sees what another has done."""
     orders = {}
-    for mode in ("round", "sflv1", "sflv2", "buffered", "synchronous"):
+    for mode in ("round", "sflv1", "sflv2", "buffered", "synchronous", GROUPED):
         simulation = toy.run(clients=toy.clients(2), rounds=1, mode=mode)
         log = watched(monkeypatch, simulation)
         next(simulation)
-        orders[mode] = "".join(client[-1] for _, client, kind in log if kind == "backward")
-    assert orders == {"round": "0011", "sflv1": "0011", "sflv2": "0101", "buffered": "0101", "synchronous": "0101"}
+        orders[policies.mode(mode).name] = "".join(client[-1] for _, client, kind in log if kind == "backward")
+    in_turns = dict.fromkeys(("sflv2", "buffered", "synchronous", "grouped"), "0101")
+    assert orders == {"round": "0011", "sflv1": "0011", **in_turns}
 
 
 def test_turns_are_spread_evenly_over_a_round() -> None:
@@ -236,3 +239,51 @@ def test_clients_that_never_wait_take_turns(mode: str) -> None:
     rows = list(simulation)
     assert [row["status"] for row in rows] == ["complete"] * 3
     assert {name for row in rows for name in row["clients"]} == set(toy.clients())
+
+
+def test_a_group_pulls_in_turn_and_goes_around_while_a_client_has_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of 1, 3 and 2 batches: each pulls when it is its turn, so no batch of a group is stale."""
+    clients = dict(zip("abc", (toy.examples(4), toy.examples(12), toy.examples(8)), strict=True))
+    simulation = toy.run(clients=clients, rounds=2, mode=GROUPED)
+    log = watched(monkeypatch, simulation)
+    rows = list(simulation)
+    turns = [(client, kind) for _, client, kind in log if kind in ("pull", "push")]
+    each = [(client, kind) for client in "abcbcb" for kind in ("pull", "push")]
+    begun = turns.count(("a", "pull")) - 2  # the first pull of all publishes the half, and asks again
+    assert turns[begun:] == 2 * each
+    assert [(row["commits"], row["batches"], row["version"], row["client_version"]) for row in rows] == [
+        (3, 6, 3, 3),
+        (3, 6, 6, 6),
+    ]
+    for lineage in ("body", "client"):
+        assert all(commit["staleness"] == {"0": 2} for commit in simulation.history.commits(lineage))
+
+
+def test_a_group_that_isnt_full_is_committed_when_the_round_ends() -> None:
+    """Five batches in groups of two: the last one alone."""
+    clients = {"a": toy.examples(8), "b": toy.examples(12)}
+    simulation = toy.run(clients=clients, rounds=1, mode=GROUPED)
+    (row,) = simulation
+    assert (row["status"], row["gradients_waiting"], row["version"]) == ("complete", 0, 3)
+    assert [commit["num_batches"] for commit in simulation.history.commits("client")] == [2, 2, 1]
+
+
+def test_groups_go_on_without_a_slow_client_and_a_deadline_ends_the_round_without_it() -> None:
+    """Four batches of a second of two clients are two groups; the slow one's first comes in the next round, stale."""
+    virtual = VirtualTime(compute={"client-0": 1, "client-1": 1, "client-2": 30})
+    simulation = toy.run(mode=GROUPED, virtual=virtual, deadline=20, rounds=2)
+    first, second = simulation
+    assert (first["status"], first["missing"], first["commits"], first["batches"]) == ("deadline", ["client-2"], 2, 4)
+    assert second["batches"] == 5
+    (late,) = [commit for commit in simulation.history.commits("client") if "4" in commit["staleness"]]
+    assert late["time"] == pytest.approx(40)
+
+
+def test_groups_go_on_without_clients_that_die_in_them() -> None:
+    """Of whoever vanishes nothing counts by half: body and halves have folded the same batches in the same versions."""
+    simulation = toy.run(rounds=8, mode=GROUPED, virtual=VirtualTime(dropout=0.5), deadline=10)
+    rows = list(simulation)
+    assert any(row["missing"] for row in rows)
+    folded = [[commit["num_samples"] for commit in simulation.history.commits(name)] for name in ("body", "client")]
+    assert folded[0] == folded[1]
+    assert simulation.store.waiting("body") == simulation.store.waiting("client") == []

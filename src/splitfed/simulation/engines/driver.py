@@ -10,8 +10,8 @@ A driver keeps these rules; transport, store and clients stay those of productio
 - It trains the clients of `Assembly.remaining_clients(plan)` and no others: the updates of the rest
   are in the store already, and their batches would count twice.
 - It hands each client's `ClientState` from one local run to the next.
-- After a backward it calls `Assembly.commit`; in synchronous mode it calls `Assembly.global_step`
-  when every client that still trains has pushed a gradient.
+- After a backward it calls `Assembly.commit`, in grouped mode after the push of a gradient; in
+  synchronous mode it calls `Assembly.global_step` when every client that still trains has pushed.
 - A local run draws from its run id alone, so where it runs changes no bits.
 """
 

@@ -135,7 +135,7 @@ class WorkerPool:
         ]
         while tasks:
             results = self._execute(tasks)
-            if self._config.gradients:
+            if self._config.gradients and not self._assembly.mode.streams:
                 # No client trains now: each has pushed its gradient of this step, or has ended.
                 self._assembly.global_step()
             tasks = [Task(result.client_id, run_id) for result in results if result.metrics is None]
@@ -320,6 +320,9 @@ class _ClientHost:
         )
         self._assembly = Assembly(setup.plans, store, sorted(setup.clients), None)
         self._suspended: dict[str, Generator[None, None, TaskResult]] = {}
+        mode = setup.plans.mode
+        self._commits_after = Verb.PUSH if mode.gradients and mode.streams else Verb.BACKWARD
+        """The request after which there may be enough for a commit."""
 
     def execute(self, task: Task) -> TaskResult:
         """Let a client train to its next global step, or to its end."""
@@ -347,13 +350,15 @@ class _ClientHost:
         )
         answered: Verb | None = None
         for upcoming in run.requests():
-            if answered is Verb.BACKWARD:
+            if answered is self._commits_after:
                 self._assembly.commit(task.client_id)
             elif answered is Verb.PUSH:
                 # With a request to come it was the push of a gradient: the run waits here for the
                 # global step. Its last push, of a gradient or an update, ends it instead.
                 yield
             answered = upcoming
+        if answered is self._commits_after:
+            self._assembly.commit(task.client_id)
         return TaskResult(task.client_id, run.metrics, state)
 
 

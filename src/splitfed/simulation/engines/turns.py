@@ -145,6 +145,11 @@ class Turns:
         self._starts[client_id] = start + self._cycle
         return iter([start + place for place in self._turns[client_id]])
 
+    @property
+    def _waits(self) -> bool:
+        """Whether clients that have pushed a gradient wait for a global step."""
+        return not self._assembly.mode.streams
+
     def _end(self) -> Row:
         """End the round at its deadline, or when nobody is left that trains."""
         if self._awaits_step:
@@ -200,7 +205,7 @@ class Turns:
         instants = self._instants(run.metrics.client_id)
         for upcoming in run.requests():
             self._follow_up(answered, run)
-            if answered is Verb.PUSH:
+            if answered is Verb.PUSH and self._waits:
                 yield None  # parked until the global step
             if upcoming is Verb.FORWARD:
                 if begun == vanishing:
@@ -212,17 +217,23 @@ class Turns:
                 begun += 1
             if self._virtual is not None:
                 yield _delay(answered, upcoming, pace)
-            elif self._in_turns and upcoming is Verb.FORWARD:
+            elif self._in_turns and upcoming is self._turn_begins:
                 yield max(0.0, next(instants, 0.0) - self._timeline.now)
             answered = upcoming
         self._follow_up(answered, run)
 
+    @property
+    def _turn_begins(self) -> Verb:
+        """The request that a turn begins with. In a group each batch has a pull of its own."""
+        return Verb.PULL if self._config.gradients and not self._waits else Verb.FORWARD
+
     def _follow_up(self, answered: Verb | None, run: LocalRun) -> None:
         """Do what follows from a request that has been answered."""
-        if answered is Verb.BACKWARD:
+        if answered is Verb.BACKWARD and not self._config.gradients:
             self._assembly.commit(run.metrics.client_id)
         elif answered is Verb.PUSH and self._config.gradients:
-            self._awaits_step = True
+            self._awaits_step = self._waits
+            self._assembly.commit(run.metrics.client_id)
         elif answered is Verb.PUSH:
             self._has_update = True
             if self._plan is not None and self._plan.number != run.run_id[0]:
