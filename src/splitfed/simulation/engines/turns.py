@@ -200,7 +200,7 @@ class Turns:
         instants = self._instants(run.metrics.client_id)
         for upcoming in run.requests():
             self._follow_up(answered, run)
-            if answered is Verb.PUSH:
+            if answered is Verb.PUSH and self._config.gradients:
                 yield None  # parked until the global step
             if upcoming is Verb.FORWARD:
                 if begun == vanishing:
