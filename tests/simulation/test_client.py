@@ -101,6 +101,16 @@ class Once(IterableDataset[Any]):
         return self.left
 
 
+def test_a_half_may_travel_after_so_many_local_steps() -> None:
+    """Two passes of three batches, and after each fourth it is pushed and pulled; what is left is pushed at the end."""
+    site = Site("steps", local_passes=2, local_steps=4)
+    made = list(site.local_run(ClientState()).requests())
+    step = [Verb.FORWARD, Verb.BACKWARD]
+    assert made == [Verb.PULL, *step * 4, Verb.PUSH, Verb.PULL, *step * 2, Verb.PUSH]
+    headers = [site.store.pile("client").peek(batch) for batch in site.store.waiting("client")]
+    assert [header["num_samples"] for header in headers if header is not None] == [11.0, 5.0]
+
+
 def test_gradients_are_pushed_after_each_batch() -> None:
     """And the half is pulled before each, in a second pass too: nothing is learned locally."""
     site = Site("gradients", gradients=True, local_passes=2)

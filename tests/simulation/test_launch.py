@@ -434,6 +434,8 @@ def test_a_store_that_was_not_given_goes_with_its_run() -> None:
         ({"optimizer": toy.sgd([nn.Parameter(torch.ones(1))])}, InputError, "optimizer is SGD: expected a function"),
         ({"loss_fn": "mse"}, InputError, "loss_fn is str: expected a function"),
         ({"scheduler": 0.1}, InputError, "scheduler is float: expected a function"),
+        ({"local_steps": 2}, InputError, "local_steps is 2, but clients wait .*: give RoundSchedule.barrier=False"),
+        ({"local_steps": 2, "mode": "synchronous"}, InputError, "in mode 'synchronous' clients push the gradient of"),
         ({"pacing": "data"}, InputError, "in mode 'round' there are none: leave it out, or take such as 'buffered'"),
         ({"pacing": "data", "mode": "synchronous"}, InputError, "in mode 'synchronous' there are none"),
         (

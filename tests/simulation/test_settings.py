@@ -19,6 +19,7 @@ from splitfed.simulation.virtual_time import VirtualTime
     [
         (LocalTraining, {"batch_size": 0}, "batch_size is 0: expected an integer of at least 1"),
         (LocalTraining, {"local_passes": True}, "local_passes is True"),
+        (LocalTraining, {"local_steps": 0}, "local_steps is 0: expected an integer of at least 1"),
         (LocalTraining, {"drop_last": 1}, "drop_last is 1: expected True or False"),
         (LocalTraining, {"collate_fn": "pad"}, "collate_fn is str: expected a function, such as .*default_collate"),
         (LocalTraining, {"target": None}, "target is None: expected a key, such as 'labels'"),

@@ -196,6 +196,8 @@ class LocalRun:
         self._state = state
         self._stream = Stream(config.seed, client_id, *run_id)
         self._rates: ClientRates | None = None
+        self._pushed = 0
+        """How many samples the updates hold that were pushed."""
 
     @property
     def num_batches(self) -> int | None:
@@ -248,14 +250,19 @@ class LocalRun:
         optimizer, scheduler = self._optimizer(client)
         for _ in range(config.local.local_passes):
             yield from self._local_pass(client, optimizer, scheduler)
-        # Without a sample every batch has expired: there is no update to push.
-        if not config.gradients and self.metrics.num_samples:
-            yield Verb.PUSH
-            client.push()
+        yield from self._push(client)
         self._keep_state(half, optimizer, scheduler)
         if compression is not None:
             self.metrics.flows = compression.flows
             self._state.residuals = compression.state_dict()
+
+    def _push(self, client: SplitClient) -> Generator[Verb, None, None]:
+        """Push the update of the half, if gradients aren't pushed instead."""
+        # Without a sample every batch has expired: there is no update to push.
+        if not self._config.gradients and self.metrics.num_samples > self._pushed:
+            yield Verb.PUSH
+            client.push()
+            self._pushed = self.metrics.num_samples
 
     def _optimizer(self, client: SplitClient) -> tuple[Optimizer, LRScheduler | None]:
         """The client's optimizer and its scheduler, in the state that it kept."""
@@ -286,9 +293,12 @@ class LocalRun:
         before = self.metrics.batches + self.metrics.expired
         order = localdata.order(self._data, self._stream.generator)
         for batch in localdata.batches(self._data, config.local, order):
-            # With gradients, every batch starts from the newest global step. The run's first pull
-            # has been made already; an expired batch had one too.
-            if config.gradients and self.metrics.batches + self.metrics.expired:
+            # With gradients, every batch starts from the newest global step; else so many do, or
+            # the first alone. The run's first pull has been made already; an expired batch had one.
+            begun = self.metrics.batches + self.metrics.expired
+            steps = 1 if config.gradients else config.local.local_steps
+            if steps is not None and begun and begun % steps == 0:
+                yield from self._push(client)
                 yield Verb.PULL
                 client.pull()
             yield Verb.FORWARD

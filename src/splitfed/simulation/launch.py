@@ -134,6 +134,8 @@ def simulate(
         batches = _num_batches(clients, local, "RoundSchedule(final_rate=...)")
         commits = num_commits(policy, batches, rounds, active / len(ids))
         server_scheduler = falling.scheduler(commits)
+    barrier = _has_barrier(policy, schedule, engine)
+    _check_local_steps(local, policy, barrier)
     plans = Plans(
         half=half,
         body=body,
@@ -146,7 +148,7 @@ def simulate(
         ),
         personal=tuple(personal),
         active=active,
-        barrier=_has_barrier(policy, schedule, engine),
+        barrier=barrier,
         min_updates=_min_updates(schedule, active),
         replicas=at_least("replicas", replicas, 1),
         settings={
@@ -217,6 +219,22 @@ def _check_pacing(mode: Mode, schedule: RoundSchedule) -> None:
         raise InputError(
             f"pacing='data' orders the turns of clients that train on each other's commits, and in "
             f"mode {mode.name!r} there are none: leave it out, or take such as 'buffered'"
+        )
+
+
+def _check_local_steps(local: LocalTraining, mode: Mode, barrier: bool) -> None:
+    """Refuse updates within a pass where they would count as a client's second in one round."""
+    if local.local_steps is None:
+        return
+    if mode.gradients:
+        raise InputError(
+            f"local_steps is {local.local_steps}, but in mode {mode.name!r} clients push the "
+            "gradient of each batch: leave it out"
+        )
+    if barrier:
+        raise InputError(
+            f"local_steps is {local.local_steps}, but clients wait for each other at the end of a "
+            "round, in which one update of each counts: give RoundSchedule(barrier=False)"
         )
 
 

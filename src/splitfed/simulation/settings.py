@@ -46,6 +46,11 @@ class LocalTraining:
     """
     local_passes: int = 1
     """How often a client goes through its data in a round (elsewhere: local epochs)."""
+    local_steps: int | None = None
+    """After so many batches a client pushes its half's update and pulls; `None`: after its passes.
+
+    It needs rounds without a barrier: there the halves are committed as updates come.
+    """
     scheduler: SchedulerFactory | None = None
     """Makes a scheduler for a client's optimizer.
 
@@ -59,6 +64,8 @@ class LocalTraining:
     def __post_init__(self) -> None:
         at_least("batch_size", self.batch_size, 1)
         at_least("local_passes", self.local_passes, 1)
+        if self.local_steps is not None:
+            at_least("local_steps", self.local_steps, 1)
         if not isinstance(self.drop_last, bool):
             raise InputError(f"drop_last is {self.drop_last!r}: expected True or False")
         if self.collate_fn is not None:

@@ -136,6 +136,25 @@ def test_without_a_barrier_each_client_goes_on_at_once() -> None:
     assert max(int(age) for commit in halves for age in commit["staleness"]) == 10
 
 
+@pytest.mark.parametrize("virtual", [None, VirtualTime(compute=3, latency=0.5)])
+def test_local_steps_push_halves_within_a_pass(virtual: VirtualTime | None) -> None:
+    """Of four batches two make an update, and two updates a stretch of two clients: as many as without, but twice."""
+    settings: dict[str, Any] = {"mode": "sflv2", "barrier": False, "virtual": virtual, "min_updates": 1}
+    found = {}
+    for steps in (None, 2):
+        simulation = toy.run(clients=toy.clients(2, each=16), rounds=4, local_steps=steps, **settings)
+        rows = list(simulation)
+        halves = simulation.history.commits("client")
+        found[steps] = [row["time"] for row in rows] if virtual else [sum(row["batches"] for row in rows)]
+        assert sum(commit["num_samples"] for commit in halves[:8]) == (8 * 16 if steps is None else 8 * 8)
+    if virtual is None:
+        assert found[None][0] > 1.5 * found[2][0]
+    else:
+        # The pull 0.5 after a run begins, each backward 4 after it and 5 after the one before, the push 2 after the
+        # last: 0.5 + 4 + 3 * 5 + 2. With two steps 0.5 + 4 + 5 + 2; within a run the next pull is 1 after the push.
+        assert found == {None: [21.5, 43.0, 64.5, 86.0], 2: [11.5, 23.5, 35.0, 47.0]}
+
+
 def test_staleness_is_that_of_the_virtual_schedule() -> None:
     """K = 1: the slow client's forward is at 3.4 and its backward at 6.8 seconds; what is committed in between counts.
 
