@@ -197,9 +197,10 @@ def test_a_rollback_and_what_follows() -> None:
 
 @pytest.mark.parametrize("mode", policies.MODES)
 def test_every_mode_on_every_lineage(mode: str) -> None:
-    """Rounds, buffered, synchronous, SFLV2 and SFLV1: body, halves, and each client's own body."""
+    """Rounds, buffered, synchronous, grouped, SFLV2 and SFLV1: body, halves, and each client's own body."""
     store = kept()
-    simulate_toy(store=store, mode=mode, model=toy_model(0.3))
+    settings = {"group": 2} if mode == "grouped" else {}
+    simulate_toy(store=store, mode=policies.mode(mode, **settings), model=toy_model(0.3))
     half, part = split(toy_model(0.3), "1:3")
     assert replay(part, store).ok
     assert replay(half, store, lineage="client").ok

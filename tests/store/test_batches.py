@@ -53,6 +53,7 @@ def test_what_a_batch_says_of_itself_is_read_without_its_tensors(pile: Pile) -> 
         "digest": "by hand",
         "numerics": "by hand",
         "holder": None,
+        "upto": None,
     }
 
 

@@ -18,6 +18,7 @@ from harness_requests import ahead, back
 from harness_store import Crash, Nth, again, crash, hooked, lose_reply
 from torch import nn
 
+from splitfed.accumulator import policies
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.errors import SplitFedError
 from splitfed.model.skeleton import Template
@@ -31,7 +32,7 @@ from splitfed.tracking.history import History
 
 FORMATS = Path(__file__).resolve().parents[1] / "promises/formats"
 CLIENTS = ("a", "b", "c")
-MODES = ("round", "buffered", "synchronous", "sflv1", "sflv2")
+MODES = ("round", "buffered", "synchronous", policies.mode("grouped", group=2), "sflv1", "sflv2")
 Look = Callable[[GradientStore], None]
 """Called now and then with the store as a new process sees it."""
 
@@ -371,7 +372,7 @@ def _rounds(chance: random.Random, url: str) -> Healthy:
         assert found, "no further round"
         assert store.rounds().current() is not None
 
-    return Healthy(f"rounds, {mode}", again(GradientStore(url)), go_on)
+    return Healthy(f"rounds, {policies.mode(mode).name}", again(GradientStore(url)), go_on)
 
 
 def _old(chance: random.Random, url: str) -> GradientStore:

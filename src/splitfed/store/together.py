@@ -80,7 +80,7 @@ class Together:
             MissingError: nobody has begun one of the two.
         """
         body = self._body.head()
-        named = self._body.commit(body).halves
+        named = self._named(body)
         if named is None:
             # No group was carried out yet: what was decided since isn't to be seen.
             named = max(0, self._halves.head())
@@ -96,13 +96,22 @@ class Together:
             the halves, which the body has still to follow.
         """
         head = self._body.head()
-        named = self._body.commit(head).halves
+        named = self._named(head)
         newest = self._halves.head()
         if newest <= 0 or (named is not None and newest <= named):
             return None
         decision = self._halves.commit(newest)
         is_decision = decision.body is not None or decision.kind == "rollback"
         return (head, decision) if is_decision else None
+
+    def _named(self, version: int) -> int | None:
+        """The version of the halves that a version of the body names; `None` before the first."""
+        commit = self._body.commit(version)
+        while commit.halves is None and commit.was is not None:
+            # A record that `repair` has made in place of a lost one doesn't say it. That of the
+            # one before is no newer, and what was decided since is carried out without batches.
+            commit = self._body.commit(commit.version - 1)
+        return commit.halves
 
     def partners(self, verdict: Verdict, oldest: int = 0) -> Verdict:
         """What becomes of the body's batches, by what becomes of the gradients of the halves.
@@ -201,7 +210,7 @@ class Together:
     def _half_of(self, version: int) -> int:
         """The version of the halves that belongs to a version of the body."""
         head = self._body.head()
-        named = self._body.commit(version).halves
+        named = self._named(version)
         if named is not None:
             return named
         for later in range(version + 1, head + 1):
