@@ -66,7 +66,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--repeat", nargs="*", choices=[*recipe.MODES, *baselines.BASELINES], default=REPEATED, help=text
     )
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at once, of one core each (default: 1)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="trainings at once, a core each; 0: only tables (default: 1)"
+    )
     parser.add_argument("--buffer", type=int, default=20, help="batches of a commit in buffered mode (default: 20)")
     parser.add_argument("--schedule", choices=["falling", "constant"], default="falling", help="of all rates")
     parser.add_argument("--compression", metavar="CODEC", help="of all that crosses the cuts, such as int8")

@@ -137,7 +137,7 @@ def run(cells: list[Cell], settings: Settings, jobs: int = 1) -> Iterator[tuple[
     Args:
         cells: Which.
         settings: What they have in common.
-        jobs: How many processes train at once; each takes one core.
+        jobs: How many processes train at once; each takes one core. With 0 nothing is trained.
 
     Raises:
         InputError: a cell was trained with other settings.
@@ -145,7 +145,8 @@ def run(cells: list[Cell], settings: Settings, jobs: int = 1) -> Iterator[tuple[
     found = {cell: load(cell, settings) for cell in cells}
     missing = [cell for cell, curve in found.items() if curve is None]
     yield from ((cell, curve) for cell, curve in found.items() if curve is not None)
-    if jobs == 1:
+    if jobs < 2:
+        missing = missing if jobs else []
         yield from ((cell, train(cell, settings)) for cell in missing)
         return
     # Spawned: each process has its own threads and data, as in a run of its own.
