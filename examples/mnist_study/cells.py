@@ -189,6 +189,8 @@ def train(cell: Cell, settings: Settings) -> Curve:
     torch.set_num_threads(1)  # the model is too small for two, and sums over one have the same bits everywhere
     path, deal = cell.file(settings), cell.deal(settings)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The first optimizer of a process imports torch's compiler, which is in nobody's seconds.
+    settings.whole([torch.zeros(1, requires_grad=True)])
     found = curve(f"{cell.name} {cell.skew} {cell.method}", _rows(cell, deal, settings))
     software = {"splitfed": splitfed.__version__, "torch": torch.__version__}
     kept = {"conditions": cell.conditions(settings), "software": software, "curve": found}
