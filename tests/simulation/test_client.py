@@ -132,30 +132,6 @@ def test_an_optimizers_state_is_kept_if_asked(keeps: bool) -> None:
         assert state.optimizer is state.scheduler is None
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_a_rate_by_rounds_is_that_of_the_round(keeps: bool) -> None:
-    """A quarter in round 3 for all three batches, whether the client was there in round 2; round 1 has it all."""
-    site, rates = Site(f"by-round-{keeps}", keep_optimizers=keeps), []
-
-    class Noting(torch.optim.Adam):
-        """Notes the rate of each step."""
-
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            """Step."""
-            rates.append(self.param_groups[0]["lr"])
-            super().step(closure)
-
-    halving = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)  # noqa: E731
-    local = replace(site.config.local, scheduler=halving, scheduler_step="round")
-    config = replace(site.config, optimizer=lambda params: Noting(params, lr=0.08), local=local)
-    state = ClientState()
-    for number in (1, 3):
-        list(LocalRun(config, site.server, "a", toy.examples(8), state, (number, 0)).requests())
-    assert rates == [0.08] * 3 + [0.02] * 3
-    assert state.scheduler is None
-    assert (state.optimizer is not None) is keeps
-
-
 def test_a_batch_whose_version_has_gone_is_lost_and_counted() -> None:
     """The version of its forward left the retention window before its backward; the rest of the pass goes on."""
     site = Site("expired")

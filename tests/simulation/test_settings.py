@@ -20,7 +20,6 @@ from splitfed.simulation.virtual_time import VirtualTime
         (LocalTraining, {"batch_size": 0}, "batch_size is 0: expected an integer of at least 1"),
         (LocalTraining, {"local_passes": True}, "local_passes is True"),
         (LocalTraining, {"scheduler": 0.1}, "scheduler is float: expected a function, such as .*StepLR"),
-        (LocalTraining, {"scheduler_step": "pass"}, "scheduler_step is 'pass': expected 'batch' or 'round'"),
         (RoundSchedule, {"min_clients": 0}, "min_clients is 0"),
         (RoundSchedule, {"clients_per_round": 1.5}, "clients_per_round is 1.5"),
         (RoundSchedule, {"clients_per_round": 2, "min_clients": 3}, "an integer of at least min_clients=3"),

@@ -94,8 +94,6 @@ class Assembly:
             store,
             plans.half_optimizer,
             lineage="client",
-            # Where both take the steps of one model, both rates fall; a mean of halves has none.
-            lr_scheduler=plans.server_scheduler if plans.mode.gradients else None,
             personal=plans.personal,
             **halves,
         )

@@ -13,7 +13,6 @@ generator is suspended.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -254,7 +253,7 @@ class LocalRun:
             self._state.residuals = compression.state_dict()
 
     def _optimizer(self, client: SplitClient) -> tuple[Optimizer, LRScheduler | None]:
-        """The client's optimizer, in the state that it kept, and what steps after each batch."""
+        """The client's optimizer and its scheduler, in the state that it kept."""
         local = self._config.local
         optimizer = self._config.optimizer(client.parameters())
         scheduler = None if local.scheduler is None else local.scheduler(optimizer)
@@ -265,15 +264,9 @@ class LocalRun:
                     "and a simulated client's loop has none: use one that steps alone, "
                     "such as AdamW or StepLR"
                 )
-        by_round = scheduler is not None and local.scheduler_step == "round"
-        rates = _rates_of_round(scheduler, self.run_id[0]) if scheduler and by_round else []
         # A scheduler sets its optimizer's rates when it is made, so states are loaded after both.
         if self._state.optimizer is not None:
             optimizer.load_state_dict(self._state.optimizer)
-        if by_round:
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            return optimizer, None
         if scheduler is not None and self._state.scheduler is not None:
             scheduler.load_state_dict(self._state.scheduler)
         return optimizer, scheduler
@@ -326,19 +319,6 @@ class LocalRun:
         if self._config.local.keep_optimizers:
             self._state.optimizer = optimizer.state_dict()
             self._state.scheduler = None if scheduler is None else scheduler.state_dict()
-
-
-def _rates_of_round(scheduler: LRScheduler, number: int) -> list[Any]:
-    """The rates in a round: a fresh scheduler after a step for each round before it.
-
-    So they follow from the number alone, for a client that was sampled in some rounds only too.
-    """
-    with warnings.catch_warnings():
-        # The steps of earlier rounds were taken by an optimizer that is no more.
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        for _ in range(1, number):
-            scheduler.step()
-    return scheduler.get_last_lr()
 
 
 def _scalar(loss: object) -> Tensor:

@@ -96,8 +96,7 @@ def simulate(
             `VirtualTime(...)`; or in parallel, `Processes(workers)`.
         half_optimizer: Makes the optimizer of the client lineage: SGD with rate 1 is FedAvg, others
             are FedOpt.
-        server_scheduler: Makes a scheduler for the body's optimizer; it steps once per commit. In
-            synchronous mode the optimizer of the client lineage has one too.
+        server_scheduler: Makes a scheduler for the body's optimizer; it steps once per commit.
         evaluate: Held-out data, or a function of the model that returns metrics by name; evaluated
             once per round.
         store: The store of the run; by default one in memory that goes when nobody holds it.

@@ -26,8 +26,7 @@ class LocalTraining:
     """How a client trains on its own data in a round.
 
     Raises:
-        InputError: a number below 1, a scheduler that can't be called or steps at no known time,
-            or an unknown codec.
+        InputError: a number below 1, a scheduler that can't be called, or an unknown codec.
     """
 
     batch_size: int = 64
@@ -35,11 +34,9 @@ class LocalTraining:
     local_passes: int = 1
     """How often a client goes through its data in a round (elsewhere: local epochs)."""
     scheduler: SchedulerFactory | None = None
-    """Makes a scheduler for a client's optimizer."""
-    scheduler_step: Literal["batch", "round"] = "batch"
-    """When it steps: after each batch of the client, and is kept with the optimizer; or with the
-    number of the round, so that all clients of a round have the rate of that round, however many
-    batches they have and whatever they keep.
+    """Makes a scheduler for a client's optimizer.
+
+    It steps once per batch, and is kept with the optimizer.
     """
     keep_optimizers: bool = False
     """Whether a client goes on with its optimizer's state in its next round."""
@@ -49,10 +46,6 @@ class LocalTraining:
     def __post_init__(self) -> None:
         at_least("batch_size", self.batch_size, 1)
         at_least("local_passes", self.local_passes, 1)
-        if self.scheduler_step not in ("batch", "round"):
-            raise InputError(
-                f"scheduler_step is {self.scheduler_step!r}: expected 'batch' or 'round'"
-            )
         if self.compression is not None:
             Codecs.of(self.compression)
         if self.scheduler is not None:
