@@ -7,7 +7,6 @@ seconds since the start, and the bytes and round trips of the round. `falls` say
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,7 +28,7 @@ def centralised(deal: Deal, rounds: int, seed: int, rate: Rate = recipe.WHOLE, *
     model = recipe.make_model(seed)
     optimizer = rate(model.parameters())
     everything = torch.arange(len(deal.labels))
-    scheduler = recipe.falling(rounds * -(-len(everything) // recipe.BATCH))(optimizer) if falls else None
+    scheduler = recipe.falling(optimizer, rounds * -(-len(everything) // recipe.BATCH)) if falls else None
     for number in range(1, rounds + 1):
         _one_pass(model, optimizer, deal, everything, generator, scheduler)
         figures = judge(model, deal.test)
@@ -40,17 +39,17 @@ def fedavg(deal: Deal, rounds: int, seed: int, rate: Rate = recipe.WHOLE, *, fal
     """Federated averaging of the whole model (McMahan et al. 2017, arXiv 1602.05629): every owner, one pass a round.
 
     The whole model travels to each owner and back. An owner's optimizer starts again each round, as in the split modes;
-    its rate falls from round to round.
+    its rate falls on.
     """
     generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
     model = recipe.make_model(seed)
     for number in range(1, rounds + 1):
         mean = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in model.state_dict().items()}
-        left = 1 - (1 - recipe.LAST) * (number - 1) / max(1, rounds - 1) if falls else 1.0
-        of_round = dataclasses.replace(rate, lr=left * rate.lr)
-        for part in deal.parts:
+        for part, count in zip(deal.parts, deal.batches, strict=True):
             own = copy.deepcopy(model)
-            _one_pass(own, of_round(own.parameters()), deal, part, generator)
+            optimizer = rate(own.parameters())
+            scheduler = recipe.falling(optimizer, rounds * count, (number - 1) * count) if falls else None
+            _one_pass(own, optimizer, deal, part, generator, scheduler)
             for name, tensor in own.state_dict().items():
                 mean[name] += tensor.double() * (len(part) / len(deal.labels))
         model.load_state_dict(mean)
@@ -67,7 +66,7 @@ def local(deal: Deal, rounds: int, seed: int, rate: Rate = recipe.WHOLE, *, fall
     schedulers: list[Any] = [None] * len(models)
     if falls:
         steps = zip(optimizers, deal.batches, strict=True)
-        schedulers = [recipe.falling(rounds * count)(optimizer) for optimizer, count in steps]
+        schedulers = [recipe.falling(optimizer, rounds * count) for optimizer, count in steps]
     for number in range(1, rounds + 1):
         figures = []
         for model, optimizer, scheduler, part in zip(models, optimizers, schedulers, deal.parts, strict=True):

@@ -99,13 +99,14 @@ class Cell:
             "clients": None if self.skew == ANY else settings.clients,
             "rounds": settings.rounds,
             "batch": recipe.BATCH,
-            "schedule": settings.schedule,
+            "final_rate": recipe.LAST if settings.schedule == "falling" else None,
             "rates": rates,
             "validate": settings.validate,
         }
         if self.is_mode:
             mode = recipe.make_mode(self.method, settings.buffer)
-            found |= {"mode": mode.describe(), "compression": settings.compression}
+            pacing = recipe.PACING.get(self.method, "even")
+            found |= {"mode": mode.describe(), "pacing": pacing, "compression": settings.compression}
         return found
 
 

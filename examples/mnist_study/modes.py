@@ -55,14 +55,11 @@ def train(
         optimizer=rates.client,
         server_optimizer=rates.server,
         half_optimizer=rates.half,
-        server_scheduler=recipe.falling(rounds * recipe.commits_a_pass(mode, deal.batches)) if falls else None,
         rounds=rounds,
         mode=mode,
-        local=simulation.LocalTraining(
-            batch_size=recipe.BATCH,
-            scheduler=recipe.falling(rounds) if falls else None,
-            scheduler_step="round",
-            compression=compression,
+        local=simulation.LocalTraining(batch_size=recipe.BATCH, compression=compression),
+        schedule=simulation.RoundSchedule(
+            final_rate=recipe.LAST if falls else None, pacing=recipe.PACING.get(mode.name, "even")
         ),
         evaluate=deal.test,
         seed=seed,

@@ -4,9 +4,7 @@ The rates were chosen on digits that are not in the test set: `study.py --valida
 out and scores on those. The tried rates and their results are in `docs/study.md`.
 
 Every rate falls over the run, linearly to a twentieth, that of the baselines too: at a constant rate the last batches
-move the last accuracy by a point, and whatever trains more slowly looks as if it were better. The body's rate falls by
-commits. So does that of the halves where clients publish gradients. A client's own falls by rounds, as each takes other
-numbers of steps.
+move the last accuracy by a point, and whatever trains more slowly looks as if it were better.
 """
 
 from __future__ import annotations
@@ -15,11 +13,11 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from splitfed import partition, policies, simulation
 from splitfed.cli.demo import data
@@ -80,14 +78,22 @@ RATES = {
     "synchronous": Rates(Rate("adam", 3e-3), Rate("adam", 1e-3), half=Rate("adam", 1e-3)),
     "grouped": Rates(Rate("adam", 3e-3), Rate("adam", 3e-3), half=Rate("adam", 3e-3)),
 }
+PACING: dict[str, Literal["even", "data"]] = {"grouped": "data"}
+"""The modes in which owners take turns in proportion to their data."""
 MODES = tuple(name for name in RATES if name in policies.MODES)
 WHOLE = Rate("adam", 3e-3)
 """For the unsplit model: centralised, local and in FedAvg."""
 
 
-def falling(steps: int) -> functools.partial[LinearLR]:
-    """A factory of schedulers that let the rate fall linearly to a twentieth in so many steps."""
-    return functools.partial(LinearLR, start_factor=1.0, end_factor=LAST, total_iters=max(1, steps - 1))
+def falling(optimizer: torch.optim.Optimizer, steps: int, done: int = 0) -> LambdaLR:
+    """Let the rates of an optimizer fall linearly to a twentieth, as `RoundSchedule(final_rate=...)` does.
+
+    Args:
+        optimizer: The optimizer; the scheduler steps once per batch.
+        steps: How many steps the whole run has.
+        done: How many of them came before.
+    """
+    return LambdaLR(optimizer, lambda step: 1.0 - (1.0 - LAST) * min(1.0, (done + step) / steps))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,17 +184,6 @@ def make_model(seed: int) -> nn.Sequential:
 def make_mode(name: str, buffer: int) -> policies.Mode:
     """The mode of that name; `buffered` commits when `buffer` batches wait."""
     return policies.mode(name, **({"min_batches": buffer} if name == "buffered" else {}))
-
-
-def commits_a_pass(mode: policies.Mode, batches: list[int]) -> int:
-    """How many steps the body's optimizer takes in a pass over all owners' data, in turns.
-
-    With a body for each owner, as many as the largest owner has batches: the small ones, whose rate then falls less,
-    weigh less in the average.
-    """
-    if mode.per_client or (mode.gradients and not mode.streams):
-        return max(batches)
-    return -(-sum(batches) // mode.settings()["min_batches"]) if mode.streams else 1
 
 
 @functools.cache

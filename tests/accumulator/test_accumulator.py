@@ -20,6 +20,7 @@ from splitfed.client.client import SplitClient
 from splitfed.errors import InputError, UnsupportedError
 from splitfed.model.cutpoint import CutPoint
 from splitfed.server.server import SplitServer
+from splitfed.store.batchset import BatchSet, Verdict
 from splitfed.store.store import GradientStore
 
 
@@ -66,6 +67,54 @@ def test_a_commit_comes_about_when_min_batches_wait_and_folds_all(store: Gradien
     assert commit is not None
     assert commit.num_batches == 4
     assert accumulator.step() is None
+
+
+def test_a_commit_folds_the_oldest_up_to_a_number(store: GradientStore) -> None:
+    """Older versions first; of one version each client's first, then anybody's second: all by ids alone."""
+    accumulator = Accumulator(Point(), store, sgd(), min_batches=2, max_batches=3)
+    for seq in range(4):
+        store.pile().create(batch(seq), record([1.0 + seq] * 2))
+    store.pile().create(batch(0, "b"), record([8.0, 8.0]))
+    commit = accumulator.step()
+    assert commit is not None
+    assert list(commit.folded) == [batch(0), batch(1), batch(0, "b")]
+    assert w(store) == pytest.approx([-(1 + 2 + 8) / 3] * 2)
+    # Two of version 0 are left; they go before four of version 1, though these are another's.
+    for seq in range(1, 5):
+        store.pile().create(batch(seq, "b"), record([0.0, 0.0], base_version=1))
+    found = [list(commit.folded) for commit in iter(accumulator.step, None)]
+    assert found == [[batch(2), batch(3), batch(1, "b")], [batch(seq, "b") for seq in (2, 3, 4)]]
+    made = again(store).lineage("body").commit(2)
+    assert dict(made.staleness) == {0: 1, 1: 2}
+    assert [made.base_of(one) for one in made.folded] == [0, 0, 1]
+
+
+def test_what_a_round_decided_is_folded_whole_and_a_number_of_ones_own_counts_once(store: GradientStore) -> None:
+    """`only` has named the batches; `min_batches=1` folds what is left, up to as many as ever."""
+    accumulator = Accumulator(Point(), store, sgd(), min_batches=2, max_batches=2)
+    for seq in range(7):
+        store.pile().create(batch(seq), record())
+    commit = accumulator.step(1, only=Verdict(folded=BatchSet(batch(seq) for seq in range(4))))
+    assert commit is not None
+    assert commit.num_batches == 4
+    assert [commit.num_batches for commit in iter(lambda: accumulator.step(1), None)] == [2, 1]
+
+
+def test_a_log_folds_the_oldest_to_the_same_bits() -> None:
+    """Servers' sums over more batches don't fit a commit: the gradients are computed again."""
+    ends = []
+    for durability in ("gradient", "log"):
+        store = GradientStore(f"memory://{uuid.uuid4()}")
+        server = SplitServer(h.net(), store, durability=durability)
+        accumulator = Accumulator(h.net(), store, adam, max_batches=3, durability=durability)
+        for name in ("a", "b"):
+            client = SplitClient(nn.Sequential(CutPoint(), nn.Tanh()), server, name)
+            for number in range(4):
+                client(torch.eye(3) * (1 + number)).sum().backward()
+        made = [commit.num_batches for commit in iter(accumulator.step, None)]
+        assert made == [3, 3, 2]
+        ends.append(bits(store.load_weights()))
+    assert ends[0] == ends[1]
 
 
 def test_what_is_too_old_is_counted_as_stale_and_isnt_folded(store: GradientStore) -> None:

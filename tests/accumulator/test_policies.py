@@ -59,9 +59,11 @@ def test_the_settings_of_an_accumulator() -> None:
     """A round is folded by `step(min_batches=1)`; bodies per client have no such setting."""
     assert policies.mode("round").settings() == {
         "min_batches": 1,
+        "max_batches": None,
         "max_staleness": None,
         "staleness_weight": policies.constant,
     }
+    assert policies.mode("buffered", max_batches=9).settings()["max_batches"] == 9
     assert policies.mode("buffered", min_batches=3).settings()["min_batches"] == 3
     assert set(policies.mode("sflv1").settings()) == {"max_staleness", "staleness_weight"}
 
@@ -71,6 +73,7 @@ def test_a_mode_describes_itself_in_json() -> None:
     assert json.loads(json.dumps(policies.mode("buffered", min_batches=2).describe())) == {
         "name": "buffered",
         "min_batches": 2,
+        "max_batches": None,
         "max_staleness": 16,
         "staleness_weight": "inverse_sqrt",
         "gradients": False,
@@ -85,6 +88,10 @@ def test_a_mode_describes_itself_in_json() -> None:
         ("fedbuff", {}, "mode 'fedbuff' isn't known: expected one of round, buffered, synchronous, sflv2, sflv1"),
         ("round", {"k": 3}, "a mode has no setting 'k': expected name, min_batches"),
         ("buffered", {"min_batches": 0}, "min_batches is 0: expected an integer of at least 1"),
+        ("buffered", {"max_batches": 0}, "max_batches is 0: expected an integer of at least 1"),
+        ("buffered", {"max_batches": 7}, "max_batches is 7: expected at least min_batches=8, the number that"),
+        ("round", {"max_batches": 7}, "max_batches is 7 in mode 'round', whose commits aren't made by numbers"),
+        ("sflv1", {"max_batches": 1}, "max_batches is 1 in mode 'sflv1', whose commits aren't"),
         ("buffered", {"max_staleness": -1}, "max_staleness is -1"),
         ("round", {"staleness_weight": 0.5}, "staleness_weight is 0.5: expected a function"),
         ("round", {"name": ""}, "a mode needs a name, got ''"),

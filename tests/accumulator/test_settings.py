@@ -29,6 +29,13 @@ def test_a_window_that_is_too_narrow_is_refused() -> None:
         CommitSettings(keep_versions=5, max_staleness=4)
 
 
+@pytest.mark.parametrize(("most", "said"), [(0, "max_batches is 0"), (2, "max_batches is 2: .* min_batches=3")])
+def test_the_most_of_a_commit_is_no_less_than_the_least(most: int, said: str) -> None:
+    """None could ever come about."""
+    with pytest.raises(InputError, match=said):
+        CommitSettings(min_batches=3, max_batches=most)
+
+
 def test_settings_go_through_an_accumulator_unchanged() -> None:
     """As keywords, to another accumulator of the same settings."""
     given = CommitSettings(min_batches=3, max_staleness=4, staleness_weight=policies.inverse_sqrt, clip_norm=1.0)
@@ -43,5 +50,9 @@ def test_a_mode_is_followed_where_it_says_something() -> None:
     CommitSettings(min_batches=7, max_staleness=2).check_mode(round_)
     with pytest.raises(InputError, match="max_staleness is None, but mode 'round' says 2"):
         CommitSettings().check_mode(round_)
+    with pytest.raises(InputError, match="max_batches is 9, but mode 'buffered' says None"):
+        CommitSettings(
+            min_batches=8, max_batches=9, max_staleness=16, staleness_weight=policies.inverse_sqrt
+        ).check_mode(policies.mode("buffered"))
     with pytest.raises(InputError, match="min_batches is 1, but mode 'buffered' says 8"):
         CommitSettings().check_mode(policies.mode("buffered"))

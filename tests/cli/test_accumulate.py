@@ -192,3 +192,13 @@ def test_sigterm_ends_it_after_the_commit(store: GradientStore, capsys: pytest.C
     assert capsys.readouterr().out == "splitfed: accumulating body in run\nversion 1: 1 batch, 1 samples\n"
     assert signal.getsignal(signal.SIGTERM) is before
     assert len(commits(store)) == 2
+
+
+def test_a_commit_folds_so_many_at_most(store: GradientStore, capsys: pytest.CaptureFixture[str]) -> None:
+    """Five wait: two commits of two, and one of what is left; below the least it is refused."""
+    begun(store, 5)
+    for _ in range(3):
+        assert accumulate("--optimizer", "SGD", "--lr", "1", "--max-batches", "2", "--once") == 0
+    assert [commit.num_batches for commit in commits(store)[1:]] == [2, 2, 1]
+    assert accumulate("--optimizer", "SGD", "--min-batches", "3", "--max-batches", "2", "--once") != 0
+    assert "max_batches is 2: expected at least min_batches=3" in capsys.readouterr().err

@@ -32,6 +32,47 @@ def test_each_client_is_drawn_about_as_often_as_another() -> None:
     assert all(abs(drawn[name] - 500) < 100 for name in IDS)
 
 
+def test_in_proportion_to_data_one_is_drawn_as_often_as_its_share() -> None:
+    """Of 2,000 draws, 1 in 10, 3 in 10 and 6 in 10; of two that are drawn, the second by what is left."""
+    sizes = {"a": 1, "b": 3, "c": 6}
+    ones = Counter(sample(sizes, 1, seed=5, number=number, sizes=sizes)[0] for number in range(2_000))
+    assert all(abs(ones[name] - 200 * size) < 5 * 22 for name, size in sizes.items())
+    twos = Counter(sample(sizes, 2, seed=5, number=number, sizes=sizes) for number in range(2_000))
+    # Both orders of b and c: 3/10 · 6/7 + 6/10 · 3/4.
+    assert abs(twos["b", "c"] - 2_000 * (0.3 * 6 / 7 + 0.6 * 3 / 4)) < 5 * 21
+    assert sample(sizes, 3, seed=5, number=1, sizes=sizes) == ("a", "b", "c")
+
+
+def test_in_proportion_too_who_joins_displaces_at_most_one() -> None:
+    """One that is in no list counts as the mean; the order of ids is nothing to it."""
+    sizes = {name: 1 + number for number, name in enumerate(IDS)}
+    for number in range(50):
+        before = sample(IDS, 5, seed=0, number=number, sizes=sizes)
+        assert before == sample(reversed(IDS), 5, seed=0, number=number, sizes=sizes)
+        after = sample([*IDS, "new"], 5, seed=0, number=number, sizes=sizes)
+        assert after == sample([*IDS, "new"], 5, seed=0, number=number, sizes={**sizes, "new": 10.5})
+        assert len(set(before) - set(after)) <= 1
+
+
+def test_a_federation_draws_by_the_sizes_it_is_given() -> None:
+    """A mapping of ids to sizes is one of ids where nobody asks for the sizes; without sizes there is no proportion."""
+    sizes = {"a": 1, "b": 10_000}
+    url = f"memory://{uuid.uuid4()}"
+    run = Coalition(url, clients=sizes, clients_per_round=1, sampling="data")
+    plan = run.federation.open()
+    assert plan is not None
+    assert plan.sampled == ("b",)
+    assert Coalition(f"memory://{uuid.uuid4()}", clients=sizes).federation.open() is not None
+    for clients, said in (
+        (["a", "b"], "sampling='data' needs to know .* a mapping of ids to numbers"),
+        ({"a": 0}, "the size of client 'a' is 0: expected a finite number above 0"),
+    ):
+        with pytest.raises(InputError, match=said):
+            Coalition(f"memory://{uuid.uuid4()}", clients=clients, sampling="data")
+    with pytest.raises(InputError, match="sampling is 'size': expected one of 'uniform', 'data'"):
+        Coalition(f"memory://{uuid.uuid4()}", clients=sizes, sampling="size")
+
+
 def test_who_joins_displaces_at_most_one() -> None:
     """A sample of ids and one more has all but one of the sample without it."""
     for number in range(50):

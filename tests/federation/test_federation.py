@@ -6,9 +6,11 @@ import math
 import threading
 import time
 import types
+import uuid
 
 import pytest
 from coalition import Coalition
+from harness_store import commits
 
 from splitfed import BatchId, Federation, InputError
 from splitfed.accumulator import policies
@@ -465,3 +467,19 @@ def test_the_clock_of_a_coordinator_never_jumps(monkeypatch: pytest.MonkeyPatch)
     assert now() == 1_000.0
     times.update(time=-30e6, monotonic=7.5)
     assert now() == 1_002.5
+
+
+def test_a_poll_folds_a_backlog_in_commits_of_their_size() -> None:
+    """Seven pending batches of two clients, by two or three: two commits while the round goes on, one at its end."""
+    mode = policies.mode("buffered", min_batches=2, max_batches=3)
+    run = Coalition.begun(f"memory://{uuid.uuid4()}", "a", "b", mode=mode, body=mode.settings())
+    for name, count in (("a", 4), ("b", 3)):
+        for _ in range(count):
+            run.batch(name, 1.0)
+    run.federation.poll()
+    assert [commit.num_batches for commit in commits(run.store)[1:]] == [3, 3]
+    run.train("a", to=2.0)
+    run.train("b", to=2.0)
+    report = run.poll()
+    assert [commit.num_batches for commit in commits(run.store)[1:]] == [3, 3, 1]
+    assert report["commits"] == 3

@@ -16,6 +16,7 @@ from splitfed.federation.per_client import PerClient
 from splitfed.simulation.assembly import Assembly
 from splitfed.simulation.data import batches
 from splitfed.simulation.run import Simulation
+from splitfed.simulation.settings import LocalTraining
 from splitfed.simulation.virtual_time import VirtualTime
 
 
@@ -85,8 +86,8 @@ def test_a_late_half_is_weighted_as_the_mode_says() -> None:
         assert [row["late"] for row in simulation] == [[], ["client-1"]]
         ends.append(simulation.store.load_weights(lineage="client")["0.weight"])
     whole = toy.model()
-    inputs, targets = next(batches(clients["client-1"], 4, range(4)))
-    cross_entropy(whole(inputs), targets).backward()
+    batch = next(batches(clients["client-1"], LocalTraining(batch_size=4), range(4)))
+    cross_entropy(batch.outputs(whole), batch.target).backward()
     gradient = whole.get_parameter("0.weight").grad
     assert gradient is not None
     torch.testing.assert_close(ends[1] - ends[0], gradient / 8, rtol=0, atol=1e-6)

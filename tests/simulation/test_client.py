@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import toy
+from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.data import IterableDataset
 
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.errors import InputError, UnsupportedError
@@ -59,6 +61,44 @@ def test_targets_of_several_parts_count_by_example() -> None:
     run = LocalRun(config, site.server, "a", data, ClientState(), (1, 0))
     list(run.requests())
     assert run.metrics.row() == {"num_samples": 8, "batches": 3, "train_loss": 2.0}
+
+
+def test_what_a_batch_counts_is_its_number_of_samples_whatever_its_shapes() -> None:
+    """Sequences first: a batch of three is one of three, though its tensors begin with another dimension."""
+    site = Site("sequences", drop_last=True)
+    local = replace(site.config.local, collate_fn=sequences_first)
+    config = replace(site.config, local=local, loss_fn=lambda outputs, targets: outputs.sum() * 0)
+    data = [torch.ones(5, 4)] * 7
+    run = LocalRun(config, site.server, "a", data, ClientState(), (1, 0))
+    assert run.num_batches == 2
+    list(run.requests())
+    assert run.metrics.num_samples == 6
+    waiting = [site.store.pile().peek(batch) for batch in site.store.waiting()]
+    assert [header["num_samples"] for header in waiting if header is not None] == [3.0, 3.0]
+
+
+def sequences_first(samples: list[Tensor]) -> tuple[Tensor, int]:
+    """(T, N, *), and nothing to compare with."""
+    return torch.stack(samples, 1), 0
+
+
+def test_a_stream_that_yields_nothing_is_an_error() -> None:
+    """As a generator that was used up in the pass before."""
+    site = Site("nothing", local_passes=2)
+    run = LocalRun(site.config, site.server, "a", Once(), ClientState(), (1, 0))
+    assert run.num_batches is None
+    with pytest.raises(InputError, match=r"the Once of client 'a' yielded no batch of 3 examples in a pass"):
+        list(run.requests())
+
+
+class Once(IterableDataset[Any]):
+    """A stream that can be gone through only once."""
+
+    def __init__(self) -> None:
+        self.left = iter(list(zip(*toy.examples(4), strict=True)))
+
+    def __iter__(self) -> Any:
+        return self.left
 
 
 def test_gradients_are_pushed_after_each_batch() -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from splitfed.errors import InputError
 from splitfed.simulation.data import evaluate
+from splitfed.simulation.settings import LocalTraining
 
 
 class Fixed(nn.Module):
@@ -70,3 +71,20 @@ def test_no_figures_and_no_data_are_refused() -> None:
         evaluate(Fixed(), lambda _: 0.5, cross_entropy)  # type: ignore[arg-type, return-value]
     with pytest.raises(InputError, match="no held-out data"):
         evaluate(Fixed(), (torch.zeros(0, 2), torch.zeros(0)), cross_entropy)
+
+
+def test_the_settings_of_batches_hold_for_what_is_held_out() -> None:
+    """A dict's target by its key, a collate function; a last batch that is smaller counts all the same."""
+    held = {"inputs": torch.tensor([[1.0, 0.0]] * 3), "y": torch.tensor([0, 1, 0])}
+    local = LocalTraining(target="y", drop_last=True)
+    assert evaluate(Fixed(), held, cross_entropy, local)["accuracy"] == pytest.approx(2 / 3)
+    swapped = LocalTraining(collate_fn=lambda rows: (torch.stack([row[1] for row in rows]), torch.tensor([1])))
+    assert evaluate(Fixed(), [(0, torch.tensor([0.0, 1.0]))], cross_entropy, swapped)["accuracy"] == 1
+
+
+def test_a_loss_that_doesnt_fit_its_target_says_what_it_got() -> None:
+    """One of other arguments, and one that wants a tensor and gets strings."""
+    with pytest.raises(InputError, match=r"loss_fn\(outputs, target\) raised TypeError: .* as the target, a Tensor"):
+        evaluate(Fixed(), (torch.ones(2, 2), torch.zeros(2)), lambda outputs: outputs.sum())  # type: ignore[arg-type, misc]
+    with pytest.raises(InputError, match=r"as the target, a (list|tuple): the target is the last part of a sample"):
+        evaluate(Fixed(), [(torch.ones(2), "north")], cross_entropy)

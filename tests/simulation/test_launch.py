@@ -14,6 +14,7 @@ import torch
 import toy
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import IterableDataset
 
 import splitfed
 from splitfed import History, VirtualTime
@@ -98,6 +99,103 @@ def test_synchronous_mode_is_centralised_training_on_all_batches() -> None:
     assert [row["commits"] for row in rows] == [1] * 10
     for name, tensor in simulation.whole().state_dict().items():
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-12)
+
+
+class Masked(nn.Module):
+    """Tokens of which a mask says which count: bottom, body and head, 3 words to 2 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.bottom, self.body, self.head = nn.Embedding(4, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(N, T) and (N, T) to logits (N, 2)."""
+        found: torch.Tensor = self.head((self.body(self.bottom(ids)) * mask[..., None]).sum(1))
+        return found
+
+
+def sentences(seed: int) -> list[torch.Tensor]:
+    """Nine of one to three words; its class is whether the first word is an even one."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 4, (9,), generator=generator).tolist()
+    return [torch.randint(1, 4, (length,), generator=generator) for length in lengths]
+
+
+def padded(words: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch by name."""
+    ids = nn.utils.rnn.pad_sequence(words, batch_first=True)
+    return {"ids": ids, "mask": (ids > 0).float(), "labels": torch.stack([word[0] % 2 for word in words])}
+
+
+def listed(words: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The same by place."""
+    return tuple(padded(words).values())
+
+
+class Sentences(IterableDataset[torch.Tensor]):
+    """They come in an order that is drawn anew each time, by torch's own generator."""
+
+    def __init__(self, seed: int) -> None:
+        self.words = sentences(seed)
+
+    def __iter__(self) -> Any:
+        return (self.words[i] for i in torch.randperm(9).tolist())
+
+
+MASKED: dict[str, Any] = {"model": Masked(), "at": "body", "batch_size": 2, "local_passes": 2, "drop_last": True}
+
+
+@pytest.mark.parametrize("name", ["samples", "a stream"])
+def test_samples_with_masks_train_by_name_and_by_place(name: str) -> None:
+    """A list of sentences or a stream of them, collated to a dict or a tuple: four batches of two, the same bits."""
+    make = {"samples": sentences, "a stream": Sentences}[name]
+    clients = {f"c{seed}": make(seed) for seed in range(2)}
+    ends = []
+    for collate in (padded, listed):
+        run = toy.run(**MASKED, clients=clients, collate_fn=collate, evaluate=sentences(7), mode="sflv2")
+        rows = list(run)
+        assert [row["clients"]["c1"]["num_samples"] for row in rows] == [16, 16]
+        assert [row["batches"] for row in rows] == [16, 16]
+        assert {"loss", "accuracy"} <= rows[0].keys()
+        ends.append(run.whole())
+        entry = run.history.run["clients"]["c1"]  # type: ignore[index]
+        assert entry == ({} if name == "a stream" else {"num_samples": 9})
+    assert toy.same(*ends)
+    assert not toy.same(ends[0], Masked())
+
+
+def test_a_killed_run_goes_on_with_streams_as_with_data_sets() -> None:
+    """To the bits of one go, in virtual time too: what a stream draws is its client's own, and begins anew."""
+    settings = {**MASKED, "clients": {f"c{seed}": Sentences(seed) for seed in range(2)}, "collate_fn": padded}
+    whole, store = toy.run(**settings, virtual=VirtualTime()), GradientStore("memory://killed-stream")
+    list(whole)
+    with pytest.raises(toy.Killed):
+        list(toy.run(**settings, store=store, loss_fn=toy.dying(8)))
+    run = toy.run(**settings, store=store)
+    assert [row["round"] for row in run] == [1, 2]
+    assert toy.same(run.whole(), whole.whole())
+
+
+def test_clients_are_sampled_in_proportion_to_their_examples() -> None:
+    """One of nine in ten examples is drawn nearly always; in the other way, half the time."""
+    clients = {"large": toy.examples(36), "small": toy.examples(4)}
+    drawn = {}
+    for sampling in ("uniform", "data"):
+        run = toy.run(clients=clients, clients_per_round=1, rounds=16, batch_size=40, sampling=sampling)
+        drawn[sampling] = [row["sampled"] for row in run].count(["large"])
+    assert drawn["uniform"] < 13 <= drawn["data"]
+
+
+def test_a_callback_needs_no_list(capsys: pytest.CaptureFixture[str]) -> None:
+    """`print` shows each row; a history alone keeps them."""
+    list(toy.run(rounds=1, callbacks=print))
+    assert "'kind': 'round'" in capsys.readouterr().out
+    history = History()
+    assert toy.run(rounds=1, callbacks=history).history is history
+    with pytest.raises(InputError, match="callbacks is 7"):
+        toy.run(callbacks=7)
 
 
 @pytest.mark.filterwarnings("ignore:a gradient of client 'client-1' isn't finite")
@@ -253,6 +351,20 @@ def test_a_store_that_was_not_given_goes_with_its_run() -> None:
         ({"optimizer": toy.sgd([nn.Parameter(torch.ones(1))])}, InputError, "optimizer is SGD: expected a function"),
         ({"loss_fn": "mse"}, InputError, "loss_fn is str: expected a function"),
         ({"scheduler": 0.1}, InputError, "scheduler is float: expected a function"),
+        ({"pacing": "data"}, InputError, "in mode 'round' there are none: leave it out, or take such as 'buffered'"),
+        ({"pacing": "data", "mode": "synchronous"}, InputError, "in mode 'synchronous' there are none"),
+        (
+            {"pacing": "data", "mode": "sflv2", "clients": {"a": Sentences(0)}},
+            InputError,
+            r"RoundSchedule\(pacing='data'\) needs to know",
+        ),
+        ({"sampling": "data", "clients": {"a": Sentences(0)}}, InputError, r"sampling='data'\) needs to know"),
+        ({"drop_last": True, "batch_size": 9}, InputError, "client 'client-0' has 8 examples, which drop_last"),
+        (
+            {"clients": {"a": Sentences(0)}, "virtual": VirtualTime(dropout=0.1)},
+            InputError,
+            r"VirtualTime\(dropout=...\) needs to know how many examples each client has, and the Sentences of 'a'",
+        ),
     ],
 )
 def test_a_setting_out_of_its_range_is_refused_at_once(

@@ -19,6 +19,9 @@ from splitfed.simulation.virtual_time import VirtualTime
     [
         (LocalTraining, {"batch_size": 0}, "batch_size is 0: expected an integer of at least 1"),
         (LocalTraining, {"local_passes": True}, "local_passes is True"),
+        (LocalTraining, {"drop_last": 1}, "drop_last is 1: expected True or False"),
+        (LocalTraining, {"collate_fn": "pad"}, "collate_fn is str: expected a function, such as .*default_collate"),
+        (LocalTraining, {"target": None}, "target is None: expected a key, such as 'labels'"),
         (LocalTraining, {"scheduler": 0.1}, "scheduler is float: expected a function, such as .*StepLR"),
         (RoundSchedule, {"min_clients": 0}, "min_clients is 0"),
         (RoundSchedule, {"clients_per_round": 1.5}, "clients_per_round is 1.5"),
@@ -27,6 +30,8 @@ from splitfed.simulation.virtual_time import VirtualTime
         (RoundSchedule, {"late": "drop"}, "late is 'drop': expected 'count' or 'refuse'"),
         (RoundSchedule, {"barrier": 0}, "barrier is 0: expected True, False"),
         (RoundSchedule, {"min_updates": 0}, "min_updates is 0"),
+        (RoundSchedule, {"sampling": "size"}, "sampling is 'size': expected 'uniform' or 'data'"),
+        (RoundSchedule, {"pacing": True}, "pacing is True: expected 'even' or 'data'"),
         (Processes, {"workers": 0}, "workers is 0"),
     ],
 )
@@ -46,6 +51,8 @@ def test_a_group_refuses_a_setting_out_of_its_range(
         (LocalTraining(), RoundSchedule(), 4, r"engine is 4: expected a VirtualTime, .* Processes\(workers=2\)"),
         (LocalTraining(), RoundSchedule(deadline=3.0), Processes(2), r"give engine=VirtualTime\(\.\.\.\) too"),
         (LocalTraining(), RoundSchedule(barrier=False), Processes(2), "leave barrier=False out"),
+        (LocalTraining(), RoundSchedule(pacing="data"), Processes(2), "orders the turns .*: leave engine out"),
+        (LocalTraining(), RoundSchedule(pacing="data"), VirtualTime(), r"or let VirtualTime\(compute=...\) give"),
     ],
 )
 def test_groups_that_dont_go_together_are_refused(local: Any, schedule: Any, engine: Any, message: str) -> None:

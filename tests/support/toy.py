@@ -62,7 +62,9 @@ def grouped(settings: dict[str, Any]) -> dict[str, Any]:
     schedule = {name: settings.pop(name) for name in SCHEDULE & settings.keys()}
     workers, virtual = settings.pop("workers", 0), settings.pop("virtual", None)
     history = settings.pop("history", None)
-    callbacks = [*([] if history is None else [history]), *settings.pop("callbacks", ())]
+    callbacks = settings.pop("callbacks", ())
+    if history is not None:
+        callbacks = [history, *callbacks]
     return {
         **settings,
         "local": LocalTraining(**local),

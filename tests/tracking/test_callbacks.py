@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from splitfed.errors import InputError
-from splitfed.tracking.callbacks import CSV, Callbacks, TensorBoard
+from splitfed.tracking.callbacks import CSV, Callbacks, TensorBoard, several
 from splitfed.tracking.history import History
 
 ROUND = {
@@ -67,6 +67,17 @@ def test_what_cant_be_called_is_refused() -> None:
     """A path in place of a CSV is noticed before the run."""
     with pytest.raises(InputError, match=r"callback 'out\.csv' can't be called: expected a function of a row"):
         Callbacks(["out.csv"])  # type: ignore[list-item]
+
+
+def test_one_callback_is_as_good_as_a_list_of_one() -> None:
+    """A function, an object with `on_row`, or several; what is neither is refused."""
+    history = History()
+    assert several(print) == [print]
+    assert several(history) == [history]
+    assert several(callback for callback in (print, history)) == [print, history]
+    for wrong in (7, "print", None):
+        with pytest.raises(InputError, match=f"callbacks is {wrong!r}: expected a function of a row, one with on_row"):
+            several(wrong)  # type: ignore[arg-type]
 
 
 def test_csv_has_a_line_per_round(tmp_path: Path) -> None:

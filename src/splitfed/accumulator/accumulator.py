@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from splitfed.accumulator.buffers import Rule, merge_buffers
 from splitfed.accumulator.derive import Deriver
-from splitfed.accumulator.fold import Folded, Older, fold, sort_batches
+from splitfed.accumulator.fold import Folded, Older, fold, oldest, sort_batches
 from splitfed.accumulator.gather import Gatherer
 from splitfed.accumulator.optimizer import Stepper, capture
 from splitfed.accumulator.policies import StalenessWeight, constant
@@ -81,6 +81,10 @@ class Accumulator:
         param_groups: Makes parameter groups from the module, in place of the plain list.
         lineage: `body`, `client` (FedAvg: SGD with rate 1) or `body@<id>`.
         min_batches: A commit comes about when so many batches are pending; it folds all of them.
+        max_batches: It folds so many at most: the oldest by the version that they were computed at,
+            and of one version, as many of each client as of another. The others stay pending, and
+            grow older by a commit: with `max_staleness`, a backlog that never ends becomes stale.
+            `None` for all of them.
         max_staleness: Batches whose base is more commits behind are reported as stale and not
             folded; `None` for any.
         staleness_weight: s(τ), by staleness in commits; see `splitfed.policies`.
@@ -119,6 +123,7 @@ class Accumulator:
         param_groups: Groups | None = None,
         lineage: str = "body",
         min_batches: int = 1,
+        max_batches: int | None = None,
         max_staleness: int | None = None,
         staleness_weight: StalenessWeight = constant,
         clip_norm: float | None = None,
@@ -134,6 +139,7 @@ class Accumulator:
         check_durability(durability)
         self.settings = CommitSettings(
             min_batches=min_batches,
+            max_batches=max_batches,
             max_staleness=max_staleness,
             staleness_weight=staleness_weight,
             clip_norm=clip_norm,
@@ -194,6 +200,11 @@ class Accumulator:
         return self.settings.min_batches
 
     @property
+    def max_batches(self) -> int | None:
+        """A commit folds so many batches at most; `None` for all that are pending."""
+        return self.settings.max_batches
+
+    @property
     def max_staleness(self) -> int | None:
         """Batches whose base is more commits behind aren't folded; `None` for any."""
         return self._bounded.max_staleness
@@ -214,7 +225,8 @@ class Accumulator:
         Args:
             min_batches: In place of the accumulator's own for this once; 1 folds what is left at
                 the end of a round.
-            only: What was decided on these batches; others stay pending. A round ends so.
+            only: What was decided on these batches; others stay pending. A round ends so, and
+                `max_batches` doesn't apply.
 
         Returns:
             The commit, or `None` while fewer than `min_batches` are pending. If all that would have
@@ -333,7 +345,10 @@ class Accumulator:
                 return None
             # Nor numbers that were given up: their files pile up, and no gradient need ever come.
             verdict, older = Verdict(skipped=verdict.skipped), {}
-        return verdict, older
+        most = self.settings.max_batches
+        if most is None or only is not None:
+            return verdict, older
+        return oldest(verdict, older, most, self._deferred)
 
     def _fold(self, verdict: Verdict, head: int, held: Held) -> Folded:
         """Add up what is to be folded; what is held needn't be read."""

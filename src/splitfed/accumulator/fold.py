@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,39 @@ def sort_batches(
             _warn_rejected(batch, reason, unfit)
         outcomes[batch] = outcome
     return Verdict.of(outcomes), {version: BatchSet(ids) for version, ids in sorted(older.items())}
+
+
+def oldest(
+    verdict: Verdict, older: Older, most: int, deferred: Container[BatchId] = ()
+) -> tuple[Verdict, Older]:
+    """A verdict that folds so many of the batches at most, the oldest; the others stay pending.
+
+    They come by the version that they were computed at. Of one version each client's first come
+    before anybody's second, so that a client with many doesn't make a commit alone. The order is a
+    function of the ids and versions: whoever sees the same batches folds the same.
+
+    Args:
+        verdict: What becomes of each pending batch.
+        older: Those of another version than the head, by version.
+        most: How many are folded at most.
+        deferred: Batches that can't be folded here; they take nobody's place.
+    """
+    version = {batch: base for base, batches in older.items() for batch in batches}
+    head = max(older, default=0) + 1
+    counts: Counter[tuple[int, str]] = Counter()
+    places: dict[BatchId, tuple[int, int]] = {}
+    for batch in verdict.folded:
+        if batch in deferred:
+            continue
+        base = version.get(batch, head)
+        places[batch] = (base, counts[base, batch.client_id])
+        counts[base, batch.client_id] += 1
+    first = set(sorted(places, key=lambda batch: (places[batch], batch))[:most])
+    later = {batch for batch in verdict.folded if batch not in first}
+    if not later:
+        return verdict, older
+    kept = {base: [one for one in batches if one not in later] for base, batches in older.items()}
+    return verdict.without(later), {base: BatchSet(ids) for base, ids in kept.items() if ids}
 
 
 def _outcome(

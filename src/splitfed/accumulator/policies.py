@@ -57,6 +57,11 @@ class Mode:
     """The number of pending batches that makes a commit; `None`: the end of the round does, or each
     global step.
     """
+    max_batches: int | None = None
+    """A commit folds so many pending batches at most, the oldest first; `None` for all of them.
+
+    It needs `min_batches`, and one body for all clients.
+    """
     max_staleness: int | None = None
     """Batches whose base is more commits behind are reported as stale and not folded; `None` for
     any.
@@ -78,6 +83,7 @@ class Mode:
             )
         if self.min_batches is not None:
             at_least("min_batches", self.min_batches, 1)
+        self._check_most()
         if self.max_staleness is not None:
             at_least("max_staleness", self.max_staleness, 0)
         if not callable(self.staleness_weight):
@@ -85,6 +91,16 @@ class Mode:
                 f"staleness_weight is {self.staleness_weight!r}: "
                 "expected a function, as inverse_sqrt"
             )
+
+    def _check_most(self) -> None:
+        if self.max_batches is None:
+            return
+        if self.min_batches is None or self.per_client:
+            raise InputError(
+                f"max_batches is {self.max_batches!r} in mode {self.name!r}, whose commits aren't "
+                "made by numbers of batches on one body: leave it out, or take such as 'buffered'"
+            )
+        check_most(self.max_batches, self.min_batches)
 
     @property
     def streams(self) -> bool:
@@ -108,9 +124,9 @@ class Mode:
 
     def settings(self) -> dict[str, Any]:
         """The keywords of the accumulator of the body that follows this mode."""
-        least = {} if self.per_client else {"min_batches": self.min_batches or 1}
+        numbers = {"min_batches": self.min_batches or 1, "max_batches": self.max_batches}
         return {
-            **least,
+            **({} if self.per_client else numbers),
             "max_staleness": self.max_staleness,
             "staleness_weight": self.staleness_weight,
         }
@@ -174,6 +190,20 @@ def _by_name(name: str) -> Mode:
     raise InputError(
         f"mode {name!r} isn't known: expected one of {', '.join(MODES)}, or a policies.Mode"
     )
+
+
+def check_most(max_batches: int, min_batches: int) -> None:
+    """Check the most batches of a commit against the least.
+
+    Raises:
+        InputError: it isn't an integer of at least 1, or is below the least.
+    """
+    at_least("max_batches", max_batches, 1)
+    if max_batches < min_batches:
+        raise InputError(
+            f"max_batches is {max_batches}: expected at least min_batches={min_batches}, "
+            "the number that makes a commit"
+        )
 
 
 def _check_staleness(staleness: int) -> None:

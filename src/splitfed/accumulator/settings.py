@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from splitfed.accumulator.buffers import Rule
-from splitfed.accumulator.policies import Mode, StalenessWeight, constant
+from splitfed.accumulator.policies import Mode, StalenessWeight, check_most, constant
 from splitfed.checks import at_least, positive
 from splitfed.errors import InputError
 
@@ -36,6 +36,7 @@ class CommitSettings:
     """
 
     min_batches: int = 1
+    max_batches: int | None = None
     max_staleness: int | None = None
     staleness_weight: StalenessWeight = constant
     clip_norm: float | None = None
@@ -53,6 +54,8 @@ class CommitSettings:
             # It may be read more than once: by an accumulator, and by one that gets its settings.
             object.__setattr__(self, "personal", tuple(self.personal))
         at_least("min_batches", self.min_batches, 1)
+        if self.max_batches is not None:
+            check_most(self.max_batches, self.min_batches)
         if self.max_staleness is not None:
             at_least("max_staleness", self.max_staleness, 0)
         if self.keep_versions is not None:

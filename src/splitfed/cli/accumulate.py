@@ -99,6 +99,12 @@ def _add_policy(group: argparse._ArgumentGroup) -> None:
         help="commit when so many wait (default: %(default)s)",
     )
     group.add_argument(
+        "--max-batches",
+        type=int,
+        metavar="N",
+        help="fold so many in a commit at most, the oldest first (default: all that wait)",
+    )
+    group.add_argument(
         "--max-staleness",
         type=int,
         metavar="N",
@@ -182,6 +188,7 @@ def open_accumulator(arguments: argparse.Namespace) -> Accumulator:
         lr_scheduler=scheduler_factory(arguments),
         lineage=arguments.lineage,
         min_batches=arguments.min_batches,
+        max_batches=arguments.max_batches,
         max_staleness=arguments.max_staleness,
         staleness_weight=getattr(policies, arguments.staleness_weight),
         clip_norm=arguments.clip_norm,

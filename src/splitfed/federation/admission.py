@@ -1,6 +1,7 @@
 """The rules of a round, in one place: who is asked to train, and which updates count.
 
-Who is sampled is a function of the seed, the round's number and the ids, and of nothing else. Each
+Who is sampled is a function of the seed, the round's number and the ids, and of nothing else but
+the sizes of clients, if they are drawn in proportion to these. Each
 client's ticket is a hash of the three, and the lowest tickets win. So any coordinator draws the
 same clients, in any version of Python; and a client that joins displaces at most one other from a
 round's sample.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,14 +29,25 @@ from splitfed.store.rounds import Ending, Plan
 from splitfed.store.store import GradientStore
 
 
-def sample(ids: Iterable[str], count: int, seed: int, number: int) -> tuple[str, ...]:
-    """Draw clients without replacement, each equally likely.
+def sample(
+    ids: Iterable[str],
+    count: int,
+    seed: int,
+    number: int,
+    sizes: Mapping[str, float] | None = None,
+) -> tuple[str, ...]:
+    """Draw clients without replacement, each equally likely or in proportion to a size.
+
+    In proportion, one is drawn after the other, and the chance of each is its size over that of
+    all that are left. That is a race in which a client arrives after an exponential time whose rate
+    is its size (Efraimidis and Spirakis 2006, Information Processing Letters 97).
 
     Args:
         ids: The clients to draw from.
         count: How many; all if there are fewer.
         seed: The run's seed.
         number: The round's number.
+        sizes: The size of each client, above 0; one that isn't there has the mean of the others.
 
     Returns:
         The drawn ids, sorted.
@@ -44,7 +56,18 @@ def sample(ids: Iterable[str], count: int, seed: int, number: int) -> tuple[str,
     def ticket(client_id: str) -> bytes:
         return hashlib.sha256(f"{seed}/{number}/{client_id}".encode()).digest()
 
-    return tuple(sorted(sorted(set(ids), key=ticket)[:count]))
+    if sizes is None:
+        return tuple(sorted(sorted(set(ids), key=ticket)[:count]))
+    usual = sum(sizes.values()) / len(sizes)
+
+    def arrival(client_id: str) -> tuple[float, bytes]:
+        drawn = ticket(client_id)
+        # In the open interval from 0 to 1. A logarithm may differ in its last bit elsewhere, so
+        # that another coordinator draws otherwise: the first to put its plan on record decides.
+        chance = ((int.from_bytes(drawn[:8], "big") >> 11) + 0.5) / 2**53
+        return -math.log(chance) / sizes.get(client_id, usual), drawn
+
+    return tuple(sorted(sorted(set(ids), key=arrival)[:count]))
 
 
 def sample_size(clients_per_round: int | float | None, known: int, least: int) -> int:

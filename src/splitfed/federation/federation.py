@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
 from splitfed.accumulator.accumulator import Accumulator
@@ -85,7 +85,7 @@ class SharedBody:
 
     def stream(self, clients: Iterable[str]) -> bool:
         """Commit the pending batches, if they are enough and the mode commits within rounds."""
-        return self._streams and self._accumulator.step() is not None
+        return self._streams and self._fold() > 0
 
     def global_step(self) -> None:
         """Commit one step over all pending batches, whatever their number."""
@@ -97,7 +97,19 @@ class SharedBody:
             self._accumulator.step(1, only=ending.body)
         elif self._streams and plan.barrier:
             # Too few for a commit of their own; but after the last round nothing would follow.
-            self._accumulator.step(1)
+            self._fold(1)
+
+    def _fold(self, least: int | None = None) -> int:
+        """Commit what is pending now, in several commits if one may not fold all; how many."""
+        commits = 1
+        most = self._accumulator.max_batches
+        if most is not None:
+            # Counted beforehand: whoever sends as fast as this commits would keep it here forever.
+            commits = max(1, -(-len(self.store.waiting("body")) // most))
+        for made in range(commits):
+            if self._accumulator.step(least) is None:
+                return made
+        return commits
 
 
 def as_body(accumulator: Accumulator | Body, mode: Mode) -> Body:
@@ -130,9 +142,14 @@ class Federation:
         body: The accumulator of the body; in a mode with a body for each client, of these.
         half: The accumulator of the client halves, with `lineage="client"`.
         mode: How the body is updated: the name of a mode, or a `Mode` of `splitfed.policies`.
-        clients: Ids that are known beforehand; besides them, whoever ever pulled or trained.
+        clients: Ids that are known beforehand; besides them, whoever ever pulled or trained. With
+            `sampling="data"` a mapping of ids to how many examples each client has.
         clients_per_round: How many are sampled for a round: a number, a share such as 0.1, or
             `None` for all. A round for which fewer are known asks all of them, and warns once.
+        sampling: Clients are drawn each as likely as another (`"uniform"`), or one after the other
+            in proportion to their examples (`"data"`); one that isn't in `clients` counts as the
+            mean of those that are. In proportion is meant for rounds in which each trains on as
+            many batches: means weigh clients by their examples already.
         min_clients: Below so many clients with an update nothing is averaged.
         deadline: How long a round lasts at most, in seconds of the clock; `None` for as long as it
             takes.
@@ -159,8 +176,9 @@ class Federation:
         half: Accumulator,
         *,
         mode: str | Mode = "round",
-        clients: Iterable[str] = (),
+        clients: Iterable[str] | Mapping[str, float] = (),
         clients_per_round: int | float | None = None,
+        sampling: Literal["uniform", "data"] = "uniform",
         min_clients: int = 1,
         deadline: float | None = None,
         late: Literal["count", "refuse"] = "count",
@@ -182,12 +200,14 @@ class Federation:
         if deadline is not None:
             positive("deadline", deadline)
         _one_of("late", late, ("count", "refuse"))
+        _one_of("sampling", sampling, ("uniform", "data"))
         _one_of("below_quorum", below_quorum, ("keep", "drop"))
         self.body = body
         self.half = half
         self.rounds = body.store.rounds()
         self._store = body.store
         self._clients = frozenset(map(check_client_id, clients))
+        self._sizes = _checked_sizes(clients) if sampling == "data" else None
         self._per_round = clients_per_round
         self._min_clients = min_clients
         self._deadline = deadline
@@ -231,7 +251,7 @@ class Federation:
         count = sample_size(self._per_round, len(known), self._min_clients)
         plan = Plan(
             number=number,
-            sampled=sample(known, count, self._seed, number),
+            sampled=sample(known, count, self._seed, number, self._sizes),
             body_version=body_version,
             client_version=client_version,
             min_clients=self._min_clients,
@@ -397,6 +417,16 @@ def steady_clock() -> Callable[[], float]:
     """A clock in seconds since 1970 that never jumps: the time of now, and what has gone since."""
     ahead = time.time() - time.monotonic()
     return lambda: time.monotonic() + ahead
+
+
+def _checked_sizes(clients: Iterable[str] | Mapping[str, float]) -> dict[str, float]:
+    """How many examples each client has."""
+    if not isinstance(clients, Mapping) or not clients:
+        raise InputError(
+            "sampling='data' needs to know how much data clients have: expected clients as a "
+            "mapping of ids to numbers of examples, such as {'a': 600, 'b': 50}"
+        )
+    return {name: positive(f"the size of client {name!r}", clients[name]) for name in clients}
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ those of production; all the difference is that they share a process with their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ class Plans:
     server_optimizer: OptimizerFactory
     half_optimizer: OptimizerFactory
     server_scheduler: SchedulerFactory | None
+    half_scheduler: SchedulerFactory | None
     personal: tuple[str, ...]
     active: int
     """How many clients train at once, at most."""
@@ -51,6 +52,8 @@ class Plans:
     """How many servers share the requests."""
     settings: dict[str, Any]
     """Further arguments of `Federation`."""
+    sizes: Mapping[str, int] | None = None
+    """How many examples each client has, if they are sampled by it."""
 
 
 class Assembly:
@@ -88,13 +91,16 @@ class Assembly:
         self._commits = as_body(self.body, plans.mode)
         halves: dict[str, Any] = {"staleness_weight": plans.mode.staleness_weight}
         if not plans.barrier:
-            halves = {**plans.mode.settings(), "min_batches": plans.min_updates}
+            # The most batches of a commit are the body's: updates of halves are others, and fewer.
+            numbers = {"min_batches": plans.min_updates, "max_batches": None}
+            halves = {**plans.mode.settings(), **numbers}
         self.half = Accumulator(
             plans.half,
             store,
             plans.half_optimizer,
             lineage="client",
             personal=plans.personal,
+            lr_scheduler=plans.half_scheduler,
             **halves,
         )
         self.server = serve(plans, store)
@@ -105,7 +111,7 @@ class Assembly:
             self.body,
             self.half,
             mode=plans.mode,
-            clients=clients,
+            clients=clients if plans.sizes is None else plans.sizes,
             barrier=plans.barrier,
             clock=now,
             **plans.settings,

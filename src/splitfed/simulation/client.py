@@ -31,6 +31,7 @@ from splitfed.protocol.compression import Flow
 from splitfed.protocol.transport import Transport
 from splitfed.simulation import data as localdata
 from splitfed.simulation.data import Data
+from splitfed.simulation.rates import ClientRates, Falling
 from splitfed.simulation.rng import Stream
 from splitfed.simulation.settings import LocalTraining, check_function
 
@@ -68,6 +69,8 @@ class ClientConfig:
     """
     personal: tuple[str, ...] = ()
     seed: int = 0
+    falling: Falling | None = None
+    """How clients' rates fall over the run; `None` if they don't."""
 
     def __post_init__(self) -> None:
         check_function("loss_fn", self.loss_fn, "torch.nn.functional.cross_entropy")
@@ -192,12 +195,14 @@ class LocalRun:
         self._data = data
         self._state = state
         self._stream = Stream(config.seed, client_id, *run_id)
+        self._rates: ClientRates | None = None
 
     @property
-    def num_batches(self) -> int:
-        """How many batches the whole run has."""
+    def num_batches(self) -> int | None:
+        """How many batches the whole run has; `None` with a stream of unknown length."""
         local = self._config.local
-        return local.local_passes * -(-localdata.size(self._data) // local.batch_size)
+        total = localdata.known_size(self._data)
+        return None if total is None else local.local_passes * localdata.num_batches(total, local)
 
     def requests(self) -> Generator[Verb, None, LocalMetrics]:
         """Train; the generator stops before each request.
@@ -256,6 +261,8 @@ class LocalRun:
         """The client's optimizer and its scheduler, in the state that it kept."""
         local = self._config.local
         optimizer = self._config.optimizer(client.parameters())
+        if self._config.falling is not None:
+            self._rates = ClientRates(self._config.falling, optimizer)
         scheduler = None if local.scheduler is None else local.scheduler(optimizer)
         for made in (optimizer, scheduler):
             if made is not None and not steps_alone(made):
@@ -276,10 +283,9 @@ class LocalRun:
     ) -> Generator[Verb, None, None]:
         """One pass over the client's data."""
         config = self._config
-        batch_size = config.local.batch_size
+        before = self.metrics.batches + self.metrics.expired
         order = localdata.order(self._data, self._stream.generator)
-        batches = localdata.batches(self._data, batch_size, order)
-        for number, (inputs, targets) in enumerate(batches):
+        for batch in localdata.batches(self._data, config.local, order):
             # With gradients, every batch starts from the newest global step. The run's first pull
             # has been made already; an expired batch had one too.
             if config.gradients and self.metrics.batches + self.metrics.expired:
@@ -287,8 +293,10 @@ class LocalRun:
                 client.pull()
             yield Verb.FORWARD
             optimizer.zero_grad()
-            outputs = client(inputs)
-            loss = _scalar(config.loss_fn(outputs, targets))
+            # Its weight is said: the first tensor's leading dimension may be another one.
+            with client.batch(batch.num_samples):
+                outputs = batch.outputs(client)
+            loss = _scalar(localdata.compute_loss(config.loss_fn, outputs, batch))
             yield Verb.BACKWARD
             try:
                 loss.backward()
@@ -298,17 +306,34 @@ class LocalRun:
                 self.metrics.expired += 1
                 continue
             self.metrics.add_batch(
-                localdata.batch_length(len(order), batch_size, number),
+                batch.num_samples,
                 loss.item(),
-                localdata.num_correct(outputs, targets),
+                localdata.num_correct(outputs, batch.target),
             )
             if config.gradients:
                 yield Verb.PUSH
                 client.push(gradient=True)
                 _drop_shared_gradients(client, config.personal)
+            self._set_rates()
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
+        if self.metrics.batches + self.metrics.expired == before:
+            raise InputError(
+                f"the {type(self._data).__name__} of client {self.metrics.client_id!r} yielded no "
+                f"batch of {config.local.batch_size} examples in a pass: expected one at least. "
+                "Its __iter__ has to begin again each time, and drop_last needs a whole batch"
+            )
+
+    def _set_rates(self) -> None:
+        """Set the rates of the step of the batch that was trained on last."""
+        if self._rates is None:
+            return
+        number, repetition = self.run_id[0], self.run_id[-1]
+        before = self.metrics.batches + self.metrics.expired - 1
+        # Without a barrier a client may begin again in one round: it isn't faster then.
+        done = 1.0 if repetition else before / (self.num_batches or 1)
+        self._rates.set(number, done)
 
     def _keep_state(
         self, half: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None

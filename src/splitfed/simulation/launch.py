@@ -36,6 +36,7 @@ from splitfed.simulation.data import Data, Evaluation
 from splitfed.simulation.engines.driver import Driver
 from splitfed.simulation.engines.processes import WorkerPool
 from splitfed.simulation.engines.turns import Turns
+from splitfed.simulation.rates import Falling, num_commits
 from splitfed.simulation.run import Simulation
 from splitfed.simulation.settings import (
     Engine,
@@ -43,11 +44,12 @@ from splitfed.simulation.settings import (
     Processes,
     RoundSchedule,
     check_settings,
+    two_schedules,
 )
 from splitfed.simulation.virtual_time import Timeline, VirtualTime
 from splitfed.store.rows import Row
 from splitfed.store.store import GradientStore
-from splitfed.tracking.callbacks import AnyCallback
+from splitfed.tracking.callbacks import AnyCallback, several
 from splitfed.tracking.history import History
 
 AVERAGING = functools.partial(torch.optim.SGD, lr=1.0)
@@ -75,28 +77,30 @@ def simulate(
     replicas: int = 1,
     seed: int = 0,
     name: str = "simulation",
-    callbacks: Iterable[AnyCallback] = (),
+    callbacks: AnyCallback | Iterable[AnyCallback] = (),
 ) -> Simulation:
     """Train a split model over virtual clients; iterate over the result for a row per round.
 
     Args:
         model: The whole model, with its initial weights. It isn't changed.
         at: Where to cut it; as for `split`.
-        clients: The data of each client, by id: a pair of tensors, a `Dataset`, or what `deal`
-            makes of one data set.
-        loss_fn: `loss_fn(outputs, targets)`: the mean over a batch.
+        clients: The data of each client, by id: tensors (inputs, targets) or more of them, a dict
+            of tensors, a `Dataset`, an `IterableDataset`, or what `deal` makes of one data set.
+        loss_fn: `loss_fn(outputs, targets)`: the mean over a batch. The target is the last part of
+            a sample; of a dict, what `local.target` names.
         optimizer: Makes a client's own optimizer from its half's parameters. Synchronous mode
             takes no local steps but of personal parts.
         server_optimizer: Makes the body's optimizer, as for `Accumulator`.
         rounds: The number of the last round; a store with rounds in it goes on from there.
         mode: How body and halves are updated: a name, or a `Mode` of `splitfed.policies`.
         local: How a client trains: batch size, passes, scheduler.
-        schedule: How rounds run: sampling, deadline, barrier.
+        schedule: How rounds run: sampling, turns, deadline, barrier, and how rates fall.
         engine: Where clients run: in turns in this process, if `None`; by a virtual clock,
             `VirtualTime(...)`; or in parallel, `Processes(workers)`.
         half_optimizer: Makes the optimizer of the client lineage: SGD with rate 1 is FedAvg, others
             are FedOpt.
-        server_scheduler: Makes a scheduler for the body's optimizer; it steps once per commit.
+        server_scheduler: Makes a scheduler for the body's optimizer; it steps once per commit. To
+            let all rates fall alike, set `schedule.final_rate` instead.
         evaluate: Held-out data, or a function of the model that returns metrics by name; evaluated
             once per round.
         store: The store of the run; by default one in memory that goes when nobody holds it.
@@ -104,8 +108,9 @@ def simulate(
         replicas: How many servers share the requests, in turn.
         seed: Seeds all that is drawn: samples of clients, orders of examples, dropout.
         name: The run's name in its history.
-        callbacks: Receive each row. The first `History` among them keeps the rows of the run; they
-            are kept in memory if there is none.
+        callbacks: Receive each row; one alone, such as `print`, needn't be in a list. The first
+            `History` among them keeps the rows of the run; they are kept in memory if there is
+            none.
 
     Raises:
         InputError: a setting out of its range.
@@ -113,11 +118,20 @@ def simulate(
         CutError: the model can't be cut there.
     """
     check_settings(local, schedule, engine)
-    ids = localdata.check_clients(clients)
+    ids = localdata.check_clients(clients, local)
     half, body = split(model, at)
     policy = mode_of(mode)
     _check_enough(schedule, len(ids))
+    _check_pacing(policy, schedule)
     active = sample_size(schedule.clients_per_round, len(ids), schedule.min_clients)
+    falling = None
+    if schedule.final_rate is not None:
+        if server_scheduler is not None:
+            raise two_schedules("server_scheduler")
+        falling = Falling(schedule.final_rate, at_least("rounds", rounds, 1))
+        batches = _num_batches(clients, local, "RoundSchedule(final_rate=...)")
+        commits = num_commits(policy, batches, rounds, active / len(ids))
+        server_scheduler = falling.scheduler(commits)
     plans = Plans(
         half=half,
         body=body,
@@ -125,6 +139,9 @@ def simulate(
         server_optimizer=server_optimizer,
         half_optimizer=half_optimizer,
         server_scheduler=server_scheduler,
+        half_scheduler=(
+            server_scheduler if falling and policy.gradients else schedule.half_scheduler
+        ),
         personal=tuple(personal),
         active=active,
         barrier=_has_barrier(policy, schedule, engine),
@@ -135,9 +152,18 @@ def simulate(
             "min_clients": schedule.min_clients,
             "deadline": schedule.deadline,
             "late": schedule.late,
+            "sampling": schedule.sampling,
             "seed": seed,
         },
+        sizes=(
+            localdata.sizes(clients, "RoundSchedule(sampling='data')")
+            if schedule.sampling == "data"
+            else None
+        ),
     )
+    virtual = engine if isinstance(engine, VirtualTime) else None
+    if virtual is not None and any(virtual.pace(client_id).dropout for client_id in ids):
+        localdata.sizes(clients, "VirtualTime(dropout=...)")
     config = ClientConfig(
         half=half,
         loss_fn=loss_fn,
@@ -146,8 +172,8 @@ def simulate(
         gradients=policy.gradients,
         personal=plans.personal,
         seed=seed,
+        falling=falling,
     )
-    virtual = engine if isinstance(engine, VirtualTime) else None
     timeline = Timeline()
     if store is None:
         store = temporary_store(shared=isinstance(engine, Processes))
@@ -156,7 +182,10 @@ def simulate(
     if isinstance(engine, Processes):
         driver = WorkerPool(assembly, config, clients, plans, engine.workers)
     else:
-        driver = Turns(assembly, config, clients, timeline, virtual)
+        paced = None
+        if schedule.pacing == "data":
+            paced = _num_batches(clients, local, "RoundSchedule(pacing='data')")
+        driver = Turns(assembly, config, clients, timeline, virtual, paced)
     history, others = _history_and_others(callbacks)
     return Simulation(
         assembly,
@@ -180,6 +209,23 @@ def _check_enough(schedule: RoundSchedule, known: int) -> None:
         )
 
 
+def _check_pacing(mode: Mode, schedule: RoundSchedule) -> None:
+    """Refuse an order of turns where it makes no difference."""
+    if schedule.pacing == "data" and (mode.per_client or not mode.streams):
+        raise InputError(
+            f"pacing='data' orders the turns of clients that train on each other's commits, and in "
+            f"mode {mode.name!r} there are none: leave it out, or take such as 'buffered'"
+        )
+
+
+def _num_batches(clients: Mapping[str, Data], local: LocalTraining, purpose: str) -> dict[str, int]:
+    """How many batches each client has in a round."""
+    return {
+        client_id: local.local_passes * localdata.num_batches(total, local)
+        for client_id, total in localdata.sizes(clients, purpose).items()
+    }
+
+
 def _has_barrier(mode: Mode, schedule: RoundSchedule, engine: Engine | None) -> bool:
     """Whether clients wait for each other at the end of a round."""
     if mode.gradients:
@@ -200,9 +246,11 @@ def _min_updates(schedule: RoundSchedule, active: int) -> int:
     return max(1, active // 10) if schedule.min_updates is None else schedule.min_updates
 
 
-def _history_and_others(callbacks: Iterable[AnyCallback]) -> tuple[History, list[AnyCallback]]:
+def _history_and_others(
+    callbacks: AnyCallback | Iterable[AnyCallback],
+) -> tuple[History, list[AnyCallback]]:
     """The first history among the callbacks, or one in memory; and the other callbacks."""
-    receivers = list(callbacks)
+    receivers = several(callbacks)
     for callback in receivers:
         if isinstance(callback, History):
             return callback, [other for other in receivers if other is not callback]
@@ -220,8 +268,9 @@ def _head(
     """The row that a run begins with: its clients and its settings."""
     parties: dict[str, Row] = {}
     for client_id, data in sorted(clients.items()):
-        parties[client_id] = {"num_samples": localdata.size(data)}
-        counts = localdata.classes(data)
+        total = localdata.known_size(data)
+        parties[client_id] = {} if total is None else {"num_samples": total}
+        counts = localdata.classes(data, config.local.target)
         if counts is not None:
             parties[client_id]["classes"] = counts
     settings = {
@@ -231,6 +280,7 @@ def _head(
         "personal": list(config.personal),
         "virtual_time": virtual is not None,
         "barrier": plans.barrier,
+        "final_rate": None if config.falling is None else config.falling.share,
         "policy": plans.mode.describe(),
         **plans.settings,
     }

@@ -204,7 +204,9 @@ class Simulation(Iterator[Row]):
             **compression_errors(metrics),
         }
         if self._evaluate is not None:
-            row |= localdata.evaluate(self.whole(), self._evaluate, self._config.loss_fn)
+            row |= localdata.evaluate(
+                self.whole(), self._evaluate, self._config.loss_fn, self._config.local
+            )
         return plain(row)
 
 

@@ -10,8 +10,9 @@ process by a virtual clock (`VirtualTime`), or in worker processes (`Processes`)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from splitfed.accumulator.settings import SchedulerFactory
 from splitfed.checks import at_least, positive
@@ -31,6 +32,18 @@ class LocalTraining:
 
     batch_size: int = 64
     """Examples of a batch; the last one of a pass may be smaller."""
+    drop_last: bool = False
+    """Whether a last batch that is smaller is left out."""
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    """Puts samples together in a batch: (inputs, targets), a longer tuple, or a dict.
+
+    By default torch's `default_collate`. It is used for held-out data too.
+    """
+    target: str = "labels"
+    """Where samples are dicts: the key of what `loss_fn` gets.
+
+    The model gets the other keys as keywords.
+    """
     local_passes: int = 1
     """How often a client goes through its data in a round (elsewhere: local epochs)."""
     scheduler: SchedulerFactory | None = None
@@ -46,6 +59,14 @@ class LocalTraining:
     def __post_init__(self) -> None:
         at_least("batch_size", self.batch_size, 1)
         at_least("local_passes", self.local_passes, 1)
+        if not isinstance(self.drop_last, bool):
+            raise InputError(f"drop_last is {self.drop_last!r}: expected True or False")
+        if self.collate_fn is not None:
+            check_function(
+                "collate_fn", self.collate_fn, "torch.utils.data.default_collate: it gets a list"
+            )
+        if not isinstance(self.target, str):
+            raise InputError(f"target is {self.target!r}: expected a key, such as 'labels'")
         if self.compression is not None:
             Codecs.of(self.compression)
         if self.scheduler is not None:
@@ -85,6 +106,26 @@ class RoundSchedule:
 
     By default a tenth of the sampled clients; with a barrier it has no effect.
     """
+    half_scheduler: SchedulerFactory | None = None
+    """Makes a scheduler for `half_optimizer`; it steps once per commit of the halves."""
+    final_rate: float | None = None
+    """The share of their rates to which all optimizers fall, linearly over the run, such as 0.05.
+
+    It holds for the body, for clients, and for halves whose gradients are pushed. What averages
+    halves stays at its rate: it has no training of its own.
+    """
+    sampling: Literal["uniform", "data"] = "uniform"
+    """Whether each client is as likely to be sampled as another, or in proportion to its examples.
+
+    In proportion is meant for rounds in which each trains on as many batches: means weigh clients
+    by their examples already.
+    """
+    pacing: Literal["even", "data"] = "even"
+    """Whether clients take turns one batch each, or in proportion to their numbers of batches.
+
+    In turns of one batch each, those with much data are alone at the end of a round. In proportion,
+    all end their passes together. It needs a mode that commits while clients train, on one body.
+    """
 
     def __post_init__(self) -> None:
         at_least("min_clients", self.min_clients, 1)
@@ -101,6 +142,28 @@ class RoundSchedule:
             )
         if self.min_updates is not None:
             at_least("min_updates", self.min_updates, 1)
+        if self.sampling not in ("uniform", "data"):
+            raise InputError(f"sampling is {self.sampling!r}: expected 'uniform' or 'data'")
+        if self.pacing not in ("even", "data"):
+            raise InputError(f"pacing is {self.pacing!r}: expected 'even' or 'data'")
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        if self.half_scheduler is not None:
+            check_function(
+                "half_scheduler",
+                self.half_scheduler,
+                "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10)",
+            )
+        if self.final_rate is None:
+            return
+        if positive("final_rate", self.final_rate) > 1:
+            raise InputError(
+                f"final_rate is {self.final_rate!r}: expected a share of the rates, "
+                "above 0 and at most 1, such as 0.05"
+            )
+        if self.half_scheduler is not None:
+            raise two_schedules("half_scheduler")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +209,24 @@ def check_settings(local: object, schedule: object, engine: object) -> None:
             f"deadline={schedule.deadline!r} needs a clock: "
             "give engine=VirtualTime(...) too, or no deadline"
         )
+    if schedule.pacing == "data" and engine is not None:
+        raise InputError(
+            "pacing='data' orders the turns of clients in this process: leave engine out, "
+            "or let VirtualTime(compute=...) give each client its own speed"
+        )
+    if schedule.final_rate is not None and local.scheduler is not None:
+        raise two_schedules("LocalTraining.scheduler")
     if isinstance(engine, Processes) and schedule.barrier is False:
         raise InputError(
             "worker processes train in rounds: leave barrier=False out, or engine=Processes(...)"
         )
+
+
+def two_schedules(name: str) -> InputError:
+    """The error of a scheduler beside `final_rate`."""
+    return InputError(
+        f"final_rate lets all rates fall, and {name} is given too: leave one of them out"
+    )
 
 
 def check_function(name: str, value: object, example: str) -> None:

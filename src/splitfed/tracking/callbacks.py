@@ -12,7 +12,7 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 from splitfed.errors import InputError
 from splitfed.store.rows import Row
@@ -27,6 +27,22 @@ class Callback(Protocol):
 
 
 AnyCallback: TypeAlias = Callback | Callable[[Row], object]
+
+
+def several(callbacks: AnyCallback | Iterable[AnyCallback]) -> list[AnyCallback]:
+    """Callbacks as a list, whether one was given or several.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if callable(callbacks) or hasattr(callbacks, "on_row"):
+        return [cast("AnyCallback", callbacks)]
+    if not isinstance(callbacks, Iterable) or isinstance(callbacks, str):
+        raise InputError(
+            f"callbacks is {callbacks!r}: "
+            "expected a function of a row, one with on_row, or several of these"
+        )
+    return list(callbacks)
 
 
 class Callbacks:

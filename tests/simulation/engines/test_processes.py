@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import toy
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.data import IterableDataset
 
 from splitfed.errors import InputError, WorkerError
 from splitfed.store.store import GradientStore
@@ -58,6 +60,37 @@ def test_a_round_is_the_same_in_workers_and_its_store_goes_with_it() -> None:
     assert folder.is_dir()
     del crew
     assert not folder.exists()
+
+
+class Drawn(IterableDataset[tuple[Tensor, int]]):
+    """A stream of eight examples, in an order that torch's own generator draws anew each time."""
+
+    def __iter__(self) -> Iterator[Any]:
+        examples = list(zip(*toy.examples(8), strict=True))
+        return (examples[i] for i in torch.randperm(8).tolist())
+
+
+def sliced(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A batch of the samples but for the first."""
+    inputs, labels = zip(*samples[1:], strict=True)
+    return torch.stack(inputs), torch.stack(labels)
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_streams_are_the_same_in_workers() -> None:
+    """With a collate function and without the last batch; what they draw is the client's own."""
+    settings: dict[str, Any] = {
+        "clients": {"a": Drawn(), "b": Drawn()},
+        "collate_fn": sliced,
+        "batch_size": 3,
+        "drop_last": True,
+        "rounds": 1,
+    }
+    alone, crew = toy.run(**settings), toy.run(**settings, workers=1)
+    (one,), (other,) = list(alone), list(crew)
+    assert one["train_loss"] == other["train_loss"]
+    assert [entry["num_samples"] for entry in other["clients"].values()] == [6, 6]
+    assert toy.same(alone.whole(), crew.whole())
 
 
 @pytest.mark.usefixtures("forked_workers")

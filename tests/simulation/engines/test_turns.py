@@ -9,7 +9,7 @@ import pytest
 import toy
 
 from splitfed.accumulator import policies
-from splitfed.simulation.engines.turns import Turns
+from splitfed.simulation.engines.turns import Turns, interleave
 from splitfed.simulation.run import Simulation
 from splitfed.simulation.virtual_time import VirtualTime
 
@@ -63,6 +63,35 @@ def test_without_virtual_time_clients_come_one_after_the_other_where_order_doesn
         next(simulation)
         orders[mode] = "".join(client[-1] for _, client, kind in log if kind == "backward")
     assert orders == {"round": "0011", "sflv1": "0011", "sflv2": "0101", "buffered": "0101", "synchronous": "0101"}
+
+
+def test_turns_are_spread_evenly_over_a_round() -> None:
+    """Of 4, 2 and 1 turns: at 1/8, 3/8, 5/8, 7/8, at 1/4 and 3/4, and at 1/2. Of equal numbers: one after the other."""
+    assert "".join(interleave({"a": 4, "b": 2, "c": 1})) == "abacaba"
+    assert "".join(interleave({"b": 2, "a": 2})) == "abab"
+    assert "".join(interleave({"a": 3, "b": 1})) == "aaba"
+    many = {"a": 4000, "b": 999}
+    order = interleave(many)
+    counts = itertools.accumulate(client == "b" for client in order)
+    assert all(abs(found - (place + 1) * 999 / 4999) <= 1 for place, found in enumerate(counts))
+
+
+@pytest.mark.parametrize("barrier", [True, False])
+def test_in_turns_by_data_all_end_their_passes_together(monkeypatch: pytest.MonkeyPatch, barrier: bool) -> None:
+    """Four batches and two and one, in both rounds; without a barrier the next cycle of turns follows at once."""
+    clients = {f"client-{number}": toy.examples(4 * count) for number, count in enumerate((4, 2, 1))}
+    settings: dict[str, Any] = {"mode": "sflv2", "clients": clients, "pacing": "data", "barrier": barrier}
+    simulation = toy.run(**settings, min_updates=1)
+    log = watched(monkeypatch, simulation)
+    rows = [next(simulation), next(simulation)]
+    order = "".join(client[-1] for _, client, kind in log if kind == "backward")
+    assert order[:14] == "01020100102010"
+    if barrier:
+        assert len(order) == 14
+        assert [row["commits"] for row in rows] == [7, 7]
+        again = toy.run(**settings)
+        list(again)
+        assert toy.same(again.whole(), simulation.whole())
 
 
 def test_a_straggler_is_late_and_begins_the_next_round_when_it_is_done() -> None:

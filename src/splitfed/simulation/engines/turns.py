@@ -11,7 +11,7 @@ real one would.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from splitfed.simulation.assembly import Assembly
 from splitfed.simulation.client import ClientConfig, ClientState, LocalMetrics, LocalRun, Verb
@@ -31,6 +31,8 @@ class Turns:
         clients: Their data, by id.
         timeline: The clock of the run.
         virtual: What they cost in virtual time; `None` if no time passes.
+        paced: How many batches each client has in a local run, if turns are in proportion to it;
+            `None` if each takes a turn as often as another.
     """
 
     def __init__(
@@ -40,12 +42,20 @@ class Turns:
         clients: Mapping[str, Data],
         timeline: Timeline,
         virtual: VirtualTime | None,
+        paced: Mapping[str, int] | None = None,
     ) -> None:
         self._assembly = assembly
         self._config = config
         self._clients = clients
         self._timeline = timeline
         self._virtual = virtual
+        self._paced = paced
+        self._turns: dict[str, list[int]] = {}
+        """The places of each client's turns in a round, if they are paced."""
+        self._cycle = 0
+        """How many turns a round has."""
+        self._starts: dict[str, float] = {}
+        """When each client's turns of its next local run are counted from."""
         self._in_turns = virtual is not None or assembly.mode.shares_steps
         """Whether another client may come between two batches of one."""
         self._states: dict[str, ClientState] = {}
@@ -104,10 +114,36 @@ class Turns:
         self._remaining = frozenset(remaining)
         # Without a barrier a client trains again and again: it would never let another have a turn.
         self._in_turns |= not plan.barrier
+        self._plan_turns(plan)
         for client_id in remaining:
             if client_id not in self._busy:
                 self._busy.add(client_id)
                 self._timeline.start(self._process(client_id))
+
+    def _plan_turns(self, plan: Plan) -> None:
+        """Deal out the turns of a round, where they are paced.
+
+        They are instants of the timeline, at which nobody looks without virtual time. All that are
+        sampled have theirs, also who doesn't train any more in a round that was taken up again.
+        """
+        if self._paced is None:
+            return
+        order = interleave({client_id: self._paced[client_id] for client_id in plan.sampled})
+        self._turns = {client_id: [] for client_id in plan.sampled}
+        for place, client_id in enumerate(order):
+            self._turns[client_id].append(place)
+        self._cycle = len(order)
+        if plan.barrier:
+            self._starts = dict.fromkeys(plan.sampled, self._timeline.now)
+
+    def _instants(self, client_id: str) -> Iterator[float]:
+        """When each turn of a local run is due; none if they aren't paced."""
+        if self._paced is None:
+            return iter(())
+        start = max(self._timeline.now, self._starts.get(client_id, 0.0))
+        # Without a barrier it may train again in this round: in the next cycle of turns.
+        self._starts[client_id] = start + self._cycle
+        return iter([start + place for place in self._turns[client_id]])
 
     def _end(self) -> Row:
         """End the round at its deadline, or when nobody is left that trains."""
@@ -161,6 +197,7 @@ class Turns:
         vanishing = self._vanishing_batch(run, pace)
         begun = 0
         answered: Verb | None = None
+        instants = self._instants(run.metrics.client_id)
         for upcoming in run.requests():
             self._follow_up(answered, run)
             if answered is Verb.PUSH:
@@ -170,13 +207,13 @@ class Turns:
                     # It is back after the time that the run would have taken. Global steps can't
                     # wait for that: to them it is gone at once.
                     if not self._config.gradients:
-                        yield run.num_batches * (pace.compute + 4 * pace.latency)
+                        yield (run.num_batches or 0) * (pace.compute + 4 * pace.latency)
                     return
                 begun += 1
             if self._virtual is not None:
                 yield _delay(answered, upcoming, pace)
             elif self._in_turns and upcoming is Verb.FORWARD:
-                yield 0.0
+                yield max(0.0, next(instants, 0.0) - self._timeline.now)
             answered = upcoming
         self._follow_up(answered, run)
 
@@ -195,10 +232,33 @@ class Turns:
 
     def _vanishing_batch(self, run: LocalRun, pace: Pace) -> int | None:
         """The batch at which the client vanishes in this run; `None` if it stays."""
+        if not pace.dropout:
+            return None
         words: list[str | int] = [self._config.seed, run.metrics.client_id, *run.run_id]
         if uniform("vanishes", *words) >= pace.dropout:
             return None
-        return int(uniform("when", *words) * run.num_batches)
+        return int(uniform("when", *words) * (run.num_batches or 0))
+
+
+def interleave(batches: Mapping[str, int]) -> list[str]:
+    """The order of turns in which each client's are spread evenly over a round.
+
+    The i-th of a client's n turns stands at (i + ½)/n of the round, so that clients with many
+    batches and with few end together. Turns at one place are in the order of ids.
+
+    Args:
+        batches: How many turns each client has.
+
+    Returns:
+        The client of each turn.
+    """
+    # Exact below 2²⁶ batches: such fractions are equal as floats only if they are equal.
+    turns = [
+        ((2 * number + 1) / (2 * count), client_id)
+        for client_id, count in batches.items()
+        for number in range(count)
+    ]
+    return [client_id for _, client_id in sorted(turns)]
 
 
 def _delay(answered: Verb | None, upcoming: Verb, pace: Pace) -> float:
