@@ -9,6 +9,8 @@ the mean like any batch's.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from splitfed.checks import positive
 from splitfed.errors import ArchitectureError
 from splitfed.model.fingerprint import check_tensors, check_whole
@@ -49,9 +51,6 @@ class Halves:
         The plan is read before the head, and whether it still holds after it: so the weights are
         never older than the round that is answered with them, and never newer unless that round is
         answered as closed.
-
-        Frozen parameters are left out for a client that has them: they are the same in all
-        versions, and the commit's record has their hash.
         """
         client_id = check_client_id(request.client_id)
         self._store.join_client(client_id)
@@ -65,10 +64,18 @@ class Halves:
             return PullAnswer(head, None, {}, info)
         version = head if request.version is None else request.version
         fingerprint = self._lineage.fingerprint()
+        return PullAnswer(version, fingerprint, self._weights(request, version), info)
+
+    def _weights(self, request: PullRequest, version: int) -> dict[str, Tensor]:
+        """A version's tensors, without the frozen parameters that the client has.
+
+        They are the same in all versions, and the commit's record has their hash.
+        """
         weights = self._lineage.checked_state(version)
-        if request.frozen and request.frozen == self._lineage.commit(version).frozen:
-            weights = {n: t for n, t in weights.items() if fingerprint[n]["role"] != "frozen"}
-        return PullAnswer(version, fingerprint, weights, info)
+        if not request.frozen or request.frozen != self._lineage.commit(version).frozen:
+            return weights
+        fingerprint = self._lineage.fingerprint()
+        return {n: t for n, t in weights.items() if fingerprint[n]["role"] != "frozen"}
 
     def _has_update(self, plan: Plan, client_id: str) -> bool:
         """Whether an update of a client is pending that began in this round."""
