@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch.nn.functional import cross_entropy
 
@@ -12,6 +14,8 @@ from mnist_study import recipe
 from mnist_study.baselines import Row
 from mnist_study.recipe import Deal, Rates
 from splitfed import policies, simulation
+
+SAME = ("round", "loss", "accuracy", "seconds", "bytes_up", "bytes_down", "round_trips")
 
 
 def train(
@@ -22,6 +26,8 @@ def train(
     seed: int,
     path: Path,
     compression: str | None = None,
+    *,
+    falls: bool = True,
 ) -> Iterator[Row]:
     """Train in one mode; yield a row per round.
 
@@ -33,10 +39,12 @@ def train(
         seed: Seeds weights and orders.
         path: The file of the run's history; an older one is replaced.
         compression: The codec of all that crosses the cuts; exact if there is none.
+        falls: Whether all rates fall over the run.
 
     Yields:
-        The keys of the baselines; `bytes` counts tensors, both ways. Also `commits` of the body and `passes` over the
-        digits, both since the start.
+        The keys of the baselines; bytes are those of tensors. Also `commits` of the body and `passes` over the digits,
+        both since the start, and how many commits the round's batches were behind: `staleness` on average, and
+        `staleness_most`.
     """
     path.unlink(missing_ok=True)
     run = splitfed.simulate(
@@ -50,14 +58,28 @@ def train(
         rounds=rounds,
         mode=mode,
         local=simulation.LocalTraining(batch_size=recipe.BATCH, compression=compression),
+        schedule=simulation.RoundSchedule(
+            final_rate=recipe.LAST if falls else None, pacing=recipe.PACING.get(mode.name, "even")
+        ),
         evaluate=deal.test,
         seed=seed,
         name=f"study: {mode.name}",
         callbacks=[splitfed.History(path)],
     )
-    sent = trained = 0
+    trained = 0
     for row in run:
-        sent += row["bytes_up"] + row["bytes_down"]
         trained += sum(client.get("num_samples", 0) for client in row["clients"].values())
-        metrics = {key: row[key] for key in ("round", "loss", "accuracy", "seconds")}
-        yield metrics | {"bytes": sent, "commits": row["version"], "passes": trained / len(deal.labels)}
+        figures = {key: row[key] for key in SAME}
+        totals = {"commits": row["version"], "passes": trained / len(deal.labels)}
+        yield figures | totals | _behind(run, row["round"])
+
+
+def _behind(run: splitfed.Simulation, number: int) -> dict[str, Any]:
+    """How stale the batches were that a round's commits of the body have folded."""
+    ages: Counter[int] = Counter()
+    for row in run.history.commits("body"):
+        if row.get("round") == number:
+            ages.update({int(age): count for age, count in row["staleness"].items()})
+    count = sum(ages.values())
+    mean = sum(age * number for age, number in ages.items()) / count if count else 0.0
+    return {"staleness": mean, "staleness_most": max(ages, default=0)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,26 @@ _NAMES = {
     "sflv2": "split, an update a batch (SFLV2)",
     "sflv1": "split, a body per client (SFLV1)",
     "synchronous": "split, synchronous",
+    "grouped": "split, grouped",
     "centralised": "all digits in one place",
     "fedavg": "FedAvg of the whole model",
     "local": "each owner alone (mean)",
     "sum": "the study's rule: the sum",
     "mean": "the mean in its place",
 }
-_COLOURS = dict(zip(_NAMES, (*plots.PALETTE[:5], "#1f2933", "#6b7785", "#a9b3bd", "#c2255c", "#1864ab"), strict=True))
+_COLOURS = dict(zip(_NAMES, (*plots.PALETTE[:6], "#1f2933", "#6b7785", "#a9b3bd", "#c2255c", "#1864ab"), strict=True))
 
 
-def curves(path: Path, modes: Mapping[str, Curve], baselines: Mapping[str, Curve], title: str) -> None:
+def curves(path: Path, lines: Mapping[str, Curve], baselines: Collection[str], title: str) -> None:
     """Draw accuracy against rounds, seconds and megabytes; baselines are dashed.
 
     Args:
         path: Where to write.
-        modes: The curves of split federated training, by mode.
-        baselines: The others, by name.
+        lines: The curves by mode or baseline.
+        baselines: Which of them are baselines.
         title: What was trained.
     """
     figure, axes = plots.figure(13.5, 4.8, columns=3)
-    lines = {**modes, **baselines}
     for panel, (key, label, factor) in zip(
         axes,
         (("round", "rounds (passes)", 1.0), ("seconds", "seconds", 1.0), ("bytes", "megabytes sent", 1e-6)),
@@ -88,7 +89,12 @@ def classes(path: Path, deal: Deal, title: str) -> None:
 
 
 def _across(curve: Curve, key: str) -> list[float]:
-    return list(range(1, len(curve["accuracy"]) + 1)) if key == "round" else curve[key]
+    if key == "round":
+        return list(range(1, len(curve["accuracy"]) + 1))
+    if key == "bytes":
+        both = zip(curve["bytes_up"], curve["bytes_down"], strict=True)
+        return list(itertools.accumulate(up + down for up, down in both))
+    return list(curve[key])
 
 
 def _percent(axes: Axes) -> None:

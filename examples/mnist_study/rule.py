@@ -28,7 +28,7 @@ import splitfed
 from mnist_study import baselines
 from mnist_study.baselines import Row
 from mnist_study.recipe import BATCH, Deal
-from splitfed.simulation.traffic import Meter
+from splitfed.simulation.traffic import Crossed, Meter
 
 SUM_RATES = (1e-4, 1e-3)
 """The study's rates, of the server and of a client, for sums."""
@@ -95,7 +95,7 @@ def train(deal: Deal, encoder: nn.Linear, rounds: int, seed: int, *, mean: bool)
         for number in range(1, rounds + 1):
             owners.one_round()
             figures = baselines.judge(owners.whole(), deal.test)
-            yield baselines.row(number, *figures, start, owners.bytes())
+            yield baselines.row(number, *figures, start, *owners.traffic())
 
 
 class _Owners:
@@ -133,9 +133,9 @@ class _Owners:
         self._half.load_state_dict(self._store.load_weights(lineage="client"))
         return splitfed.join(self._half, self._store.load_weights())
 
-    def bytes(self) -> int:
-        """What has travelled, both ways."""
-        return sum(up + down for up, down in self._meter.totals().values())
+    def traffic(self) -> Crossed:
+        """What has crossed since the last call, of all owners together."""
+        return functools.reduce(Crossed.plus, self._meter.take().values(), Crossed())
 
     def _one_pass(self, client: splitfed.SplitClient, part: Tensor) -> None:
         """Add up the gradients of a pass, and take the head's one step with them.

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import splitfed
 from splitfed.errors import ArchitectureError, InputError, SupersededError
+from splitfed.protocol.messages import frozen_digest
+from splitfed.simulation.traffic import Meter
 
 
 def half(value: float = 0.0) -> nn.Module:
@@ -91,6 +93,43 @@ def test_two_clients_are_averaged_by_their_samples() -> None:
         assert (a.pull(), b.pull()) == (commit.version, commit.version)
         assert (weight(a), weight(b)) == (expected, expected)
     assert float(a.client_half.frozen) == 7
+
+
+def test_parameters_that_never_train_travel_once_at_most() -> None:
+    """Not to who has them, once to who has others; a value of one's own is replaced by every pull, in place."""
+    made = Federation()
+    meter = Meter(made.server)
+    clients = {name: splitfed.SplitClient(half(), meter, name) for name in "abc"}
+    other = clients["c"].client_half.frozen
+    with torch.no_grad():
+        other.fill_(8.0)
+    clients["a"].pull()  # publishes all of it
+    moving = 4 + (4 + 4 + 4 + 4 + 8)  # the weight, and of BatchNorm: weight, bias, mean, variance, count
+    assert meter.take()["a"] == (moving + 4, moving, 3)
+    for expected in (moving + 4, moving):
+        for name, down in (("b", moving), ("c", expected)):
+            clients[name].pull()
+            assert meter.take()[name] == (0, down, 1)
+    assert (other is clients["c"].client_half.frozen, other.item()) == (True, 7.0)
+    with torch.no_grad():
+        other.fill_(9.0)
+    learn(clients["c"], 2.0)
+    clients["c"].push(1)
+    assert meter.take()["c"].up == 4 + 4 + 4  # what trains
+    made.average()
+    clients["c"].pull()
+    assert meter.take()["c"].down == moving
+    assert (weight(clients["c"]), other.item()) == (2.0, 7.0)
+
+
+def test_the_digest_of_frozen_parameters_is_the_one_on_record() -> None:
+    """The hash of the file that holds them, which each commit names; no hash without one that is frozen and here."""
+    made = Federation()
+    made.client("a").pull()
+    record = made.store.lineage("client").commit(0)
+    assert frozen_digest({"frozen": torch.tensor(7.0)}) == record.frozen
+    assert frozen_digest({"frozen": torch.tensor(8.0)}) != record.frozen
+    assert frozen_digest({}) == frozen_digest({"frozen": torch.empty((), device="meta")}) == ""
 
 
 def test_batchnorm_statistics_are_averaged_too() -> None:

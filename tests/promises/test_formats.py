@@ -405,6 +405,7 @@ def added_later() -> dict[str, Any]:
         "ForwardAnswer.repeated": ForwardAnswer(1, 7, x, (True,), False, {}, (1,), repeated=True),
         "BackwardRequest.resumed": BackwardRequest("a", 1, 5, 2**32, 7, 2**32, (x,), None, resumed=2**32),
         "LossAnswer.repeated": LossAnswer(1, 7, x[0, 0], (x,), "stored", False, repeated=True),
+        "PullRequest.frozen": PullRequest("a", frozen="0" * 64),
         "PushRequest.resumed": PushRequest("a", 1, "3f00", 5, 7, None, {"w": x}, {}, {}, 7.0, 1.0, resumed=2**32),
         "GradientRecord.resumed": GradientRecord("gradient", 7, 8.0, 1.0, "0" * 64, "x", {"w": x}, [], 2**32),
         "PullAnswer.body_version": PullAnswer(7, {"w": {}}, {"w": x}, None, 6),

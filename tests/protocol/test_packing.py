@@ -172,7 +172,9 @@ def test_a_message_isnt_taken_for_another(message: Any) -> None:
 )
 def test_a_message_has_exactly_its_fields(tree: Any) -> None:
     """One missing, one too many, or no fields at all: FormatError, naming what is expected."""
-    with pytest.raises(FormatError, match=r"PullRequest needs the fields \['client_id', 'version', 'weights'\]"):
+    with pytest.raises(
+        FormatError, match=r"PullRequest needs the fields \['client_id', 'version', 'weights', 'frozen'\]"
+    ):
         unpack(PullRequest, forged("PullRequest", tree))
 
 
@@ -308,6 +310,7 @@ LATER = [
         1, 7, {"out": T}, (True,), False, {}, (1,), moved=True, written=("layer.kl",), repeated=True, coding=CODING
     ),
     BackwardAnswer((T, None), "stored", CODING),
+    PullRequest("a", 3, frozen="0f" * 32),
     LossAnswer(1, 7, torch.tensor(0.5), (T, None), "rejected", True, repeated=True, coding=CODING),
     PullAnswer(7, {"w": {}}, {"w": T}, None, 6),
     PushRequest("a", 1, "3f00", 5, 7, None, {"w": T}, {}, {}, 7.0, 1.0, resumed=2**32, upto=6),

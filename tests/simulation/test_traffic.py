@@ -16,7 +16,7 @@ from splitfed.model.cut import split
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.transport import Transport
 from splitfed.server.server import SplitServer
-from splitfed.simulation.traffic import Arrivals, Meter, num_bytes
+from splitfed.simulation.traffic import Arrivals, Crossed, Meter, num_bytes
 from splitfed.store.store import GradientStore
 
 
@@ -46,13 +46,13 @@ def test_a_step_costs_what_crosses_at_the_cut() -> None:
     client = SplitClient(half, meter, client_id="a")
     client.pull()
     whole = 4 * (4 * 3 + 3 + 2 * 1 + 1)
-    assert meter.take() == {"a": (whole, whole)}
+    assert meter.take() == {"a": (whole, whole, 3)}  # a pull, the push that publishes, a pull
     client(torch.ones(5, 4)).sum().backward()
-    assert meter.take() == {"a": (4 * (15 + 10), 4 * (10 + 15))}
+    assert meter.take() == {"a": (4 * (15 + 10), 4 * (10 + 15), 2)}
     client.push()
-    assert meter.take() == {"a": (whole, 0)}
+    assert meter.take() == {"a": (whole, 0, 1)}
     assert meter.take() == {}
-    assert meter.totals() == {"a": (2 * whole + 100, whole + 100)}
+    assert meter.totals() == {"a": (2 * whole + 100, whole + 100, 6)}
 
 
 def test_a_loss_in_one_trip_sends_the_labels_too() -> None:
@@ -63,16 +63,16 @@ def test_a_loss_in_one_trip_sends_the_labels_too() -> None:
     arrivals = Arrivals(lambda: now[0])
     meter = Meter(server, arrivals)
     SplitClient(half, meter, client_id="a").loss(torch.ones(5, 4), torch.zeros(5, dtype=torch.int64)).backward()
-    assert meter.totals() == {"a": (4 * 15 + 8 * 5, 4 + 4 * 15)}
+    assert meter.totals() == {"a": (4 * 15 + 8 * 5, 4 + 4 * 15, 1)}
     assert arrivals.take() == {("body", BatchId("a", 1, 0)): 7.0}
 
 
 def test_another_meters_count_can_be_added() -> None:
     """As of a worker process, into the total and into what is taken next."""
     meter = Meter(Wire())
-    meter.add({"a": (1, 2), "b": (3, 4)})
-    meter.add({"a": (10, 20)})
-    assert meter.totals() == meter.take() == {"a": (11, 22), "b": (3, 4)}
+    meter.add({"a": Crossed(1, 2, 3), "b": Crossed(3, 4, 5)})
+    meter.add({"a": Crossed(10, 20, 30)})
+    assert meter.totals() == meter.take() == {"a": (11, 22, 33), "b": (3, 4, 5)}
 
 
 def test_a_commit_tells_how_long_its_batches_waited() -> None:

@@ -2,7 +2,8 @@
 
 What is pushed is a pseudo-gradient, start − end, or in synchronous mode the gradient itself; its
 weight is the client's samples, and buffers go with their start and end values. What is pulled is
-copied in place, so the user's optimizer keeps its parameters and its state.
+copied in place, so the user's optimizer keeps its parameters and its state. Parameters that never
+train travel at most once: a client asks with their digest, and the server leaves out what it has.
 
 A client takes part in rounds by pulls and pushes alone (`take_part`): all that it knows of a round
 is in the answers to its pulls, so it works through any transport. It asks often and cheaply,
@@ -17,7 +18,7 @@ by their size, or not at all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -36,7 +37,13 @@ from splitfed.errors import (
 from splitfed.model.fingerprint import compare, personal_names
 from splitfed.model.skeleton import Inventory, named_state, unwrap
 from splitfed.protocol.backoff import Backoff
-from splitfed.protocol.messages import PullAnswer, PullRequest, PushRequest, RoundInfo
+from splitfed.protocol.messages import (
+    PullAnswer,
+    PullRequest,
+    PushRequest,
+    RoundInfo,
+    frozen_digest,
+)
 
 
 class HalfSync:
@@ -63,6 +70,9 @@ class HalfSync:
         self._personal = personal_names(half, self.patterns)
         self._inventory: Inventory | None = None
         self._start: dict[str, Tensor] = {}
+        self._frozen: dict[str, Tensor] | None = None
+        """Copies of the parameters that never train; `None` before the first pull."""
+        self._frozen_digest = ""
         self.resumed: RoundInfo | None = None
         """The round that an earlier process was training in."""
         self.current: RoundInfo | None = None
@@ -105,11 +115,12 @@ class HalfSync:
             )
             answer = self._ask()
         compare(answer.fingerprint, inventory.fingerprint(), "the client half")
+        weights = self._weights(answer)
         for name, tensor in self._state().items():
-            tensor.copy_(answer.weights[name])
+            tensor.copy_(weights[name])
         self.version = answer.version
         self.body_version = answer.body_version
-        self._begin(self._state(), self._connection.counted)
+        self._begin(self._moving(), self._connection.counted)
         self._start_version = answer.version
         return answer.version
 
@@ -150,7 +161,7 @@ class HalfSync:
         inventory = self._inventory = self._inventory or Inventory(self._half, self._personal)
         try:
             answer = self._connection.transport.pull(
-                PullRequest(self._connection.client_id, version)
+                PullRequest(self._connection.client_id, version, frozen=self._known_frozen())
             )
         except ExpiredError:
             return None
@@ -159,8 +170,9 @@ class HalfSync:
         if answer.version != version:
             raise _foreign(version)
         compare(answer.fingerprint, inventory.fingerprint(), "the client half")
-        state = self._state()
-        return {n: torch.empty_like(t).copy_(answer.weights[n]) for n, t in state.items()}
+        weights = self._weights(answer)
+        state = self._moving()
+        return {n: torch.empty_like(t).copy_(weights[n]) for n, t in state.items()}
 
     def look(self) -> RoundInfo | None:
         """Ask for the round under way, without weights."""
@@ -226,7 +238,7 @@ class HalfSync:
     ) -> tuple[PushRequest, dict[str, Tensor], Counted]:
         counted = self._connection.counted
         samples = _weight(num_samples, counted)
-        state = {name: tensor.clone() for name, tensor in self._state().items()}
+        state = {name: tensor.clone() for name, tensor in self._moving().items()}
         if gradient:
             gradients = self._gradients()
             scale = counted.loss_scale or self._connection.scale()
@@ -274,11 +286,34 @@ class HalfSync:
         return {name: grad.detach().clone() for name, grad in found.items() if grad is not None}
 
     def _ask(self, *, weights: bool = True) -> PullAnswer:
+        frozen = self._known_frozen() if weights else ""
         answer = self._connection.transport.pull(
-            PullRequest(self._connection.client_id, weights=weights)
+            PullRequest(self._connection.client_id, weights=weights, frozen=frozen)
         )
         self.round = answer.round
         return answer
+
+    def _known_frozen(self) -> str:
+        """The digest of the frozen parameters that this client knows: at first the half's own."""
+        if self._frozen is None:
+            names = self._inventory.frozen if self._inventory else []
+            state = self._state()
+            self._know_frozen({name: state[name] for name in names})
+        return self._frozen_digest
+
+    def _know_frozen(self, parameters: dict[str, Tensor]) -> None:
+        # Copies: whoever writes to the half's own gets the lineage's back by the next pull.
+        self._frozen = {name: tensor.clone() for name, tensor in parameters.items()}
+        self._frozen_digest = frozen_digest(self._frozen)
+
+    def _weights(self, answer: PullAnswer) -> Mapping[str, Tensor]:
+        """The whole half of an answer: with the frozen parameters, where it left them out."""
+        names = self._inventory.frozen if self._inventory else []
+        if not names:
+            return answer.weights
+        if all(name in answer.weights for name in names):
+            self._know_frozen({name: answer.weights[name] for name in names})
+        return {**answer.weights, **(self._frozen or {})}
 
     def _state(self) -> dict[str, Tensor]:
         """The half's distinct tensors, by first name; sharing memory with it."""
@@ -288,6 +323,11 @@ class HalfSync:
             for name, t in named_state(unwrap(self._half))
             if names.get(name) == name
         }
+
+    def _moving(self) -> dict[str, Tensor]:
+        """Those of them that may change: without the parameters that never train."""
+        frozen = set(self._inventory.frozen if self._inventory else ())
+        return {name: tensor for name, tensor in self._state().items() if name not in frozen}
 
     def _begin(self, state: dict[str, Tensor], counted: Counted) -> None:
         """What the next push is the change from, and the batches that the last one has counted."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from torch import Tensor
 
-from splitfed.protocol import pytree, safetensors
+from splitfed.protocol import checksum, pytree, safetensors
 from splitfed.protocol.coding import Coded, decode_all, encode_all
 from splitfed.protocol.fields import ADDED, CHECKED_AS_KEY, Request
 from splitfed.protocol.ids import BatchId
@@ -452,6 +452,9 @@ class PullRequest(Request):
     version: int | None = None
     weights: bool = True
     """False asks for the round alone."""
+    frozen: str = field(default="", metadata=ADDED)
+    """The `frozen_digest` of the parameters that never train, as the client has them: where they
+    are the version's, the answer leaves them out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -480,6 +483,7 @@ class PullAnswer:
     version: int
     fingerprint: Any
     weights: Mapping[str, Tensor]
+    """By first name; without the frozen parameters if the request says that the client has them."""
     round: RoundInfo | None = None
     """`None` where nobody runs rounds."""
     body_version: int | None = field(default=None, metadata=ADDED)
@@ -696,6 +700,22 @@ def _decoded_bytes(tensors: Sequence[Tensor | None], coding: Sequence[Coded]) ->
         if 0 <= coded.place < len(sizes):
             sizes[coded.place] = coded.num_bytes
     return sum(sizes)
+
+
+def frozen_digest(parameters: Mapping[str, Tensor]) -> str:
+    """SHA-256 of parameters that never train, as the file of a store that holds them; '' for none.
+
+    So a server knows it from the commit's record, and nobody hashes them again.
+
+    Args:
+        parameters: Distinct ones by first name.
+    """
+    if not parameters or any(tensor.is_meta for tensor in parameters.values()):
+        return ""
+    hasher = hashlib.sha256()
+    for part in checksum.sealed(safetensors.encode(parameters)):
+        hasher.update(part)
+    return hasher.hexdigest()
 
 
 def content_digest(plain: object, tensors: Iterable[Tensor | None]) -> str:

@@ -10,6 +10,8 @@ half that belongs to the newest body, with the version of that.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from splitfed.checks import positive
 from splitfed.errors import ArchitectureError
 from splitfed.model.fingerprint import check_tensors, check_whole
@@ -65,10 +67,21 @@ class Halves:
         fingerprint = self._lineage.fingerprint()
         if request.version is not None or not self._together.is_begun():
             version = head if request.version is None else request.version
-            return PullAnswer(version, fingerprint, self._lineage.checked_state(version), info)
+            return PullAnswer(version, fingerprint, self._weights(request, version), info)
         pair = self._together.newest()
-        state = self._lineage.checked_state(pair.client)
-        return PullAnswer(pair.client, fingerprint, state, info, pair.body)
+        weights = self._weights(request, pair.client)
+        return PullAnswer(pair.client, fingerprint, weights, info, pair.body)
+
+    def _weights(self, request: PullRequest, version: int) -> dict[str, Tensor]:
+        """A version's tensors, without the frozen parameters that the client has.
+
+        They are the same in all versions, and the commit's record has their hash.
+        """
+        weights = self._lineage.checked_state(version)
+        if not request.frozen or request.frozen != self._lineage.commit(version).frozen:
+            return weights
+        fingerprint = self._lineage.fingerprint()
+        return {n: t for n, t in weights.items() if fingerprint[n]["role"] != "frozen"}
 
     def _has_update(self, plan: Plan, client_id: str) -> bool:
         """Whether an update of a client is pending that began in this round."""

@@ -122,7 +122,8 @@ class Simulation(Iterator[Row]):
             if progress.unrecorded is not None:
                 row = self._row(progress.unrecorded, started)
                 # What crossed the cut was known to the killed run alone: left out, not 0.
-                row = {name: row[name] for name in row if not name.startswith("bytes_")}
+                for name in ("bytes_up", "bytes_down", "round_trips"):
+                    del row[name]
                 watchers.on_row(row)
                 yield row
             while done < rounds:
@@ -197,8 +198,9 @@ class Simulation(Iterator[Row]):
             "time": seconds if self._timeline is None else self._timeline.now,
             "train_loss": sum(one.loss_sum for one in metrics) / samples if samples else None,
             "clients": _client_entries(report["clients"], metrics, traffic),
-            "bytes_up": sum(up for up, _ in traffic.values()),
-            "bytes_down": sum(down for _, down in traffic.values()),
+            "bytes_up": sum(crossed.up for crossed in traffic.values()),
+            "bytes_down": sum(crossed.down for crossed in traffic.values()),
+            "round_trips": sum(crossed.round_trips for crossed in traffic.values()),
             **compression_errors(metrics),
         }
         if self._evaluate is not None:
@@ -215,6 +217,8 @@ def _client_entries(
     entries = {client_id: dict(entry) for client_id, entry in reported.items()}
     for one in metrics:
         entries.setdefault(one.client_id, {}).update(one.row())
-    for client_id, (up, down) in traffic.items():
-        entries.setdefault(client_id, {}).update(bytes_up=up, bytes_down=down)
+    for client_id, crossed in traffic.items():
+        entries.setdefault(client_id, {}).update(
+            bytes_up=crossed.up, bytes_down=crossed.down, round_trips=crossed.round_trips
+        )
     return dict(sorted(entries.items()))

@@ -1,8 +1,9 @@
-"""The traffic of a simulation: tensor bytes that cross the cut, and when batches arrive.
+"""The traffic of a simulation: bytes that cross the cut, round trips, and when batches arrive.
 
 Counted are the tensors of requests (up) and answers (down), each distinct tensor once, as they
 travel: with compression that is coded. Names, numbers and the safetensors header, a few hundred
-bytes a request, are left out.
+bytes a request, are left out. Each request with its answer is a round trip, for which a client on a
+slow network waits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,8 +19,24 @@ from splitfed.protocol.ids import BatchId
 from splitfed.protocol.transport import Middleware, Transport
 from splitfed.store.commit import Commit
 
-Traffic = dict[str, tuple[int, int]]
-"""Bytes (up, down) by client id."""
+
+class Crossed(NamedTuple):
+    """What has crossed between one client and its server."""
+
+    up: int = 0
+    """Bytes of tensors."""
+    down: int = 0
+    """Bytes of tensors."""
+    round_trips: int = 0
+    """Requests that were answered."""
+
+    def plus(self, other: Crossed) -> Crossed:
+        """Both together."""
+        return Crossed(*(one + more for one, more in zip(self, other, strict=True)))
+
+
+Traffic = dict[str, Crossed]
+"""By client id."""
 
 
 class Arrivals:
@@ -67,7 +84,7 @@ class Arrivals:
 
 
 class Meter(Middleware):
-    """A transport that counts each client's tensor bytes, in each direction.
+    """A transport that counts each client's tensor bytes, in each direction, and its round trips.
 
     Args:
         transport: The transport that requests go on to.
@@ -82,30 +99,29 @@ class Meter(Middleware):
         self._taken: Traffic = {}
 
     def totals(self) -> Traffic:
-        """Bytes (up, down) by client, since the beginning."""
+        """What has crossed by client, since the beginning."""
         with self._lock:
             return dict(self._total)
 
     def take(self) -> Traffic:
-        """Bytes (up, down) by client since the last take; clients without traffic are left out."""
+        """What has crossed by client since the last take; those without traffic are left out."""
         with self._lock:
             taken = self._taken
             self._taken = {}
             return taken
 
-    def add(self, traffic: Mapping[str, tuple[int, int]]) -> None:
-        """Add the bytes that were taken from another meter."""
+    def add(self, traffic: Mapping[str, Crossed]) -> None:
+        """Add what was taken from another meter."""
         with self._lock:
-            for client_id, (up, down) in traffic.items():
+            for client_id, crossed in traffic.items():
                 for tally in (self._total, self._taken):
-                    before = tally.get(client_id, (0, 0))
-                    tally[client_id] = (before[0] + up, before[1] + down)
+                    tally[client_id] = tally.get(client_id, Crossed()).plus(crossed)
 
     def send(self, verb: str, request: Any, /) -> Any:
         """The transport's answer: the request's tensors went up, the answer's came down."""
         answer = super().send(verb, request)
         client_id = request.client_id
-        self.add({client_id: (num_bytes(request), num_bytes(answer))})
+        self.add({client_id: Crossed(num_bytes(request), num_bytes(answer), 1)})
         # Only what a commit will close is an arrival: not a part of a batch (no seal), nor a call
         # in eval mode, nor the push of initial weights that begins the lineage ("published").
         if verb == "backward" and request.seal is not None and answer.status != "uncounted":

@@ -59,6 +59,7 @@ def a_round(number: int, **more: Any) -> dict[str, Any]:
         "gradients_rejected": 0,
         "bytes_up": 3000,
         "bytes_down": 1500,
+        "round_trips": 600,
     } | more
 
 
@@ -133,6 +134,7 @@ def test_the_page_has_what_the_rows_have() -> None:
         *("14\n3 discarded", "client halves at version 2", "9 kB", "6 kB up, 3 kB down", "3.33 min on the run's clock"),
         *("Accuracy", "Loss", "Participants", "Who took part", "Updates over time", "Staleness", "Bytes by client"),
         *("Examples by client and class", "Discarded gradients", "stale: 3 (too old by the policy)", "All rounds"),
+        *("round trips\n1,200\n600 a round", "staleness\n4\ncommits on average, at most 12"),
         *("66.7 % of 6 were fresh", "10–19", "alpha", "rounds\n", "time", "bytes"),
     ):
         assert expected in words, expected

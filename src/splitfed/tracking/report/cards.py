@@ -83,6 +83,7 @@ _ROUND_COLUMNS: dict[str, Callable[[Any], str]] = {
     "gradients_rejected": plain,
     "bytes_up": size,
     "bytes_down": size,
+    "round_trips": plain,
     "time": span,
 }
 

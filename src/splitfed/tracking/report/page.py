@@ -132,6 +132,12 @@ def _cost(run: Run) -> Iterator[_Tile]:
     down = reading.total(run, "bytes_down")
     if up or down:
         yield "bytes", size(up + down), f"{size(up)} up, {size(down)} down"
+    round_trips = reading.total(run, "round_trips")
+    if round_trips:
+        yield "round trips", f"{round_trips:,}", f"{round_trips / len(run.rounds):,.0f} a round"
+    behind = reading.staleness(run)
+    if behind is not None:
+        yield "staleness", f"{behind[0]:.3g}", f"commits on average, at most {behind[1]}"
     seconds = reading.value(run.last_round, "seconds")
     clock = reading.value(run.last_round, "time")
     if seconds is not None:

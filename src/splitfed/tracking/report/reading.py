@@ -287,12 +287,7 @@ def ages(run: Run) -> dict[str, int]:
 
     Ages up to 9 stand alone; beyond, each class is twice as wide as the one before.
     """
-    found: dict[int, int] = {}
-    for row in run.commits:
-        # Commits of client halves fold no gradients.
-        if row.get("lineage") != "client":
-            for age, count in (row.get("staleness") or {}).items():
-                found[int(age)] = found.get(int(age), 0) + count
+    found = _body_ages(run)
     if not found:
         return {}
     oldest = max(found)
@@ -303,3 +298,22 @@ def ages(run: Run) -> dict[str, int]:
         named[f"{low}–{2 * low - 1}"] = sum(counts)
         low *= 2
     return named
+
+
+def staleness(run: Run) -> tuple[float, int] | None:
+    """How many commits the body's folded gradients were behind: on average, and at most."""
+    found = _body_ages(run)
+    if not found:
+        return None
+    return sum(age * count for age, count in found.items()) / sum(found.values()), max(found)
+
+
+def _body_ages(run: Run) -> dict[int, int]:
+    """The number of the body's folded gradients by the commits that they were behind."""
+    found: dict[int, int] = {}
+    for row in run.commits:
+        # Commits of client halves fold no gradients.
+        if row.get("lineage") != "client":
+            for age, count in (row.get("staleness") or {}).items():
+                found[int(age)] = found.get(int(age), 0) + count
+    return {age: count for age, count in found.items() if count}
