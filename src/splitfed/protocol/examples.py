@@ -1,0 +1,216 @@
+"""What a client remembers of its examples: what the server saw last of each, for the next delta.
+
+An example is known by a number of the user's, such as its place in the data set, since batches are
+shuffled and a row of one is another example each time. The numbers stay here; what travels are the
+names of files and rows in them (`deltas`).
+
+The rows of a batch are one file, and the next batch gathers its rows from many. So a file is given
+up once none of its rows is the newest of its example and no request under way refers to it: the
+next request says so. The trap is a request that fails: nothing here may have moved then, for
+neither has anything at the server that could be relied on. So what is remembered moves on only once
+an answer is there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from splitfed.protocol.coding import Codec, Coded, decode, encode
+from splitfed.protocol.deltas import CODEC, Delta, assembled, name_of
+
+_GIVEN_UP_AT_ONCE = 256
+_REMEMBERED = 64
+"""Of so many calls x̂ is at hand if a checkpoint repeats them."""
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """One tensor (N, *C) as it travels: what has changed of its examples."""
+
+    kind: str
+    """Which tensor of which call it is: what an example is known under there."""
+    ids: Sequence[int]
+    """The numbers of its examples, N."""
+    source: str
+    """The hash of x, where x̂ is another."""
+    payload: Tensor
+    """The rows that travel, coded."""
+    coded: Coded | None
+    delta: Delta
+    decoded: Tensor
+    """x̂, (N, *C): what the server makes of it."""
+    squared_error: float
+    """‖x − x̂‖²."""
+    squared_norm: float
+    """‖x‖²."""
+
+    @property
+    def num_sent(self) -> int:
+        """The bytes that travel."""
+        extra = () if self.coded is None else self.coded.extra
+        return self.payload.nbytes + sum(one.nbytes for one in extra) + self.delta.num_sent
+
+    def whole(self) -> Change:
+        """The same tensor without reference to anything."""
+        rows = torch.full_like(self.delta.rows, -1)
+        sent = torch.ones_like(self.delta.sent)
+        delta = replace(self.delta, references=(), rows=rows, sent=sent, adds=False)
+        return replace(self, payload=self.decoded, coded=None, delta=delta)
+
+
+class Examples:
+    """The newest x̂ of each example, and which file of the server's it is a row of."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, Tensor] = {}
+        """The rows of each file, (M, *C)."""
+        self._places: dict[str, dict[int, tuple[str, int]]] = {}
+        """The file and row of each example, by kind."""
+        self._uses: Counter[str] = Counter()
+        """How many examples have their newest row in a file, and requests under way refer to it."""
+        self._given_up: OrderedDict[str, None] = OrderedDict()
+        self._made: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        """x̂ by what it was made of, for a checkpoint that repeats a call."""
+        self._lock = threading.Lock()
+
+    def change(
+        self, kind: str, ids: Sequence[int], tensor: Tensor, place: int, codec: Codec
+    ) -> Change:
+        """What of a tensor travels; `moved` or `lost` has to follow once it has.
+
+        Args:
+            kind: Which tensor of which call it is.
+            ids: The numbers of its examples.
+            tensor: The tensor, (N, *C).
+            place: Which one of its message it is.
+            codec: What changes are coded by.
+        """
+        x = tensor.detach().cpu()
+        with self._lock:
+            names, rows = self._known(kind, ids, x)
+            files = [self._files[name] for name in names]
+            self._uses.update(names)
+        delta = Delta(
+            place=place,
+            codec=CODEC,
+            dtype=str(x.dtype).removeprefix("torch."),
+            shape=tuple(x.shape),
+            strides=tuple(x.stride()),
+            references=tuple(names),
+            rows=rows,
+            sent=torch.zeros(len(x), dtype=torch.bool),
+            adds=bool(codec.values),
+            keeps=True,
+        )
+        base = assembled(x.new_zeros(0, *x.shape[1:]), replace(delta, adds=False), files)
+        if delta.adds:
+            difference = x - base
+            moves = difference != 0
+        else:
+            difference = x
+            moves = _bits(x) != _bits(base)
+        delta = replace(delta, sent=moves.flatten(1).any(dim=1) | (rows < 0))
+        payload = difference[delta.sent].contiguous()
+        inner = codec.of_new if bool((rows < 0).any()) else codec.of_changes
+        made = None if inner is None or not len(payload) else encode(payload, inner, place)
+        decoded = payload if made is None else decode(*made)
+        coded = None if made is None else made[1]
+        sent = payload if made is None else made[0]
+        source = name_of(x) if delta.adds else ""
+        whole = assembled(decoded, delta, files)
+        return Change(kind, ids, source, sent, coded, delta, whole, *_distance(x, whole))
+
+    def moved(self, change: Change) -> None:
+        """A request has arrived: its examples are now as the server has made them."""
+        rows = change.decoded.contiguous()[change.delta.sent]
+        name = name_of(rows) if len(rows) else ""
+        with self._lock:
+            if change.source:
+                self._made[change.kind, change.source] = change.decoded
+                if len(self._made) > _REMEMBERED:
+                    self._made.popitem(last=False)
+            if name:
+                self._files[name] = rows
+                self._given_up.pop(name, None)
+            places = self._places.setdefault(change.kind, {})
+            moved = change.delta.sent.nonzero().view(-1).tolist()
+            left = []
+            for row, number in enumerate(moved):
+                before = places.get(change.ids[number])
+                places[change.ids[number]] = (name, row)
+                self._uses[name] += 1
+                if before is not None:
+                    left.append(before[0])
+            self._leave(left)
+
+    def made_of(self, kind: str, tensor: Tensor) -> Tensor | None:
+        """x̂ of a call that is made again; `None` if it isn't known, or the tensor itself."""
+        with self._lock:
+            return self._made.get((kind, name_of(tensor.detach().cpu())))
+
+    def ended(self, change: Change) -> None:
+        """A request isn't under way any more, whatever came of it."""
+        with self._lock:
+            self._leave(change.delta.references)
+
+    def lost(self, change: Change) -> None:
+        """The server lacks files that a request refers to: nothing of them is relied on."""
+        names = {*change.delta.references}
+        with self._lock:
+            for places in self._places.values():
+                gone = [number for number, place in places.items() if place[0] in names]
+                self._leave(places.pop(number)[0] for number in gone)
+
+    def given_up(self) -> tuple[str, ...]:
+        """The names that the next request gives up."""
+        with self._lock:
+            return tuple(self._given_up)[:_GIVEN_UP_AT_ONCE]
+
+    def told(self, names: Iterable[str]) -> None:
+        """The server knows that these were given up."""
+        with self._lock:
+            for name in names:
+                self._given_up.pop(name, None)
+
+    def _known(self, kind: str, ids: Sequence[int], x: Tensor) -> tuple[list[str], Tensor]:
+        """The files that have examples of a batch, and each one's row in them; -1 for none."""
+        places = self._places.get(kind, {})
+        firsts: dict[str, int] = {}
+        rows, total = [], 0
+        for number in ids:
+            name, row = places.get(number, ("", 0))
+            file = self._files.get(name)
+            if file is None or file.dtype != x.dtype or file.shape[1:] != x.shape[1:]:
+                rows.append(-1)
+                continue
+            if name not in firsts:
+                firsts[name] = total
+                total += len(file)
+            rows.append(firsts[name] + row)
+        return [*firsts], torch.tensor(rows, dtype=torch.int32)
+
+    def _leave(self, names: Iterable[str]) -> None:
+        """Count uses of files that have ended."""
+        for name in names:
+            self._uses[name] -= 1
+            if self._uses[name] <= 0:
+                del self._uses[name]
+                self._files.pop(name, None)
+                self._given_up[name] = None
+
+
+def _distance(x: Tensor, decoded: Tensor) -> tuple[float, float]:
+    exact = x.double()
+    return float((exact - decoded.double()).square().sum()), float(exact.square().sum())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers: zeros have two signs, and no NaN equals itself."""
+    return tensor.contiguous().view(_INTEGERS[tensor.itemsize])
