@@ -42,7 +42,7 @@ from splitfed.checks import warn_once
 from splitfed.errors import InputError, ReferenceLostError
 from splitfed.protocol import pytree
 from splitfed.protocol.coding import SMALL, Codec, Coded, decode, encode, is_codable
-from splitfed.protocol.examples import Change, Examples
+from splitfed.protocol.examples import EXAMPLES, Change, Examples
 from splitfed.protocol.messages import BackwardRequest, ForwardRequest
 from splitfed.protocol.transport import Middleware, Transport
 
@@ -177,12 +177,16 @@ class Compression(Middleware):
         return bool(getattr(self.inner, "unattended", False))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What error feedback has still to send, for a checkpoint; empty without `topk`."""
-        return self._memory.state_dict()
+        """What it remembers, for a checkpoint; empty without `topk` and `delta`.
+
+        That is what error feedback has still to send, and what the server saw last of each example.
+        """
+        return {**self._memory.state_dict(), **self._examples.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state_dict()`."""
         self._memory.load_state_dict(state)
+        self._examples.load_state_dict(state)
 
     @contextmanager
     def examples(self, ids: Sequence[int] | Tensor) -> Iterator[None]:
@@ -427,8 +431,11 @@ class Compression(Middleware):
         )
 
     def _tell_resumed(self, client_id: str, resumed: int) -> None:
-        feeds = any("topk" in name for name in (self.codecs.activations, self.codecs.grad_outputs))
-        if not resumed or not feeds or self._memory.has(client_id):
+        codecs = [codec for codec in (self._delta, *self._codecs.values()) if codec is not None]
+        feeds = any(codec.values == "topk" or (codec.delta and codec.values) for codec in codecs)
+        if not resumed or not feeds:
+            return
+        if self._memory.has(client_id) or self._examples.has(client_id):
             return
         if f"resumed {client_id}" not in self._told:
             self._told.add(f"resumed {client_id}")
@@ -515,7 +522,8 @@ class _Memory:
         if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
             raise InputError(f"expected what Compression.state_dict() returned, got {state!r:.80}")
         with self._lock:
-            self._residuals = OrderedDict((n, tensor.clone()) for n, tensor in state.items())
+            own = ((n, t.clone()) for n, t in state.items() if not n.startswith(EXAMPLES))
+            self._residuals = OrderedDict(own)
             self._before.clear()
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +27,10 @@ from splitfed.protocol.deltas import CODEC, Delta, assembled, name_of
 _GIVEN_UP_AT_ONCE = 256
 _REMEMBERED = 64
 """Of so many calls x̂ is at hand if a checkpoint repeats them."""
+EXAMPLES = "examples|"
+"""What the names of its state begin with."""
+_FILE = f"{EXAMPLES}file|"
+_PLACES = f"{EXAMPLES}places|"
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -76,6 +80,8 @@ class Examples:
         self._uses: Counter[str] = Counter()
         """How many examples have their newest row in a file, and requests under way refer to it."""
         self._given_up: OrderedDict[str, None] = OrderedDict()
+        self._lost: set[str] = set()
+        """Files that the server may not have any more."""
         self._made: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         """x̂ by what it was made of, for a checkpoint that repeats a call."""
         self._lock = threading.Lock()
@@ -125,7 +131,12 @@ class Examples:
         sent = payload if made is None else made[0]
         source = name_of(x) if delta.adds else ""
         whole = assembled(decoded, delta, files)
-        return Change(kind, ids, source, sent, coded, delta, whole, *_distance(x, whole))
+        change = Change(kind, ids, source, sent, coded, delta, whole, *_distance(x, whole))
+        with self._lock:
+            if self._lost.isdisjoint(names):
+                return change
+            self._leave(names)
+        return change.whole()
 
     def moved(self, change: Change) -> None:
         """A request has arrived: its examples are now as the server has made them."""
@@ -139,6 +150,7 @@ class Examples:
             if name:
                 self._files[name] = rows
                 self._given_up.pop(name, None)
+                self._lost.discard(name)
             places = self._places.setdefault(change.kind, {})
             moved = change.delta.sent.nonzero().view(-1).tolist()
             left = []
@@ -161,12 +173,13 @@ class Examples:
             self._leave(change.delta.references)
 
     def lost(self, change: Change) -> None:
-        """The server lacks files that a request refers to: nothing of them is relied on."""
-        names = {*change.delta.references}
+        """The server lacks files that a request refers to: no later one does.
+
+        What they hold is still known here, and goes on to be what examples change from: so values
+        don't depend on what the server loses.
+        """
         with self._lock:
-            for places in self._places.values():
-                gone = [number for number, place in places.items() if place[0] in names]
-                self._leave(places.pop(number)[0] for number in gone)
+            self._lost.update(change.delta.references)
 
     def given_up(self) -> tuple[str, ...]:
         """The names that the next request gives up."""
@@ -178,6 +191,37 @@ class Examples:
         with self._lock:
             for name in names:
                 self._given_up.pop(name, None)
+
+    def has(self, client_id: str) -> bool:
+        """Whether anything is remembered of a client."""
+        with self._lock:
+            return any(kind.startswith(f"{client_id}|") for kind in self._places)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that is remembered: rows by file, and number, file and row of each example."""
+        with self._lock:
+            names = sorted(self._files)
+            state = {f"{_FILE}{name}": self._files[name].clone() for name in names}
+            for kind, places in self._places.items():
+                table = [(n, names.index(name), row) for n, (name, row) in places.items()]
+                state[f"{_PLACES}{kind}"] = torch.tensor(table, dtype=torch.int64).view(-1, 3)
+            return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict()`; other names in it are passed over."""
+        names = sorted(n.removeprefix(_FILE) for n in state if n.startswith(_FILE))
+        with self._lock:
+            self._files = {name: state[f"{_FILE}{name}"].clone() for name in names}
+            self._places = {}
+            for key, table in state.items():
+                if key.startswith(_PLACES):
+                    rows = ((n, (names[file], row)) for n, file, row in table.tolist())
+                    self._places[key.removeprefix(_PLACES)] = dict(rows)
+            held = (name for places in self._places.values() for name, _ in places.values())
+            self._uses = Counter(held)
+            self._given_up.clear()
+            self._lost.clear()
+            self._made.clear()
 
     def _known(self, kind: str, ids: Sequence[int], x: Tensor) -> tuple[list[str], Tensor]:
         """The files that have examples of a batch, and each one's row in them; -1 for none."""
@@ -203,6 +247,7 @@ class Examples:
             if self._uses[name] <= 0:
                 del self._uses[name]
                 self._files.pop(name, None)
+                self._lost.discard(name)
                 self._given_up[name] = None
 
 
