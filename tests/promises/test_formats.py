@@ -82,6 +82,7 @@ from splitfed.model.numerics import numerics_class
 from splitfed.model.stamp import remove_stamps
 from splitfed.protocol.checksum import sealed, text_of
 from splitfed.protocol.coding import Coded
+from splitfed.protocol.deltas import Delta
 from splitfed.protocol.messages import (
     BackwardAnswer,
     BackwardRequest,
@@ -387,7 +388,14 @@ def added_later() -> dict[str, Any]:
     steps = torch.tensor([[127, -64, 0], [1, 2, 3]], dtype=torch.int8)
     coding = (Coded(0, "int8/1", "float32", (2, 3), (3, 1), (x[0, :1],), 0.5, 2.0),)
     wanted = {"coding": coding, "answer_codec": "bfloat16/1+zstd/1"}
+    begins = (torch.tensor([2, -1], dtype=torch.int32), torch.tensor([False, True]))
+    change = Delta(0, "delta/1", "float32", (2, 3), (3, 1), ("0f" * 8, "a1" * 8), *begins, adds=True, keeps=True)
+    notes = Housekeeping(references=("0f" * 8,))
     return {
+        "Housekeeping.references": notes,
+        "ForwardRequest.deltas": dataclasses.replace(
+            ahead, inputs=((steps[1:],), {}), coding=coding, deltas=(change,), housekeeping=notes
+        ),
         "ForwardRequest.coded": dataclasses.replace(ahead, inputs=((steps,), {}), **wanted),
         "ForwardAnswer.coded": ForwardAnswer(1, 7, steps, (True,), False, {}, (1,), coding=coding),
         "BackwardRequest.coded": BackwardRequest("a", 1, 5, 0, 7, 3, (steps,), None, **wanted),
