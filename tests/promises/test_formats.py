@@ -391,6 +391,7 @@ def added_later() -> dict[str, Any]:
     begins = (torch.tensor([2, -1], dtype=torch.int32), torch.tensor([False, True]))
     change = Delta(0, "delta/1", "float32", (2, 3), (3, 1), ("0f" * 8, "a1" * 8), *begins, adds=True, keeps=True)
     notes = Housekeeping(references=("0f" * 8,))
+    flows = {"activations": [2, 1, 4096, 1088, 0.5, 2.0], "outputs": [1, 0, 64, 64, 0.0, 0.0]}
     return {
         "Housekeeping.references": notes,
         "ForwardRequest.deltas": dataclasses.replace(
@@ -414,6 +415,8 @@ def added_later() -> dict[str, Any]:
         "BackwardRequest.resumed": BackwardRequest("a", 1, 5, 2**32, 7, 2**32, (x,), None, resumed=2**32),
         "LossAnswer.repeated": LossAnswer(1, 7, x[0, 0], (x,), "stored", False, repeated=True),
         "PushRequest.resumed": PushRequest("a", 1, "3f00", 5, 7, None, {"w": x}, {}, {}, 7.0, 1.0, resumed=2**32),
+        "PushRequest.flows": PushRequest("a", 1, "3f00", 5, 7, None, {"w": x}, {}, {}, 7.0, 1.0, flows=flows),
+        "GradientRecord.flows": GradientRecord("gradient", 7, 8.0, 1.0, "0" * 64, "x", {"w": x}, [], flows=flows),
         "GradientRecord.resumed": GradientRecord("gradient", 7, 8.0, 1.0, "0" * 64, "x", {"w": x}, [], 2**32),
         "ForwardAnswer.complex128": ForwardAnswer(
             1, 7, numbers(2, 2, dtype=torch.complex128), (True,), False, {}, (1,)

@@ -309,6 +309,7 @@ LATER = [
         deltas=(CHANGE,),
     ),
     Housekeeping(references=("0f" * 8,)),
+    PushRequest("a", 1, "3f", 0, 0, None, {"w": T}, {}, {}, 4.0, 1.0, 2**32, {"outputs": [1, 0, 64, 64, 0.0, 0.0]}),
     dataclasses.replace(BACK, counted=False, resumed=2**32, nonce=2**31, coding=CODING, answer_codec="int8/1"),
     ForwardAnswer(
         1, 7, {"out": T}, (True,), False, {}, (1,), moved=True, written=("layer.kl",), repeated=True, coding=CODING

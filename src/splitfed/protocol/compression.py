@@ -24,14 +24,13 @@ is this process's: a client that is restarted begins without it, which is said, 
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
 
@@ -43,12 +42,12 @@ from splitfed.errors import InputError, ReferenceLostError
 from splitfed.protocol import pytree
 from splitfed.protocol.coding import SMALL, Codec, Coded, decode, encode, is_codable
 from splitfed.protocol.examples import EXAMPLES, Change, Examples
+from splitfed.protocol.flows import FLOWS, Flow
 from splitfed.protocol.messages import BackwardRequest, ForwardRequest
 from splitfed.protocol.transport import Middleware, Transport
 
 _EXAMPLES: ContextVar[list[int] | None] = ContextVar("examples", default=None)
 """The examples that the calls of this thread are of."""
-FLOWS = ("activations", "outputs", "grad_outputs", "grad_activations")
 _REMEMBERED = 64
 """So many residuals, and residuals of calls that a checkpoint may repeat, are kept of a client."""
 
@@ -105,39 +104,6 @@ class Codecs:
         """The codec of a flow; `None` if its values are exact."""
         name = getattr(self, flow)
         return Codec.of(name) if name else None
-
-
-@dataclass(frozen=True, slots=True)
-class Flow:
-    """What compression has done to one flow."""
-
-    tensors: int = 0
-    coded: int = 0
-    """Tensors that were coded; the others have travelled as they are."""
-    exact_bytes: int = 0
-    """Bytes of all tensors as they are."""
-    sent_bytes: int = 0
-    """Bytes that have travelled for them."""
-    squared_error: float = 0.0
-    """Σ ‖x − x̂‖² over coded tensors."""
-    squared_norm: float = 0.0
-    """Σ ‖x‖² over coded tensors."""
-
-    @property
-    def ratio(self) -> float:
-        """Bytes that have travelled, as a share of what would have."""
-        return self.sent_bytes / self.exact_bytes if self.exact_bytes else 1.0
-
-    @property
-    def relative_error(self) -> float:
-        """‖x − x̂‖ / ‖x‖ over all coded tensors."""
-        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
-
-    def __add__(self, other: Flow) -> Flow:
-        return Flow(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __sub__(self, other: Flow) -> Flow:
-        return Flow(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
 class Compression(Middleware):
@@ -525,6 +491,13 @@ class _Memory:
             own = ((n, t.clone()) for n, t in state.items() if not n.startswith(EXAMPLES))
             self._residuals = OrderedDict(own)
             self._before.clear()
+
+
+def compression_of(transport: Transport) -> Compression | None:
+    """The compression that a client's requests go through; `None` if all is exact."""
+    while isinstance(transport, Middleware) and not isinstance(transport, Compression):
+        transport = transport.inner
+    return transport if isinstance(transport, Compression) else None
 
 
 def _with_changes(

@@ -529,6 +529,9 @@ class PushRequest(Request):
     """What `gradients` are to be divided by; 1 for start − end."""
     resumed: Number = field(default=0, metadata=ADDED)
     """As in a forward: an update that an earlier process has pushed under this number stays."""
+    flows: Mapping[str, Any] = field(default_factory=dict, metadata=ADDED)
+    """What its compression has done since the last push, by flow (`flows`). It tells of the update
+    and is no part of it, so the digest leaves it out."""
 
     samples_limit = "push_samples"  # it counts all batches since the pull
 
@@ -660,6 +663,8 @@ class GradientRecord:
     """What closed the batch, beside recipes; `None` for a loss on the server."""
     holder: str = field(default="", metadata=ADDED)
     """Beside recipes: which process has computed the gradient, and may hold it in a sum."""
+    flows: Mapping[str, Any] = field(default_factory=dict, metadata=ADDED)
+    """Of a half's update: as in the request."""
 
     def as_recipes(self) -> GradientRecord:
         """The record without its gradient, which can be computed again."""

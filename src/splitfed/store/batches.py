@@ -73,7 +73,7 @@ _COPIES = (
     "two processes bear the incarnation of its client, as copies of a running one do. "
     "Make a new SplitClient in each of them"
 )
-_PLAIN = ("kind", "base_version", "num_samples", "loss_scale", "digest", "numerics", "holder")
+_PLAIN = tuple("kind base_version num_samples loss_scale digest numerics holder flows".split())
 
 
 class Pile:

@@ -23,13 +23,14 @@ from typing import Any
 
 from splitfed.errors import FormatError
 from splitfed.protocol import checksum
+from splitfed.protocol.flows import Flows, from_plain, to_plain
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
 from splitfed.store.batchset import BatchSet, Outcome, Verdict
 
 _KEYS = (
     "version kind nonce parent table files frozen restored abandoned source turn num_samples "
     "staleness folded older stale rejected skipped num_duplicates num_expired num_foreign time "
-    "part was settings weights durability groups"
+    "part was settings weights durability groups flows"
 ).split()
 _ALWAYS = ("version", "kind", "nonce", "files", "num_samples", "time")
 """What is in each record, whatever its value."""
@@ -112,6 +113,8 @@ class Commit:
     groups: tuple[tuple[BatchId, ...], ...] = ()
     """The folded batches that servers had added up, each sum in the order in which it was made: the
     rest was added in canonical order."""
+    flows: Flows = field(default_factory=dict)
+    """What the folded updates' clients told of their compression, together."""
     digest: str = ""
     """SHA-256 of the record itself, once it was read."""
 
@@ -180,6 +183,8 @@ class Commit:
                 value = {version: batches.to_json() for version, batches in value.items()}
             elif isinstance(value, BatchSet):
                 value = value.to_json()
+            elif name == "flows":
+                value = to_plain(value)
             if name in _ALWAYS or value != _DEFAULTS.get(name, {}):
                 record[name] = value
         return json.dumps(record, separators=(",", ":")).encode()
@@ -214,6 +219,7 @@ class Commit:
                 groups=tuple(
                     tuple(_batch(*batch) for batch in group) for group in record.pop("groups", ())
                 ),
+                flows=from_plain(record.pop("flows", {})),
                 digest=hashlib.sha256(data).hexdigest(),
                 **record,
             )
