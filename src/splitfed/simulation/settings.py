@@ -46,8 +46,12 @@ class LocalTraining:
     def __post_init__(self) -> None:
         at_least("batch_size", self.batch_size, 1)
         at_least("local_passes", self.local_passes, 1)
-        if self.compression is not None:
-            Codecs.of(self.compression)
+        if self.compression is not None and "delta" in Codecs.of(self.compression).activations:
+            raise InputError(
+                f"compression is {self.compression!r}: a delta is the change since a client's last "
+                "epoch, and a simulated client begins anew in each round, so use what follows it; "
+                "deltas are of a SplitClient, with client.compression.examples(...)"
+            )
         if self.scheduler is not None:
             check_function(
                 "scheduler",
