@@ -530,7 +530,8 @@ class SplitServer:
             # Nothing of a process that a newer one has superseded can count any more, nor of one
             # that was never opened.
             housekeeping = replace(housekeeping, abandoned=())
-        self._references.drop(client_id, incarnation, housekeeping.references)
+        if housekeeping.references:
+            self._references.drop(client_id, incarnation, housekeeping.references)
         line.sealer.tidy(client_id, incarnation, housekeeping)
 
     def _check_part(self, request: ForwardRequest) -> None:
