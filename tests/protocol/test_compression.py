@@ -30,6 +30,7 @@ from splitfed.protocol.packing import pack, unpack
 from splitfed.protocol.transport import Middleware, RoundRobin
 from splitfed.service.http.app import make_app
 from splitfed.service.mailbox.worker import Worker
+from splitfed.store.quota import Ledger, Quota
 
 WIDTH = 32
 LOSSY = ["bfloat16", "int8", "topk:0.25"]
@@ -533,6 +534,49 @@ def test_references_go_with_their_examples_their_process_and_the_client() -> Non
     assert len(references(site)) == 3
     forget(site.store, "a")
     assert references(site) == []
+
+
+def test_references_go_with_the_open_calls_at_the_end_of_a_run() -> None:
+    """Nothing of a client's activations stays on file then; it would send each example whole again."""
+    site = Site("delta+int8")
+    epochs(site, site.client, count=1)
+    pile = site.store.pile()
+    assert {*references(site)} < {*pile.open_calls()}
+    pile.drop_calls(pile.open_calls())
+    site.server._references = type(site.server._references)(pile)
+    epochs(site, site.client, count=1)
+    assert len(references(site)) == 3
+
+
+def test_references_count_for_the_quota_of_a_client() -> None:
+    """In bytes; not as calls, which go with their backwards."""
+    site = Site("delta+int8")
+    epochs(site, site.client, count=1)
+    ledger = Ledger(site.store.pile(), Quota())
+    calls, num_bytes = ledger.look("a")
+    assert calls < 3
+    assert num_bytes > sum(site.store.blobs.sizes("body/reference").values()) > 96 * WIDTH * 4
+
+
+def test_a_loss_on_the_server_is_of_the_decoded_delta() -> None:
+    """Each loss is that of a request which carries the same activations plain."""
+    half, body = splitfed.split(nn.Sequential(nn.Linear(6, WIDTH), nn.Linear(WIDTH, 3)), "1")
+    store = splitfed.GradientStore(f"memory://{uuid.uuid4()}", sync="process")
+    tap = Tap(splitfed.SplitServer(body, store, loss_fn=cross_entropy))
+    client: Any = splitfed.SplitClient(half, tap, "a", compression="delta+int8")
+    x, y = batch(0)
+    errors = []
+    for _ in range(2):
+        with client.compression.examples(range(64)):
+            loss = client.loss(x, y)
+        loss.backward()
+        record = tap.requests[-1].forward
+        sent = client.compression._examples.made_of("a|activations||0", half[0](x))
+        assert torch.equal(loss.detach(), cross_entropy(body(sent), y).detach())
+        errors.append(float((sent - half[0](x)).detach().norm()))
+        assert record.deltas[0].num_bytes == sent.nbytes
+    assert errors[1] < errors[0] / 50
+    assert {name: flow.coded for name, flow in client.compression.flows.items()}["activations"] == 2
 
 
 def test_a_restart_goes_on_with_the_references_of_a_checkpoint() -> None:
