@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from splitfed import Accumulator, Federation, GradientStore, History, SplitClient, SplitServer, report, split
+from splitfed.cli.command import main
 from splitfed.errors import InputError, StoreError
 from splitfed.protocol.transport import Middleware
 from splitfed.service.http.app import make_app
@@ -107,6 +109,24 @@ def test_a_push_tells_of_what_came_since_the_last_one(tmp_path: Any) -> None:
     run.more(client, 2)
     told = [run.store.pile("client").read(batch) for batch in run.store.waiting("client")]
     assert [record.flows["activations"][0] for record in told if record is not None] == [1, 2]
+
+
+def test_the_status_of_a_store_shows_the_newest(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line on the page, and numbers in JSON."""
+    run = Run(tmp_path)
+    run.federation.open()
+    for name in ("a", "b"):
+        run.train(run.server, name, {"activations": "int8"})
+    run.federation.close()
+    assert main(["status", "--store", run.store.url]) == 0
+    found = " ".join(capsys.readouterr().out.split())
+    assert "compressed activations 27% of the bytes, changed by 0." in found
+    assert "(version 1 of client)" in found
+    main(["status", "--store", run.store.url, "--json"])
+    lines = json.loads(capsys.readouterr().out)["lineages"]
+    told = {line["name"]: line["commits"][0]["flows"] for line in lines}
+    assert told["client"]["activations"]["coded"] == 4
+    assert told["body"] == {}
 
 
 def test_without_compression_reports_and_records_are_as_before(tmp_path: Any) -> None:
