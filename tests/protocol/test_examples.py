@@ -125,6 +125,24 @@ def test_what_is_lost_is_sent_whole_with_the_same_value() -> None:
     assert float((again.decoded - x[3:4]).abs().max()) < 0.001
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 60000.0])
+def test_what_isn_t_finite_spoils_nothing_after_it(value: float) -> None:
+    """It travels whole, as does what differs by more than halves can hold; then changes are of finite values again."""
+    ends = Ends("delta+int8")
+    x = rows(8, 256).half()
+    x[2, 3] = -60000.0
+    ends.send(range(8), x)
+    odd = x.clone()
+    odd[2, 3] = value
+    for sent in (odd, x, x, x):
+        made, found = ends.send(range(8), sent)
+        same = torch.isfinite(sent)
+        assert torch.equal(torch.isfinite(found), same)
+        error = (found.double() - sent.double())[same].norm() / sent.double()[same].norm()
+        assert error < 0.02
+    assert made.delta.references
+
+
 def test_a_mixed_batch_of_new_and_known_examples() -> None:
     """Also one that comes twice in a batch, and rows of another shape."""
     ends = Ends("delta")

@@ -29,7 +29,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
@@ -46,8 +45,6 @@ from splitfed.protocol.flows import FLOWS, Flow
 from splitfed.protocol.messages import BackwardRequest, ForwardRequest
 from splitfed.protocol.transport import Middleware, Transport
 
-_EXAMPLES: ContextVar[list[int] | None] = ContextVar("examples", default=None)
-"""The examples that the calls of this thread are of."""
 _REMEMBERED = 64
 """So many residuals, and residuals of calls that a checkpoint may repeat, are kept of a client."""
 
@@ -126,6 +123,8 @@ class Compression(Middleware):
         if self._delta is not None:  # what has no earlier value, as of an evaluation
             self._codecs["activations"] = self._delta.of_new
         self._examples = Examples()
+        self._named = threading.local()
+        """The examples that the calls of this thread are of."""
         self._flows = dict.fromkeys(FLOWS, Flow())
         self._memory = _Memory()
         self._told: set[str] = set()
@@ -173,11 +172,12 @@ class Compression(Middleware):
                 f"examples are {ids!r:.80}: expected a whole number for each example of the batch, "
                 "such as its place in the data set"
             )
-        token = _EXAMPLES.set(plain)
+        around = getattr(self._named, "ids", None)
+        self._named.ids = plain
         try:
             yield
         finally:
-            _EXAMPLES.reset(token)
+            self._named.ids = around
 
     def send(self, verb: str, request: Any, /) -> Any:
         """The answer, decoded; the request has travelled coded, and so has the answer."""
@@ -233,7 +233,8 @@ class Compression(Middleware):
 
     def _coded_call(self, request: ForwardRequest) -> tuple[ForwardRequest, Any, list[Change]]:
         """A forward as it travels, what is to be called once its answer is there, its changes."""
-        spec, tensors = pytree.flatten(request.inputs)
+        spec, exact = pytree.flatten(request.inputs)
+        tensors = exact
         # Where a gradient flows that is the activations; masks and positions stay exact.
         wanted = request.requires_grad if any(request.requires_grad) else [True] * len(tensors)
         given = [t if w else None for t, w in zip(tensors, wanted, strict=True)]
@@ -246,7 +247,7 @@ class Compression(Middleware):
             tensors, changes = self._changes(self._delta, kind, tensors, given)
         found, coding, done = self._encoded("activations", given, kind if feeds else None, key)
         sent = [t if f is None else f for t, f in zip(tensors, found, strict=True)]
-        is_plain = not coding and all(map(is_, sent, pytree.flatten(request.inputs)[1]))
+        is_plain = not coding and all(map(is_, sent, exact))
         inputs = request.inputs if is_plain else pytree.unflatten(spec, sent)
         request = replace(request, inputs=inputs, coding=coding)
         return _with_changes(request, changes, self._examples.given_up()), done, changes
@@ -260,7 +261,7 @@ class Compression(Middleware):
             InputError: no activation has as many rows as there are examples.
         """
         tensors, changes = list(tensors), []
-        ids = _EXAMPLES.get()
+        ids = getattr(self._named, "ids", None)
         repeats = _in_backward()
         if ids is None and not repeats:
             self._tell_unnamed()

@@ -85,7 +85,9 @@ def name_of(rows: Tensor) -> str:
 
 
 def restored(payload: Tensor, delta: Delta, lookup: Lookup) -> Tensor:
-    """The tensor that a delta makes of the rows that travelled.
+    """The tensor that a delta makes of the rows that travelled; both ends compute it so.
+
+    Of each file only the rows that are wanted stay in memory.
 
     Raises:
         ReferenceLostError: what it refers to isn't there.
@@ -93,34 +95,43 @@ def restored(payload: Tensor, delta: Delta, lookup: Lookup) -> Tensor:
         FormatError: the parts don't fit each other, or it would be too large.
     """
     _check(payload, delta)
-    found = [(name, lookup(name)) for name in delta.references]
-    lost = [name for name, rows in found if rows is None]
-    if lost:
-        raise ReferenceLostError(
-            f"{len(lost)} of {len(found)} references of a delta aren't in the store, such as "
-            f"{lost[0]!r}: expected the client to send the whole tensor, as SplitClient does"
-        )
-    files = [rows for _, rows in found if rows is not None]
-    _check_files(payload, delta, files)
-    return assembled(payload, delta, files)
-
-
-def assembled(payload: Tensor, delta: Delta, files: Sequence[Tensor]) -> Tensor:
-    """The tensor, of rows that travelled and files that fit them."""
-    base = payload.new_zeros(delta.shape)
     order = torch.argsort(delta.rows, stable=True)
     ordered = delta.rows[order]
-    first = 0
-    for rows in files:
-        ends = torch.searchsorted(ordered, torch.tensor([first, first + len(rows)]).int())
+    picked: list[tuple[Tensor, Tensor, Tensor]] = []
+    total, known = 0, payload.nbytes
+    for name in delta.references:
+        rows = _file(payload, delta, name, lookup)
+        ends = torch.searchsorted(ordered, torch.tensor([total, total + len(rows)]).int())
         places = order[int(ends[0]) : int(ends[1])]
-        base[places] = rows[delta.rows[places].long() - first]
-        first += len(rows)
+        wanted, which = (delta.rows[places] - total).long().unique(return_inverse=True)
+        picked.append((places, which, rows[wanted]))
+        total += len(rows)
+        known += picked[-1][2].nbytes
+    if int(ordered[0]) < _NOWHERE or int(ordered[-1]) >= total:
+        raise _misfit(delta, f"rows beyond the {total} of its references")
+    if delta.num_bytes > GROWTH_BYTES + GROWTH * known:
+        raise _misfit(delta, f"{known} bytes for {delta.num_bytes}")
+    base = payload.new_zeros(delta.shape)
+    for places, which, rows in picked:
+        base[places] = rows[which]
     places = delta.sent.nonzero().view(-1)
     base[places] = base[places] + payload if delta.adds else payload
     if base.stride() == delta.strides:
         return base
     return torch.empty_strided(delta.shape, delta.strides, dtype=base.dtype).copy_(base)
+
+
+def _file(payload: Tensor, delta: Delta, name: str, lookup: Lookup) -> Tensor:
+    """The rows under a name that a delta refers to."""
+    rows = lookup(name)
+    if rows is None:
+        raise ReferenceLostError(
+            f"reference {name[:40]!r} of a delta isn't in the store: expected the client to send "
+            "the whole tensor then, as SplitClient does"
+        )
+    if rows.dtype != payload.dtype or tuple(rows.shape[1:]) != delta.shape[1:] or not len(rows):
+        raise _misfit(delta, f"references of {rows.dtype} {tuple(rows.shape)}")
+    return rows
 
 
 def restore_all(tensors: Sequence[Any], deltas: Iterable[Delta], lookup: Lookup) -> list[Any]:
@@ -176,18 +187,6 @@ def _check(payload: Tensor, delta: Delta) -> None:
     expected = (int(delta.sent.sum()), *shape[1:])
     if payload.dtype != float_dtype(delta.dtype) or tuple(payload.shape) != expected:
         raise _misfit(delta, f"a payload {tuple(payload.shape)} of {payload.dtype}")
-
-
-def _check_files(payload: Tensor, delta: Delta, files: Sequence[Tensor]) -> None:
-    for rows in files:
-        if rows.dtype != payload.dtype or tuple(rows.shape[1:]) != delta.shape[1:]:
-            raise _misfit(delta, f"references of {rows.dtype} {tuple(rows.shape)}")
-    total = sum(len(rows) for rows in files)
-    if not _NOWHERE <= int(delta.rows.min()) <= int(delta.rows.max()) < total:
-        raise _misfit(delta, f"rows beyond the {total} of its references")
-    known = payload.nbytes + sum(rows.nbytes for rows in files)
-    if delta.num_bytes > GROWTH_BYTES + GROWTH * known:
-        raise _misfit(delta, f"{known} bytes for {delta.num_bytes}")
 
 
 def _misfit(delta: Delta, why: str) -> FormatError:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from splitfed.protocol.coding import Codec, Coded, decode, encode
-from splitfed.protocol.deltas import CODEC, Delta, assembled, name_of
+from splitfed.protocol.deltas import CODEC, Delta, name_of, restored
 
 _GIVEN_UP_AT_ONCE = 256
 _REMEMBERED = 64
@@ -101,42 +101,18 @@ class Examples:
         x = tensor.detach().cpu()
         with self._lock:
             names, rows = self._known(kind, ids, x)
-            files = [self._files[name] for name in names]
+            files = {name: self._files[name] for name in names}
             self._uses.update(names)
-        delta = Delta(
-            place=place,
-            codec=CODEC,
-            dtype=str(x.dtype).removeprefix("torch."),
-            shape=tuple(x.shape),
-            strides=tuple(x.stride()),
-            references=tuple(names),
-            rows=rows,
-            sent=torch.zeros(len(x), dtype=torch.bool),
-            adds=bool(codec.values),
-            keeps=True,
-        )
-        base = assembled(x.new_zeros(0, *x.shape[1:]), replace(delta, adds=False), files)
-        if delta.adds:
-            difference = x - base
-            moves = difference != 0
-        else:
-            difference = x
-            moves = _bits(x) != _bits(base)
-        delta = replace(delta, sent=moves.flatten(1).any(dim=1) | (rows < 0))
-        payload = difference[delta.sent].contiguous()
-        inner = codec.of_new if bool((rows < 0).any()) else codec.of_changes
-        made = None if inner is None or not len(payload) else encode(payload, inner, place)
-        decoded = payload if made is None else decode(*made)
-        coded = None if made is None else made[1]
-        sent = payload if made is None else made[0]
-        source = name_of(x) if delta.adds else ""
-        whole = assembled(decoded, delta, files)
-        change = Change(kind, ids, source, sent, coded, delta, whole, *_distance(x, whole))
+        change = _change(kind, ids, x, place, codec, files, rows)
+        is_whole = names and not bool(change.decoded.isfinite().all())
+        if is_whole:
+            # Once infinite, sums stay so; and a difference of halves may be beyond what they hold.
+            change = _change(kind, ids, x, place, codec, {}, torch.full_like(rows, -1))
         with self._lock:
-            if self._lost.isdisjoint(names):
+            if not is_whole and self._lost.isdisjoint(names):
                 return change
             self._leave(names)
-        return change.whole()
+        return change if is_whole else change.whole()
 
     def moved(self, change: Change) -> None:
         """A request has arrived: its examples are now as the server has made them."""
@@ -249,6 +225,44 @@ class Examples:
                 self._files.pop(name, None)
                 self._lost.discard(name)
                 self._given_up[name] = None
+
+
+def _change(
+    kind: str,
+    ids: Sequence[int],
+    x: Tensor,
+    place: int,
+    codec: Codec,
+    files: Mapping[str, Tensor],
+    rows: Tensor,
+) -> Change:
+    """What of a tensor travels, given the files that its rows begin from."""
+    adds = bool(codec.values)
+    delta = Delta(
+        place=place,
+        codec=CODEC,
+        dtype=str(x.dtype).removeprefix("torch."),
+        shape=tuple(x.shape),
+        strides=tuple(x.stride()),
+        references=tuple(files),
+        rows=rows,
+        sent=torch.zeros(len(x), dtype=torch.bool),
+        adds=False,
+        keeps=True,
+    )
+    base = x.new_zeros(x.shape)
+    if files:
+        base = restored(x.new_zeros(0, *x.shape[1:]), delta, files.get)
+    difference = x - base if adds else x
+    moves = difference != 0 if adds else _bits(x) != _bits(base)
+    delta = replace(delta, adds=adds, sent=moves.flatten(1).any(dim=1) | (rows < 0))
+    payload = difference[delta.sent].contiguous()
+    inner = codec.of_new if bool((rows < 0).any()) else codec.of_changes
+    made = None if inner is None or not len(payload) else encode(payload, inner, place)
+    decoded = restored(payload if made is None else decode(*made), delta, files.get)
+    sent, coded = (payload, None) if made is None else made
+    source = name_of(x) if adds else ""
+    return Change(kind, ids, source, sent, coded, delta, decoded, *_distance(x, decoded))
 
 
 def _distance(x: Tensor, decoded: Tensor) -> tuple[float, float]:
