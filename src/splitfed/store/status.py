@@ -107,8 +107,15 @@ class StoreStatus:
     """How long reading it took."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON; ages and other numbers become text where they are keys."""
+        """As plain JSON; ages and other numbers become text where they are keys.
+
+        What came later is left out where it says nothing, so that programs of before read on.
+        """
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        for lineage in fields["lineages"]:
+            for commit in lineage["commits"]:
+                if not commit["flows"]:
+                    del commit["flows"]
         return fields
 
 
