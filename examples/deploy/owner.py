@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--client-id", required=True, help="whose data it is; each owner has its own")
     parser.add_argument("--rows", default="0:1400", help="which digits are its own (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=6, help="passes over them (default: %(default)s)")
+    parser.add_argument("--compression", metavar="CODEC", help="of what crosses the cuts, such as int8 (default: none)")
     arguments = parser.parse_args()
     first, last = map(int, arguments.rows.split(":"))
 
@@ -34,7 +35,7 @@ def main() -> None:
     torch.manual_seed(first)
     loader = DataLoader(TensorDataset(images[first:last], labels[first:last]), batch_size=50, shuffle=True)
 
-    client = splitfed.SplitClient(half(), arguments.server, client_id=arguments.client_id)
+    client = splitfed.SplitClient(half(), arguments.server, arguments.client_id, compression=arguments.compression)
     optimizer = torch.optim.Adam(client.parameters(), lr=5e-3)
     for epoch in range(1, arguments.epochs + 1):
         total = 0.0

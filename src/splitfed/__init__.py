@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from splitfed.errors import MissingError as MissingError
     from splitfed.errors import NotConnectedError as NotConnectedError
     from splitfed.errors import ProtocolError as ProtocolError
+    from splitfed.errors import ReferenceLostError as ReferenceLostError
     from splitfed.errors import SharedParameterError as SharedParameterError
     from splitfed.errors import StoreCapabilityError as StoreCapabilityError
     from splitfed.errors import TooLargeError as TooLargeError
@@ -141,6 +142,7 @@ else:
             "NotConnectedError": "errors",
             "PerClient": "federation.per_client",
             "ProtocolError": "errors",
+            "ReferenceLostError": "errors",
             "ReplayError": "errors",
             "SharedParameterError": "errors",
             "SplitClient": "client.client",

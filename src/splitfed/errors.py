@@ -29,6 +29,7 @@ a service answers with, and keeps its class on the wire: a client catches what t
     ├── UnreachableError(ConnectionError)    no splitfed server answers at that URL
     ├── MissingError(LookupError)            no such version, lineage or record
     │   └── ExpiredError                     it was there, and left the retention window
+    │       └── ReferenceLostError           what a delta is the change from isn't there
     └── StoreError(OSError)                  the storage failed
         ├── StoreCapabilityError             a backend without an atomic create
         ├── CorruptedError                   stored bytes differ from what was committed
@@ -178,6 +179,10 @@ class ExpiredError(MissingError):
     """A record or version that was in the store and has left the retention window."""
 
     status = 410
+
+
+class ReferenceLostError(ExpiredError):
+    """What a delta is the change from isn't in the store; the client's compression sends all."""
 
 
 class StoreError(SplitFedError, OSError):

@@ -143,6 +143,20 @@ def test_label_skew_leaves_no_gradient_behind(folder: Path, tmp_path: Path) -> N
     assert summary["alpha"] == 0.3
 
 
+def test_compression_is_told_with_its_bytes_and_errors(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the screen, in the summary and on the page."""
+    assert demo(folder, tmp_path, "--rounds", "1", "--compression", "int8") == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["compression"] == "int8"
+    assert 0 < summary["activations_error"] < 0.02
+    assert "MB crossed as int8, halves included; in the last round that changed values by up to" in (
+        capsys.readouterr().out
+    )
+    assert "Compression" in (tmp_path / "report.html").read_text()
+
+
 def test_an_interrupted_run_keeps_the_rounds_that_ended(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +262,8 @@ def test_wrong_files_are_refused(
         (["demo", "--alpha", "inf"], "'inf' isn't allowed"),
         (["demo", "--seed", "1.5"], "'1.5' isn't allowed: expected an integer from 0"),
         (["demo", "--data", "/nowhere"], "/nowhere isn't a directory"),
+        (["demo", "--compression", "int7"], "'int7' isn't a codec: expected 'bfloat16', 'int8'"),
+        (["demo", "--compression", "delta+int8"], "compression is 'delta+int8': a delta is the change since"),
         (["demo", "--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )

@@ -82,6 +82,7 @@ from splitfed.model.numerics import numerics_class
 from splitfed.model.stamp import remove_stamps
 from splitfed.protocol.checksum import sealed, text_of
 from splitfed.protocol.coding import Coded
+from splitfed.protocol.deltas import Delta
 from splitfed.protocol.messages import (
     BackwardAnswer,
     BackwardRequest,
@@ -387,7 +388,15 @@ def added_later() -> dict[str, Any]:
     steps = torch.tensor([[127, -64, 0], [1, 2, 3]], dtype=torch.int8)
     coding = (Coded(0, "int8/1", "float32", (2, 3), (3, 1), (x[0, :1],), 0.5, 2.0),)
     wanted = {"coding": coding, "answer_codec": "bfloat16/1+zstd/1"}
+    begins = (torch.tensor([2, -1], dtype=torch.int32), torch.tensor([False, True]))
+    change = Delta(0, "delta/1", "float32", (2, 3), (3, 1), ("0f" * 8, "a1" * 8), *begins, adds=True, keeps=True)
+    notes = Housekeeping(references=("0f" * 8,))
+    flows = {"activations": [2, 1, 4096, 1088, 0.5, 2.0], "outputs": [1, 0, 64, 64, 0.0, 0.0]}
     return {
+        "Housekeeping.references": notes,
+        "ForwardRequest.deltas": dataclasses.replace(
+            ahead, inputs=((steps[1:],), {}), coding=coding, deltas=(change,), housekeeping=notes
+        ),
         "ForwardRequest.coded": dataclasses.replace(ahead, inputs=((steps,), {}), **wanted),
         "ForwardAnswer.coded": ForwardAnswer(1, 7, steps, (True,), False, {}, (1,), coding=coding),
         "BackwardRequest.coded": BackwardRequest("a", 1, 5, 0, 7, 3, (steps,), None, **wanted),
@@ -407,6 +416,8 @@ def added_later() -> dict[str, Any]:
         "LossAnswer.repeated": LossAnswer(1, 7, x[0, 0], (x,), "stored", False, repeated=True),
         "PullRequest.frozen": PullRequest("a", frozen="0" * 64),
         "PushRequest.resumed": PushRequest("a", 1, "3f00", 5, 7, None, {"w": x}, {}, {}, 7.0, 1.0, resumed=2**32),
+        "PushRequest.flows": PushRequest("a", 1, "3f00", 5, 7, None, {"w": x}, {}, {}, 7.0, 1.0, flows=flows),
+        "GradientRecord.flows": GradientRecord("gradient", 7, 8.0, 1.0, "0" * 64, "x", {"w": x}, [], flows=flows),
         "GradientRecord.resumed": GradientRecord("gradient", 7, 8.0, 1.0, "0" * 64, "x", {"w": x}, [], 2**32),
         "PullAnswer.body_version": PullAnswer(7, {"w": {}}, {"w": x}, None, 6),
         "PushRequest.upto": PushRequest("a", 1, "3f00", 5, 7, None, {"w": x}, {}, {}, 7.0, 1.0, upto=6),

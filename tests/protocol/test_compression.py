@@ -15,20 +15,22 @@ import pytest
 import torch
 from coders import codecs
 from harness_http import running
-from harness_store import adam, bits
+from harness_store import adam, again, bits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import splitfed
-from splitfed.errors import FormatError, InputError, StoreError
+from splitfed.diagnostics.forgetting import forget
+from splitfed.errors import FormatError, IdError, InputError, StoreError
 from splitfed.protocol.coding import Codec, decode, encode
 from splitfed.protocol.compression import FLOWS, Codecs, Compression
 from splitfed.protocol.messages import BackwardRequest, ForwardRequest
 from splitfed.protocol.packing import pack, unpack
-from splitfed.protocol.transport import Middleware
+from splitfed.protocol.transport import Middleware, RoundRobin
 from splitfed.service.http.app import make_app
 from splitfed.service.mailbox.worker import Worker
+from splitfed.store.quota import Ledger, Quota
 
 WIDTH = 32
 LOSSY = ["bfloat16", "int8", "topk:0.25"]
@@ -391,6 +393,252 @@ def test_a_restart_loads_its_residuals_or_says_that_they_are_lost() -> None:
     assert ends[0] == bits(whole.client.state_dict()) != ends[1]
 
 
+# ----------------------------------------------------------------------------------- temporal deltas
+
+
+def epochs(site: Site, client: Any, count: int = 3, orders: int = 0, **around: Any) -> Tap:
+    """Train on 96 examples, shuffled, with steps of the half; returns a tap of what the server was asked."""
+    optimizer = torch.optim.SGD([p for p in client.parameters() if p.requires_grad], lr=0.05)
+    x, y = batch(3, 96)
+    for epoch in range(count):
+        order = torch.randperm(96, generator=torch.Generator().manual_seed(orders + epoch))
+        for ids in order.split(32):
+            optimizer.zero_grad()
+            with client.compression.examples(ids):
+                outputs = client(x[ids])
+            cross_entropy(outputs, y[ids]).backward()
+            optimizer.step()
+            for call in around.values():
+                call()
+    return site.tap
+
+
+DELTAS = ["delta", "delta+int8", "delta+topk:0.1", *codecs("delta+zstd")]
+
+
+@pytest.mark.parametrize("name", DELTAS)
+def test_deltas_are_the_same_each_way_and_from_any_replica(name: str, tmp_path: Path) -> None:
+    """Replicas that share nothing but the store decode the same bits: in process, over HTTP, through the store."""
+    ends = []
+    for way in ("direct", "replicas", "http", "mailbox"):
+        site = Site(name, f"file://{tmp_path}/{way}", keep_graphs=0)
+        replicas = RoundRobin([splitfed.SplitServer(site.body, again(site.store)) for _ in range(3)])
+        with through(site, "direct" if way == "replicas" else way) as server:
+            half = cut()[0]
+            client = splitfed.SplitClient(half, replicas if way == "replicas" else server, "a", compression=name)
+            site.client = client
+            torch.manual_seed(7)
+            epochs(site, client)
+            ends.append((site.end(), site.flows()))
+    assert ends[0] == ends[1] == ends[2] == ends[3]
+    if name == "delta+topk:0.1":
+        assert ends[0][1]["activations"].ratio < 0.55  # the first of three epochs is whole
+
+
+def test_deltas_without_a_codec_lose_nothing() -> None:
+    """They end with the bits of a run without compression; a frozen half sends each example once."""
+    exact, deltas = Site(), Site({"activations": "delta"})
+    for site in (exact, deltas):
+        torch.manual_seed(7)
+        if site is exact:
+            plain(site)
+        else:
+            epochs(site, site.client)
+    assert exact.end() == deltas.end()
+    frozen = Site({"activations": "delta"})
+    frozen.client.client_half[0].requires_grad_(False)
+    epochs(frozen, frozen.client, count=4)
+    flow = frozen.flows()["activations"]
+    assert flow.relative_error == 0.0
+    assert 0.25 < flow.ratio < 0.32  # once of four epochs, and which rows
+    assert len(references(frozen)) == 3
+
+
+def plain(site: Site) -> None:
+    """The same training without compression."""
+    optimizer = torch.optim.SGD(site.client.parameters(), lr=0.05)
+    x, y = batch(3, 96)
+    for epoch in range(3):
+        for ids in torch.randperm(96, generator=torch.Generator().manual_seed(epoch)).split(32):
+            optimizer.zero_grad()
+            cross_entropy(site.client(x[ids]), y[ids]).backward()
+            optimizer.step()
+
+
+def references(site: Site) -> list[str]:
+    """The files that deltas refer to."""
+    return site.store.blobs.list("body/reference")
+
+
+@pytest.mark.parametrize("name", ["delta", "delta+int8"])
+def test_references_that_are_lost_change_no_bit(name: str) -> None:
+    """The client is told and sends its own values whole: records and gradients are those of a run without loss."""
+    one, other = Site(name), Site(name)
+    ends = []
+    for site in (one, other):
+        torch.manual_seed(7)
+
+        def lose(site: Site = site) -> None:
+            if site is other and len(site.tap.requests) % 5 == 0:
+                site.server._references = type(site.server._references)(site.store.pile())
+                for key in references(site):
+                    site.store.blobs.delete(key)
+
+        epochs(site, site.client, each=lose)
+        ends.append(site.end())
+    assert ends[0] == ends[1]
+    assert len(other.tap.requests) > len(one.tap.requests)
+    if name == "delta+int8":
+        assert other.flows()["activations"].sent_bytes > one.flows()["activations"].sent_bytes
+
+
+@pytest.mark.parametrize("delivers", [False, True])
+def test_a_lost_delta_comes_again_with_the_same_bytes(delivers: bool) -> None:
+    """The user's loop repeats the batch after an error: nothing has moved, and nothing counts twice."""
+    site = Site("delta+int8")
+    epochs(site, site.client, count=1)
+    site.tap.fails_at, site.tap.delivers = len(site.tap.requests), delivers
+    x, _ = batch(3, 96)
+    with site.client.compression.examples(range(32)):  # type: ignore[union-attr]
+        with pytest.raises(StoreError):
+            site.client(x[:32])
+        site.client(x[:32])
+    lost, again_sent = site.tap.requests[-2:]
+    assert lost.deltas[0].references == again_sent.deltas[0].references
+    assert torch.equal(lost.inputs[0][0], again_sent.inputs[0][0])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["delta", "delta+int8"])
+def test_a_checkpoint_repeats_the_value_of_a_delta(name: str, reentrant: bool) -> None:
+    """The server compares the outputs of both."""
+    site = Site(name)
+    for _ in range(3):
+        x, y = batch(0)
+        x.requires_grad_(reentrant)
+        with site.client.compression.examples(range(64)):  # type: ignore[union-attr]
+            outputs = checkpoint(site.client, x, use_reentrant=reentrant)
+        cross_entropy(outputs, y).backward()
+        with torch.no_grad():
+            site.client.client_half[0].weight.add_(0.01)
+    assert len(site.store.waiting()) == 3
+
+
+def test_references_go_with_their_examples_their_process_and_the_client() -> None:
+    """As many files as hold a newest row; a newer process clears those of the older, `forget` all."""
+    site = Site("delta+int8")
+    epochs(site, site.client, count=4)
+    assert len(references(site)) <= 7
+    client = splitfed.SplitClient(cut()[0], site.server, "a", compression="delta+int8")
+    epochs(site, client, count=1)
+    assert len(references(site)) == 3
+    forget(site.store, "a")
+    assert references(site) == []
+
+
+def test_references_go_with_the_open_calls_at_the_end_of_a_run() -> None:
+    """Nothing of a client's activations stays on file then; it would send each example whole again."""
+    site = Site("delta+int8")
+    epochs(site, site.client, count=1)
+    pile = site.store.pile()
+    assert {*references(site)} < {*pile.open_calls()}
+    pile.drop_calls(pile.open_calls())
+    site.server._references = type(site.server._references)(pile)
+    epochs(site, site.client, count=1)
+    assert len(references(site)) == 3
+
+
+def test_references_count_for_the_quota_of_a_client() -> None:
+    """In bytes; not as calls, which go with their backwards."""
+    site = Site("delta+int8")
+    epochs(site, site.client, count=1)
+    ledger = Ledger(site.store.pile(), Quota())
+    calls, num_bytes = ledger.look("a")
+    assert calls < 3
+    assert num_bytes > sum(site.store.blobs.sizes("body/reference").values()) > 96 * WIDTH * 4
+
+
+def test_a_loss_on_the_server_is_of_the_decoded_delta() -> None:
+    """Each loss is that of a request which carries the same activations plain."""
+    half, body = splitfed.split(nn.Sequential(nn.Linear(6, WIDTH), nn.Linear(WIDTH, 3)), "1")
+    store = splitfed.GradientStore(f"memory://{uuid.uuid4()}", sync="process")
+    tap = Tap(splitfed.SplitServer(body, store, loss_fn=cross_entropy))
+    client: Any = splitfed.SplitClient(half, tap, "a", compression="delta+int8")
+    x, y = batch(0)
+    errors = []
+    for _ in range(2):
+        with client.compression.examples(range(64)):
+            loss = client.loss(x, y)
+        loss.backward()
+        record = tap.requests[-1].forward
+        sent = client.compression._examples.made_of("a|activations||0", half[0](x))
+        assert torch.equal(loss.detach(), cross_entropy(body(sent), y).detach())
+        errors.append(float((sent - half[0](x)).detach().norm()))
+        assert record.deltas[0].num_bytes == sent.nbytes
+    assert errors[1] < errors[0] / 50
+    assert {name: flow.coded for name, flow in client.compression.flows.items()}["activations"] == 2
+
+
+def test_a_restart_goes_on_with_the_references_of_a_checkpoint() -> None:
+    """With the bits of a run that wasn't restarted; without them it says so."""
+    whole = Site("delta+int8")
+    epochs(whole, whole.client)
+    for loads in (True, False):
+        site = Site("delta+int8")
+        epochs(site, site.client, count=2)
+        old = site.client
+        client = splitfed.SplitClient(cut()[0], site.tap, "a", compression="delta+int8")
+        client.load_state_dict(old.state_dict())
+        client.resume(old.position())
+        if loads:
+            client.compression.load_state_dict(old.compression.state_dict())  # type: ignore[union-attr]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            epochs(site, client, count=1, orders=2)
+        assert any("error feedback" in str(one.message) for one in said) == (not loads)
+        site.client = client
+        assert (bits(client.state_dict()) == bits(whole.client.state_dict())) == loads
+
+
+def test_a_call_whose_examples_are_unnamed_travels_whole_and_says_so() -> None:
+    """Training without names warns once; an evaluation has none."""
+    site = Site("delta+int8")
+    with torch.no_grad():
+        site.client.eval()(batch(0)[0])
+    site.client.train()
+    with pytest.warns(UserWarning, match=r"call the client within client.compression.examples\(numbers\)"):
+        site.train(1)
+    site.train(1)
+    assert all(not request.deltas for request in site.tap.requests if isinstance(request, ForwardRequest))
+    assert site.flows()["activations"].ratio < 0.27
+    assert references(site) == []
+
+
+def test_examples_that_don_t_fit_the_batch_are_refused() -> None:
+    """By number, and by kind."""
+    site = Site("delta")
+    compression: Any = site.client.compression
+    with compression.examples([1, 2, 3]), pytest.raises(InputError, match=r"names 3 examples.*\(64, 32\)"):
+        site.client(batch(0)[0])
+    for ids in ([1.5], ["a"], torch.zeros(2), torch.tensor(3), [True]):
+        with pytest.raises(InputError, match="expected a whole number for each example"), compression.examples(ids):
+            pass
+
+
+def test_a_name_that_isn_t_one_is_refused() -> None:
+    """It would become part of a key."""
+    site = Site("delta")
+    epochs(site, site.client, count=2)
+    request = next(one for one in reversed(site.tap.requests) if getattr(one, "deltas", ()))
+    for name in ("../../format.json", "", "A" * 16):
+        hostile = replace(request, deltas=(replace(request.deltas[0], references=(name,)),))
+        with pytest.raises(IdError):
+            site.server.forward(hostile)
+        notes = replace(request.housekeeping, references=(name,))
+        with pytest.raises(IdError):
+            site.server.forward(replace(request, housekeeping=notes, deltas=(), coding=()))
+
+
 # --------------------------------------------------------------------------------------- two ends
 
 
@@ -404,6 +652,8 @@ def test_a_restart_loads_its_residuals_or_says_that_they_are_lost() -> None:
         ),
         ({"activations": "gzip"}, "'gzip' isn't a codec"),
         ("", "expected the name of a codec"),
+        ({"outputs": "delta+int8"}, "compression of outputs is 'delta.int8': only activations come again"),
+        ("int8+delta", "'int8.delta' isn't a codec"),
         (8, "compression is 8: expected the name of a codec"),
     ],
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 from splitfed.errors import ContainerError, FormatError
 from splitfed.protocol import messages, pytree, safetensors
 from splitfed.protocol.coding import Coded
+from splitfed.protocol.deltas import Delta
 from splitfed.protocol.fields import added_fields
 from splitfed.protocol.messages import (
     BackwardAnswer,
@@ -139,6 +140,7 @@ def test_every_message_is_among_the_examples() -> None:
         "RoundInfo",
         "BufferUpdate",
         "Coded",
+        "Delta",
     }
     assert held == {n for n, c in vars(messages).items() if dataclasses.is_dataclass(c)}
 
@@ -292,6 +294,8 @@ def test_a_named_tuple_of_messages_is_a_tuple() -> None:
 
 
 CODING = (Coded(0, "int8/1+zstd/1", "float32", (2, 3), (3, 1), (T, T + 1), 0.5, 2.0),)
+ROWS = (torch.tensor([2, -1], dtype=torch.int32), torch.tensor([False, True]))
+CHANGE = Delta(0, "delta/1", "float32", (2, 3), (3, 1), ("0f" * 8,), *ROWS, adds=True, keeps=True)
 LATER = [
     dataclasses.replace(
         AHEAD,
@@ -304,7 +308,10 @@ LATER = [
         repeats=4,
         coding=CODING,
         answer_codec="int8/1",
+        deltas=(CHANGE,),
     ),
+    Housekeeping(references=("0f" * 8,)),
+    PushRequest("a", 1, "3f", 0, 0, None, {"w": T}, {}, {}, 4.0, 1.0, 2**32, {"outputs": [1, 0, 64, 64, 0.0, 0.0]}),
     dataclasses.replace(BACK, counted=False, resumed=2**32, nonce=2**31, coding=CODING, answer_codec="int8/1"),
     ForwardAnswer(
         1, 7, {"out": T}, (True,), False, {}, (1,), moved=True, written=("layer.kl",), repeated=True, coding=CODING

@@ -51,6 +51,7 @@ from splitfed.errors import (
 from splitfed.model.fingerprint import personal_names
 from splitfed.model.skeleton import Template, device_of
 from splitfed.model.stamp import stamp_of
+from splitfed.protocol.flows import Flow, added, from_plain
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import BufferUpdate, GradientRecord
 from splitfed.store.batchset import BatchSet, Verdict
@@ -461,6 +462,7 @@ class Accumulator:
             settings=self._own_settings(),
             weights=folded.weights,
             groups=tuple(tuple(one.batches) for one in folded.sums),
+            flows=self._flows(folded.verdict.folded),
             **together,
         )
         optimizer = None
@@ -474,6 +476,16 @@ class Accumulator:
         self._unreported.clear()
         self._clean(list(folded.verdict))
         return made
+
+    def _flows(self, folded: Iterable[BatchId]) -> dict[str, Flow]:
+        """What is told of compression by updates; nothing of an update whose file says nonsense."""
+        told = []
+        for batch in folded:
+            flows = self._header(batch).get("flows")
+            if isinstance(flows, dict) and flows:
+                with contextlib.suppress(FormatError):
+                    told.append(from_plain(flows))
+        return added(told)
 
     def _within_window(self) -> CommitSettings:
         """The settings, within what the first accumulator of a log has decided on.

@@ -101,12 +101,26 @@ def _store_rows(found: StoreStatus) -> list[tuple[str, str]]:
         rows.append(
             ("log", f"{', '.join(logs)}: a batch is kept as what its gradient follows from")
         )
+    rows += [("compressed", told) for told in map(_compressed, found.lineages) if told]
     if found.num_requests:
         rows.append(("requests", f"{found.num_requests} wait for a worker"))
     rows += [("PROBLEM", problem) for problem in found.problems]
     if not found.problems:
         rows.append(("health", "good"))
     return rows
+
+
+def _compressed(lineage: LineageStatus) -> str:
+    """What compression did, as clients told with the updates of the newest commit that says so."""
+    for commit in lineage.commits:
+        told = [
+            f"{name} {flow.ratio:.0%} of the bytes, changed by {flow.relative_error:.2%}"
+            for name, flow in commit.flows.items()
+            if flow.coded
+        ]
+        if told:
+            return f"{', '.join(told)} (version {commit.version} of {lineage.name})"
+    return ""
 
 
 def _lineage_row(lineage: LineageStatus) -> tuple[str, str, str, str, str, str]:

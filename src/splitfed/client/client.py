@@ -39,10 +39,10 @@ from splitfed.model.arguments import explanation
 from splitfed.model.cutpoint import CutPoint, names_of_parts
 from splitfed.model.promise import settled
 from splitfed.model.tracing import no_whole_model, refuse_script, refuse_tracing
-from splitfed.protocol.compression import Codecs, Compression
+from splitfed.protocol.compression import Codecs, Compression, compression_of
 from splitfed.protocol.ids import check_client_id, check_number
 from splitfed.protocol.messages import RoundInfo
-from splitfed.protocol.transport import Middleware, Transport
+from splitfed.protocol.transport import Transport
 
 Self = TypeVar("Self", bound="SplitClient")
 _COPIED = (
@@ -239,10 +239,7 @@ class SplitClient(StandIn):
     @property
     def compression(self) -> Compression | None:
         """The compression of what crosses the cuts, and what it did; `None` if all is exact."""
-        transport = self._connection.transport
-        while isinstance(transport, Middleware) and not isinstance(transport, Compression):
-            transport = transport.inner
-        return transport if isinstance(transport, Compression) else None
+        return compression_of(self._connection.transport)
 
     forward = ClientForward()
     _forward_of_the_class = staticmethod(forward_with(None))

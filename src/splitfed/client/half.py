@@ -37,6 +37,8 @@ from splitfed.errors import (
 from splitfed.model.fingerprint import compare, personal_names
 from splitfed.model.skeleton import Inventory, named_state, unwrap
 from splitfed.protocol.backoff import Backoff
+from splitfed.protocol.compression import compression_of
+from splitfed.protocol.flows import Flow, added, from_plain, to_plain
 from splitfed.protocol.messages import (
     PullAnswer,
     PullRequest,
@@ -87,6 +89,8 @@ class HalfSync:
         self.body_version: int | None = None
         """The version of the body that belongs to the half that was pulled, where both are
         committed together: calls run there until the next pull."""
+        self._told: dict[str, Flow] = {}
+        """What pushes have told of compression so far."""
 
     def pull(self) -> int:
         """Copy the newest client half in place; publish this one if there is none.
@@ -214,6 +218,7 @@ class HalfSync:
             self._unanswered = None
             raise
         self._unanswered = None
+        self._told = added([self._told, from_plain(request.flows)])
         self._connection.opened(answer.incarnation, 0)
         self._connection.note_status(answer.status, 0, 0)
         self._begin(state, counted)
@@ -261,8 +266,17 @@ class HalfSync:
             loss_scale=scale,
             resumed=self._connection.resumed,
             upto=self._connection.next("batch") if gradient else 0,
+            flows=self._flows_since(),
         )
         return request, state, counted
+
+    def _flows_since(self) -> dict[str, list[float]]:
+        """What compression has done since the last push."""
+        compression = compression_of(self._connection.transport)
+        if compression is None:
+            return {}
+        flows = compression.flows
+        return to_plain({name: flow - self._told.get(name, Flow()) for name, flow in flows.items()})
 
     def _check_gradients(self, names: Inventory, gradients: dict[str, Tensor]) -> None:
         if not gradients:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from splitfed.protocol.flows import Flow, added, entry
 from splitfed.protocol.ids import BatchId
 from splitfed.store.batchset import Outcome, Verdict
 from splitfed.store.commit import Commit
@@ -36,6 +37,8 @@ class Tally:
     """Of each client's newest folded batch, in commits."""
     fresh: set[str] = field(default_factory=set)
     """Clients with a folded batch that began in this round."""
+    flows: dict[str, Flow] = field(default_factory=dict)
+    """What the clients of folded updates told of their compression."""
     num_commits: int = 0
     num_stale: int = 0
     num_rejected: int = 0
@@ -66,6 +69,7 @@ class Tally:
         self.num_commits += commit.kind == "fold"
         self.num_stale += commit.num_stale
         self.num_rejected += commit.num_rejected
+        self.flows = added([self.flows, commit.flows])
         for batch, outcome in commit.verdict.items():
             if outcome is Outcome.FOLDED:
                 self._add_folded(commit, batch, began)
@@ -124,6 +128,7 @@ def make_report(store: GradientStore, plan: Plan, ending: Ending) -> Row:
         "gradients_waiting": len(store.waiting("body")),
         "gradients_stale": body.num_stale,
         "gradients_rejected": body.num_rejected,
+        **entry(halves.flows),
     }
 
 

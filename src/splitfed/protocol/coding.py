@@ -20,6 +20,9 @@ bytes. The channels of (N, C) and (N, C, H, W) are in dimension 1, those of (N, 
 
 `zstd`: no loss; the bytes, ordered by significance, through Zstandard (RFC 8878).
 
+`delta` before one of these: of activations, what each example's have changed by since it was last
+sent (`deltas`), coded by the rest of the name.
+
 Two traps. A tensor that isn't finite can't be scaled, and a mask with -inf is one: whatever doesn't
 come out finite travels as it is. And what is small on the way may be large once it is decoded, so
 there is a limit to that (`GROWTH`), which an encoder keeps to as well.
@@ -29,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,7 +73,7 @@ class Coded:
     @property
     def num_bytes(self) -> int:
         """Bytes of the decoded tensor."""
-        return math.prod(self.shape) * _dtype(self.dtype).itemsize
+        return math.prod(self.shape) * float_dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +89,20 @@ class Codec:
     share: float = 1.0
     """Of `topk`: the share of elements that travels."""
     zstd: bool = False
+    delta: bool = False
+    """Whether the rest is of the change since an example was last sent."""
 
     @classmethod
     def of(cls, text: str) -> Codec:
-        """The codec that a user names, as 'int8', 'topk:0.1' or 'bfloat16+zstd'.
+        """The codec that a user names, as 'int8', 'topk:0.1', 'bfloat16+zstd' or 'delta+int8'.
 
         Raises:
             InputError: none has that name, or what it needs isn't installed.
         """
         values, share, zstd = "", 1.0, False
-        for part in text.split("+") if isinstance(text, str) else [text]:
+        parts = text.split("+") if isinstance(text, str) else [text]
+        delta = parts[0] == "delta"
+        for part in parts[delta:]:
             name, _, number = part.partition(":") if isinstance(part, str) else (part, "", "")
             if name == "zstd" and not number and not zstd:
                 zstd = True
@@ -107,11 +114,27 @@ class Codec:
                 raise InputError(f"{text!r:.60} isn't a codec: expected {_KNOWN}")
         if zstd:
             load_zstd()
-        return cls(values, share, zstd)
+        return cls(values, share, zstd, delta)
+
+    @property
+    def of_changes(self) -> Codec | None:
+        """Of a delta: what changes are coded by; `None` if they are exact."""
+        return replace(self, delta=False) if self.values or self.zstd else None
+
+    @property
+    def of_new(self) -> Codec | None:
+        """Of a delta: what an example is coded by that has no earlier value; `None` for exact."""
+        # A share of the elements is much of a change and little of an example.
+        return (
+            replace(self, values="", share=1.0).of_changes
+            if self.values == "topk"
+            else self.of_changes
+        )
 
     def __str__(self) -> str:
         named = f"topk:{self.share:g}" if self.values == "topk" else self.values
-        return "+".join(filter(None, (named, "zstd" if self.zstd else "")))
+        parts = ("delta" if self.delta else "", named, "zstd" if self.zstd else "")
+        return "+".join(filter(None, parts))
 
     def on_wire(self) -> str:
         """Its name between two ends, with the versions of its parts."""
@@ -132,7 +155,10 @@ class Codec:
         try:
             if any(version != "1" for _, _, version in parts):
                 raise InputError("of another version")
-            return cls.of("+".join(name for name, _, _ in parts))
+            found = cls.of("+".join(name for name, _, _ in parts))
+            if found.delta:
+                raise InputError("a delta isn't a tensor's own codec")
+            return found
         except InputError as error:
             raise InputError(
                 f"{what} {text[:60]!r}, and this end has {_ON_WIRE} ({error}): "
@@ -141,7 +167,10 @@ class Codec:
             ) from error
 
 
-_KNOWN = "'bfloat16', 'int8', 'topk:0.1' (a share), 'zstd', or one of them and '+zstd'"
+_KNOWN = (
+    "'bfloat16', 'int8', 'topk:0.1' (a share), 'zstd', or one of them and '+zstd'; of activations "
+    "also 'delta', or 'delta+' and one of those"
+)
 _ON_WIRE = "'bfloat16/1', 'int8/1', 'topk/1', 'zstd/1'"
 
 
@@ -194,7 +223,7 @@ def decode(payload: Tensor, coded: Coded) -> Tensor:
         FormatError: the parts don't fit each other, or it would be too large.
     """
     codec = Codec.from_wire(coded.codec, what="a tensor is coded by")
-    dtype = _dtype(coded.dtype)
+    dtype = float_dtype(coded.dtype)
     shape, strides = coded.shape, coded.strides
     if len(shape) != len(strides) or any(size < 0 for size in (*shape, *strides)):
         raise _misfit(coded, f"shape {shape} with strides {strides}")
@@ -208,7 +237,7 @@ def decode(payload: Tensor, coded: Coded) -> Tensor:
         template = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     except RuntimeError as error:
         raise _misfit(coded, f"shape {shape} with strides {strides}") from error
-    if not _is_dense(template):
+    if not is_dense(template):
         raise _misfit(coded, f"shape {shape} with strides {strides}")
     if codec.zstd:
         payload = _unsqueezed(payload, coded, codec.values)
@@ -252,7 +281,7 @@ def is_codable(tensor: Tensor) -> bool:
         tensor.dtype in _FLOATS.values()
         and tensor.nbytes >= SMALL
         and tensor.layout is torch.strided
-        and _is_dense(tensor)
+        and is_dense(tensor)
     )
 
 
@@ -406,8 +435,8 @@ def _form(coded: Coded, values: str) -> tuple[torch.dtype, tuple[int, ...], tupl
         shape = tuple(coded.extra[0].shape) if coded.extra else ()
         if len(shape) != 2:
             raise _misfit(coded, "no places")
-        return _dtype(coded.dtype), shape, (shape[1], 1)
-    dtype = {"int8": torch.int8, "bfloat16": torch.bfloat16}.get(values, _dtype(coded.dtype))
+        return float_dtype(coded.dtype), shape, (shape[1], 1)
+    dtype = {"int8": torch.int8, "bfloat16": torch.bfloat16}.get(values, float_dtype(coded.dtype))
     return dtype, coded.shape, coded.strides
 
 
@@ -448,7 +477,7 @@ def _may_grow(sent: int, size: int) -> bool:
     return size <= GROWTH_BYTES + GROWTH * sent
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether each place of its memory is one element: no gap, nothing expanded."""
     expected = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=_by_stride):
@@ -478,7 +507,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype(name: str) -> torch.dtype:
+def float_dtype(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        FormatError: tensors of it aren't coded.
+    """
     found: torch.dtype | None = _FLOATS.get(name)
     if found is None:
         raise FormatError(f"{name[:40]!r} isn't coded: expected one of {[*_FLOATS]}")

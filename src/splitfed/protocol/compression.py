@@ -5,6 +5,10 @@ have a codec of its own (`coding`), none by default. What goes up is coded here,
 decodes it; what comes down the server codes as it is asked to, and it is decoded here. So the
 server needs no setting, and whatever is between, HTTP, a store or nothing, carries fewer bytes.
 
+With `delta` only what has changed of each example travels (`deltas`), of activations alone: the
+same examples come again, while outputs are of another version of the body each time, and gradients
+of another weight. Which examples a batch is of only its user knows: `compression.examples(ids)`.
+
 With `topk` most of a tensor is left out. On the way up its error is fed back: what was left out of
 one request is added to the next of its kind, at the same places (Stich et al., "Sparsified SGD with
 Memory", NeurIPS 2018). There it is proven of gradients of parameters, which have the same meaning
@@ -20,25 +24,27 @@ is this process's: a client that is restarted begins without it, which is said, 
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from splitfed.checks import warn_once
-from splitfed.errors import InputError
+from splitfed.errors import InputError, ReferenceLostError
 from splitfed.protocol import pytree
 from splitfed.protocol.coding import SMALL, Codec, Coded, decode, encode, is_codable
+from splitfed.protocol.examples import EXAMPLES, Change, Examples
+from splitfed.protocol.flows import FLOWS, Flow
 from splitfed.protocol.messages import BackwardRequest, ForwardRequest
 from splitfed.protocol.transport import Middleware, Transport
 
-FLOWS = ("activations", "outputs", "grad_outputs", "grad_activations")
 _REMEMBERED = 64
 """So many residuals, and residuals of calls that a checkpoint may repeat, are kept of a client."""
 
@@ -48,11 +54,12 @@ class Codecs:
     """The codec of each flow, by name: 'bfloat16', 'int8', 'topk:0.1', 'zstd', 'int8+zstd'.
 
     Raises:
-        InputError: no codec has that name, or what it needs isn't installed.
+        InputError: no codec has that name, what it needs isn't installed, or it is a delta of
+            another flow than the activations.
     """
 
     activations: str = ""
-    """Up, at the first cut; '' for the exact values."""
+    """Up, at the first cut; '' for the exact values, 'delta+int8' for changes since last time."""
     outputs: str = ""
     """Down, at the second cut."""
     grad_outputs: str = ""
@@ -63,8 +70,12 @@ class Codecs:
     def __post_init__(self) -> None:
         """Check the names."""
         for flow in FLOWS:
-            if getattr(self, flow) != "":
-                Codec.of(getattr(self, flow))
+            name = getattr(self, flow)
+            if name != "" and Codec.of(name).delta and flow != "activations":
+                raise InputError(
+                    f"compression of {flow} is {name!r}: only activations come again in each "
+                    f"epoch, so use 'delta' for these, and for {flow} what follows it"
+                )
 
     @classmethod
     def of(cls, given: Codecs | str | Mapping[str, str]) -> Codecs:
@@ -76,7 +87,9 @@ class Codecs:
         if isinstance(given, Codecs):
             return given
         if isinstance(given, str) and given:
-            return cls(*[given] * len(FLOWS))
+            # A delta is of the activations; the other flows have what follows it.
+            others = given.removeprefix("delta").removeprefix("+") if given != "delta" else ""
+            return cls(given, *[others if given.startswith("delta") else given] * 3)
         if isinstance(given, Mapping) and given and given.keys() <= set(FLOWS):
             return cls(**given)
         raise InputError(
@@ -88,39 +101,6 @@ class Codecs:
         """The codec of a flow; `None` if its values are exact."""
         name = getattr(self, flow)
         return Codec.of(name) if name else None
-
-
-@dataclass(frozen=True, slots=True)
-class Flow:
-    """What compression has done to one flow."""
-
-    tensors: int = 0
-    coded: int = 0
-    """Tensors that were coded; the others have travelled as they are."""
-    exact_bytes: int = 0
-    """Bytes of all tensors as they are."""
-    sent_bytes: int = 0
-    """Bytes that have travelled for them."""
-    squared_error: float = 0.0
-    """Σ ‖x − x̂‖² over coded tensors."""
-    squared_norm: float = 0.0
-    """Σ ‖x‖² over coded tensors."""
-
-    @property
-    def ratio(self) -> float:
-        """Bytes that have travelled, as a share of what would have."""
-        return self.sent_bytes / self.exact_bytes if self.exact_bytes else 1.0
-
-    @property
-    def relative_error(self) -> float:
-        """‖x − x̂‖ / ‖x‖ over all coded tensors."""
-        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
-
-    def __add__(self, other: Flow) -> Flow:
-        return Flow(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __sub__(self, other: Flow) -> Flow:
-        return Flow(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
 class Compression(Middleware):
@@ -138,6 +118,13 @@ class Compression(Middleware):
         super().__init__(inner)
         self.codecs = Codecs.of(codecs)
         self._codecs = {flow: self.codecs.codec(flow) for flow in FLOWS}
+        changes = self._codecs["activations"]
+        self._delta = changes if changes is not None and changes.delta else None
+        if self._delta is not None:  # what has no earlier value, as of an evaluation
+            self._codecs["activations"] = self._delta.of_new
+        self._examples = Examples()
+        self._named = threading.local()
+        """The examples that the calls of this thread are of."""
         self._flows = dict.fromkeys(FLOWS, Flow())
         self._memory = _Memory()
         self._told: set[str] = set()
@@ -155,37 +142,99 @@ class Compression(Middleware):
         return bool(getattr(self.inner, "unattended", False))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What error feedback has still to send, for a checkpoint; empty without `topk`."""
-        return self._memory.state_dict()
+        """What it remembers, for a checkpoint; empty without `topk` and `delta`.
+
+        That is what error feedback has still to send, and what the server saw last of each example.
+        """
+        return {**self._memory.state_dict(), **self._examples.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state_dict()`."""
         self._memory.load_state_dict(state)
+        self._examples.load_state_dict(state)
+
+    @contextmanager
+    def examples(self, ids: Sequence[int] | Tensor) -> Iterator[None]:
+        """Say of which examples the calls within the block are, for a codec with 'delta'.
+
+        The numbers stay in this process.
+
+        Args:
+            ids: A number for each example of the batch, (N,), the same in each epoch: its place in
+                the data set.
+
+        Raises:
+            InputError: they aren't whole numbers.
+        """
+        plain = ids.tolist() if isinstance(ids, Tensor) else [*ids]
+        if not isinstance(plain, list) or not all(type(number) is int for number in plain):
+            raise InputError(
+                f"examples are {ids!r:.80}: expected a whole number for each example of the batch, "
+                "such as its place in the data set"
+            )
+        around = getattr(self._named, "ids", None)
+        self._named.ids = plain
+        try:
+            yield
+        finally:
+            self._named.ids = around
 
     def send(self, verb: str, request: Any, /) -> Any:
         """The answer, decoded; the request has travelled coded, and so has the answer."""
         if verb == "forward":
-            return self._forward(request)
+            wanted = replace(request, answer_codec=self._wire("outputs"))
+            answer = self._call(wanted, lambda ahead: super(Compression, self).send(verb, ahead))
+            self._memory.note_call(request)
+            return self._received("outputs", answer, pytree.flatten(answer.outputs)[1])
         if verb == "backward":
             return self._backward(request)
         if verb == "loss":
-            ahead, done = self._coded_call(request.forward)
-            ahead = replace(ahead, answer_codec=self._wire("grad_activations"))
-            answer = super().send(verb, replace(request, forward=ahead))
-            done()
+            wanted = replace(request.forward, answer_codec=self._wire("grad_activations"))
+            answer = self._call(
+                wanted,
+                lambda ahead: super(Compression, self).send(verb, replace(request, forward=ahead)),
+            )
             return self._received("grad_activations", answer, answer.grad_inputs)
         return super().send(verb, request)
 
-    def _forward(self, request: ForwardRequest) -> Any:
-        coded, done = self._coded_call(request)
-        answer = super().send("forward", replace(coded, answer_codec=self._wire("outputs")))
+    def _call(self, request: ForwardRequest, send: Callable[[ForwardRequest], Any]) -> Any:
+        """Send a forward, coded; once more without reference to what the server has lost."""
+        sent, done, changes = self._coded_call(request)
+        try:
+            try:
+                answer = send(sent)
+            except ReferenceLostError:
+                for change in changes:
+                    self._examples.lost(change)
+                # The same values: nobody can tell from what is recorded how they have travelled.
+                whole = [change.whole() for change in changes]
+                sent = _with_changes(sent, whole)
+                answer = send(sent)
+                self._settle(whole)
+            else:
+                self._settle(changes)
+        finally:
+            for change in changes:
+                self._examples.ended(change)
+        self._examples.told(sent.housekeeping.references)
         done()
-        self._memory.note_call(request)
-        return self._received("outputs", answer, pytree.flatten(answer.outputs)[1])
+        return answer
 
-    def _coded_call(self, request: ForwardRequest) -> tuple[ForwardRequest, Any]:
-        """A forward as it travels, and what is to be called once its answer is there."""
-        spec, tensors = pytree.flatten(request.inputs)
+    def _settle(self, changes: Iterable[Change]) -> None:
+        """A request has arrived: what has changed is at the server now."""
+        tally = Flow()
+        for change in changes:
+            self._examples.moved(change)
+            exact = change.delta.num_bytes
+            error, norm = change.squared_error, change.squared_norm
+            tally += Flow(1, 1, exact, change.num_sent, error, norm)
+        with self._lock:
+            self._flows["activations"] += tally
+
+    def _coded_call(self, request: ForwardRequest) -> tuple[ForwardRequest, Any, list[Change]]:
+        """A forward as it travels, what is to be called once its answer is there, its changes."""
+        spec, exact = pytree.flatten(request.inputs)
+        tensors = exact
         # Where a gradient flows that is the activations; masks and positions stay exact.
         wanted = request.requires_grad if any(request.requires_grad) else [True] * len(tensors)
         given = [t if w else None for t, w in zip(tensors, wanted, strict=True)]
@@ -193,10 +242,49 @@ class Compression(Middleware):
         key = (request.client_id, request.cut, request.seed) if feeds else None
         self._tell_resumed(request.client_id, request.resumed)
         kind = f"{request.client_id}|activations|{request.cut}"
+        changes: list[Change] = []
+        if self._delta is not None and feeds:
+            tensors, changes = self._changes(self._delta, kind, tensors, given)
         found, coding, done = self._encoded("activations", given, kind if feeds else None, key)
         sent = [t if f is None else f for t, f in zip(tensors, found, strict=True)]
-        inputs = pytree.unflatten(spec, sent) if coding else request.inputs
-        return replace(request, inputs=inputs, coding=coding), done
+        is_plain = not coding and all(map(is_, sent, exact))
+        inputs = request.inputs if is_plain else pytree.unflatten(spec, sent)
+        request = replace(request, inputs=inputs, coding=coding)
+        return _with_changes(request, changes, self._examples.given_up()), done, changes
+
+    def _changes(
+        self, codec: Codec, kind: str, tensors: list[Tensor], given: list[Tensor | None]
+    ) -> tuple[list[Tensor], list[Change]]:
+        """What of a call's activations travels as changes; they are taken out of `given`.
+
+        Raises:
+            InputError: no activation has as many rows as there are examples.
+        """
+        tensors, changes = list(tensors), []
+        ids = getattr(self._named, "ids", None)
+        repeats = _in_backward()
+        if ids is None and not repeats:
+            self._tell_unnamed()
+            return tensors, []
+        codable = [p for p, t in enumerate(given) if t is not None and is_codable(t)]
+        for place in codable:
+            tensor = tensors[place]
+            name = f"{kind}|{place}"
+            if repeats:
+                made = self._examples.made_of(name, tensor)
+                if made is not None:
+                    tensors[place], given[place] = made, None
+                    self._count("activations", [made], ())
+            elif ids is not None and len(tensor) == len(ids) and tensor.dim() > 1:
+                changes.append(self._examples.change(name, ids, tensor, place, codec))
+                given[place] = None
+        if codable and not changes and not repeats:
+            shapes = [tuple(tensors[place].shape) for place in codable]
+            raise InputError(
+                f"compression.examples(...) names {len(ids or ())} examples, and the activations "
+                f"are {shapes}: expected one for each row of the batch"
+            )
+        return tensors, changes
 
     def _backward(self, request: BackwardRequest) -> Any:
         cut = self._memory.cut_of(request)
@@ -299,9 +387,22 @@ class Compression(Middleware):
             5,
         )
 
+    def _tell_unnamed(self) -> None:
+        warn_once(
+            self._told,
+            "unnamed",
+            f"compression {self.codecs.activations!r} sends whole activations, since it isn't told "
+            "which examples they are of: call the client within "
+            "client.compression.examples(numbers), with each one's place in the data set",
+            6,
+        )
+
     def _tell_resumed(self, client_id: str, resumed: int) -> None:
-        feeds = any("topk" in name for name in (self.codecs.activations, self.codecs.grad_outputs))
-        if not resumed or not feeds or self._memory.has(client_id):
+        codecs = [codec for codec in (self._delta, *self._codecs.values()) if codec is not None]
+        feeds = any(codec.values == "topk" or (codec.delta and codec.values) for codec in codecs)
+        if not resumed or not feeds:
+            return
+        if self._memory.has(client_id) or self._examples.has(client_id):
             return
         if f"resumed {client_id}" not in self._told:
             self._told.add(f"resumed {client_id}")
@@ -388,8 +489,45 @@ class _Memory:
         if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
             raise InputError(f"expected what Compression.state_dict() returned, got {state!r:.80}")
         with self._lock:
-            self._residuals = OrderedDict((n, tensor.clone()) for n, tensor in state.items())
+            own = ((n, t.clone()) for n, t in state.items() if not n.startswith(EXAMPLES))
+            self._residuals = OrderedDict(own)
             self._before.clear()
+
+
+def compression_of(transport: Transport) -> Compression | None:
+    """The compression that a client's requests go through; `None` if all is exact."""
+    while isinstance(transport, Middleware) and not isinstance(transport, Compression):
+        transport = transport.inner
+    return transport if isinstance(transport, Compression) else None
+
+
+def _with_changes(
+    request: ForwardRequest, changes: Sequence[Change], given_up: tuple[str, ...] | None = None
+) -> ForwardRequest:
+    """A request in which some tensors travel as changes.
+
+    Args:
+        request: It, with those tensors in whatever form.
+        changes: What takes their place.
+        given_up: The references that it gives up; `None` for those that it gives up already.
+    """
+    if given_up and request.incarnation is not None:
+        notes = replace(request.housekeeping, references=given_up)
+        request = replace(request, housekeeping=notes)
+    if not changes:
+        return request
+    places = {change.delta.place for change in changes}
+    spec, tensors = pytree.flatten(request.inputs)
+    for change in changes:
+        tensors[change.delta.place] = change.payload
+    coding = [coded for coded in request.coding if coded.place not in places]
+    coding += [change.coded for change in changes if change.coded is not None]
+    return replace(
+        request,
+        inputs=pytree.unflatten(spec, tensors),
+        coding=tuple(coding),
+        deltas=tuple(change.delta for change in changes),
+    )
 
 
 def _in_backward() -> bool:

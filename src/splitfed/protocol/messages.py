@@ -22,6 +22,7 @@ from torch import Tensor
 
 from splitfed.protocol import checksum, pytree, safetensors
 from splitfed.protocol.coding import Coded, decode_all, encode_all
+from splitfed.protocol.deltas import Delta, Lookup, nothing, restore_all
 from splitfed.protocol.fields import ADDED, CHECKED_AS_KEY, Request
 from splitfed.protocol.ids import BatchId
 
@@ -51,6 +52,8 @@ class Housekeeping:
     """Sequence numbers of passes that failed before their seal."""
     answered: tuple[int, ...] = ()
     """Sequence numbers of one-trip loss calls whose answer has arrived."""
+    references: tuple[str, ...] = field(default=(), metadata=ADDED)
+    """The names of kept rows that no delta will refer to any more."""
 
     def counts(self) -> list[tuple[str, int]]:
         """How many numbers of each kind ride along, with what they are."""
@@ -58,6 +61,7 @@ class Housekeeping:
             ("calls that were released", len(self.released)),
             ("calls that were abandoned", len(self.abandoned)),
             ("batches that were answered", len(self.answered)),
+            ("references that were given up", len(self.references)),
         ]
 
 
@@ -121,6 +125,8 @@ class ForwardRequest(Request):
     first."""
     answer_codec: str = field(default="", metadata=ADDED)
     """What the client wants the answer's tensors to be coded by; '' for as they are."""
+    deltas: tuple[Delta, ...] = field(default=(), metadata=ADDED)
+    """The tensors of which only what has changed travels, after it was decoded."""
 
     def tensors(self) -> list[Tensor]:
         """The tensors that it carries, each distinct one once."""
@@ -128,28 +134,37 @@ class ForwardRequest(Request):
 
     def num_bytes(self) -> int:
         """Bytes of its tensors once they are expanded and decoded."""
-        return _decoded_bytes(self.tensors(), self.coding)
+        return _decoded_bytes(self.tensors(), self.made())
 
     def samples(self) -> list[float]:
         """How many examples it is of: the leading dimension of its first tensor."""
-        return [_leading(self.tensors(), self.coding)]
+        return [_leading(self.tensors(), self.made())]
 
-    def decoded(self) -> ForwardRequest:
+    def made(self) -> tuple[Coded | Delta, ...]:
+        """How those of its tensors are made that don't travel as they are."""
+        return (*self.coding, *self.deltas)
+
+    def decoded(self, lookup: Lookup = nothing) -> ForwardRequest:
         """The request with its tensors as they were before they were coded.
 
+        Args:
+            lookup: Where the rows are that its deltas refer to.
+
         Raises:
+            ReferenceLostError: these aren't there.
             InputError: this end doesn't have the codec.
             FormatError: what is coded isn't a tensor of it.
         """
-        if not self.coding:
+        if not self.coding and not self.deltas:
             return self
         spec, tensors = pytree.flatten(self.inputs)
-        inputs = pytree.unflatten(spec, decode_all(tensors, self.coding))
-        return replace(self, inputs=inputs, coding=())
+        found = restore_all(decode_all(tensors, self.coding), self.deltas, lookup)
+        return replace(self, inputs=pytree.unflatten(spec, found), coding=(), deltas=())
 
     def counts(self) -> list[tuple[str, int]]:
         """How many numbers of each kind ride along, with what they are."""
-        return self.housekeeping.counts()
+        named = sum(len(delta.references) for delta in self.deltas)
+        return [*self.housekeeping.counts(), ("references", named)]
 
     def record(self, buffers: Mapping[str, Tensor] | None, numerics: str) -> ForwardRecord:
         """The record of this call before it has run: its outputs aren't known yet.
@@ -387,20 +402,25 @@ class LossRequest(Request):
 
     def samples(self) -> list[float]:
         """How many examples it is of: as its first tensor has them, and as it says."""
-        return [_leading(self.tensors(), self.forward.coding), self.num_samples]
+        return [_leading(self.tensors(), self.forward.made()), self.num_samples]
 
     def num_bytes(self) -> int:
         """Bytes of its tensors once they are expanded and decoded."""
-        return _decoded_bytes(self.tensors(), self.forward.coding)
+        return _decoded_bytes(self.tensors(), self.forward.made())
 
-    def decoded(self) -> LossRequest:
+    def decoded(self, lookup: Lookup = nothing) -> LossRequest:
         """The request with its tensors as they were before they were coded.
 
+        Args:
+            lookup: Where the rows are that its deltas refer to.
+
         Raises:
+            ReferenceLostError: these aren't there.
             InputError: this end doesn't have the codec.
             FormatError: what is coded isn't a tensor of it.
         """
-        return replace(self, forward=self.forward.decoded()) if self.forward.coding else self
+        decoded = self.forward.decoded(lookup)
+        return self if decoded is self.forward else replace(self, forward=decoded)
 
     def counts(self) -> list[tuple[str, int]]:
         """How many numbers of each kind ride along, with what they are."""
@@ -519,6 +539,9 @@ class PushRequest(Request):
     upto: Number = field(default=0, metadata=ADDED)
     """Of a gradient: the body's batches below this number, of the same process, belong to it, if
     they belong to no earlier one."""
+    flows: Mapping[str, Any] = field(default_factory=dict, metadata=ADDED)
+    """What its compression has done since the last push, by flow (`flows`). It tells of the update
+    and is no part of it, so the digest leaves it out."""
 
     samples_limit = "push_samples"  # it counts all batches since the pull
 
@@ -652,6 +675,8 @@ class GradientRecord:
     """Beside recipes: which process has computed the gradient, and may hold it in a sum."""
     upto: int = field(default=0, metadata=ADDED)
     """Of a half's gradient: as in the push."""
+    flows: Mapping[str, Any] = field(default_factory=dict, metadata=ADDED)
+    """Of a half's update: as in the request."""
 
     def as_recipes(self) -> GradientRecord:
         """The record without its gradient, which can be computed again."""
@@ -684,7 +709,7 @@ class SumRecord:
     """Σ nᵢ·gᵢ by name, in float64 and as real numbers; of one batch g."""
 
 
-def _leading(tensors: Sequence[Tensor], coding: Sequence[Coded] = ()) -> int:
+def _leading(tensors: Sequence[Tensor], coding: Sequence[Coded | Delta] = ()) -> int:
     """The leading dimension of the first tensor; 0 if there is none."""
     shape = tuple(tensors[0].shape) if tensors else ()
     for coded in coding:
@@ -693,7 +718,7 @@ def _leading(tensors: Sequence[Tensor], coding: Sequence[Coded] = ()) -> int:
     return shape[0] if shape else 0
 
 
-def _decoded_bytes(tensors: Sequence[Tensor | None], coding: Sequence[Coded]) -> int:
+def _decoded_bytes(tensors: Sequence[Tensor | None], coding: Sequence[Coded | Delta]) -> int:
     # numel() counts the elements of an expanded tensor, not those that were sent.
     sizes = [0 if t is None else t.numel() * t.itemsize for t in tensors]
     for coded in coding:

@@ -15,6 +15,7 @@ from torch import Tensor
 from splitfed.checks import positive
 from splitfed.errors import ArchitectureError
 from splitfed.model.fingerprint import check_tensors, check_whole
+from splitfed.protocol.flows import checked
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
 from splitfed.protocol.messages import (
     BufferUpdate,
@@ -106,6 +107,7 @@ class Halves:
             ArchitectureError: the half isn't the lineage's.
             SupersededError: the client has a newer process.
             ProtocolError: the client has resumed from a position of another run.
+            InputError: what it says of its samples or its flows aren't numbers that add up.
         """
         client_id = check_client_id(request.client_id)
         if request.base_version == -1:
@@ -140,6 +142,7 @@ class Halves:
             buffers=[BufferUpdate(dict(request.values), dict(request.bases), samples)],
             resumed=request.resumed,
             upto=check_number("upto", request.upto),
+            flows=checked(request.flows),
         )
         batch = BatchId(client_id, incarnation, request.seq)
         return PushAnswer(incarnation, self._sealer.store(batch, record))

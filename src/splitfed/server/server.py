@@ -42,6 +42,7 @@ from splitfed.model.skeleton import Template, device_of, unwrap
 from splitfed.model.stamp import check_stamp, stamp_of
 from splitfed.protocol import pytree
 from splitfed.protocol.coding import Codec
+from splitfed.protocol.deltas import Lookup, kept_rows
 from splitfed.protocol.fields import check_types
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
 from splitfed.protocol.messages import (
@@ -68,6 +69,7 @@ from splitfed.store.beginning import begin_with, check_durability
 from splitfed.store.earlier import Earlier
 from splitfed.store.holder import apart
 from splitfed.store.quota import Quota
+from splitfed.store.references import References
 from splitfed.store.store import GradientStore, check_store
 
 Loss = Callable[[Any, Any], Tensor]
@@ -163,6 +165,7 @@ class SplitServer:
         store.check_beside(lineage, beside, numerics)
         self._halves = Halves(store, numerics)
         self._clients = store.registry()
+        self._references = References(store.pile(lineage))
         self._confirm = store.lineage().confirm
         """Whether the run is still there is asked before anything else."""
         # In a log the recipes are as large as the call, which was charged at its forward.
@@ -192,7 +195,8 @@ class SplitServer:
             ProtocolError: the client has resumed from a position of another run.
         """
         check_types(request)
-        request, codec = request.decoded(), _answer_codec(request)
+        asked, codec = request, _answer_codec(request)
+        request = asked.decoded(self._lookup(asked))
         self._confirm()
         self._check_part(request)
         self._check_settings(request)
@@ -207,11 +211,12 @@ class SplitServer:
             if request.grad and incarnation is not None:
                 line.ledger.charge(request.client_id, sent, calls=1)
             earlier = _earlier(line, request, incarnation)
-            asked = _at(request, earlier.version)
-            version, call, done = line.runner.run_newest(asked)
+            pinned = _at(request, earlier.version)
+            version, call, done = line.runner.run_newest(pinned)
             if request.grad and incarnation is not None:
-                while not line.runner.keep(asked, incarnation, version, call, done):
-                    version, call, done = line.runner.run_newest(asked)
+                while not line.runner.keep(pinned, incarnation, version, call, done):
+                    version, call, done = line.runner.run_newest(pinned)
+                self._keep_references(line, asked, request, incarnation)
             answer = self._forward_answer(line, incarnation, version, done, earlier)
             return answer if codec is None else answer.coded(codec)
 
@@ -358,7 +363,8 @@ class SplitServer:
                 "this server computes no loss: give it one, SplitServer(body, store, loss_fn=...)"
             )
         check_types(request)
-        request, codec = request.decoded(), _answer_codec(request.forward)
+        asked, codec = request.forward, _answer_codec(request.forward)
+        request = request.decoded(self._lookup(asked))
         self._confirm()
         ahead = request.forward
         self._check_part(ahead)
@@ -375,6 +381,8 @@ class SplitServer:
             target = pytree.unflatten(spec, [fresh(tensor.to(self.device)) for tensor in tensors])
             finish = partial(_score, self.loss_fn, target)
             answer = self._loss(line, incarnation, request, finish, counts=counts)
+            if counts and incarnation is not None:
+                self._keep_references(line, asked, ahead, incarnation)
             return answer if codec is None else answer.coded(codec)
 
     def _loss(
@@ -442,6 +450,26 @@ class SplitServer:
             earlier.is_known,
         )
 
+    def _lookup(self, request: ForwardRequest) -> Lookup:
+        """Where the rows are that the deltas of a request refer to."""
+        client_id, incarnation = request.client_id, request.incarnation
+        return lambda name: self._references.get(client_id, incarnation, name)
+
+    def _keep_references(
+        self, line: Line, sent: ForwardRequest, request: ForwardRequest, incarnation: int
+    ) -> None:
+        """Keep what next deltas are to be the change from; before it is answered.
+
+        Args:
+            line: The client's line.
+            sent: The request as it came.
+            request: The same, decoded.
+            incarnation: The client's process.
+        """
+        for rows in kept_rows(_tensors(request), sent.deltas) if sent.deltas else ():
+            line.ledger.charge(request.client_id, rows.nbytes)
+            self._references.keep(request.client_id, incarnation, rows)
+
     def _check_resumed(self, request: ForwardRequest) -> None:
         check_number("resumed", request.resumed)
         if request.resumed and request.grad and request.incarnation is not None:
@@ -502,6 +530,8 @@ class SplitServer:
             # Nothing of a process that a newer one has superseded can count any more, nor of one
             # that was never opened.
             housekeeping = replace(housekeeping, abandoned=())
+        if housekeeping.references:
+            self._references.drop(client_id, incarnation, housekeeping.references)
         line.sealer.tidy(client_id, incarnation, housekeeping)
 
     def _check_part(self, request: ForwardRequest) -> None:

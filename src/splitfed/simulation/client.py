@@ -27,7 +27,7 @@ from splitfed.client.client import SplitClient
 from splitfed.errors import ExpiredError, InputError, UnsupportedError
 from splitfed.model.copying import deep_copy
 from splitfed.model.fingerprint import personal_names
-from splitfed.protocol.compression import Flow
+from splitfed.protocol.flows import Flow, added, errors
 from splitfed.protocol.transport import Transport
 from splitfed.simulation import data as localdata
 from splitfed.simulation.data import Data
@@ -126,7 +126,7 @@ class LocalMetrics:
             entry["train_accuracy"] = self.num_correct / self.num_samples
         if self.expired:
             entry["expired"] = self.expired
-        return {**entry, **compression_errors([self])}
+        return {**entry, **errors(self.flows)}
 
 
 def sum_by_client(metrics: Iterable[LocalMetrics]) -> list[LocalMetrics]:
@@ -141,22 +141,9 @@ def sum_by_client(metrics: Iterable[LocalMetrics]) -> list[LocalMetrics]:
             before.loss_sum + one.loss_sum,
             _sum_if_known(before.num_correct, one.num_correct),
             before.expired + one.expired,
-            _added(before.flows, one.flows),
+            added([before.flows, one.flows]),
         )
     return [sums[client_id] for client_id in sorted(sums)]
-
-
-def compression_errors(metrics: Iterable[LocalMetrics]) -> dict[str, float]:
-    """The relative error of each flow that was coded, for a row: ‖x − x̂‖ / ‖x‖."""
-    flows: dict[str, Flow] = {}
-    for one in metrics:
-        flows = _added(flows, one.flows)
-    return {f"{name}_error": flow.relative_error for name, flow in flows.items() if flow.coded}
-
-
-def _added(one: dict[str, Flow], other: dict[str, Flow]) -> dict[str, Flow]:
-    names = {**one, **other}
-    return {name: one.get(name, Flow()) + other.get(name, Flow()) for name in names}
 
 
 def _sum_if_known(one: int | None, other: int | None) -> int | None:

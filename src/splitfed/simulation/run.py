@@ -21,12 +21,12 @@ from torch import nn
 from splitfed.errors import InputError
 from splitfed.model.copying import deep_copy
 from splitfed.model.cut import join
+from splitfed.protocol.flows import added, entry
 from splitfed.simulation import data as localdata
 from splitfed.simulation.assembly import Assembly
 from splitfed.simulation.client import (
     ClientConfig,
     LocalMetrics,
-    compression_errors,
     sum_by_client,
 )
 from splitfed.simulation.data import Evaluation
@@ -201,7 +201,7 @@ class Simulation(Iterator[Row]):
             "bytes_up": sum(crossed.up for crossed in traffic.values()),
             "bytes_down": sum(crossed.down for crossed in traffic.values()),
             "round_trips": sum(crossed.round_trips for crossed in traffic.values()),
-            **compression_errors(metrics),
+            **entry(added(one.flows for one in metrics)),
         }
         if self._evaluate is not None:
             row |= localdata.evaluate(

@@ -74,8 +74,12 @@ class LocalTraining:
             )
         if not isinstance(self.target, str):
             raise InputError(f"target is {self.target!r}: expected a key, such as 'labels'")
-        if self.compression is not None:
-            Codecs.of(self.compression)
+        if self.compression is not None and "delta" in Codecs.of(self.compression).activations:
+            raise InputError(
+                f"compression is {self.compression!r}: a delta is the change since a client's last "
+                "epoch, and a simulated client begins anew in each round, so use what follows it; "
+                "deltas are of a SplitClient, with client.compression.examples(...)"
+            )
         if self.scheduler is not None:
             check_function(
                 "scheduler",

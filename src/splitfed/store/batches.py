@@ -53,7 +53,7 @@ from splitfed.store.batchset import MAX_GAPS, BatchSet, Outcome
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
 from splitfed.store.holder import Holder
-from splitfed.store.layout import TRANSIENT, Keys, read_pin
+from splitfed.store.layout import REFERENCE, TRANSIENT, Keys, read_pin
 from splitfed.store.lineage import Lineage
 from splitfed.store.numbers import MAX_SKIPS, Numbers, Skips
 
@@ -82,6 +82,7 @@ _PLAIN = (
     "numerics",
     "holder",
     "upto",
+    "flows",
 )
 
 
@@ -169,8 +170,9 @@ class Pile:
         self.blobs.delete(self.keys.part(version, batch, part))
 
     def open_calls(self) -> list[str]:
-        """The keys of what calls need until they are answered: forwards, parts and pins."""
-        return [key for kind in TRANSIENT for key in self.blobs.list(f"{self.keys.root}/{kind}")]
+        """The keys of what calls need: forwards, parts, pins, and references of their deltas."""
+        kinds = (*TRANSIENT, REFERENCE)
+        return [key for kind in kinds for key in self.blobs.list(f"{self.keys.root}/{kind}")]
 
     def drop_calls(self, keys: Iterable[str]) -> None:
         """Delete some of `open_calls()`: what is answered later raises, and counts nowhere."""

@@ -23,13 +23,14 @@ from typing import Any
 
 from splitfed.errors import FormatError
 from splitfed.protocol import checksum
+from splitfed.protocol.flows import Flows, from_plain, to_plain
 from splitfed.protocol.ids import BatchId, check_client_id, check_number
 from splitfed.store.batchset import BatchSet, Outcome, Verdict
 
 _KEYS = (
     "version kind nonce parent table files frozen restored abandoned source turn num_samples "
     "staleness folded older stale rejected skipped num_duplicates num_expired num_foreign time "
-    "part was settings weights durability groups halves body"
+    "part was settings weights durability groups halves body flows"
 ).split()
 _ALWAYS = ("version", "kind", "nonce", "files", "num_samples", "time")
 """What is in each record, whatever its value."""
@@ -119,6 +120,8 @@ class Commit:
     body: Verdict | None = None
     """Of `client`, where both are committed together: what was decided on the body's batches. The
     version of `body` that carries it out names this one."""
+    flows: Flows = field(default_factory=dict)
+    """What the folded updates' clients told of their compression, together."""
     digest: str = ""
     """SHA-256 of the record itself, once it was read."""
 
@@ -187,6 +190,8 @@ class Commit:
                 value = {version: batches.to_json() for version, batches in value.items()}
             elif isinstance(value, BatchSet | Verdict):
                 value = value.to_json()
+            elif name == "flows":
+                value = to_plain(value)
             if name in _ALWAYS or value != _DEFAULTS.get(name, {}):
                 record[name] = value
         return json.dumps(record, separators=(",", ":")).encode()
@@ -224,6 +229,7 @@ class Commit:
                 ),
                 halves=None if halves is None else check_number("halves", halves),
                 body=None if body is None else Verdict.from_json(body),
+                flows=from_plain(record.pop("flows", {})),
                 digest=hashlib.sha256(data).hexdigest(),
                 **record,
             )

@@ -22,6 +22,7 @@
       forward/<id>/<version>-<incarnation>-<call>   the record of a forward; transient
       part/<id>/<version>-<incarnation>-<seq>-<k>   one call's share of an open batch; transient
       pin/<id>/<incarnation>-<seq>             the version of a one-trip loss call; transient
+      reference/<id>/<incarnation>-<hash>      what next deltas are the change from; a cache
       grad/<id>/<incarnation>-<seq>            create-once: a pending batch
       kept/<id>/<incarnation>-<seq>            what a folded batch follows from (keep_forwards)
       sum/<version>-<holder>-<number>          what gradients of a log add up to; a cache
@@ -62,12 +63,15 @@ _VERSIONED = re.compile(
 )
 _BEGUN = re.compile(r"(body|client|body@[^/]+)/(?:commit/\d{10,12}\.json|fingerprint\.json)")
 _HOLDER = re.compile(r"[0-9a-f]{16}")
+_HASH = _HOLDER
 _SUM = re.compile(r"sum/(\d{10,12})-[0-9a-f]{16}-\d{10,12}")
 _HISTORY = re.compile(r"history/(\d{10,12})\.jsonl")
 POST = "post"
 _POST = re.compile(r"post/([^/]+)/([0-9a-f]{32}-\d{10,12})\.(request|answer|claim-\d{4})")
 TRANSIENT = ("forward", "part", "pin")
 """The folders of a lineage whose files are needed until calls are answered, and not after."""
+REFERENCE = "reference"
+_REFERENCE = re.compile(r"reference/([^/]+)/(\d{8,12})-[0-9a-f]{16}")
 _TRANSIENT = re.compile(
     r"(?:forward|part)/(?:([^/]+)/(\d{10,12})-|(\d{10,12})/([^/]+)/)(\d{8,12})-[\d-]+"
 )
@@ -198,6 +202,20 @@ class Keys:
         """The version that a one-trip loss call runs at."""
         return f"{self.root}/pin/{_batch(batch)}"
 
+    def reference(self, client_id: str, incarnation: int, name: str) -> str:
+        """Rows that a process of a client refers to, by the hash of what they hold.
+
+        Raises:
+            IdError: the name isn't such a hash.
+        """
+        if not _HASH.fullmatch(name):
+            raise IdError(f"reference {name[:40]!r} isn't allowed: expected 16 hexadecimal digits")
+        return f"{self.root}/{REFERENCE}/{_process(client_id, incarnation)}-{name}"
+
+    def references(self, client_id: str) -> str:
+        """The folder of what a client's processes refer to."""
+        return f"{self.root}/{REFERENCE}/{check_client_id(client_id)}"
+
     def sum(self, version: int, holder: str, number: int) -> str:
         """What gradients of a version add up to, as some process has added them."""
         return f"{self.sums}/{_padded('version', version)}-{holder}-{_padded('number', number)}"
@@ -247,7 +265,7 @@ class Keys:
         return None if found is None else found[2]
 
     def parse_call(self, key: str) -> tuple[str, int, int | None] | None:
-        """(client, incarnation, version) of a file of a call or a batch; else `None`.
+        """(client, incarnation, version) of a file of a call, a batch or a reference; else `None`.
 
         Only the names of forwards and parts tell the version.
         """
@@ -255,7 +273,7 @@ class Keys:
         found = _TRANSIENT.fullmatch(name)
         if found is not None:
             return found[1] or found[4], int(found[5]), int(found[2] or found[3])
-        found = _BATCH.fullmatch(name)
+        found = _BATCH.fullmatch(name) or _REFERENCE.fullmatch(name)
         return None if found is None else (found[1], int(found[2]), None)
 
 

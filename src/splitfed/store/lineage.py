@@ -46,7 +46,7 @@ from splitfed.store.batchset import BatchSet, Outcome
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
 from splitfed.store.commit import Commit
-from splitfed.store.layout import TRANSIENT, Keys
+from splitfed.store.layout import REFERENCE, TRANSIENT, Keys
 from splitfed.store.retention import Retention
 from splitfed.store.search import newest
 from splitfed.store.table import Table, is_due
@@ -604,7 +604,7 @@ class Lineage:
         self.blobs.sweep()
         head = self.head()
         if head % PRUNE_EVERY == 0:
-            for folder in (*TRANSIENT, "grad"):
+            for folder in (*TRANSIENT, REFERENCE, "grad"):
                 self.blobs.prune(f"{self.name}/{folder}")
         oldest = head - keep + 1
         if not self._retention.is_due(oldest):

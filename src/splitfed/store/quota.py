@@ -38,7 +38,7 @@ class Quota:
     """Files of calls that aren't answered for good: recorded forwards, shares of open batches,
     versions of one-trip calls."""
     disk: int = 32 << 30
-    """Bytes of these, and of its pending batches."""
+    """Bytes of these, of its pending batches, and of what its deltas are the change from."""
 
     def __post_init__(self) -> None:
         at_least("calls", self.calls, 1)
@@ -112,7 +112,10 @@ class Ledger:
             found = sizes(f"{root}/{kind}/{client_id}")
             calls += len(found)
             num_bytes += sum(found.values())
-        return calls, num_bytes + sum(sizes(f"{self._pile.keys.gradients}/{client_id}").values())
+        keys = self._pile.keys
+        for folder in (f"{keys.gradients}/{client_id}", keys.references(client_id)):
+            num_bytes += sum(sizes(folder).values())
+        return calls, num_bytes
 
     def _add(self, account: _Account, num_bytes: int, calls: int) -> bool:
         """Count what is to be written, if it fits."""

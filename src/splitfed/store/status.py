@@ -18,11 +18,12 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from splitfed.errors import CorruptedError, ExpiredError, FormatError, MissingError, SplitFedError
 from splitfed.model.numerics import class_id
+from splitfed.protocol.flows import Flows
 from splitfed.protocol.ids import BatchId
 from splitfed.store import layout
 from splitfed.store.batches import Pile
@@ -50,6 +51,8 @@ class CommitStatus:
     num_rejected: int
     staleness: Mapping[int, int]
     """Folded batches by staleness."""
+    flows: Flows = field(default_factory=dict)
+    """What clients told of their compression with the updates that it folded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +107,15 @@ class StoreStatus:
     """How long reading it took."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON; ages and other numbers become text where they are keys."""
+        """As plain JSON; ages and other numbers become text where they are keys.
+
+        What came later is left out where it says nothing, so that programs of before read on.
+        """
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        for lineage in fields["lineages"]:
+            for commit in lineage["commits"]:
+                if not commit["flows"]:
+                    del commit["flows"]
         return fields
 
 

@@ -78,6 +78,16 @@ class Settings:
     seed: int = 0
     min_batches: int = 2
     """The body is committed when so many batches are pending."""
+    compression: str | None = None
+    """The codec of what crosses the cuts, such as 'int8'; `None` for exact values."""
+
+    def __post_init__(self) -> None:
+        """Check the codec before anything is trained, or an older demo removed.
+
+        Raises:
+            InputError: no codec has that name.
+        """
+        LocalTraining(compression=self.compression)
 
 
 # ---------------------------------------------------------------------------- model and training
@@ -192,6 +202,7 @@ def train_federated(
             # Over the batches of the owner that has most; the others end at a higher rate.
             scheduler=_schedule(settings.rounds * max(batches)),
             keep_optimizers=True,
+            compression=settings.compression,
         ),
         server_optimizer=_optimizer,
         server_scheduler=_schedule(settings.rounds * commits),
@@ -357,7 +368,9 @@ def _summary(settings: Settings, history: Sequence[Row], pooled: Sequence[Row]) 
         "version": last["version"],
         "client_version": last["client_version"],
         **{name: sum(row[name] for row in history) for name in totals},
+        **{name: sum(row[name] for row in history) for name in ("bytes_up", "bytes_down")},
         "gradients_waiting": last["gradients_waiting"],
+        **{name: last[name] for name in last if name.endswith("_error")},
         **dataclasses.asdict(settings),
         "centralised": [
             {name: row[name] for name in ("round", "loss", "accuracy")} for row in pooled

@@ -79,6 +79,12 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
         metavar="N",
         help="of all chance (default: 0)",
     )
+    parser.add_argument(
+        "--compression",
+        metavar="CODEC",
+        help="what crosses the cuts travels in fewer bytes: bfloat16, int8, topk:0.1 or zstd, or "
+        "int8+zstd and so on (default: exact values)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(run=run)
 
@@ -103,6 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         replicas=arguments.replicas,
         alpha=arguments.alpha,
         seed=arguments.seed,
+        compression=arguments.compression,
     )
 
     def watch(phase: str) -> list[AnyCallback]:
@@ -160,9 +167,22 @@ def _conclusion(summary: Row, output: Path) -> str:
         "",
         f"{summary['gradients_folded']} of {summary['batches']} batches folded "
         f"in {summary['version']} commits ({others})",
+        *_compressed(summary),
         f"{summary['seconds']:.0f} seconds; see {report}, {curves} and {numbers}",
     ]
     return "\n".join(lines)
+
+
+def _compressed(summary: Row) -> list[str]:
+    """A line on compression, if there was any."""
+    errors = [value for name, value in summary.items() if name.endswith("_error")]
+    if not errors:
+        return []
+    moved = (summary["bytes_up"] + summary["bytes_down"]) / 1e6
+    return [
+        f"{moved:.0f} MB crossed as {summary['compression']}, halves included; "
+        f"in the last round that changed values by up to {max(errors):.2%}"
+    ]
 
 
 def _integer(least: int, most: int) -> Callable[[str], int]:

@@ -322,7 +322,26 @@ def by_client(run: Run) -> str:
             "Tensors that crossed the cut, and halves that were exchanged.",
         ),
         card("Examples by client and class", classes),
+        *_compression_card(run),
     )
+
+
+def _compression_card(run: Run) -> list[str]:
+    """What compression has saved and changed, by flow; no card where nothing was coded."""
+    flows = reading.compression(run)
+    if not flows:
+        return []
+    heads = ["what", "bytes", "sent", "of them", "error"]
+    lines = []
+    for name, (exact, sent, error) in flows.items():
+        share = percent(sent / exact if exact else 1.0)
+        changed = "" if error is None else percent(error)
+        lines.append([name.replace("_", " "), size(exact), size(sent), share, changed])
+    about = (
+        "What crossed the cuts over all rounds, as it is and as it was sent, and how much of it "
+        "(as a norm) coding changed in the newest round, as clients told with their updates."
+    )
+    return [card("Compression", table(heads, lines), about)]
 
 
 def traffic_bars(traffic: Mapping[str, tuple[float, float]]) -> str:

@@ -25,6 +25,7 @@ DISCARDED = ("stale", "rejected", "skipped")
 _EPOCH = 1e8
 _SHAPES = {
     "clients": dict,
+    "compression": dict,
     "dropped": dict,
     "settings": dict,
     "sampled": list,
@@ -82,11 +83,10 @@ def _check(row: Row) -> None:
                 f"{name!r} of a row of kind {kind!r} is {str(row[name])[:40]!r}: "
                 f"expected a {shape.__name__}"
             )
-    for known in row.get("clients", {}).values():
-        if not isinstance(known, dict):
+    for name, key in (("clients", "client"), ("compression", "flow")):
+        if not all(isinstance(known, dict) for known in row.get(name, {}).values()):
             raise FormatError(
-                f"'clients' of a row of kind {kind!r} holds what isn't a dict: "
-                "expected one by client"
+                f"{name!r} of a row of kind {kind!r} holds what isn't a dict: expected one by {key}"
             )
 
 
@@ -240,6 +240,18 @@ def traffic(run: Run) -> dict[str, tuple[float, float]]:
                 up, down = found.get(client, (0.0, 0.0))
                 found[client] = (up + _bytes_up(metrics), down + _bytes_down(metrics))
     return {client: found[client] for client in run.clients if client in found}
+
+
+def compression(run: Run) -> dict[str, tuple[int, int, float | None]]:
+    """Of each flow: its bytes over all rounds, exact and as sent, and the error in the newest."""
+    found: dict[str, tuple[int, int, float | None]] = {}
+    for row in run.rounds:
+        for flow, told in (row.get("compression") or {}).items():
+            exact, sent, _ = found.get(flow, (0, 0, None))
+            exact += int(value(told, "exact_bytes") or 0)
+            sent += int(value(told, "sent_bytes") or 0)
+            found[flow] = (exact, sent, value(told, "error"))
+    return found
 
 
 def _bytes_up(metrics: Mapping[str, Any]) -> float:
