@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import limits, peers, rounds, split_step
+from benchmarks import compression, limits, peers, rounds, split_step
 from benchmarks.models import lora, tiny
 from torch import nn
+
+from splitfed.cli.demo import data
 
 
 @pytest.mark.parametrize("name", split_step.ALL)
@@ -52,6 +54,16 @@ def test_a_ratio_is_the_median_of_those_of_each_round() -> None:
     assert found["b"] | {"ratio": 0} == {"min": 2.0, "median": 2.0, "ratio": 0, "count": 3}
     table = rounds.as_table({"case": found}, "a").splitlines()
     assert table[3] == "| case | b | 2.00 | 2.00 | 2.00 × |"
+
+
+def test_owners_that_stay_send_changes() -> None:
+    """A federation of two: the first pass is whole, the second a change; all flows but the activations are exact."""
+    x, y = torch.rand(256, 1, 28, 28), torch.randint(0, 10, (256,))
+    digits = data.Digits(x, y, x[:10], y[:10])
+    found = compression.measure("delta+topk:0.1", digits, owners=2, rounds=2, seed=0, frozen=False)
+    assert 0.1 < found["last"] < 0.25 < found["ratio"] < 0.7
+    assert 1 <= found["kept"] <= 2.1  # with the headers of files
+    assert compression.measure("exact", digits, owners=2, rounds=1, seed=0, frozen=True)["ratio"] == 1.0
 
 
 def test_a_file_is_written_whole_and_a_new_one_removed(tmp_path: Path) -> None:

@@ -470,22 +470,26 @@ def references(site: Site) -> list[str]:
     return site.store.blobs.list("body/reference")
 
 
+@pytest.mark.parametrize("way", ["direct", "http", "mailbox"])
 @pytest.mark.parametrize("name", ["delta", "delta+int8"])
-def test_references_that_are_lost_change_no_bit(name: str) -> None:
+def test_references_that_are_lost_change_no_bit(name: str, way: str, tmp_path: Path) -> None:
     """The client is told and sends its own values whole: records and gradients are those of a run without loss."""
-    one, other = Site(name), Site(name)
-    ends = []
-    for site in (one, other):
-        torch.manual_seed(7)
+    one, other = Site(name), Site(name, f"file://{tmp_path}")
+    ends, calls = [], iter(range(1, 100))
 
-        def lose(site: Site = site) -> None:
-            if site is other and len(site.tap.requests) % 5 == 0:
-                site.server._references = type(site.server._references)(site.store.pile())
-                for key in references(site):
-                    site.store.blobs.delete(key)
+    def lose() -> None:
+        if next(calls) % 3 == 0:
+            other.server._references = type(other.server._references)(other.store.pile())
+            for key in references(other):
+                other.store.blobs.delete(key)
 
-        epochs(site, site.client, each=lose)
-        ends.append(site.end())
+    with through(other, way) as server:
+        for site, tapped, around in ((one, one.server, {}), (other, server, {"each": lose})):
+            site.tap = Tap(splitfed.SplitClient(cut()[0], tapped, "a")._connection.transport)
+            site.client = splitfed.SplitClient(cut()[0], site.tap, "a", compression=name)
+            torch.manual_seed(7)
+            epochs(site, site.client, **around)
+            ends.append(site.end())
     assert ends[0] == ends[1]
     assert len(other.tap.requests) > len(one.tap.requests)
     if name == "delta+int8":

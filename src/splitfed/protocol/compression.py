@@ -5,9 +5,8 @@ have a codec of its own (`coding`), none by default. What goes up is coded here,
 decodes it; what comes down the server codes as it is asked to, and it is decoded here. So the
 server needs no setting, and whatever is between, HTTP, a store or nothing, carries fewer bytes.
 
-With `delta` only what has changed of each example travels (`deltas`), of activations alone: the
-same examples come again, while outputs are of another version of the body each time, and gradients
-of another weight. Which examples a batch is of only its user knows: `compression.examples(ids)`.
+With `delta` only what has changed of each example travels (`deltas`), of activations alone. Which
+examples a batch is of only its user knows: `compression.examples(ids)`.
 
 With `topk` most of a tensor is left out. On the way up its error is fed back: what was left out of
 one request is added to the next of its kind, at the same places (Stich et al., "Sparsified SGD with
