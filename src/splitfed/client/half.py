@@ -251,6 +251,8 @@ class HalfSync:
         else:
             gradients = {name: self._start[name] - state[name] for name in names.trainable}
             scale = 1.0
+        # Only where a pull has brought a pair: a server from before there were any refuses it.
+        says_upto = gradient and self.body_version is not None
         changed = {n: state[n] for n in names.buffers if not state[n].equal(self._start[n])}
         request = PushRequest(
             client_id=self._connection.client_id,
@@ -265,7 +267,7 @@ class HalfSync:
             num_samples=samples,
             loss_scale=scale,
             resumed=self._connection.resumed,
-            upto=self._connection.next("batch") if gradient else 0,
+            upto=self._connection.next("batch") if says_upto else 0,
             flows=self._flows_since(),
         )
         return request, state, counted

@@ -248,14 +248,14 @@ def _num_batches(clients: Mapping[str, Data], local: LocalTraining, purpose: str
 
 def _has_barrier(mode: Mode, schedule: RoundSchedule, engine: Engine | None) -> bool:
     """Whether clients wait for each other at the end of a round."""
-    if mode.gradients:
-        if schedule.barrier is False:
-            raise InputError(
-                f"mode {mode.name!r} has a barrier in its global steps: leave barrier=False out"
-            )
-        return True
+    if mode.gradients and not mode.streams and schedule.barrier is False:
+        raise InputError(
+            f"mode {mode.name!r} has a barrier in its global steps: leave barrier=False out"
+        )
     if schedule.barrier is not None:
         return schedule.barrier
+    if mode.gradients:
+        return True  # a round is a pass of each client
     # Without virtual time nobody is late, so waiting costs nothing. With it, a mode that sets no
     # bound to staleness expects clients to wait.
     return not isinstance(engine, VirtualTime) or mode.max_staleness is None

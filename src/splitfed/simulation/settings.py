@@ -110,7 +110,8 @@ class RoundSchedule:
 
     By default they do, except in virtual time and a mode with `max_staleness`, such as `buffered`:
     there each goes on as soon as it has pushed, and a round is as many updates as there are sampled
-    clients. Synchronous mode always has a barrier.
+    clients. Synchronous mode always has a barrier; `grouped` has one unless it is set to `False`,
+    and then a round is as many batches as there are sampled clients.
     """
     min_updates: int | None = None
     """Without a barrier: how many pending updates make a commit of the halves.

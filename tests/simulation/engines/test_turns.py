@@ -306,3 +306,18 @@ def test_groups_go_on_without_clients_that_die_in_them() -> None:
     folded = [[commit["num_samples"] for commit in simulation.history.commits(name)] for name in ("body", "client")]
     assert folded[0] == folded[1]
     assert simulation.store.waiting("body") == simulation.store.waiting("client") == []
+
+
+@pytest.mark.parametrize("virtual", [None, VirtualTime(compute={"client-0": 1, "client-1": 1, "client-2": 5.5})])
+def test_groups_without_a_barrier_never_wait(virtual: VirtualTime | None) -> None:
+    """A round of three clients ends with the second group of two; the slow one's batches come in between, stale."""
+    simulation = toy.run(mode=GROUPED, virtual=virtual, barrier=False, rounds=6)
+    rows = list(simulation)
+    assert [row["status"] for row in rows] == ["complete"] * 6
+    assert [row["batches"] for row in rows] == [4] * 6
+    commits = [simulation.history.commits(lineage) for lineage in ("body", "client")]
+    assert [commit["staleness"] for commit in commits[0]] == [commit["staleness"] for commit in commits[1]]
+    oldest = max(int(age) for commit in commits[0] for age in commit["staleness"])
+    assert oldest == 0 if virtual is None else oldest >= 2
+    if virtual is not None:
+        assert rows[-1]["time"] < 13

@@ -233,6 +233,7 @@ class Turns:
             self._assembly.commit(run.metrics.client_id)
         elif answered is Verb.PUSH and self._config.gradients:
             self._awaits_step = self._waits
+            self._has_update = self._plan is not None and not self._plan.barrier
             self._assembly.commit(run.metrics.client_id)
         elif answered is Verb.PUSH:
             self._has_update = True
