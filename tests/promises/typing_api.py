@@ -201,4 +201,14 @@ def simulating(model: nn.Module, x: Tensor, y: Tensor) -> None:
     for row in run:
         assert_type(row, dict[str, Any])
     assert_type(run.whole(), nn.Module)
+    splitfed.simulate(
+        model,
+        "0",
+        {"a": {"inputs": x, "labels": y}},
+        loss_fn=nn.functional.cross_entropy,
+        optimizer=torch.optim.SGD,
+        server_optimizer=adam,
+        rounds=1,
+        callbacks=print,
+    )
     assert_type(run.store, GradientStore)

@@ -196,7 +196,7 @@ def simulate(
         driver,
         None if virtual is None else timeline,
         config,
-        _head(name, at_least("rounds", rounds, 1), clients, plans, config, virtual),
+        _head(name, at_least("rounds", rounds, 1), clients, plans, config, schedule, virtual),
         evaluate=evaluate,
         history=history,
         callbacks=others,
@@ -283,6 +283,7 @@ def _head(
     clients: Mapping[str, Data],
     plans: Plans,
     config: ClientConfig,
+    schedule: RoundSchedule,
     virtual: VirtualTime | None,
 ) -> Row:
     """The row that a run begins with: its clients and its settings."""
@@ -296,11 +297,14 @@ def _head(
     settings = {
         "rounds": rounds,
         "batch_size": config.local.batch_size,
+        "drop_last": config.local.drop_last,
         "local_passes": config.local.local_passes,
+        "local_steps": config.local.local_steps,
         "personal": list(config.personal),
         "virtual_time": virtual is not None,
         "barrier": plans.barrier,
-        "final_rate": None if config.falling is None else config.falling.share,
+        "final_rate": schedule.final_rate,
+        "pacing": schedule.pacing,
         "policy": plans.mode.describe(),
         **plans.settings,
     }
