@@ -128,7 +128,8 @@ def _costs_of(curves: list[Curve], rounds: int) -> list[str]:
             span(lambda curve: curve["commits"][-1] / rounds),
         ]
     seconds = span(lambda curve: curve["seconds"][-1] / rounds, 1)
-    return [*traffic, *server, seconds, span(lambda curve: drop(curve["accuracy"][SETTLED - 1 :]), 4)]
+    settled = span(lambda curve: drop(curve["accuracy"][SETTLED - 1 :]), 4) if rounds > SETTLED else ""
+    return [*traffic, *server, seconds, settled]
 
 
 def _line(cells: Iterable[str]) -> str:
