@@ -311,7 +311,6 @@ LATER = [
         deltas=(CHANGE,),
     ),
     Housekeeping(references=("0f" * 8,)),
-    PushRequest("a", 1, "3f", 0, 0, None, {"w": T}, {}, {}, 4.0, 1.0, 2**32, {"outputs": [1, 0, 64, 64, 0.0, 0.0]}),
     dataclasses.replace(BACK, counted=False, resumed=2**32, nonce=2**31, coding=CODING, answer_codec="int8/1"),
     ForwardAnswer(
         1, 7, {"out": T}, (True,), False, {}, (1,), moved=True, written=("layer.kl",), repeated=True, coding=CODING
@@ -320,7 +319,12 @@ LATER = [
     PullRequest("a", 3, frozen="0f" * 32),
     LossAnswer(1, 7, torch.tensor(0.5), (T, None), "rejected", True, repeated=True, coding=CODING),
     PullAnswer(7, {"w": {}}, {"w": T}, None, 6),
-    PushRequest("a", 1, "3f00", 5, 7, None, {"w": T}, {}, {}, 7.0, 1.0, resumed=2**32, upto=6),
+    dataclasses.replace(
+        PushRequest("a", 1, "3f00", 5, 7, None, {"w": T}, {}, {}, 7.0, 1.0),
+        resumed=2**32,
+        upto=6,
+        flows={"outputs": [1, 0, 64, 64, 0.0, 0.0]},
+    ),
 ]
 
 
