@@ -54,6 +54,7 @@ def test_what_a_batch_says_of_itself_is_read_without_its_tensors(pile: Pile) -> 
         "numerics": "by hand",
         "holder": None,
         "upto": None,
+        "flows": None,
     }
 
 
