@@ -102,6 +102,9 @@ def test_a_share_of_clients_makes_a_share_of_the_commits() -> None:
     assert num_commits(policies.mode("buffered", min_batches=4), batches, 10, 0.5) == 50
     assert num_commits(policies.mode("sflv1"), batches, 10, 0.5) == 150
     assert num_commits(policies.mode("round"), batches, 10, 0.5) == 10
+    group = policies.mode("grouped", group=2)
+    assert num_commits(group, batches, 10, 1.0) == 200
+    assert num_commits(group, batches, 10, 1.0, barrier=False) == 10  # a round is a batch of each
     assert Falling(0.1, 4).factor(9, 1.0) == pytest.approx(0.1)
 
 

@@ -126,15 +126,16 @@ def simulate(
     _check_pacing(policy, schedule)
     active = sample_size(schedule.clients_per_round, len(ids), schedule.min_clients)
     check_group(policy, active)
+    barrier = _has_barrier(policy, schedule, engine)
     falling = None
     if schedule.final_rate is not None:
         if server_scheduler is not None:
             raise two_schedules("server_scheduler")
         falling = Falling(schedule.final_rate, at_least("rounds", rounds, 1))
         batches = _num_batches(clients, local, "RoundSchedule(final_rate=...)")
-        commits = num_commits(policy, batches, rounds, active / len(ids))
+        share = active / len(ids)
+        commits = num_commits(policy, batches, rounds, share, barrier=barrier)
         server_scheduler = falling.scheduler(commits)
-    barrier = _has_barrier(policy, schedule, engine)
     _check_local_steps(local, policy, barrier)
     plans = Plans(
         half=half,

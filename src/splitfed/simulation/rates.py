@@ -70,7 +70,9 @@ class ClientRates:
             group["lr"] = rate * factor
 
 
-def num_commits(mode: Mode, batches: Mapping[str, int], rounds: int, share: float) -> int:
+def num_commits(
+    mode: Mode, batches: Mapping[str, int], rounds: int, share: float, *, barrier: bool = True
+) -> int:
     """How many commits of the body a run makes, about: exactly, where all clients take part.
 
     Args:
@@ -78,6 +80,8 @@ def num_commits(mode: Mode, batches: Mapping[str, int], rounds: int, share: floa
         batches: How many batches each client has in a round.
         rounds: How many rounds there are.
         share: The part of the clients that is sampled for a round.
+        barrier: Whether clients wait for each other at its end; if not, a round is as many pushes
+            as sampled clients, where each batch has a push.
     """
     most = max(batches.values())
     if mode.per_client:
@@ -88,5 +92,7 @@ def num_commits(mode: Mode, batches: Mapping[str, int], rounds: int, share: floa
     enough = mode.group or mode.min_batches
     if enough is None:
         return rounds
+    if mode.gradients and not barrier:
+        return math.ceil(rounds * share * len(batches) / enough)
     # What is left at the end of a round is a commit too.
     return rounds * math.ceil(share * sum(batches.values()) / enough)
