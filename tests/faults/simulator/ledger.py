@@ -296,12 +296,19 @@ class Ledger:
             if self.newest_incarnation(request.client_id) <= (ahead.incarnation or 0):
                 self.fail(f"{name} was told that it is superseded, and it is the newest")
         elif isinstance(error, ExpiredError | AlreadyAppliedError):
+            if self._has_lost_pin(sent):
+                return
             oldest = self._oldest(sent)
             is_kept = oldest > self.head - self.world.plan.keep_versions
             if is_kept and oldest in self.ancestors(self.head):
                 self.fail(f"{name} got {error!r} though version {oldest} is in the window of {self.head}")
         else:
             self.fail(f"{name} got {error!r}")
+
+    def _has_lost_pin(self, sent: Sent) -> bool:
+        """Whether the file is damaged that says at which version a one-trip batch ran: it can't run there again."""
+        batch = sent.batch
+        return batch is not None and sent.verb == "loss" and self._lineage.keys.pin(batch) in self.damaged
 
     def _oldest(self, sent: Sent) -> int:
         """The oldest version that a request needs."""
