@@ -126,6 +126,18 @@ def test_an_update_starts_from_a_version_that_exists(base: Any) -> None:
     assert splitfed.GradientStore(site.store.url).latest_version("client") == 1
 
 
+@pytest.mark.parametrize("seq", [0.5, True, "0", None, -2], ids=repr)
+def test_an_update_has_a_number(seq: Any) -> None:
+    """Another is refused in words of ours, before it is compared with those that are counted."""
+    site = Site().pulled()
+    site.client.push(1)
+    site.average()
+    site.client._connection.number = lambda kind: seq  # type: ignore[method-assign]
+    with pytest.raises(SplitFedError):
+        site.client.push(1)
+    assert site.store.waiting("client") == []
+
+
 GOOD = Template(half()).fingerprint()
 WEIGHTS = {"0.weight": torch.ones(1, 1)}
 BAD: dict[str, tuple[Any, Any]] = {

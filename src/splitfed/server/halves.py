@@ -115,6 +115,7 @@ class Halves:
             self._lineage.initialise(request.fingerprint, request.gradients)
             return PushAnswer(request.incarnation, "published")
         check_number("base_version", request.base_version)
+        check_number("seq", request.seq)
         incarnation = request.incarnation
         check_number("resumed", request.resumed)
         if incarnation is None:
