@@ -191,7 +191,7 @@ def encode(tensor: Tensor, codec: Codec, place: int) -> tuple[Tensor, Coded] | N
             return None
         error = norm = 0.0
         if codec.values:
-            error, norm = _distance(tensor, _decode_values(payload, extra, codec.values, tensor))
+            error, norm = distance(tensor, _decode_values(payload, extra, codec.values, tensor))
             if not math.isfinite(error):
                 return None
         else:
@@ -210,7 +210,7 @@ def encode(tensor: Tensor, codec: Codec, place: int) -> tuple[Tensor, Coded] | N
     )
     sent = _sent(payload, coded)
     # What has grown, or would shrink by more than the other end lets it grow, travels as it is.
-    if sent >= tensor.nbytes or not _may_grow(sent, tensor.nbytes):
+    if sent >= tensor.nbytes or not may_grow(sent, tensor.nbytes):
         return encode(tensor, Codec(codec.values, codec.share), place) if codec.zstd else None
     return payload, coded
 
@@ -225,20 +225,15 @@ def decode(payload: Tensor, coded: Coded) -> Tensor:
     codec = Codec.from_wire(coded.codec, what="a tensor is coded by")
     dtype = float_dtype(coded.dtype)
     shape, strides = coded.shape, coded.strides
-    if len(shape) != len(strides) or any(size < 0 for size in (*shape, *strides)):
+    template = dense_template(shape, strides, dtype)
+    if template is None:
         raise _misfit(coded, f"shape {shape} with strides {strides}")
-    if not _may_grow(_sent(payload, coded), coded.num_bytes):
+    if not may_grow(_sent(payload, coded), coded.num_bytes):
         raise _misfit(
             coded,
             f"{_sent(payload, coded)} bytes for {coded.num_bytes}: at most {GROWTH} times as many "
             f"and {GROWTH_BYTES} more",
         )
-    try:
-        template = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    except RuntimeError as error:
-        raise _misfit(coded, f"shape {shape} with strides {strides}") from error
-    if not is_dense(template):
-        raise _misfit(coded, f"shape {shape} with strides {strides}")
     if codec.zstd:
         payload = _unsqueezed(payload, coded, codec.values)
     _check(payload, coded, codec.values)
@@ -281,7 +276,7 @@ def is_codable(tensor: Tensor) -> bool:
         tensor.dtype in _FLOATS.values()
         and tensor.nbytes >= SMALL
         and tensor.layout is torch.strided
-        and is_dense(tensor)
+        and _is_dense(tensor)
     )
 
 
@@ -370,7 +365,8 @@ def _place_dtype(length: int) -> torch.dtype:
     return torch.int16 if length <= 2**15 else torch.int32
 
 
-def _distance(tensor: Tensor, decoded: Tensor) -> tuple[float, float]:
+def distance(tensor: Tensor, decoded: Tensor) -> tuple[float, float]:
+    """‖x − x̂‖² and ‖x‖², in float64."""
     exact = tensor.double()
     return float((exact - decoded.double()).square().sum()), float(exact.square().sum())
 
@@ -473,11 +469,25 @@ def _sent(payload: Tensor, coded: Coded) -> int:
     return payload.nbytes + sum(tensor.nbytes for tensor in coded.extra)
 
 
-def _may_grow(sent: int, size: int) -> bool:
+def may_grow(sent: int, size: int) -> bool:
+    """Whether so many bytes that were sent may become so many once they are decoded."""
     return size <= GROWTH_BYTES + GROWTH * sent
 
 
-def is_dense(tensor: Tensor) -> bool:
+def dense_template(
+    shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+) -> Tensor | None:
+    """A tensor without memory that is laid out so; `None` if none is, or with gaps."""
+    if len(shape) != len(strides) or any(size < 0 for size in (*shape, *strides)):
+        return None
+    try:
+        found = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    except (RuntimeError, TypeError):  # more bytes than there are; a number beyond 64 bits
+        return None
+    return found if _is_dense(found) else None
+
+
+def _is_dense(tensor: Tensor) -> bool:
     """Whether each place of its memory is one element: no gap, nothing expanded."""
     expected = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=_by_stride):

@@ -38,7 +38,7 @@ from torch import Tensor
 from splitfed.checks import warn_once
 from splitfed.errors import InputError, ReferenceLostError
 from splitfed.protocol import pytree
-from splitfed.protocol.coding import SMALL, Codec, Coded, decode, encode, is_codable
+from splitfed.protocol.coding import SMALL, Codec, Coded, decode, distance, encode, is_codable
 from splitfed.protocol.examples import EXAMPLES, Change, Examples
 from splitfed.protocol.flows import FLOWS, Flow
 from splitfed.protocol.messages import BackwardRequest, ForwardRequest
@@ -341,8 +341,7 @@ class Compression(Middleware):
             if feeds:
                 decoded = decode(*made)
                 residuals[name] = wanted.detach() - decoded
-                error = float((tensor.detach().double() - decoded.double()).square().sum())
-                norm = float(tensor.detach().double().square().sum())
+                error, norm = distance(tensor.detach(), decoded)
                 coded = replace(coded, squared_error=error, squared_norm=norm)
             coding.append(coded)
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from splitfed.errors import FormatError, InputError, ReferenceLostError
 from splitfed.protocol import safetensors
-from splitfed.protocol.coding import GROWTH, GROWTH_BYTES, float_dtype, is_dense
+from splitfed.protocol.coding import dense_template, float_dtype, may_grow
 
 CODEC = "delta/1"
 _DIGITS = 16
@@ -109,7 +109,7 @@ def restored(payload: Tensor, delta: Delta, lookup: Lookup) -> Tensor:
         known += picked[-1][2].nbytes
     if int(ordered[0]) < _NOWHERE or int(ordered[-1]) >= total:
         raise _misfit(delta, f"rows beyond the {total} of its references")
-    if delta.num_bytes > GROWTH_BYTES + GROWTH * known:
+    if not may_grow(known, delta.num_bytes):
         raise _misfit(delta, f"{known} bytes for {delta.num_bytes}")
     base = payload.new_zeros(delta.shape)
     for places, which, rows in picked:
@@ -172,20 +172,15 @@ def _check(payload: Tensor, delta: Delta) -> None:
             "give both ends the same release of splitfed, or another codec"
         )
     shape, strides, count = delta.shape, delta.strides, len(delta.rows)
-    if not shape or len(shape) != len(strides) or min(*shape, *strides) < 0 or shape[0] != count:
+    template = dense_template(shape, strides, float_dtype(delta.dtype))
+    if template is None or not shape or shape[0] != count:
         raise _misfit(delta, f"shape {shape} with strides {strides} and {count} rows")
     if delta.rows.dtype != torch.int32 or delta.rows.dim() != 1 or not count:
         raise _misfit(delta, "rows that aren't whole numbers in a line")
     if delta.sent.dtype != torch.bool or tuple(delta.sent.shape) != (count,):
         raise _misfit(delta, "no line that says which rows travel")
-    try:
-        template = torch.empty_strided(shape, strides, device="meta")
-    except RuntimeError as error:
-        raise _misfit(delta, f"shape {shape} with strides {strides}") from error
-    if not is_dense(template):
-        raise _misfit(delta, f"shape {shape} with strides {strides}")
     expected = (int(delta.sent.sum()), *shape[1:])
-    if payload.dtype != float_dtype(delta.dtype) or tuple(payload.shape) != expected:
+    if payload.dtype != template.dtype or tuple(payload.shape) != expected:
         raise _misfit(delta, f"a payload {tuple(payload.shape)} of {payload.dtype}")
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from splitfed.protocol.coding import Codec, Coded, decode, encode
+from splitfed.protocol.coding import Codec, Coded, decode, distance, encode
 from splitfed.protocol.deltas import CODEC, Delta, name_of, restored
 
 _GIVEN_UP_AT_ONCE = 256
@@ -262,12 +262,7 @@ def _change(
     decoded = restored(payload if made is None else decode(*made), delta, files.get)
     sent, coded = (payload, None) if made is None else made
     source = name_of(x) if adds else ""
-    return Change(kind, ids, source, sent, coded, delta, decoded, *_distance(x, decoded))
-
-
-def _distance(x: Tensor, decoded: Tensor) -> tuple[float, float]:
-    exact = x.double()
-    return float((exact - decoded.double()).square().sum()), float(exact.square().sum())
+    return Change(kind, ids, source, sent, coded, delta, decoded, *distance(x, decoded))
 
 
 def _bits(tensor: Tensor) -> Tensor:

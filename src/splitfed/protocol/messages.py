@@ -34,7 +34,7 @@ Number = Annotated[int, CHECKED_AS_KEY]
 Seed = Annotated[int, range(2**64)]
 Settings = Mapping[str, Any]
 """Plain values by module and attribute."""
-Arguments = tuple[Any, dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """The pytree (args, kwargs) of a call."""
 
 
@@ -112,10 +112,10 @@ class ForwardRequest(Request):
     resumed: Number = field(default=0, metadata=ADDED)
     """What tells a process that goes on under the numbers of an earlier one from that: a random
     number; 0 for a process that has its own."""
-    nonce: Number = field(default=0, metadata=ADDED)
+    nonce: int = field(default=0, metadata=ADDED)
     """A random number of this call: what tells it from that of a copy of the process, which bears
     the same number. 0 for a client that draws none."""
-    previous_nonce: Number = field(default=0, metadata=ADDED)
+    previous_nonce: int = field(default=0, metadata=ADDED)
     """That of `previous`."""
     repeats: int | None = field(default=None, metadata=ADDED)
     """The batch that such a call is to be part of: if the store has it, the call runs at the
@@ -297,7 +297,7 @@ class BackwardRequest(Request):
     is stored."""
     resumed: Number = field(default=0, metadata=ADDED)
     """As in the forward: a batch that an earlier process has stored under this number stays."""
-    nonce: Number = field(default=0, metadata=ADDED)
+    nonce: int = field(default=0, metadata=ADDED)
     """That of the call's forward."""
     coding: tuple[Coded, ...] = field(default=(), metadata=ADDED)
     """The tensors that travel in fewer bytes, and how; whoever serves the request decodes them
