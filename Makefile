@@ -18,9 +18,14 @@ PINS := pyproject.toml constraints.txt
 HAVE_PIP := $(VENV)/.have-pip
 HAVE_DEMO := $(VENV)/.have-demo
 HAVE_DEV := $(VENV)/.have-dev
+# What other tools need is apart from what the tests need, with pins of its own: the engine of Ray, trackers, notebooks, the
+# site. Flower pins versions that neither goes with, and has a third.
+MORE := .venv-more
+MORE_PINS := tests/integrations/constraints.txt
+HAVE_MORE := $(MORE)/.have-more
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit integrations bench soak format install constraints clean
+.PHONY: help demo test lint types unit integrations docs bench soak format install constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,8 +46,12 @@ unit: $(HAVE_DEV)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		$(if $(COVERAGE),--cov --cov-report=term) $(ARGS)
 
-integrations: $(HAVE_DEV) ## with other libraries' models, adapters and trainers (PEFT, PyG, Lightning, Opacus, MONAI)
-	$(BIN)/python -m pytest -m integration --numprocesses 2 --dist loadfile $(ARGS)
+integrations: $(HAVE_DEV) $(HAVE_MORE) docs ## with other libraries (PEFT, Lightning, Opacus, MONAI, Ray, MLflow, ...), and the site
+	$(BIN)/python -m pytest -m integration --numprocesses 2 --dist loadfile --ignore tests/integrations $(ARGS)
+	$(MORE)/bin/python -m pytest -m integration tests/integrations $(ARGS)
+
+docs: $(HAVE_MORE) ## the site, in build/site
+	$(MORE)/bin/python -m sphinx -W --keep-going --quiet docs build/site
 
 bench: $(HAVE_DEV) ## benchmarks: JSON in runs/bench, tables on the terminal
 	$(BIN)/python -m benchmarks --output runs/bench $(ARGS)
@@ -66,9 +75,14 @@ constraints: $(HAVE_PIP) ## renew the pins in constraints.txt
 	( echo '# Exact versions for development and CI, made by `make constraints`; users of the package are not bound by them.'; \
 		sed -e "s/ ; sys_platform != 'emscripten'$$//; s/ and sys_platform != 'emscripten'$$//" $(VENV)/resolved.txt \
 		| grep -vE "^(nvidia|cuda)-|^triton=|== 'emscripten'" ) > constraints.txt
+	$(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.10 --no-annotate --no-header \
+		--constraints $(VENV)/torch.txt --extra s3 --extra http --extra ray --group integrations \
+		--output-file $(VENV)/resolved.txt pyproject.toml
+	( echo '# Exact versions for `make integrations` and `make docs`, made by `make constraints`.'; \
+		grep -vE "^(nvidia|cuda)-|^triton=|== 'emscripten'" $(VENV)/resolved.txt ) > $(MORE_PINS)
 
 clean: ## remove .venv, caches, build output and runs
-	rm -rf $(VENV) build dist runs htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MORE) build dist runs htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip 25.1 is the first that knows dependency groups.
@@ -86,3 +100,10 @@ $(HAVE_DEMO): $(PINS) $(HAVE_PIP)
 $(HAVE_DEV): $(PINS) $(HAVE_PIP)
 	$(INSTALL) --editable '.[demo]' --group dev
 	@touch $(HAVE_DEMO) $@
+
+$(HAVE_MORE): $(PINS) $(MORE_PINS)
+	$(PYTHON) -m venv $(MORE)
+	$(MORE)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
+	$(MORE)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint $(MORE_PINS) \
+		--editable '.[s3,http,ray]' --group integrations
+	@touch $@

@@ -82,6 +82,8 @@ INTEGRATIONS = (
     "promises/test_trainers",
     "promises/test_leakage",
 )
+APART = "integrations/"
+"""Tests that run in an environment of their own, also for `make integrations`."""
 
 
 def _name(item: pytest.Item) -> str:
@@ -115,7 +117,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if _name(item) in UNCOUNTED:
             item.add_marker("no_cover")
-        if _name(item) in INTEGRATIONS:
+        if _name(item) in INTEGRATIONS or _name(item).startswith(APART):
             item.add_marker("integration")
         reason = LEFT_OUT.get(item.name.partition("[")[0])
         if config.getoption("log") is not None and reason is not None:
@@ -125,7 +127,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Files of `make integrations` are imported where they are wanted only: some bring a library that takes seconds."""
     is_unwanted = "not integration" in config.option.markexpr
-    return True if is_unwanted and _place(collection_path) in INTEGRATIONS else None
+    place = _place(collection_path)
+    return True if is_unwanted and (place in INTEGRATIONS or place.startswith(APART)) else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
