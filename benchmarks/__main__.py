@@ -4,7 +4,7 @@
     python -m benchmarks --docs docs/benchmarks.md  all of them, and the tables into the page
 
 The time is shared out among the cases: more of it gives more rounds, and figures that vary less. Each case takes at
-least five rounds, so that a slow machine takes longer than it was given. `python -m benchmarks.scaling` has replicas and
+least five rounds, so a slow machine takes longer than it was given. `python -m benchmarks.scaling` has replicas and
 balancers, `stragglers` and `leakage` what they say.
 """
 
