@@ -4,7 +4,8 @@
     python -m benchmarks --docs docs/benchmarks.md  all of them, and the tables into the page
 
 The time is shared out among the cases: more of it gives more rounds, and figures that vary less. Each case takes at
-least five rounds. `python -m benchmarks.scaling` has replicas and balancers, `stragglers` and `leakage` what they say.
+least five rounds, so a slow machine takes longer than it was given. `python -m benchmarks.scaling` has replicas and
+balancers, `stragglers` and `leakage` what they say.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,31 +45,38 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only the cases whose name has this in it")
     settings = parser.parse_args()
     begun = time.perf_counter()
-    found: dict[str, Any] = {**page.machine(), "split": split_step.run(settings.minutes * SPLIT, settings.only)}
-    tables = {}
-    if found["split"]:
-        tables["split"] = rounds.as_table(found["split"], "unsplit")
-    commits = commit.run(settings.minutes * COMMIT, settings.only)
-    if commits:
-        found["commit"] = commits
-        tables["commit"] = commit.as_table(commits)
-    for name, (run, base, share) in OTHERS.items():
-        if settings.only in name:
-            found[name] = run(60 * settings.minutes * share)
-            tables[name] = rounds.as_table({name: found[name]}, base)
-    if settings.only in "pipeline":
-        found["pipeline"] = pipeline.run(TURNS)
-        tables["pipeline"] = pipeline.as_table(found["pipeline"])
-    if settings.only in "peers":
-        found["peers"] = peers.run(60 * settings.minutes * 0.05)
-        tables["peers"] = peers.as_table(found["peers"])
-    found["minutes"] = (time.perf_counter() - begun) / 60
+    found: dict[str, Any] = page.machine()
+    tables: dict[str, str] = {}
     settings.output.mkdir(parents=True, exist_ok=True)
-    (settings.output / "benchmark.json").write_text(json.dumps(found, indent=1) + "\n")
+    for name, figures, table in measured(settings.minutes, settings.only):
+        found[name], tables[name] = figures, table
+        found["minutes"] = (time.perf_counter() - begun) / 60
+        # Part by part: it takes long, and what has been measured is there also if it is stopped.
+        (settings.output / "benchmark.json").write_text(json.dumps(found, indent=1) + "\n")
     text = "\n\n".join([page.described(found), *tables.values()])
     print(text)
     if settings.docs:
         page.fill(settings.docs, "figures", text)
+
+
+def measured(minutes: float, only: str) -> Iterator[tuple[str, Any, str]]:
+    """The name, figures and table of each part that has a case of such a name."""
+    split = split_step.run(minutes * SPLIT, only)
+    if split:
+        yield "split", split, rounds.as_table(split, "unsplit")
+    commits = commit.run(minutes * COMMIT, only)
+    if commits:
+        yield "commit", commits, commit.as_table(commits)
+    for name, (run, base, share) in OTHERS.items():
+        if only in name:
+            figures = run(60 * minutes * share)
+            yield name, figures, rounds.as_table({name: figures}, base)
+    if only in "pipeline":
+        turns = pipeline.run(TURNS)
+        yield "pipeline", turns, pipeline.as_table(turns)
+    if only in "peers":
+        others = peers.run(60 * minutes * 0.05)
+        yield "peers", others, peers.as_table(others)
 
 
 if __name__ == "__main__":

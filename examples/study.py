@@ -11,7 +11,8 @@ Each training is kept in the output folder as it is finished, so a study that wa
 
     python examples/study.py --data MNIST --partitions 0.5 --modes round buffered --seeds 0 --output runs/part
 
-`--rule 100` adds the study's own update rule over 100 rounds, and the same with the mean. Results: docs/study.md.
+`--slow 10` lets every second owner be ten times slower, in virtual time. `--rule 100` adds the study's own update rule
+over 100 rounds, and the same with the mean. Results: docs/study.md.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> str:
     for folder in data:
         for one in arguments.partitions:
             draw(Cell(folder, one, "round", arguments.seeds[0]), settings, curves, arguments)
-    return Table(curves, settings.rounds).text() if curves else ""
+    return Table(curves, settings.rounds, arguments.target).text() if curves else ""
 
 
 def main() -> None:

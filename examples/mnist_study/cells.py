@@ -42,6 +42,8 @@ class Settings:
     compression: str | None = None
     schedule: str = "falling"
     validate: bool = False
+    slow: float = 1.0
+    """Every second owner is so many times slower; 1 without virtual time."""
     rates: tuple[tuple[str, Any], ...] = ()
     """Rates in place of those of each mode: of `client`, `server`, `half` or, for the baselines, `whole`."""
 
@@ -104,9 +106,10 @@ class Cell:
             "validate": settings.validate,
         }
         if self.is_mode:
-            mode = recipe.make_mode(self.method, settings.buffer)
-            pacing = recipe.PACING.get(self.method, "even")
+            mode = recipe.make_mode(self.method, settings.buffer, settings.slow)
+            pacing = recipe.PACING.get(self.method, "even") if settings.slow <= 1 else "even"
             found |= {"mode": mode.describe(), "pacing": pacing, "compression": settings.compression}
+            found |= {"slow": settings.slow}
         return found
 
 
@@ -208,13 +211,14 @@ def _rows(cell: Cell, deal: Deal, settings: Settings) -> Iterator[Row]:
         return baselines.BASELINES[cell.method](deal, settings.rounds, cell.seed, settings.whole, falls=falls)
     return modes.train(
         deal,
-        recipe.make_mode(cell.method, settings.buffer),
+        recipe.make_mode(cell.method, settings.buffer, settings.slow),
         settings.rates_of(cell.method),
         settings.rounds,
         cell.seed,
         cell.file(settings).with_suffix(".jsonl"),
         settings.compression,
         falls=falls,
+        slow=settings.slow,
     )
 
 

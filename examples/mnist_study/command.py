@@ -48,6 +48,10 @@ def parse(description: str | None) -> argparse.Namespace:
         "--jobs", type=int, default=1, help="trainings at once, a core each; 0: only tables (default: 1)"
     )
     parser.add_argument("--buffer", type=int, default=20, help="batches of a commit in buffered mode (default: 20)")
+    text = "let every second owner be so many times slower, in virtual time; who may, doesn't wait for them"
+    parser.add_argument("--slow", type=float, default=1.0, metavar="FACTOR", help=text)
+    text = "with --slow: the accuracy whose virtual time is told (default: 0.85)"
+    parser.add_argument("--target", type=float, default=0.85, help=text)
     parser.add_argument("--schedule", choices=["falling", "constant"], default="falling", help="of all rates")
     parser.add_argument("--compression", metavar="CODEC", help="of all that crosses the cuts, such as int8")
     parser.add_argument("--rule", type=int, default=0, metavar="ROUNDS", help="run the study's own rule too")
@@ -59,6 +63,8 @@ def parse(description: str | None) -> argparse.Namespace:
         text = f"in place of the {who} rate of {of}, such as adam:1e-3"
         parser.add_argument(f"--{who}-rate", type=Rate.parse, metavar="OPTIMIZER:RATE", help=text)
     found = parser.parse_args()
+    if not 1 <= found.slow < float("inf"):
+        parser.error(f"--slow {found.slow:g} isn't allowed: expected 1 or more, such as 10")
     for folder in found.data or []:
         if not folder.is_dir():
             parser.error(MISSING.format(folder))
@@ -76,5 +82,6 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         arguments.compression,
         arguments.schedule,
         arguments.validate,
+        arguments.slow,
         tuple((who, rate) for who, rate in given.items() if rate is not None),
     )

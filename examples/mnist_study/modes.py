@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 import splitfed
@@ -14,8 +16,11 @@ from mnist_study import recipe
 from mnist_study.baselines import Row
 from mnist_study.recipe import Deal, Rates
 from splitfed import policies, simulation
+from splitfed.simulation import data as held_out
 
 SAME = ("round", "loss", "accuracy", "seconds", "bytes_up", "bytes_down", "round_trips")
+SUMMED = ("bytes_up", "bytes_down", "round_trips")
+"""The figures of a pass that are those of its rounds together."""
 
 
 def train(
@@ -28,25 +33,35 @@ def train(
     compression: str | None = None,
     *,
     falls: bool = True,
+    slow: float = 1.0,
 ) -> Iterator[Row]:
-    """Train in one mode; yield a row per round.
+    """Train in one mode; yield a row per pass, which is a round but where nobody waits for others.
 
     Args:
         deal: The owners' digits.
         mode: How body and halves are updated.
         rates: Optimizers and rates of clients, body and halves.
-        rounds: How many rounds, of one local pass each.
+        rounds: How many passes.
         seed: Seeds weights and orders.
         path: The file of the run's history; an older one is replaced.
         compression: The codec of all that crosses the cuts; exact if there is none.
         falls: Whether all rates fall over the run.
+        slow: Every second owner is so many times slower than the others, in virtual time; 1 without such time.
 
     Yields:
         The keys of the baselines; bytes are those of tensors. Also `commits` of the body and `passes` over the digits,
-        both since the start, and how many commits the round's batches were behind: `staleness` on average, and
-        `staleness_most`.
+        both since the start, how many commits the batches were behind (`staleness` on average, and `staleness_most`),
+        and how many were `dropped` as too stale. With slow owners also the virtual `time`, in seconds since the start.
     """
     path.unlink(missing_ok=True)
+    # In groups without a barrier a round is one push of each owner on average, and a pass is many of them.
+    free = slow > 1 and mode.group is not None
+    every = max(1, round(sum(deal.batches) / len(deal.parts))) if free else 1
+    turns = itertools.count(1)
+
+    def judge(whole: nn.Module) -> dict[str, float]:
+        return held_out.evaluate(whole, deal.test, cross_entropy) if next(turns) % every == 0 else {}
+
     run = splitfed.simulate(
         recipe.make_model(seed),
         recipe.CUT,
@@ -55,30 +70,41 @@ def train(
         optimizer=rates.client,
         server_optimizer=rates.server,
         half_optimizer=rates.half,
-        rounds=rounds,
+        rounds=rounds * every,
         mode=mode,
         local=simulation.LocalTraining(batch_size=recipe.BATCH, compression=compression),
         schedule=simulation.RoundSchedule(
-            final_rate=recipe.LAST if falls else None, pacing=recipe.PACING.get(mode.name, "even")
+            final_rate=recipe.LAST if falls else None,
+            barrier=False if free else None,
+            # By a clock owners have a pace of their own.
+            pacing="even" if slow > 1 else recipe.PACING.get(mode.name, "even"),
         ),
-        evaluate=deal.test,
+        engine=splitfed.VirtualTime(compute=recipe.paces(deal, slow)) if slow > 1 else None,
+        evaluate=judge,
         seed=seed,
         name=f"study: {mode.name}",
         callbacks=[splitfed.History(path)],
     )
-    trained = 0
+    trained, rows = 0, []
     for row in run:
+        rows.append(row)
         trained += sum(client.get("num_samples", 0) for client in row["clients"].values())
-        figures = {key: row[key] for key in SAME}
-        totals = {"commits": row["version"], "passes": trained / len(deal.labels)}
-        yield figures | totals | _behind(run, row["round"])
+        if len(rows) < every:
+            continue
+        figures = {key: sum(one[key] for one in rows) if key in SUMMED else row[key] for key in SAME}
+        figures |= {"commits": row["version"], "passes": trained / len(deal.labels)}
+        figures["dropped"] = sum(one["gradients_stale"] for one in rows)
+        if slow > 1:
+            figures["time"] = row["time"]
+        yield figures | _behind(run, {one["round"] for one in rows})
+        rows = []
 
 
-def _behind(run: splitfed.Simulation, number: int) -> dict[str, Any]:
-    """How stale the batches were that a round's commits of the body have folded."""
+def _behind(run: splitfed.Simulation, rounds: set[int]) -> dict[str, Any]:
+    """How stale the batches were that the commits of the body in these rounds have folded."""
     ages: Counter[int] = Counter()
     for row in run.history.commits("body"):
-        if row.get("round") == number:
+        if row.get("round") in rounds:
             ages.update({int(age): count for age, count in row["staleness"].items()})
     count = sum(ages.values())
     mean = sum(age * number for age, number in ages.items()) / count if count else 0.0

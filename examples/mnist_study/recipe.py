@@ -29,6 +29,8 @@ BATCH = 64
 HELD_OUT = 10_000
 LAST = 0.05
 """The share of a rate that is left at the end of a falling schedule."""
+STALEST = 5
+"""Without a barrier, a batch of `grouped` that is more commits behind isn't folded."""
 IID, ONE_CLASS = "iid", "one-class"
 _OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
@@ -181,9 +183,25 @@ def make_model(seed: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-def make_mode(name: str, buffer: int) -> policies.Mode:
-    """The mode of that name; `buffered` commits when `buffer` batches wait."""
-    return policies.mode(name, **({"min_batches": buffer} if name == "buffered" else {}))
+def make_mode(name: str, buffer: int, slow: float = 1.0) -> policies.Mode:
+    """The mode of that name.
+
+    Args:
+        name: One of `MODES`.
+        buffer: `buffered` commits when so many batches wait.
+        slow: With slow owners `grouped` has no barrier, and a bound to staleness.
+    """
+    settings: dict[str, Any] = {}
+    if name == "buffered":
+        settings["min_batches"] = buffer
+    elif name == "grouped" and slow > 1:
+        settings["max_staleness"] = STALEST
+    return policies.mode(name, **settings)
+
+
+def paces(deal: Deal, slow: float) -> dict[str, float]:
+    """What a batch costs each owner in virtual seconds: 1, and every second owner so many times as much."""
+    return {name: slow if place % 2 else 1.0 for place, name in enumerate(deal.clients)}
 
 
 @functools.cache

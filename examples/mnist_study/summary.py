@@ -57,16 +57,20 @@ class Table:
     Args:
         curves: By place, the curve of each seed.
         rounds: How many rounds each has.
+        target: The accuracy whose virtual time is told.
     """
 
-    def __init__(self, curves: Mapping[Place, Mapping[int, Curve]], rounds: int) -> None:
+    def __init__(self, curves: Mapping[Place, Mapping[int, Curve]], rounds: int, target: float = 0.85) -> None:
         self._curves = curves
         self._rounds = rounds
+        self._target = target
 
     def text(self) -> str:
-        """A table of accuracies for each data set, and one of costs."""
+        """A table of accuracies for each data set, one of costs, and one of virtual time where there is any."""
         data = list(dict.fromkeys(place[0] for place in self._curves))
-        return "\n\n".join([*(self._accuracies(name) for name in data), self._costs()])
+        timed = [place for place, seeds in self._curves.items() if "time" in next(iter(seeds.values()))]
+        times = [self._times(timed)] if timed else []
+        return "\n\n".join([*(self._accuracies(name) for name in data), self._costs(), *times])
 
     def _accuracies(self, data: str) -> str:
         """Mean accuracy, its spread, and in brackets the distance to all data in one place with the same seeds."""
@@ -104,9 +108,29 @@ class Table:
             lines.append(_line([NAMES[method], *_costs_of(curves, self._rounds)]))
         return "\n".join(lines)
 
+    def _times(self, timed: Iterable[Place]) -> str:
+        """Virtual seconds to the target, by the end of the pass that reached it, and of a pass; means over seeds."""
+        head = ["Virtual seconds", f"until {self._target:g}", "of a pass", "batches too stale"]
+        lines = [_line(head), "|---" * len(head) + "|"]
+        for data, skew, method in timed:
+            curves = self._curves[data, skew, method].values()
+            first = [_reached(one, self._target) for one in curves]
+            reached = [time for time in first if time is not None]
+            until = f"{statistics.mean(reached):,.0f}" if len(reached) == len(first) else "never"
+            of_pass = statistics.mean(one["time"][-1] / self._rounds for one in curves)
+            dropped = statistics.mean(sum(one["dropped"]) for one in curves)
+            name = f"{data}, {SKEWS.get(skew, f'α = {skew}')}: {NAMES[method]}"
+            lines.append(_line([name, until, f"{of_pass:,.0f}", f"{dropped:,.0f}"]))
+        return "\n".join(lines)
+
     def _methods(self) -> list[str]:
         trained = {place[2] for place in self._curves}
         return [method for method in NAMES if method in trained]
+
+
+def _reached(curve: Curve, target: float) -> float | None:
+    """The virtual time at which a curve was at the target first; `None` if it never was."""
+    return next((time for time, right in zip(curve["time"], curve["accuracy"], strict=True) if right >= target), None)
 
 
 def _costs_of(curves: list[Curve], rounds: int) -> list[str]:

@@ -89,13 +89,28 @@ def test_every_curve_has_a_point_per_round(curves: dict[str, Any]) -> None:
     """Accuracy, loss, seconds, traffic; of modes also commits, passes and staleness; after each of two rounds."""
     of_all = {"accuracy", "loss", "seconds", "bytes_up", "bytes_down", "round_trips"}
     for name, curve in curves.items():
-        extra = {"commits", "passes", "staleness", "staleness_most"} if name in MODES else set()
+        extra = {"commits", "passes", "dropped", "staleness", "staleness_most"} if name in MODES else set()
         assert set(curve) - {"lowest", "highest"} == of_all | extra, name
         assert all(len(points) == 2 for points in curve.values())
         assert 0 < curve["seconds"][0] < curve["seconds"][1]
         if name in MODES:
             assert curve["passes"] == [1.0, 2.0]
             assert curve["staleness_most"] == [0, 0]  # in turns, nobody comes between a forward and its backward
+
+
+def test_with_slow_owners_nobody_waits_in_groups(folder: Path, tmp_path: Path) -> None:
+    """Of four owners the second and the last take 10 s a batch: in rounds all wait for them, in groups nobody does."""
+    modes = ("grouped", "round")
+    some = ("--clients", 4, "--slow", 10, "--target", 0.05)
+    table = run("--data", folder, "--modes", *modes, "--baselines", *some, "--output", tmp_path)
+    grouped, waiting = (read(tmp_path, *modes)[name] for name in modes)
+    assert all(len(points) == 2 for curve in (grouped, waiting) for points in curve.values())
+    head = json.loads((tmp_path / "squares" / "5" / "round-0.jsonl").read_text().splitlines()[0])
+    slowest = max(-(-client["num_samples"] // 64) for client in list(head["clients"].values())[1::2])
+    assert waiting["time"] == pytest.approx([10 * slowest, 20 * slowest])
+    assert 2 * grouped["time"][1] < waiting["time"][0]
+    assert max(grouped["staleness_most"]) <= 5
+    assert "| squares, α = 5: `grouped` |" in table
 
 
 def test_commits_are_those_of_the_mode(folder: Path, curves: dict[str, Any]) -> None:

@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,7 +37,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from splitfed.accumulator.policies import Mode
+from splitfed.accumulator import policies
 from splitfed.cli.demo import data
 from splitfed.cli.demo.data import Digits
 from splitfed.errors import InputError
@@ -47,7 +45,7 @@ from splitfed.simulation import data as held_out
 from splitfed.simulation import partition
 from splitfed.simulation.launch import simulate
 from splitfed.simulation.run import Simulation
-from splitfed.simulation.settings import LocalTraining
+from splitfed.simulation.settings import LocalTraining, RoundSchedule
 from splitfed.store.rows import Row
 from splitfed.store.store import GradientStore
 from splitfed.tracking import plots
@@ -58,6 +56,11 @@ from splitfed.tracking.report.page import write
 _CUT = "body"
 _BATCH_SIZE = 64
 _LEARNING_RATE = 4e-3
+_FINAL_RATE = 0.05
+"""The share of the rate that is left at the end of a run, to which it falls linearly.
+
+At a constant rate, which batch came last moves the last accuracy by a point.
+"""
 _MARK = "demo.json"
 _REPORT = "report.html"
 _CURVES = "curves.png"
@@ -76,8 +79,10 @@ class Settings:
     alpha: float | None = None
     """The Dirichlet concentration of the label skew; `None` for an even deal."""
     seed: int = 0
-    min_batches: int = 2
-    """The body is committed when so many batches are pending."""
+    group: int = 2
+    """Body and halves are committed when so many batches are pending; no more than there are
+    owners.
+    """
     compression: str | None = None
     """The codec of what crosses the cuts, such as 'int8'; `None` for exact values."""
 
@@ -146,17 +151,9 @@ def _optimizer(parameters: Iterable[Any]) -> Optimizer:
     return AdamW(parameters, lr=_LEARNING_RATE)
 
 
-def _schedule(steps: int) -> Callable[[Optimizer], LRScheduler]:
-    """A factory of schedulers that let the rate fall linearly to a twentieth, and keep it there.
-
-    At a constant rate, which batch came last moves the last accuracy by a point.
-    """
-    return functools.partial(LinearLR, start_factor=1.0, end_factor=0.05, total_iters=max(1, steps))
-
-
-def _num_batches(num_examples: int) -> int:
-    """The number of batches in a pass over so many examples."""
-    return math.ceil(num_examples / _BATCH_SIZE)
+def _fall(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """The centralised run's rate falls as those of the federated run do."""
+    return LinearLR(optimizer, start_factor=1.0, end_factor=_FINAL_RATE, total_iters=max(1, steps))
 
 
 # ------------------------------------------------------------------------------------- both runs
@@ -171,10 +168,11 @@ def train_federated(
 ) -> Simulation:
     """The federated run; iterate over it for a row after each round.
 
-    Its clients are the owners, its servers are replicas. The body is committed each time that
-    `min_batches` are pending, and once more for those left at the end of a round. Owners take turns
-    batch by batch, so the schedule and its bits follow from the seed alone. Then the halves are
-    averaged by sample count (FedAvg, McMahan et al. 2017, arXiv 1602.05629).
+    Its clients are the owners, its servers are replicas. Owners take no step of their own: they
+    push the gradient of their half with each batch, and body and halves are committed together
+    each time that a group of batches is pending, and once more for those left at the end of a
+    round. So halves don't drift apart however much the owners' digits differ. Owners take turns in
+    proportion to their digits; the schedule and its bits follow from the seed alone.
 
     Args:
         settings: The numbers of owners, rounds and replicas, and the skew of the labels.
@@ -189,25 +187,17 @@ def train_federated(
         f"client-{number:0{width}d}": (digits.train_images[part], digits.train_labels[part])
         for number, part in enumerate(parts)
     }
-    batches = [_num_batches(len(part)) for part in parts]
-    commits = sum(batches) // settings.min_batches
     return simulate(
         model,
         _CUT,
         owners,
         loss_fn=cross_entropy,
         optimizer=_optimizer,
-        local=LocalTraining(
-            batch_size=_BATCH_SIZE,
-            # Over the batches of the owner that has most; the others end at a higher rate.
-            scheduler=_schedule(settings.rounds * max(batches)),
-            keep_optimizers=True,
-            compression=settings.compression,
-        ),
         server_optimizer=_optimizer,
-        server_scheduler=_schedule(settings.rounds * commits),
         rounds=settings.rounds,
-        mode=Mode("buffered", min_batches=settings.min_batches),
+        mode=policies.mode("grouped", group=min(settings.group, len(owners))),
+        local=LocalTraining(batch_size=_BATCH_SIZE, compression=settings.compression),
+        schedule=RoundSchedule(final_rate=_FINAL_RATE, pacing="data"),
         evaluate=lambda whole: evaluate(whole, digits.test_images, digits.test_labels),
         replicas=settings.replicas,
         store=store,
@@ -242,7 +232,7 @@ def train_centralised(
         generator=torch.Generator().manual_seed(settings.seed),
     )
     optimizer = _optimizer(model.parameters())
-    scheduler = _schedule(settings.rounds * len(loader))(optimizer)
+    scheduler = _fall(optimizer, settings.rounds * len(loader))
     with Callbacks(callbacks) as receivers:
         receivers.on_row(
             {"kind": "run", "name": "centralised", "settings": {"rounds": settings.rounds}}
