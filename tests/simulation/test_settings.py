@@ -84,7 +84,7 @@ def test_simulate_refuses_a_group_of_another_type() -> None:
 @pytest.mark.parametrize("engine", [4, "rey", RayEngine])
 def test_what_is_no_engine_is_refused(engine: Any) -> None:
     """With those that there are; one has a name of its own."""
-    with pytest.raises(InputError, match=r"engine is .*: expected a VirtualTime, .* Processes\(workers=2\), 'ray' or Ray"):
+    with pytest.raises(InputError, match=r"engine is .*: expected a VirtualTime, .* 'ray' or RayEngine\(num_cpus=1\)"):
         as_engine(engine)
     assert as_engine("ray") == RayEngine()
     assert as_engine(None) is None

@@ -46,7 +46,7 @@ Columns = tuple[Any, ...] | Mapping[str, Any]
 """Tensors (N, *) that are indexed alike; a part may be a dict or a tuple of such tensors itself."""
 Data = Columns | Items | IterableDataset[Any]
 Source = Data | Callable[[], Data]
-"""A client's data, or its loader. A loader may say by a `__len__` how many examples there will be."""
+"""A client's data, or its loader, which may say by a `__len__` how many examples there will be."""
 Evaluation = Data | Callable[[nn.Module], Mapping[str, float]]
 EVALUATION_BATCH = 500
 """Examples evaluated at once; the last bits of a mean loss depend on it."""
@@ -162,8 +162,8 @@ def moved(value: Any, device: torch.device | str) -> Any:
 
 def is_loader(source: object) -> bool:
     """Whether it is a function that returns a client's data, and not the data."""
-    is_data = isinstance(source, Mapping | tuple | IterableDataset) or hasattr(source, "__getitem__")
-    return callable(source) and not is_data
+    is_data = isinstance(source, tuple | Mapping | IterableDataset)
+    return callable(source) and not is_data and not hasattr(source, "__getitem__")
 
 
 def load(source: Source) -> Data:

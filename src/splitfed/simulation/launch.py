@@ -274,7 +274,9 @@ def _check_local_steps(local: LocalTraining, mode: Mode, barrier: bool) -> None:
         )
 
 
-def _num_batches(clients: Mapping[str, Source], local: LocalTraining, purpose: str) -> dict[str, int]:
+def _num_batches(
+    clients: Mapping[str, Source], local: LocalTraining, purpose: str
+) -> dict[str, int]:
     """How many batches each client has in a round."""
     return {
         client_id: local.local_passes * localdata.num_batches(total, local)

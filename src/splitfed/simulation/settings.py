@@ -216,7 +216,7 @@ class RayEngine:
     num_gpus: float = 0
     """Its GPUs, or its share of one, such as 0.25; with them, give `simulate(device="cuda")`."""
     address: str | None = None
-    """Of a cluster, such as "auto" or "ray://head:10001"; by default that of RAY_ADDRESS."""
+    """Of a cluster, such as "auto" or "10.0.0.1:6379"; by default that of RAY_ADDRESS."""
 
     def __post_init__(self) -> None:
         if self.workers is not None:
@@ -277,9 +277,7 @@ def check_settings(local: object, schedule: object, engine: object) -> None:
     if schedule.final_rate is not None and local.scheduler is not None:
         raise two_schedules("LocalTraining.scheduler")
     if isinstance(engine, Processes | RayEngine) and schedule.barrier is False:
-        raise InputError(
-            f"workers train in rounds: leave barrier=False out, or engine={engine!r}"
-        )
+        raise InputError(f"workers train in rounds: leave barrier=False out, or engine={engine!r}")
 
 
 def two_schedules(name: str) -> InputError:

@@ -118,7 +118,7 @@ def test_a_worker_that_cant_load_its_setup_says_why() -> None:
     """As a class of a notebook without cloudpickle: the answer in place of the first holds the error."""
     setup = b"csplitfed.simulation\nNotebook\n."
     result: TaskResult = loads(Host(setup).begin())
-    with pytest.raises(InputError, match=r"can't load its setup \(.*'Notebook'.*What a notebook defines needs cloudpickle"):
+    with pytest.raises(InputError, match=r"can't load its setup \(.*'Notebook'.* a notebook defines needs cloudpickle"):
         raise result.error or AssertionError(result)
 
 
@@ -126,7 +126,7 @@ def test_a_worker_that_sees_another_folder_refuses_to_begin_a_run(tmp_path: Path
     """On a machine that doesn't share the store, all that it trains would be lost."""
     setup = replace(told(tmp_path), url=str(tmp_path / "elsewhere"))
     (answer,) = answers(setup, [Task("client-0", (1, 0), ClientState())])
-    with pytest.raises(InputError, match="finds no run in .*elsewhere: expected a store that all machines reach"):
+    with pytest.raises(InputError, match=r"finds no run in .*elsewhere: expected a store that all machines reach"):
         raise answer.error or AssertionError(answer)
 
 
