@@ -36,7 +36,7 @@ from splitfed.model.fingerprint import personal_names
 from splitfed.protocol.flows import Flow, added, errors
 from splitfed.protocol.transport import Transport
 from splitfed.simulation import data as localdata
-from splitfed.simulation.data import Source
+from splitfed.simulation.data import Data, Source
 from splitfed.simulation.rates import ClientRates, Falling
 from splitfed.simulation.rng import Stream, derive
 from splitfed.simulation.settings import LocalTraining, check_function
@@ -231,7 +231,7 @@ class LocalRun:
 
     def _loop(self) -> Generator[Verb, None, None]:
         config = self._config
-        self._data = localdata.load(self._data)
+        data = self._data = localdata.load(self._data)
         half = deep_copy(config.half).train()
         if config.device is not None:
             half.to(config.device)
@@ -257,7 +257,7 @@ class LocalRun:
         client.pull()
         optimizer, scheduler = self._optimizer(client)
         for _ in range(config.local.local_passes):
-            yield from self._local_pass(client, optimizer, scheduler)
+            yield from self._local_pass(client, data, optimizer, scheduler)
         yield from self._push(client)
         self._keep_state(half, optimizer, scheduler)
         if compression is not None:
@@ -308,13 +308,17 @@ class LocalRun:
         return optimizer, scheduler
 
     def _local_pass(
-        self, client: SplitClient, optimizer: Optimizer, scheduler: LRScheduler | None
+        self,
+        client: SplitClient,
+        data: Data,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
     ) -> Generator[Verb, None, None]:
         """One pass over the client's data."""
         config = self._config
         before = self.metrics.batches + self.metrics.expired
-        order = localdata.order(self._data, self._stream.generator)
-        for found in localdata.batches(self._data, config.local, order):
+        order = localdata.order(data, self._stream.generator)
+        for found in localdata.batches(data, config.local, order):
             batch = found.on(config.device)
             # With gradients, every batch starts from the newest global step; else so many do, or
             # the first alone. The run's first pull has been made already; an expired batch had one.
@@ -353,7 +357,7 @@ class LocalRun:
                 scheduler.step()
         if self.metrics.batches + self.metrics.expired == before:
             raise InputError(
-                f"the {type(self._data).__name__} of client {self.metrics.client_id!r} yielded no "
+                f"the {type(data).__name__} of client {self.metrics.client_id!r} yielded no "
                 f"batch of {config.local.batch_size} examples in a pass: expected one at least. "
                 "Its __iter__ has to begin again each time, and drop_last needs a whole batch"
             )
