@@ -417,7 +417,7 @@ def test_a_store_that_was_not_given_goes_with_its_run() -> None:
         ({"clients_per_round": 4}, InputError, "clients_per_round is 4, but there are 3 clients: expected at most 3"),
         ({"mode": "rounds"}, InputError, "mode 'rounds' isn't known"),
         ({"deadline": 3.0}, InputError, "deadline=3.0 needs a clock"),
-        ({"workers": 2, "barrier": False}, InputError, "worker processes train in rounds: leave barrier=False out"),
+        ({"workers": 2, "barrier": False}, InputError, "workers train in rounds: leave barrier=False out"),
         ({"mode": "synchronous", "barrier": False}, InputError, "leave barrier=False out"),
         ({"mode": "grouped"}, InputError, "groups of 4 batches, and 3 clients train: expected group=3 at most"),
         ({"mode": GROUPED, "clients_per_round": 1}, InputError, "expected group=1 at most"),

@@ -10,7 +10,7 @@ import torch
 import toy
 
 from splitfed.errors import InputError
-from splitfed.simulation.settings import LocalTraining, Processes, RoundSchedule, check_settings
+from splitfed.simulation.settings import LocalTraining, Processes, RayEngine, RoundSchedule, as_engine, check_settings
 from splitfed.simulation.virtual_time import VirtualTime
 
 
@@ -34,6 +34,9 @@ from splitfed.simulation.virtual_time import VirtualTime
         (RoundSchedule, {"sampling": "size"}, "sampling is 'size': expected 'uniform' or 'data'"),
         (RoundSchedule, {"pacing": True}, "pacing is True: expected 'even' or 'data'"),
         (Processes, {"workers": 0}, "workers is 0"),
+        (RayEngine, {"workers": 0}, "workers is 0"),
+        (RayEngine, {"num_gpus": -0.5}, "num_gpus is -0.5: expected a finite number above 0"),
+        (RayEngine, {"num_cpus": 0}, "a worker needs some of one, such as num_cpus=0.5"),
     ],
 )
 def test_a_group_refuses_a_setting_out_of_its_range(
@@ -49,7 +52,7 @@ def test_a_group_refuses_a_setting_out_of_its_range(
     [
         ({"batch_size": 4}, RoundSchedule(), None, r"local is {'batch_size': 4}: expected LocalTraining\("),
         (LocalTraining(), RoundSchedule, None, r"schedule is <class .*>: expected RoundSchedule\("),
-        (LocalTraining(), RoundSchedule(), 4, r"engine is 4: expected a VirtualTime, .* Processes\(workers=2\)"),
+        (LocalTraining(), RoundSchedule(barrier=False), RayEngine(), r"leave barrier=False out, or engine=RayEngine"),
         (LocalTraining(), RoundSchedule(deadline=3.0), Processes(2), r"give engine=VirtualTime\(\.\.\.\) too"),
         (LocalTraining(), RoundSchedule(barrier=False), Processes(2), "leave barrier=False out"),
         (LocalTraining(), RoundSchedule(pacing="data"), Processes(2), "orders the turns .*: leave engine out"),
@@ -76,3 +79,12 @@ def test_simulate_refuses_a_group_of_another_type() -> None:
     settings = toy.grouped({"model": toy.model(), "at": "7", "clients": toy.clients()})
     with pytest.raises(InputError, match="local is"):
         toy.simulate(**{**settings, "local": 4}, loss_fn=len, optimizer=len, server_optimizer=len, rounds=1)
+
+
+@pytest.mark.parametrize("engine", [4, "rey", RayEngine])
+def test_what_is_no_engine_is_refused(engine: Any) -> None:
+    """With those that there are; one has a name of its own."""
+    with pytest.raises(InputError, match=r"engine is .*: expected a VirtualTime, .* 'ray' or RayEngine\(num_cpus=1\)"):
+        as_engine(engine)
+    assert as_engine("ray") == RayEngine()
+    assert as_engine(None) is None

@@ -137,10 +137,10 @@ def await_answer(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> 
 
 def s3_place(endpoint: str) -> Place:
     """An S3 server's bucket, which is made here."""
-    import boto3
+    from botocore.session import get_session  # s3fs brings it
 
     client = {"endpoint_url": endpoint, "aws_access_key_id": KEY, "aws_secret_access_key": SECRET}
-    s3 = boto3.client("s3", region_name=REGION, **client)
+    s3 = get_session().create_client("s3", region_name=REGION, **client)
     try:
         s3.create_bucket(Bucket=BUCKET)
     finally:

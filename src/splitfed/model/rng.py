@@ -161,7 +161,7 @@ class seeded:  # noqa: N801 -- reads as the verb that it is: with seeded(seed) a
         self._seed = seed
         self._generators = [torch.default_generator]
         for device in devices:
-            generator = _generator(device)
+            generator = generator_of(device)
             if generator is not None:
                 self._generators.append(generator)
 
@@ -180,7 +180,7 @@ class seeded:  # noqa: N801 -- reads as the verb that it is: with seeded(seed) a
             generator.set_state(before)
 
 
-def _generator(device: torch.device) -> torch.Generator | None:
+def generator_of(device: torch.device) -> torch.Generator | None:
     """The default generator of a device that isn't the CPU, if it has one."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index

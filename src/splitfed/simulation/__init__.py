@@ -2,7 +2,7 @@
 
 `launch` is `simulate`; `settings` its groups of settings; `assembly` the federation; `client` one
 client's local run; `run` the rounds and their rows. `engines` let clients train: in this process
-(`turns`) or in worker processes (`processes`).
+(`turns`) or in workers (`pool`), which are processes (`processes`) or actors of Ray (`actors`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 __all__ = [
     "LocalTraining",
     "Processes",
+    "RayEngine",
     "RoundSchedule",
     "Simulation",
     "VirtualTime",
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from splitfed.simulation.data import deal
     from splitfed.simulation.launch import simulate
     from splitfed.simulation.run import Simulation
-    from splitfed.simulation.settings import LocalTraining, Processes, RoundSchedule
+    from splitfed.simulation.settings import LocalTraining, Processes, RayEngine, RoundSchedule
     from splitfed.simulation.virtual_time import VirtualTime, lognormal, stragglers
 else:
     from splitfed._lazy import lazily
@@ -35,6 +36,7 @@ else:
         {
             "LocalTraining": "simulation.settings",
             "Processes": "simulation.settings",
+            "RayEngine": "simulation.settings",
             "RoundSchedule": "simulation.settings",
             "Simulation": "simulation.run",
             "VirtualTime": "simulation.virtual_time",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from splitfed.accumulator.accumulator import Accumulator
@@ -54,6 +55,8 @@ class Plans:
     """Further arguments of `Federation`."""
     sizes: Mapping[str, int] | None = None
     """How many examples each client has, if they are sampled by it."""
+    device: torch.device | None = None
+    """Where servers and accumulators compute; `None` for where half and body are."""
 
 
 class Assembly:
@@ -86,7 +89,12 @@ class Assembly:
         self.mode = plans.mode
         scheduler = plans.server_scheduler
         self.body = make_body(
-            plans.mode, plans.body, store, plans.server_optimizer, lr_scheduler=scheduler
+            plans.mode,
+            plans.body,
+            store,
+            plans.server_optimizer,
+            lr_scheduler=scheduler,
+            device=plans.device,
         )
         halves: dict[str, Any] = {"staleness_weight": plans.mode.staleness_weight}
         if plans.mode.gradients:
@@ -102,6 +110,7 @@ class Assembly:
             lineage="client",
             personal=plans.personal,
             lr_scheduler=plans.half_scheduler,
+            device=plans.device,
             **halves,
         )
         self._commits = as_body(self.body, plans.mode, self.half)
@@ -189,4 +198,9 @@ def serve(plans: Plans, store: GradientStore) -> Transport:
         "keep_graphs": min(max(8, plans.active), 128),
         "keep_models": 4,
     }
-    return RoundRobin([SplitServer(plans.body, store, **settings) for _ in range(plans.replicas)])
+    return RoundRobin(
+        [
+            SplitServer(plans.body, store, device=plans.device, **settings)
+            for _ in range(plans.replicas)
+        ]
+    )

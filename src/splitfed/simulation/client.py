@@ -5,6 +5,11 @@ happens: at once, in turns with other clients, or at an instant of virtual time.
 its optimizer and its gradients exist only while the generator does. What a real client would have
 on its own disk outlives them in a `ClientState`.
 
+A run that was killed, with its worker or with the whole simulation, is begun again and repeats its
+batches. Its process calls itself by a name that follows from the run, and so has the incarnation of
+the killed one: the store knows by their numbers which batches it has (`SplitClient.resume`), and
+each counts once.
+
 The trap: torch's default generator belongs to the process, not to the client. A local run draws
 from a stream of its own, which is in force only while the client computes, never while its
 generator is suspended.
@@ -18,6 +23,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -30,9 +36,9 @@ from splitfed.model.fingerprint import personal_names
 from splitfed.protocol.flows import Flow, added, errors
 from splitfed.protocol.transport import Transport
 from splitfed.simulation import data as localdata
-from splitfed.simulation.data import Data
+from splitfed.simulation.data import Data, Source
 from splitfed.simulation.rates import ClientRates, Falling
-from splitfed.simulation.rng import Stream
+from splitfed.simulation.rng import Stream, derive
 from splitfed.simulation.settings import LocalTraining, check_function
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -71,6 +77,8 @@ class ClientConfig:
     seed: int = 0
     falling: Falling | None = None
     """How clients' rates fall over the run; `None` if they don't."""
+    device: torch.device | None = None
+    """Where clients compute; `None` for wherever half and data are."""
 
     def __post_init__(self) -> None:
         check_function("loss_fn", self.loss_fn, "torch.nn.functional.cross_entropy")
@@ -159,10 +167,12 @@ class LocalRun:
         config: The settings that it shares with other clients.
         server: Its server.
         client_id: The client's id.
-        data: Its examples.
+        data: Its examples, or their loader, which is called as the run begins.
         state: What it kept from earlier runs; brought up to date when this one ends.
         run_id: Numbers that tell this run from the client's others, such as (round, repetition).
             They seed all that it draws.
+        repeats: Whether a run with these numbers may have been killed before: then this one goes on
+            under its batches' numbers. Without it those are new.
     """
 
     def __init__(
@@ -170,9 +180,11 @@ class LocalRun:
         config: ClientConfig,
         server: Transport,
         client_id: str,
-        data: Data,
+        data: Source,
         state: ClientState,
         run_id: tuple[int, ...],
+        *,
+        repeats: bool = False,
     ) -> None:
         self.metrics = LocalMetrics(client_id)
         """The metrics so far."""
@@ -181,7 +193,8 @@ class LocalRun:
         self._server = server
         self._data = data
         self._state = state
-        self._stream = Stream(config.seed, client_id, *run_id)
+        self._repeats = repeats
+        self._stream = Stream(config.seed, client_id, *run_id, device=config.device)
         self._rates: ClientRates | None = None
         self._pushed = 0
         """How many samples the updates hold that were pushed."""
@@ -218,7 +231,10 @@ class LocalRun:
 
     def _loop(self) -> Generator[Verb, None, None]:
         config = self._config
+        data = self._data = localdata.load(self._data)
         half = deep_copy(config.half).train()
+        if config.device is not None:
+            half.to(config.device)
         half.load_state_dict(
             self._state.personal, strict=False
         )  # all other names come with the pull
@@ -229,19 +245,38 @@ class LocalRun:
             personal=config.personal,
             compression=config.local.compression,
         )
+        if self._repeats:
+            client.resume({**client.position(), "process": self._process()})
         compression = client.compression
         if compression is not None:
-            compression.load_state_dict(self._state.residuals)
+            residuals = self._state.residuals
+            if config.device is not None:
+                residuals = localdata.moved(residuals, config.device)
+            compression.load_state_dict(residuals)
         yield Verb.PULL
         client.pull()
         optimizer, scheduler = self._optimizer(client)
         for _ in range(config.local.local_passes):
-            yield from self._local_pass(client, optimizer, scheduler)
+            yield from self._local_pass(client, data, optimizer, scheduler)
         yield from self._push(client)
         self._keep_state(half, optimizer, scheduler)
         if compression is not None:
             self.metrics.flows = compression.flows
-            self._state.residuals = compression.state_dict()
+            self._state.residuals = self._kept(compression.state_dict())
+
+    def _process(self) -> str:
+        """What the process of this run calls itself: the same in whoever begins the run again.
+
+        With another seed, or other batches, it is another run.
+        """
+        local = self._config.local
+        order = (local.batch_size, local.local_passes, int(local.drop_last), local.local_steps or 0)
+        number = derive("process", self._config.seed, self.metrics.client_id, *self.run_id, *order)
+        return f"simulated-{number:016x}"
+
+    def _kept(self, value: Any) -> Any:
+        """What is kept from run to run: in ordinary memory, wherever the client computes."""
+        return value if self._config.device is None else localdata.moved(value, "cpu")
 
     def _push(self, client: SplitClient) -> Generator[Verb, None, None]:
         """Push the update of the half, if gradients aren't pushed instead."""
@@ -273,13 +308,18 @@ class LocalRun:
         return optimizer, scheduler
 
     def _local_pass(
-        self, client: SplitClient, optimizer: Optimizer, scheduler: LRScheduler | None
+        self,
+        client: SplitClient,
+        data: Data,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
     ) -> Generator[Verb, None, None]:
         """One pass over the client's data."""
         config = self._config
         before = self.metrics.batches + self.metrics.expired
-        order = localdata.order(self._data, self._stream.generator)
-        for batch in localdata.batches(self._data, config.local, order):
+        order = localdata.order(data, self._stream.generator)
+        for found in localdata.batches(data, config.local, order):
+            batch = found.on(config.device)
             # With gradients, every batch starts from the newest global step; else so many do, or
             # the first alone. The run's first pull has been made already; an expired batch had one.
             begun = self.metrics.batches + self.metrics.expired
@@ -317,7 +357,7 @@ class LocalRun:
                 scheduler.step()
         if self.metrics.batches + self.metrics.expired == before:
             raise InputError(
-                f"the {type(self._data).__name__} of client {self.metrics.client_id!r} yielded no "
+                f"the {type(data).__name__} of client {self.metrics.client_id!r} yielded no "
                 f"batch of {config.local.batch_size} examples in a pass: expected one at least. "
                 "Its __iter__ has to begin again each time, and drop_last needs a whole batch"
             )
@@ -337,9 +377,10 @@ class LocalRun:
     ) -> None:
         names = personal_names(half, self._config.personal)
         state = half.state_dict()
-        self._state.personal = {name: state[name].detach().clone() for name in sorted(names)}
+        own = {name: state[name].detach().clone() for name in sorted(names)}
+        self._state.personal = self._kept(own)
         if self._config.local.keep_optimizers:
-            self._state.optimizer = optimizer.state_dict()
+            self._state.optimizer = self._kept(optimizer.state_dict())
             self._state.scheduler = None if scheduler is None else scheduler.state_dict()
 
 

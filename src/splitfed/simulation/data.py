@@ -10,7 +10,8 @@ arguments in order: (ids, mask, target). Of a dict the target has a key of its o
 are the model's keywords.
 
 A `Shard` is one owner's part of a larger set: it holds indices and refers to the whole, so that a
-thousand owners cost no copy of the data.
+thousand owners cost no copy of the data. A loader is a function without arguments that returns any
+of these: it is called where a client trains, when it trains, so nobody else ever holds its data.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class Items(Protocol):
 Columns = tuple[Any, ...] | Mapping[str, Any]
 """Tensors (N, *) that are indexed alike; a part may be a dict or a tuple of such tensors itself."""
 Data = Columns | Items | IterableDataset[Any]
+Source = Data | Callable[[], Data]
+"""A client's data, or its loader, which may say by a `__len__` how many examples there will be."""
 Evaluation = Data | Callable[[nn.Module], Mapping[str, float]]
 EVALUATION_BATCH = 500
 """Examples evaluated at once; the last bits of a mean loss depend on it."""
@@ -65,6 +68,13 @@ class Batch:
     def outputs(self, model: Callable[..., Any]) -> Any:
         """What the model makes of it."""
         return model(*self.args, **self.kwargs)
+
+    def on(self, device: torch.device | None) -> Batch:
+        """The same on a device; as it is, if none is given."""
+        if device is None:
+            return self
+        args, kwargs, target = moved((self.args, self.kwargs, self.target), device)
+        return Batch(args, kwargs, target, self.num_samples)
 
 
 class Shard:
@@ -138,7 +148,40 @@ def _checked_indices(client_id: str, part: Tensor | Sequence[int], total: int) -
     return indices.long()
 
 
-def check_clients(clients: Mapping[str, Data], local: LocalTraining | None = None) -> list[str]:
+def moved(value: Any, device: torch.device | str) -> Any:
+    """A value whose tensors are on a device: those in mappings, lists and tuples too."""
+    if callable(getattr(value, "to", None)):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: moved(part, device) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [moved(part, device) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def is_loader(source: object) -> bool:
+    """Whether it is a function that returns a client's data, and not the data."""
+    is_data = isinstance(source, tuple | Mapping | IterableDataset)
+    return callable(source) and not is_data and not hasattr(source, "__getitem__")
+
+
+def load(source: Source) -> Data:
+    """A client's data; its loader is called.
+
+    Raises:
+        InputError: the loader returned something else.
+    """
+    if not is_loader(source):
+        return source  # type: ignore[return-value]
+    found: Data = source()  # type: ignore[operator]
+    if is_loader(found):
+        raise InputError(f"a loader returned a {type(found).__name__}: expected a client's data")
+    known_size(found)
+    return found
+
+
+def check_clients(clients: Mapping[str, Source], local: LocalTraining | None = None) -> list[str]:
     """The sorted ids of clients that can be simulated.
 
     Args:
@@ -167,7 +210,7 @@ def check_clients(clients: Mapping[str, Data], local: LocalTraining | None = Non
     return sorted(clients)
 
 
-def sizes(clients: Mapping[str, Data], purpose: str) -> dict[str, int]:
+def sizes(clients: Mapping[str, Source], purpose: str) -> dict[str, int]:
     """How many examples each client has.
 
     Args:
@@ -175,7 +218,7 @@ def sizes(clients: Mapping[str, Data], purpose: str) -> dict[str, int]:
         purpose: The setting that needs to know, for the message.
 
     Raises:
-        InputError: one of them is a stream of unknown length.
+        InputError: one of them is a stream of unknown length, or a loader that doesn't say it.
     """
     found = {}
     for client_id, data in sorted(clients.items()):
@@ -190,18 +233,18 @@ def sizes(clients: Mapping[str, Data], purpose: str) -> dict[str, int]:
     return found
 
 
-def known_size(data: Data) -> int | None:
-    """How many examples there are; `None` for a stream of unknown length.
+def known_size(data: Source) -> int | None:
+    """How many examples there are; `None` for a stream or a loader of unknown length.
 
     Raises:
         InputError: it isn't data, or columns differ in length.
     """
-    if isinstance(data, IterableDataset):
+    if isinstance(data, IterableDataset) or is_loader(data):
         try:
             return len(data)  # type: ignore[arg-type]
         except TypeError:  # it has no length, or holds something that has none
             return None
-    return size(data)
+    return size(data)  # type: ignore[arg-type]
 
 
 def size(data: Data) -> int:
@@ -427,10 +470,10 @@ def compute_loss(loss_fn: Callable[[Any, Any], Any], outputs: Any, batch: Batch)
         ) from error
 
 
-def classes(data: Data, target: str = "labels") -> dict[str, int] | None:
+def classes(data: Source, target: str = "labels") -> dict[str, int] | None:
     """How many examples there are of each class.
 
-    `None` where targets aren't integers (N,) in memory: a data set isn't read for this.
+    `None` where targets aren't integers (N,) in memory: a data set isn't read for this, nor loaded.
 
     Args:
         data: The examples.

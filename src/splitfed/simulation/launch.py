@@ -6,7 +6,7 @@ It differs from production in who drives the clients, and in nothing else: each 
 which ten train at once need the memory of ten.
 
 The same arguments give the same bits: a client draws from a stream of its own, and the schedule
-fixes the order of requests (except in worker processes, in modes that commit while clients train).
+fixes the order of requests (except in workers, in modes that commit while clients train).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -32,17 +33,21 @@ from splitfed.model.cut import split
 from splitfed.simulation import data as localdata
 from splitfed.simulation.assembly import Assembly, Plans
 from splitfed.simulation.client import ClientConfig, LossFunction, Optimizers
-from splitfed.simulation.data import Data, Evaluation
+from splitfed.simulation.data import Evaluation, Source
 from splitfed.simulation.engines.driver import Driver
-from splitfed.simulation.engines.processes import WorkerPool
+from splitfed.simulation.engines.pool import Crew, WorkerPool
+from splitfed.simulation.engines.tasks import setup_of
 from splitfed.simulation.engines.turns import Turns
 from splitfed.simulation.rates import Falling, num_commits
 from splitfed.simulation.run import Simulation
 from splitfed.simulation.settings import (
     Engine,
     LocalTraining,
+    Named,
     Processes,
+    RayEngine,
     RoundSchedule,
+    as_engine,
     check_settings,
     two_schedules,
 )
@@ -59,7 +64,7 @@ AVERAGING = functools.partial(torch.optim.SGD, lr=1.0)
 def simulate(
     model: nn.Module,
     at: str | Sequence[str],
-    clients: Mapping[str, Data],
+    clients: Mapping[str, Source],
     *,
     loss_fn: LossFunction,
     optimizer: Optimizers,
@@ -68,13 +73,14 @@ def simulate(
     mode: str | Mode = "round",
     local: LocalTraining = LocalTraining(),  # noqa: B008 -- frozen
     schedule: RoundSchedule = RoundSchedule(),  # noqa: B008 -- frozen
-    engine: Engine | None = None,
+    engine: Named | None = None,
     half_optimizer: OptimizerFactory | None = None,
     server_scheduler: SchedulerFactory | None = None,
     evaluate: Evaluation | None = None,
     store: GradientStore | None = None,
     personal: Iterable[str] = (),
     replicas: int = 1,
+    device: torch.device | str | None = None,
     seed: int = 0,
     name: str = "simulation",
     callbacks: AnyCallback | Iterable[AnyCallback] = (),
@@ -85,7 +91,8 @@ def simulate(
         model: The whole model, with its initial weights. It isn't changed.
         at: Where to cut it; as for `split`.
         clients: The data of each client, by id: tensors (inputs, targets) or more of them, a dict
-            of tensors, a `Dataset`, an `IterableDataset`, or what `deal` makes of one data set.
+            of tensors, a `Dataset`, an `IterableDataset`, or what `deal` makes of one data set. Or
+            its loader, a function that returns one of these, called where the client trains.
         loss_fn: `loss_fn(outputs, targets)`: the mean over a batch. The target is the last part of
             a sample; of a dict, what `local.target` names.
         optimizer: Makes a client's own optimizer from its half's parameters. Modes `synchronous`
@@ -96,7 +103,7 @@ def simulate(
         local: How a client trains: batch size, passes, scheduler.
         schedule: How rounds run: sampling, turns, deadline, barrier, and how rates fall.
         engine: Where clients run: in turns in this process, if `None`; by a virtual clock,
-            `VirtualTime(...)`; or in parallel, `Processes(workers)`.
+            `VirtualTime(...)`; or in parallel, `Processes(workers)` or `"ray"`, `RayEngine(...)`.
         half_optimizer: Makes the optimizer of the client lineage: SGD with rate 1 is FedAvg, others
             are FedOpt. By default that of FedAvg; where clients publish gradients
             (`synchronous`, `grouped`), `server_optimizer`.
@@ -107,6 +114,8 @@ def simulate(
         store: The store of the run; by default one in memory that goes when nobody holds it.
         personal: Patterns of names in the half that stay with each client.
         replicas: How many servers share the requests, in turn.
+        device: Where clients, servers and accumulators compute, such as "cuda"; by default where
+            the model is. Held-out data is evaluated where the model is.
         seed: Seeds all that is drawn: samples of clients, orders of examples, dropout.
         name: The run's name in its history.
         callbacks: Receive each row; one alone, such as `print`, needn't be in a list. The first
@@ -118,6 +127,7 @@ def simulate(
         IdError: a client id that may not become a key.
         CutError: the model can't be cut there.
     """
+    engine = as_engine(engine)
     check_settings(local, schedule, engine)
     ids = localdata.check_clients(clients, local)
     half, body = split(model, at)
@@ -152,6 +162,7 @@ def simulate(
         barrier=barrier,
         min_updates=_min_updates(schedule, active),
         replicas=at_least("replicas", replicas, 1),
+        device=None if device is None else torch.device(device),
         settings={
             "clients_per_round": schedule.clients_per_round,
             "min_clients": schedule.min_clients,
@@ -178,14 +189,17 @@ def simulate(
         personal=plans.personal,
         seed=seed,
         falling=falling,
+        device=plans.device,
     )
     timeline = Timeline()
+    crew = _crew(engine)
     if store is None:
-        store = temporary_store(shared=isinstance(engine, Processes))
-    assembly = Assembly(plans, store, ids, None if virtual is None else lambda: timeline.now)
+        store = temporary_store(shared=crew is not None)
+    now = None if virtual is None else lambda: timeline.now
+    assembly = Assembly(_here(plans, engine), store, ids, now)
     driver: Driver
-    if isinstance(engine, Processes):
-        driver = WorkerPool(assembly, config, clients, plans, engine.workers)
+    if crew is not None:
+        driver = WorkerPool(assembly, config, crew, setup_of(store, plans, config, clients), active)
     else:
         paced = None
         if schedule.pacing == "data":
@@ -202,6 +216,27 @@ def simulate(
         history=history,
         callbacks=others,
     )
+
+
+def _crew(engine: Engine | None) -> Crew | None:
+    """The workers of an engine that has some."""
+    if isinstance(engine, Processes):
+        from splitfed.simulation.engines.processes import ProcessCrew
+
+        return ProcessCrew(engine.workers)
+    if isinstance(engine, RayEngine):
+        from splitfed.simulation.engines.actors import RayCrew
+
+        return RayCrew(engine)
+    return None
+
+
+def _here(plans: Plans, engine: Engine | None) -> Plans:
+    """The plans of this process's own parts: a cluster's device may not be on this machine."""
+    kind = None if plans.device is None else plans.device.type
+    if kind == "cuda" and isinstance(engine, RayEngine) and not torch.cuda.is_available():
+        return replace(plans, device=None)
+    return plans
 
 
 def _check_enough(schedule: RoundSchedule, known: int) -> None:
@@ -239,7 +274,9 @@ def _check_local_steps(local: LocalTraining, mode: Mode, barrier: bool) -> None:
         )
 
 
-def _num_batches(clients: Mapping[str, Data], local: LocalTraining, purpose: str) -> dict[str, int]:
+def _num_batches(
+    clients: Mapping[str, Source], local: LocalTraining, purpose: str
+) -> dict[str, int]:
     """How many batches each client has in a round."""
     return {
         client_id: local.local_passes * localdata.num_batches(total, local)
@@ -281,7 +318,7 @@ def _history_and_others(
 def _head(
     name: str,
     rounds: int,
-    clients: Mapping[str, Data],
+    clients: Mapping[str, Source],
     plans: Plans,
     config: ClientConfig,
     schedule: RoundSchedule,

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
-from splitfed.model.rng import compute_lock
+from splitfed.model.rng import compute_lock, generator_of
 
 
 def derive(*words: str | int) -> int:
@@ -31,28 +31,42 @@ def uniform(*words: str | int) -> float:
 
 
 class Stream:
-    """Torch's default CPU generator as one client would have it.
+    """Torch's default generators as one client would have them.
 
     Args:
         words: What the stream follows from.
+        device: Where the client computes, besides the CPU.
     """
 
-    def __init__(self, *words: str | int) -> None:
+    def __init__(self, *words: str | int, device: torch.device | None = None) -> None:
         self.generator = torch.Generator().manual_seed(derive("order", *words))
         """For what isn't drawn from the default generator: the order of examples."""
-        self._state = torch.Generator().manual_seed(derive("default", *words)).get_state()
+        self._generators = [torch.default_generator]
+        own = None if device is None else generator_of(device)
+        if own is not None:
+            self._generators.append(own)
+        seed = derive("default", *words)
+        self._states = [
+            torch.Generator(generator.device).manual_seed(seed).get_state()
+            for generator in self._generators
+        ]
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Run the block on this stream, where it was left; then put the process's generator back.
+        """Run the block on this stream, where it was left; then put the process's generators back.
 
         The lock keeps out bodies that run in other threads: they draw from the same generator.
         """
         with compute_lock:
-            before = torch.default_generator.get_state()
-            torch.default_generator.set_state(self._state)
+            before = self._exchange(self._states)
             try:
                 yield
             finally:
-                self._state = torch.default_generator.get_state()
-                torch.default_generator.set_state(before)
+                self._states = self._exchange(before)
+
+    def _exchange(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Put states into the process's generators; returns those that were there."""
+        before = [generator.get_state() for generator in self._generators]
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
+        return before

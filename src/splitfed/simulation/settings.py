@@ -5,7 +5,8 @@ extends a group and not the signature. A group checks itself when it is made; `c
 checks what shows only when they come together.
 
 The engine says where virtual clients run: in turns in this process if there is none, in this
-process by a virtual clock (`VirtualTime`), or in worker processes (`Processes`).
+process by a virtual clock (`VirtualTime`), in worker processes (`Processes`), or in actors of a
+cluster (`RayEngine`).
 """
 
 from __future__ import annotations
@@ -196,7 +197,59 @@ class Processes:
         at_least("workers", self.workers, 1)
 
 
-Engine = VirtualTime | Processes
+@dataclass(frozen=True, slots=True)
+class RayEngine:
+    """Actors of a Ray cluster that train clients in parallel, on a store that all machines reach.
+
+    Bits are as with `Processes`. It joins the cluster that this process is connected to, or that of
+    `address`, or else starts Ray on this machine and stops it when the run ends. `engine="ray"` is
+    `RayEngine()`.
+
+    Raises:
+        InputError: a number out of its range.
+    """
+
+    workers: int | None = None
+    """How many actors; `None` for as many as the cluster has room for."""
+    num_cpus: float = 1
+    """The CPUs of each."""
+    num_gpus: float = 0
+    """Its GPUs, or its share of one, such as 0.25; with them, give `simulate(device="cuda")`."""
+    address: str | None = None
+    """Of a cluster, such as "auto" or "10.0.0.1:6379"; by default that of RAY_ADDRESS."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None:
+            at_least("workers", self.workers, 1)
+        for name in ("num_cpus", "num_gpus"):
+            value = getattr(self, name)
+            if value != 0 or isinstance(value, bool):
+                positive(name, value)
+        if not self.num_cpus and not self.num_gpus:
+            raise InputError(
+                "num_cpus and num_gpus are 0: a worker needs some of one, such as num_cpus=0.5"
+            )
+
+
+Engine = VirtualTime | Processes | RayEngine
+Named = Engine | Literal["ray"]
+"""An engine as `simulate` takes it."""
+
+
+def as_engine(engine: Named | None) -> Engine | None:
+    """The engine that is meant.
+
+    Raises:
+        InputError: it isn't one.
+    """
+    if engine == "ray":
+        return RayEngine()
+    if engine is not None and not isinstance(engine, Engine):
+        raise InputError(
+            f"engine is {engine!r}: expected a VirtualTime, such as VirtualTime(compute=1.0), "
+            "Processes(workers=2), 'ray' or RayEngine(num_cpus=1), or None for clients in turns"
+        )
+    return engine
 
 
 def check_settings(local: object, schedule: object, engine: object) -> None:
@@ -211,11 +264,6 @@ def check_settings(local: object, schedule: object, engine: object) -> None:
         raise InputError(
             f"schedule is {schedule!r}: expected RoundSchedule(clients_per_round=..., ...)"
         )
-    if engine is not None and not isinstance(engine, Engine):
-        raise InputError(
-            f"engine is {engine!r}: expected a VirtualTime, such as VirtualTime(compute=1.0), "
-            "Processes(workers=2), or None for clients in turns"
-        )
     if schedule.deadline is not None and not isinstance(engine, VirtualTime):
         raise InputError(
             f"deadline={schedule.deadline!r} needs a clock: "
@@ -228,10 +276,8 @@ def check_settings(local: object, schedule: object, engine: object) -> None:
         )
     if schedule.final_rate is not None and local.scheduler is not None:
         raise two_schedules("LocalTraining.scheduler")
-    if isinstance(engine, Processes) and schedule.barrier is False:
-        raise InputError(
-            "worker processes train in rounds: leave barrier=False out, or engine=Processes(...)"
-        )
+    if isinstance(engine, Processes | RayEngine) and schedule.barrier is False:
+        raise InputError(f"workers train in rounds: leave barrier=False out, or engine={engine!r}")
 
 
 def two_schedules(name: str) -> InputError:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from torch.utils.data import IterableDataset
 
 from splitfed.accumulator import policies
 from splitfed.errors import InputError, WorkerError
+from splitfed.simulation.engines import processes
 from splitfed.store.store import GradientStore
 
 
@@ -110,24 +115,96 @@ def test_streams_are_the_same_in_workers() -> None:
 
 
 @pytest.mark.usefixtures("forked_workers")
-@pytest.mark.parametrize(
-    ("how", "error", "said"), [("raises", KeyError, "no such loss"), ("dies", WorkerError, "code 3")]
-)
-def test_a_worker_that_fails_is_an_error_of_the_run(how: str, error: type[Exception], said: str) -> None:
-    """The error itself, with the worker's traceback behind it; or what is known of a death."""
-    simulation = toy.run(loss_fn=functools.partial(ones_fail, how), rounds=1, workers=1)
-    with pytest.raises(error, match=said) as caught:
+def test_an_error_of_a_client_is_an_error_of_the_run() -> None:
+    """The error itself, with the worker's traceback behind it; nobody is started anew for it."""
+    simulation = toy.run(loss_fn=functools.partial(ones_fail, "raises"), rounds=1, workers=1)
+    with pytest.raises(KeyError, match="no such loss") as caught:
         next(simulation)
-    if how == "raises":
-        assert "ones_fail" in str(caught.value.__cause__)
+    assert "ones_fail" in str(caught.value.__cause__)
 
 
-def test_what_workers_cant_be_told_is_refused() -> None:
-    """A lambda can't be pickled, and memory can't be shared."""
+@pytest.mark.usefixtures("forked_workers")
+def test_a_client_that_kills_every_worker_ends_the_run() -> None:
+    """Each of two is replaced three times at most; then what is known of the last death is said."""
+    simulation = toy.run(loss_fn=functools.partial(ones_fail, "dies"), rounds=1, workers=2)
+    last = r"died with client 'client-\d' \(exit code 3\), 4 times in this run"
+    with pytest.warns(UserWarning, match="another one") as told, pytest.raises(WorkerError, match=last):
+        next(simulation)
+    assert 3 <= len(told) <= 6
+
+
+def killing(marker: Path, parent: int, outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss that kills its worker once, as whoever makes the marker first; never the test's own process."""
+    if os.getpid() != parent:
+        with contextlib.suppress(FileExistsError):
+            marker.touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return cross_entropy(outputs, targets)
+
+
+@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.parametrize("mode", ["round", "synchronous"])
+def test_a_killed_worker_is_replaced_and_nothing_counts_twice(tmp_path: Path, mode: str) -> None:
+    """A real SIGKILL, and the bits of a run without it."""
+    loss = functools.partial(killing, tmp_path / "killed", os.getpid())
+    calm = toy.run(mode=mode, loss_fn=loss)
+    list(calm)
+    crew = toy.run(mode=mode, loss_fn=loss, workers=2)
+    with pytest.warns(UserWarning, match=r"died with client 'client-\d' \(exit code -9\)"):
+        assert [row["batches"] for row in crew] == [6, 6]
+    assert (tmp_path / "killed").exists()
+    assert toy.same(calm.whole(), crew.whole())
+
+
+def test_what_workers_cant_be_told_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock can't be pickled; without cloudpickle neither can a lambda, and the error names it."""
     with pytest.raises(InputError, match=r"functools\.partial"):
+        toy.run(optimizer=functools.partial(locked, threading.Lock()), workers=1)
+    monkeypatch.setitem(sys.modules, "cloudpickle", None)
+    with pytest.raises(InputError, match="or install cloudpickle, with which lambdas"):
         toy.run(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), workers=1)
-    with pytest.raises(InputError, match="memory://mine is in this process's memory"):
-        toy.run(store=GradientStore("memory://mine"), workers=1)
+
+
+def locked(lock: Any, parameters: Any) -> torch.optim.Optimizer:
+    """An optimizer whose factory holds a lock."""
+    with lock:
+        return toy.sgd(parameters)
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_lambdas_and_loaders_go_to_workers() -> None:
+    """The loader is called where the client trains, and never here; the bits are those of the data itself."""
+    pytest.importorskip("cloudpickle")
+    parent, clients = os.getpid(), toy.clients()
+
+    def loader(client_id: str) -> Any:
+        assert os.getpid() != parent
+        return clients[client_id]
+
+    rate = 0.5
+    crew = toy.run(
+        clients={client_id: functools.partial(loader, client_id) for client_id in clients},
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate),
+        rounds=1,
+        workers=1,
+    )
+    alone = toy.run(rounds=1)
+    assert [row["train_loss"] for row in crew] == [row["train_loss"] for row in alone]
+    assert toy.same(alone.whole(), crew.whole())
+
+
+def ends_at_once(pipe: object) -> None:
+    """What becomes of a worker of a script whose work doesn't stand below its guard."""
+    os._exit(1)
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_a_worker_that_cant_even_begin_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever took its place would end the same way: none is started."""
+    monkeypatch.setattr(processes, "worker_main", ends_at_once)
+    run = toy.run(workers=1)
+    with pytest.raises(WorkerError, match=r"died at its start \(exit code 1: .* must stand below `if __name__"):
+        next(run)
 
 
 @pytest.mark.usefixtures("forked_workers")

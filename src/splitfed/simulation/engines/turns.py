@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 
 from splitfed.simulation.assembly import Assembly
 from splitfed.simulation.client import ClientConfig, ClientState, LocalMetrics, LocalRun, Verb
-from splitfed.simulation.data import Data
+from splitfed.simulation.data import Source
 from splitfed.simulation.rng import uniform
 from splitfed.simulation.virtual_time import Pace, Process, Timeline, VirtualTime
 from splitfed.store.rounds import Plan
@@ -39,7 +39,7 @@ class Turns:
         self,
         assembly: Assembly,
         config: ClientConfig,
-        clients: Mapping[str, Data],
+        clients: Mapping[str, Source],
         timeline: Timeline,
         virtual: VirtualTime | None,
         paced: Mapping[str, int] | None = None,
@@ -176,7 +176,17 @@ class Turns:
         while run_id is not None:
             state = self._states.setdefault(client_id, ClientState())
             data = self._clients[client_id]
-            run = LocalRun(self._config, self._assembly.meter, client_id, data, state, run_id)
+            # Without a barrier a client has many runs in a round, and a simulation that goes on
+            # can't tell which of them was killed.
+            run = LocalRun(
+                self._config,
+                self._assembly.meter,
+                client_id,
+                data,
+                state,
+                run_id,
+                repeats=self._plan is not None and self._plan.barrier,
+            )
             yield from self._drive(run, pace)
             self._ended.append(run.metrics)
             run_id = self._next_run(client_id)
