@@ -1,4 +1,4 @@
-"""`python -m benchmarks.engines`: the engines of a simulation side by side, killed at random moments, and with much data.
+"""`python -m benchmarks.engines`: the engines of a simulation, killed at random moments, timed, and with much data.
 
     python -m benchmarks.engines --part kills --engine ray --runs 7    SIGKILLs of workers, three a run
     python -m benchmarks.engines --part speed                          seconds of a round, Ray against processes
