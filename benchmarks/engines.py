@@ -1,4 +1,4 @@
-"""`python -m benchmarks.engines`: the engines of a simulation side by side, killed at random moments, and with much data.
+"""`python -m benchmarks.engines`: the engines of a simulation, killed at random moments, timed, and with much data.
 
     python -m benchmarks.engines --part kills --engine ray --runs 7    SIGKILLs of workers, three a run
     python -m benchmarks.engines --part speed                          seconds of a round, Ray against processes
@@ -105,44 +105,41 @@ def workers() -> list[int]:
 
 
 class Killer(threading.Thread):
-    """Kills a worker at each of some moments, counted from the run's first round."""
+    """Kills a worker after each of so many batches: those of rounds that are over, and those that wait in the store.
 
-    def __init__(self, moments: list[float]) -> None:
+    A moment is a place in the work and not in time: a worker takes seconds to start, in which there is nothing to lose.
+    """
+
+    def __init__(self, store: splitfed.GradientStore, moments: list[int], of_a_round: int) -> None:
         super().__init__(daemon=True)
-        self.moments = moments
+        self.moments = sorted(moments)
         self.killed = 0
         self.ended = threading.Event()
+        self._of_a_round = of_a_round
+        self._store = store
 
     def run(self) -> None:
-        """Wait and kill."""
-        began = time.monotonic()
-        for moment in sorted(self.moments):
-            if self.ended.wait(max(0.0, began + moment - time.monotonic())):
-                return
-            alive = workers()
-            while not alive and not self.ended.wait(0.05):
-                alive = workers()
+        """Watch and kill."""
+        while self.moments and not self.ended.wait(0.003):
+            done = self._store.latest_version() * self._of_a_round + len(self._store.waiting())
+            alive = workers() if done >= self.moments[0] else []
             if alive:
+                self.moments.pop(0)
                 os.kill(random.choice(alive), signal.SIGKILL)
                 self.killed += 1
 
 
 def kills(engine: str, runs: int, rounds: int, deaths: int) -> dict[str, Any]:
     """Runs that are killed end in the bits of one in this process, and count each example once."""
-    clients = examples(6, 80)
+    clients = examples(6, 80)  # 10 batches each
     calm = run(None, clients, rounds)
     list(calm)
     expected = calm.whole().state_dict()
-    began = time.monotonic()
-    usual = run(ENGINES[engine], clients, rounds)
-    list(usual)
-    seconds = time.monotonic() - began
     found = []
     for number in range(runs):
         random.seed(number)
-        # Beyond the first seconds, in which workers start: there is nothing to be lost in them.
-        killer = Killer([random.uniform(0.2, 1.0) * seconds for _ in range(deaths)])
         crew = run(ENGINES[engine], clients, rounds)
+        killer = Killer(crew.store, random.sample(range(60 * rounds), deaths), 60)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             killer.start()
@@ -152,13 +149,14 @@ def kills(engine: str, runs: int, rounds: int, deaths: int) -> dict[str, Any]:
         folded = [crew.store.lineage("body").commit(version) for version in range(1, rounds + 1)]
         samples = sum(commit.num_samples for commit in folded)
         assert samples == 6 * 80 * rounds, f"run {number}: {samples} samples for {6 * 80 * rounds}"
+        assert killer.killed == deaths, f"run {number}: only {killer.killed} kills"
         assert [row["status"] for row in rows] == ["complete"] * rounds
         state = crew.whole().state_dict()
         assert all(torch.equal(state[name], expected[name]) for name in expected), f"run {number}: other bits"
         moments = [str(one.message).split(":")[0] for one in told if "takes its place" in str(one.message)]
         found.append({"killed": killer.killed, "samples": samples, "deaths": moments})
         print(number, found[-1], flush=True)
-    return {"engine": engine, "runs": found, "seconds of a calm run": seconds}
+    return {"engine": engine, "runs": found}
 
 
 def speed(engine: str, rounds: int) -> dict[str, Any]:

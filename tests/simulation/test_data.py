@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset
 from splitfed.errors import IdError, InputError
 from splitfed.simulation import data as localdata
 from splitfed.simulation import partition
-from splitfed.simulation.data import Shard, batches, classes, deal, order, size
+from splitfed.simulation.data import Batch, Shard, batches, classes, deal, is_loader, known_size, load, order, size
 from splitfed.simulation.settings import LocalTraining
 
 PAIR = (torch.arange(10).float().view(10, 1), torch.arange(10) % 3)
@@ -230,3 +230,46 @@ def test_classes_are_counted_where_there_are_any() -> None:
     assert classes((PAIR[0], PAIR[0].flatten())) is None
     assert classes((PAIR[0], PAIR[1].view(5, 2))) is None
     assert classes(TensorDataset(*PAIR)) is None
+
+
+class Counted:
+    """A loader that says how many examples it will bring."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __call__(self) -> Any:
+        """The examples."""
+        return PAIR
+
+
+def test_a_loader_is_called_for_its_data() -> None:
+    """It has a length if it says so; data that could be called stays data."""
+    assert load(lambda: PAIR) is load(PAIR) is load(Counted()) is PAIR
+    assert (known_size(Counted()), known_size(lambda: PAIR), classes(Counted())) == (10, None, None)
+    assert [is_loader(source) for source in (Counted(), PAIR, TensorDataset(*PAIR), Shard(*PAIR))] == [
+        True,
+        *[False] * 3,
+    ]
+    with pytest.raises(InputError, match="a loader returned a type: expected a client's data"):
+        load(lambda: Counted)
+    with pytest.raises(InputError, match="data is a NoneType"):
+        load(lambda: None)
+
+
+class Pair(NamedTuple):
+    """A target of two parts."""
+
+    label: torch.Tensor
+    name: str
+
+
+def test_a_batch_is_moved_with_all_that_it_holds() -> None:
+    """Tensors in tuples, lists, dicts and named tuples; without a device it is the same object."""
+    row = torch.ones(2)
+    batch = Batch((row, [row]), {"mask": row}, Pair(row, "x"), 2)
+    assert batch.on(None) is batch
+    there = batch.on(torch.device("meta"))
+    tensors = (there.args[0], there.args[1][0], there.kwargs["mask"], there.target.label)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert (there.target.name, there.num_samples) == ("x", 2)

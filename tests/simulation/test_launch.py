@@ -184,6 +184,18 @@ def test_a_killed_run_goes_on_with_streams_as_with_data_sets() -> None:
     assert toy.same(run.whole(), whole.whole())
 
 
+def test_a_device_and_loaders_change_no_bits_where_it_is_the_same() -> None:
+    """With all that a client keeps: personal parts, its optimizer, what error feedback has still to send."""
+    settings: dict[str, Any] = {"personal": ("3.bias",), "keep_optimizers": True, "compression": "topk:0.5"}
+    plain = toy.run(**settings)
+    losses = [row["train_loss"] for row in plain]
+    clients = {name: functools.partial(toy.clients().get, name) for name in toy.clients()}
+    moved = toy.run(**settings, device="cpu", clients=clients)
+    assert [row["train_loss"] for row in moved] == losses
+    assert toy.same(plain.whole(), moved.whole())
+    assert moved.history.run["clients"] == {name: {} for name in clients}  # type: ignore[index]
+
+
 def test_clients_are_sampled_in_proportion_to_their_examples() -> None:
     """One of nine in ten examples is drawn nearly always; in the other way, half the time."""
     clients = {"large": toy.examples(36), "small": toy.examples(4)}

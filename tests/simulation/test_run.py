@@ -102,6 +102,28 @@ def test_several_runs_of_a_client_are_one_entry() -> None:
     }
 
 
+@pytest.mark.parametrize("mode", ["round", "synchronous", "sflv1", "sflv2", "buffered"])
+def test_a_local_run_that_was_killed_goes_on_under_its_numbers(mode: str) -> None:
+    """In the second batch of a client, whose first is on file: each counts once, and the bits are those of one go."""
+    whole, store = toy.run(mode=mode, rounds=1), GradientStore(f"memory://amid-{mode}")
+    list(whole)
+    with pytest.raises(toy.Killed):
+        next(toy.run(mode=mode, rounds=1, store=store, loss_fn=toy.dying(4)))
+    again = toy.run(mode=mode, rounds=1, store=store)
+    (row,) = again
+    assert (row["batches"], row["dropped"], row["gradients_rejected"]) == (6, {}, 0)
+    assert toy.same(whole.whole(), again.whole())
+
+
+def test_with_another_seed_a_killed_run_is_another_one() -> None:
+    """Other batches under the old numbers would count nowhere: what was sent counts, and all of the new run."""
+    store = GradientStore("memory://amid-other")
+    with pytest.raises(toy.Killed):
+        next(toy.run(rounds=1, store=store, loss_fn=toy.dying(1)))
+    (row,) = toy.run(rounds=1, store=store, seed=1)
+    assert row["batches"] == 7
+
+
 @pytest.mark.parametrize("batches", [0, 2, 4])
 def test_a_round_that_was_killed_goes_on_with_the_clients_that_are_missing(batches: int) -> None:
     """Two batches a client: whose update is in doesn't train again, and the round ends in the bits of one go."""

@@ -127,6 +127,8 @@ class Compression(Middleware):
         self._flows = dict.fromkeys(FLOWS, Flow())
         self._memory = _Memory()
         self._told: set[str] = set()
+        self._is_loaded = False
+        """Whether it goes on from what an earlier process remembered, be it nothing."""
         self._lock = threading.Lock()
 
     @property
@@ -149,6 +151,7 @@ class Compression(Middleware):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state_dict()`."""
+        self._is_loaded = True
         self._memory.load_state_dict(state)
         self._examples.load_state_dict(state)
 
@@ -398,7 +401,7 @@ class Compression(Middleware):
     def _tell_resumed(self, client_id: str, resumed: int) -> None:
         codecs = [codec for codec in (self._delta, *self._codecs.values()) if codec is not None]
         feeds = any(codec.values == "topk" or (codec.delta and codec.values) for codec in codecs)
-        if not resumed or not feeds:
+        if not resumed or not feeds or self._is_loaded:
             return
         if self._memory.has(client_id) or self._examples.has(client_id):
             return

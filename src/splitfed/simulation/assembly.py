@@ -143,6 +143,15 @@ class Assembly:
         heard = Judge(self.store, plan).heard()
         return tuple(client_id for client_id in plan.sampled if client_id not in heard)
 
+    def steps_taken(self, plan: Plan) -> int:
+        """How many global steps this round has taken already, in a run that was killed.
+
+        Whoever begins its local runs again repeats these, and no step is taken for them.
+        """
+        if self.mode.streams or not self.mode.gradients:
+            return 0
+        return self.store.latest_version("client") - plan.client_version
+
     def commit(self, client_id: str) -> None:
         """Commit what is pending, unless the mode waits for more, or for the end of the round."""
         if self._commits.stream([client_id]):

@@ -153,7 +153,7 @@ class WorkerPool:
                 self._crew.start(place.number)
         run_id = (plan.number, 0)
         waiting = list(self._assembly.remaining_clients(plan))
-        for step in itertools.count():
+        for step in itertools.count(self._assembly.steps_taken(plan)):
             if not waiting:
                 return self._assembly.federation.poll() or self._assembly.federation.close()
             results = self._execute(

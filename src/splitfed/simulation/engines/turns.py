@@ -71,6 +71,8 @@ class Turns:
         """Whether an update was pushed since the coordinator last looked."""
         self._awaits_step = False
         """Whether pushed gradients wait for a global step."""
+        self._taken = 0
+        """How many global steps of this round a killed run has taken, that are still to come."""
 
     def run_round(self, plan: Plan) -> Row:
         """Let clients train until the round is over; returns the coordinator's report."""
@@ -111,6 +113,7 @@ class Turns:
         """Start a process for each client that has to train and isn't busy."""
         remaining = self._assembly.remaining_clients(plan)
         self._plan = plan
+        self._taken = self._assembly.steps_taken(plan)
         self._remaining = frozenset(remaining)
         # Without a barrier a client trains again and again: it would never let another have a turn.
         self._in_turns |= not plan.barrier
@@ -166,7 +169,10 @@ class Turns:
     def _global_step(self) -> None:
         """Commit the gradients of all clients that wait for it, and let them go on."""
         self._awaits_step = False
-        self._assembly.global_step()
+        if self._taken:
+            self._taken -= 1
+        else:
+            self._assembly.global_step()
         self._timeline.release()
 
     def _process(self, client_id: str) -> Process:
