@@ -4,8 +4,8 @@ The body of an answer is the packed message; the body of an error is JSON, which
 log can show. A body that is neither comes from something else: a proxy, a login page, a wrong port.
 
 `document` writes the contract down as OpenAPI, for gateways, generated clients and fuzzers. To it
-the bodies of messages are bytes: a schema of each names its fields, and `docs/wire.md` says how they
-are packed.
+the bodies of messages are bytes: a schema of each names its fields, and `docs/wire.md` says how
+they are packed.
 
 Client and server import this module, so it imports nothing that only one of them has.
 """
