@@ -19,13 +19,16 @@ HAVE_PIP := $(VENV)/.have-pip
 HAVE_DEMO := $(VENV)/.have-demo
 HAVE_DEV := $(VENV)/.have-dev
 # What other tools need is apart from what the tests need, with pins of its own: the engine of Ray, trackers, notebooks, the
-# site. Flower pins versions that neither goes with, and has a third.
+# site. Flower pins versions that neither goes with, and has a third (examples/flower).
 MORE := .venv-more
 MORE_PINS := tests/integrations/constraints.txt
 HAVE_MORE := $(MORE)/.have-more
+FLOWER := .venv-flower
+FLOWER_PINS := examples/flower/constraints.txt
+HAVE_FLOWER := $(FLOWER)/.have-flower
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit integrations docs bench soak format install constraints clean
+.PHONY: help demo test lint types unit integrations docs flower bench soak format install constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -46,12 +49,15 @@ unit: $(HAVE_DEV)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		$(if $(COVERAGE),--cov --cov-report=term) $(ARGS)
 
-integrations: $(HAVE_DEV) $(HAVE_MORE) docs ## with other libraries (PEFT, Lightning, Opacus, MONAI, Ray, MLflow, ...), and the site
+integrations: $(HAVE_DEV) $(HAVE_MORE) docs flower ## with other libraries (PEFT, Lightning, Opacus, MONAI, Ray, MLflow, ...), and the site
 	$(BIN)/python -m pytest -m integration --numprocesses 2 --dist loadfile --ignore tests/integrations $(ARGS)
 	$(MORE)/bin/python -m pytest -m integration tests/integrations $(ARGS)
 
 docs: $(HAVE_MORE) ## the site, in build/site
 	$(MORE)/bin/python -m sphinx -W --keep-going --quiet docs build/site
+
+flower: $(HAVE_FLOWER) ## examples/flower: owners sampled and halves averaged by Flower
+	$(FLOWER)/bin/python examples/flower/run.py --at-least 0.85
 
 bench: $(HAVE_DEV) ## benchmarks: JSON in runs/bench, tables on the terminal
 	$(BIN)/python -m benchmarks --output runs/bench $(ARGS)
@@ -80,9 +86,13 @@ constraints: $(HAVE_PIP) ## renew the pins in constraints.txt
 		--output-file $(VENV)/resolved.txt pyproject.toml
 	( echo '# Exact versions for `make integrations` and `make docs`, made by `make constraints`.'; \
 		grep -vE "^(nvidia|cuda)-|^triton=|== 'emscripten'" $(VENV)/resolved.txt ) > $(MORE_PINS)
+	echo 'splitfed[http] @ file://$(CURDIR)' | $(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.11 --no-annotate \
+		--no-header --constraints $(VENV)/torch.txt --output-file $(VENV)/resolved.txt examples/flower/pyproject.toml -
+	( echo '# Exact versions for `make flower`, made by `make constraints`.'; \
+		grep -vE "^(nvidia|cuda)-|^triton=|== 'emscripten'|^splitfed" $(VENV)/resolved.txt ) > $(FLOWER_PINS)
 
 clean: ## remove .venv, caches, build output and runs
-	rm -rf $(VENV) $(MORE) build dist runs htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MORE) $(FLOWER) build dist runs htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip 25.1 is the first that knows dependency groups.
@@ -106,4 +116,11 @@ $(HAVE_MORE): $(PINS) $(MORE_PINS)
 	$(MORE)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
 	$(MORE)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint $(MORE_PINS) \
 		--editable '.[s3,http,ray]' --group integrations
+	@touch $@
+
+$(HAVE_FLOWER): $(PINS) $(FLOWER_PINS) examples/flower/pyproject.toml
+	$(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
+	$(FLOWER)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint $(FLOWER_PINS) \
+		--editable '.[http]' --editable examples/flower
 	@touch $@

@@ -245,6 +245,28 @@ def test_run_commits_until_it_is_told_to_stop(store: GradientStore) -> None:
     assert Accumulator(Point(), store, sgd()).run(twice) == 0
 
 
+def test_run_looks_again_at_once_while_batches_come(store: GradientStore) -> None:
+    """The poll is the longest pause, of an hour here: a batch that follows soon is seen soon."""
+    accumulator, stop, committed = Accumulator(Point(), store, sgd(), min_batches=2), threading.Event(), []
+    looked = threading.Event()
+    step = accumulator.step
+
+    def watched() -> Any:
+        found = step()
+        looked.set()
+        return found
+
+    accumulator.step = watched  # type: ignore[method-assign]
+    store.pile().create(batch(0), record())
+    settings: dict[str, Any] = {"poll": 3600.0, "on_commit": lambda commit: (committed.append(commit), stop.set())}
+    thread = threading.Thread(target=accumulator.run, args=(stop,), kwargs=settings, daemon=True)
+    thread.start()
+    assert looked.wait(60), "one of two waits"
+    store.pile().create(batch(1), record())
+    thread.join(60)
+    assert [commit.num_batches for commit in committed] == [2]
+
+
 def test_the_lock_of_another_accumulator_is_waited_for_but_not_relied_on(store: GradientStore) -> None:
     """Who holds it for ever costs `lock_seconds`, no more."""
     accumulator = Accumulator(Point(), store, sgd(), lock_seconds=0.01)

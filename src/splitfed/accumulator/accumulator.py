@@ -51,6 +51,7 @@ from splitfed.errors import (
 from splitfed.model.fingerprint import personal_names
 from splitfed.model.skeleton import Template, device_of
 from splitfed.model.stamp import stamp_of
+from splitfed.protocol.backoff import Backoff, growing
 from splitfed.protocol.flows import Flow, added, from_plain
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import BufferUpdate, GradientRecord
@@ -64,6 +65,7 @@ from splitfed.store.sums import Sum
 MANY_SKIPS = 256
 """So many numbers that clients have given up are closed without waiting for gradients. Fewer wait:
 each commit is a version, and takes one out of the retention window."""
+_FIRST_POLL = 0.005  # seconds
 _MOST_KEPT = 64
 """So many gradients are added up in one pass at most: each is a file that is open."""
 _KEPT_BYTES = 64 << 20
@@ -273,19 +275,22 @@ class Accumulator:
 
         Args:
             stop: Set it to stop; or call `stop()`.
-            poll: How long to wait before looking again, in seconds, when too few are pending.
+            poll: Longest pause between two looks when too few are pending, in seconds. The first
+                pauses after a commit are much shorter: while batches come, each is seen at once.
             on_commit: Called with each commit.
 
         Returns:
             The number of commits that were made.
         """
         ends = self._stop if stop is None else stop
+        looks = Backoff(growing(_FIRST_POLL, 1.5), most=poll, stop=ends)
         made = 0
         while not ends.is_set() and not self._stop.is_set():
             commit = self.step()
             if commit is None:
-                ends.wait(poll)
+                looks.wait()
                 continue
+            looks = Backoff(growing(_FIRST_POLL, 1.5), most=poll, stop=ends)
             made += 1
             if on_commit is not None:
                 on_commit(commit)

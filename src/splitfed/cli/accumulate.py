@@ -63,7 +63,7 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
         type=float,
         default=0.5,
         metavar="S",
-        help="seconds between two looks when too few wait (default: %(default)s)",
+        help="longest pause between two looks when too few wait (default: %(default)s)",
     )
     parser.set_defaults(run=run)
 

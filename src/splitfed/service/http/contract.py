@@ -3,14 +3,16 @@
 The body of an answer is the packed message; the body of an error is JSON, which any client or proxy
 log can show. A body that is neither comes from something else: a proxy, a login page, a wrong port.
 
-`document` writes the contract down as OpenAPI, for gateways, generated clients and fuzzers. OpenAPI
-can only call the bodies of messages binary; the paths, methods, headers and statuses are complete.
+`document` writes the contract down as OpenAPI, for gateways, generated clients and fuzzers. To it
+the bodies of messages are bytes: a schema of each names its fields, and `docs/wire.md` says how
+they are packed.
 
 Client and server import this module, so it imports nothing that only one of them has.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -18,6 +20,7 @@ from splitfed import errors
 from splitfed._version import __version__
 from splitfed.errors import SplitFedError
 from splitfed.protocol import packing
+from splitfed.protocol.fields import added_fields
 from splitfed.protocol.transport import VERBS
 from splitfed.service.http.limits import Limits
 
@@ -27,6 +30,8 @@ BINARY = "application/octet-stream"
 JSON = "application/json"
 AFFINITY = "splitfed-affinity"
 """The header with the key of `affinity`, in requests and in answers of balancers."""
+WIRE = "docs/wire.md"
+"""The page on the bytes of messages."""
 RETRIED = frozenset({429, 502, 503, 504})
 """Statuses after which the same request may succeed: the server is busy, a replica is gone, the
 store failed."""
@@ -115,7 +120,7 @@ def document(limits: Limits, *, secured: bool) -> dict[str, Any]:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": {"schemas": {"Error": _ERROR_SCHEMA}},
+        "components": {"schemas": {"Error": _ERROR_SCHEMA, **_message_schemas()}},
     }
     if secured:
         found["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
@@ -135,16 +140,39 @@ def _operation(verb: str, limits: Limits) -> dict[str, Any]:
         "requestBody": {
             "required": True,
             "description": f"A packed {request.__name__}, of at most {limits.body} bytes.",
-            "content": {BINARY: {"schema": {"type": "string", "format": "binary"}}},
+            "content": {BINARY: {"schema": _reference(request)}},
         },
         "responses": {
             "200": {
                 "description": f"A packed {answer.__name__}.",
-                "content": {BINARY: {"schema": {"type": "string", "format": "binary"}}},
+                "content": {BINARY: {"schema": _reference(answer)}},
             },
             **_error_responses(_status_meanings()),
         },
     }
+
+
+def _reference(message: type) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{message.__name__}"}
+
+
+def _message_schemas() -> dict[str, Any]:
+    """A schema for each message: bytes, with the names of the fields that are packed in them."""
+    found: dict[str, Any] = {}
+    for message in (cls for pair in VERBS.values() for cls in pair):
+        optional = added_fields(message)
+        found[message.__name__] = {
+            "type": "string",
+            "format": "binary",
+            "description": f"A packed {message.__name__}: safetensors bytes. How they are made, "
+            f"and what each field means, is said by {WIRE} of splitfed's documentation, "
+            f"under {message.__name__}.",
+            "x-splitfed-fields": {
+                field.name: "optional" if field.name in optional else "required"
+                for field in dataclasses.fields(message)
+            },
+        }
+    return found
 
 
 def _report(summary: str, kind: str = JSON, *, private: bool = False) -> dict[str, Any]:

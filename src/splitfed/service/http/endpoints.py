@@ -23,12 +23,14 @@ from typing import Any, Protocol
 
 from splitfed.errors import (
     BusyError,
+    CorruptedError,
     FormatError,
     InputError,
     SplitFedError,
     TokenError,
     TooLargeError,
 )
+from splitfed.protocol import checksum
 from splitfed.protocol.packing import pack, unpack
 from splitfed.protocol.safetensors import aligned
 from splitfed.protocol.transport import VERBS, Transport
@@ -346,6 +348,13 @@ class Method(Endpoint):
 
     def _unpacked(self, body: memoryview) -> Any:
         limits = self.desk.limits
+        try:
+            checksum.check(body, required=False)
+        except CorruptedError as error:  # on the way here, so it isn't our store that is damaged
+            raise FormatError(
+                f"the request has another checksum than it says ({error}): send it again, or leave "
+                "the checksum out"
+            ) from error
         return unpack(self._request, body, max_tensors=limits.tensors, max_header=limits.header)
 
     def _answered(self, request: Any, owner: str | None) -> Buffers:
