@@ -18,7 +18,11 @@ import splitfed
 from splitfed import errors
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("README.md")),
+]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -46,11 +50,14 @@ def accelerate_reset() -> Iterator[None]:
 
 
 TRAINERS = "docs/trainers.md"
+APART = ("docs/exporting.md",)
+"""Pages whose code needs the environment of `tests/integrations`: `test_pages.py` there runs it."""
 RUN = [
     pytest.param(page, id=name, marks=[pytest.mark.integration] if name == TRAINERS else [])
     for page, name in zip(PAGES, NAMES, strict=True)
+    if name not in APART
 ]
-"""The pages; that on trainers is one of `make integrations`, with all the libraries that it brings."""
+"""The others; that on trainers is one of `make integrations`, with all the libraries that it brings."""
 
 
 @pytest.mark.usefixtures("accelerate_reset", "forked_workers")
