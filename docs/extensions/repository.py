@@ -1,6 +1,8 @@
-"""Links that lead out of `docs/`, to examples, tests and the files at the top: on the site they lead to the repository.
+"""What a page is on the site that it isn't in the repository: in a site's tree, and far from all other files.
 
-In the repository itself they are relative, so that they can be followed there, in a clone or on a branch.
+Links that lead out of `docs/`, to examples, tests and the files at the top, are relative, so that they can be followed in a
+clone or on a branch. On the site they lead to the repository. And a `README.md`, which a repository shows for its folder,
+holds the other pages of that folder.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 from sphinx.application import Sphinx
 
 _LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)\s#]+)((?:#[^)\s]*)?\))")
+_FOLDER = "\n```{toctree}\n:glob:\n:hidden:\n\n*\n```\n"
 
 
 def absolute(text: str, folder: str, root: Path, repository: str, revision: str) -> str:
@@ -43,9 +46,12 @@ def setup(app: Sphinx) -> dict[str, Any]:
     root = Path(app.srcdir).parent
 
     def read(app: Sphinx, name: str, source: list[str]) -> None:
-        if str(app.env.doc2path(name)).endswith(".md"):
+        path = Path(app.env.doc2path(name))
+        if path.suffix == ".md":
             folder = posixpath.dirname(f"docs/{name}")
             source[0] = absolute(source[0], folder, root, app.config.repository, app.config.revision)
+        if path.name == "README.md":
+            source[0] += _FOLDER
 
     app.connect("source-read", read)
     return {"parallel_read_safe": True}
