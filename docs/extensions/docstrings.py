@@ -21,7 +21,7 @@ def restructured(lines: Sequence[str]) -> list[str]:
     for line in lines:
         text = _CODE.sub(lambda code: f"{code[1]}{code[2]}{code[1]}" + (code[3] and f"\\ {code[3]}"), line)
         row = text.strip()
-        if not (row.startswith("| ") or row.startswith("|-")):
+        if not row.startswith(("| ", "|-")):
             in_table = False
             made.append(text)
             continue

@@ -1,7 +1,7 @@
 """Code in single backticks becomes a link where it names something public.
 
-Pages and docstrings write `SplitClient`, `client.batch()` or `policies.mode("buffered")` as they would be typed. What is
-in the reference is linked to it; all other code stays code, so no word in backticks can break the build. Sphinx's own
+Pages and docstrings write `SplitClient`, `client.batch()` or `policies.mode("buffered")` as they would be typed. What
+is in the reference is linked to it; all other code stays code, so no word in backticks can break the build. Sphinx's own
 role `any` would warn of each `loss` and `None`.
 """
 

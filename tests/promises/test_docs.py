@@ -170,6 +170,22 @@ def test_every_key_of_a_store_is_in_its_layout(tmp_path: Path) -> None:
     assert unfinished.requires_grad
 
 
+def test_extras_that_are_named_exist() -> None:
+    """On a page and in the message of an error; none is named as if the index had the package."""
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    section = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^([a-z0-9]+) = ", section, re.MULTILINE))
+    sources = [path.read_text("utf-8") for path in sorted(Path(splitfed.__file__).parent.rglob("*.py"))]
+    texts = [page.read_text("utf-8") for page in PAGES]
+    named = {name for text in sources for name in re.findall(r"\binstall\([\"'](\w+)[\"']\)", text)}
+    named |= {
+        name for text in texts for found in re.findall(r"\"\.\[([a-z0-9,]+)\]\"", text) for name in found.split(",")
+    }
+    assert len(named) > 8
+    assert named - {"dev"} <= extras
+    assert [text for text in (*sources, *texts) if re.search(r"install [\"']?splitfed\b", text)] == []
+
+
 def test_examples_are_all_listed() -> None:
     """Each script in `examples/` is linked from its index, and each link there is a script."""
     scripts = {path.name for path in (ROOT / "examples").glob("*.py")}

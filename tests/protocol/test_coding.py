@@ -215,7 +215,7 @@ def test_zstd_that_isn_t_installed_is_named_with_its_extra(without_zstd: None) -
     with pytest.raises(InputError, match=r'pip install "\.\[zstd\]" in a clone'):
         Codec.of("int8+zstd")
     made = replace(coded(large(64, 64), "int8")[1], codec="int8/1+zstd/1")
-    with pytest.raises(InputError, match=r'extra .zstd. if zstd'):
+    with pytest.raises(InputError, match=r"extra .zstd. if zstd"):
         decode(torch.zeros(4, dtype=torch.uint8), made)
 
 
