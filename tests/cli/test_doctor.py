@@ -130,7 +130,10 @@ def test_packages(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "s3fs" else real(name))
     status, found = report(capsys)
     assert status == 0
-    assert found["extra s3"] == ("note", "s3fs not installed; if you need it: pip install 'splitfed[s3]'")
+    assert found["extra s3"] == (
+        "note",
+        's3fs not installed; if you need it: pip install ".[s3]" in a clone of splitfed',
+    )
     assert found["extra http"][0] == "ok"
     monkeypatch.setattr(doctor, "version", raising(PackageNotFoundError("x")))
     assert doctor._version("mystery") == "of unknown version"
@@ -174,4 +177,7 @@ def test_a_server_needs_the_extra(capsys: pytest.CaptureFixture[str], monkeypatc
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "urllib3" else real(name))
     status, found = report(capsys, "--server", "http://127.0.0.1:1")
-    assert (status, found["server"]) == (1, ("FAIL", "urllib3 isn't installed: pip install 'splitfed[http]'"))
+    assert (status, found["server"]) == (
+        1,
+        ("FAIL", 'urllib3 isn\'t installed: pip install ".[http]" in a clone of splitfed'),
+    )

@@ -118,7 +118,7 @@ def test_what_isn_t_installed_is_told_with_its_extra(
     """In one line."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else object())
     assert run() == 2
-    assert "serve needs uvicorn: pip install 'splitfed[http]'" in capsys.readouterr().err
+    assert 'serve needs uvicorn: pip install ".[http]" in a clone of splitfed' in capsys.readouterr().err
 
 
 def test_the_settings_of_a_worker_can_cross_a_process(served: list[Any]) -> None:

@@ -30,6 +30,7 @@ from splitfed.store.store import GradientStore
 
 DEPLOY = ROOT / "examples" / "deploy"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+OVERLAYS = sorted((DEPLOY / "overlays").iterdir())
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 NEEDED = {"splitfed-tokens", "splitfed-s3"}
 """Secrets that the text makes by hand."""
@@ -195,6 +196,76 @@ def test_manifests_run_commands_that_exist() -> None:
     assert replica["terminationGracePeriodSeconds"] > serve.drain_seconds
     mounted = {mount["mountPath"] for mount in replica["containers"][0]["volumeMounts"]}
     assert str(Path(serve.tokens).parent) in mounted
+
+
+def rendered(overlay: str) -> list[dict[str, Any]]:
+    """The resources that an overlay makes of the manifests, by the real Kustomize."""
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(DEPLOY / "overlays" / overlay)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [found for found in yaml.safe_load_all(done.stdout) if found]
+
+
+def replica(resources: list[dict[str, Any]]) -> dict[str, Any]:
+    """The container of a replica among resources."""
+    (found,) = [one for one in resources if (one["kind"], one["metadata"]["name"]) == ("Deployment", "replica")]
+    container: dict[str, Any] = found["spec"]["template"]["spec"]["containers"][0]
+    return container
+
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl isn't installed")
+
+
+@needs_kubectl
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
+def test_overlays_are_valid(path: Path) -> None:
+    """What each makes follows the schemas, runs commands that exist, and is in the text."""
+    resources = rendered(path.name)
+    for resource in resources:
+        kubernetes_validate.validate(resource, kubernetes_validate.latest_version(), strict=True)
+    assert parsed(replica(resources)["args"]).verb == "serve"
+    assert f"kubectl apply -k overlays/{path.name}" in (path / "kustomization.yaml").read_text("utf-8")
+    assert f"overlays/{path.name}" in (DEPLOY / "README.md").read_text("utf-8")
+
+
+@needs_kubectl
+def test_an_overlay_for_a_bucket_leaves_out_the_object_store() -> None:
+    """Nothing of it is left, and all processes read the bucket's URL from one place."""
+    resources = rendered("bucket")
+    names = {one["metadata"]["name"] for one in resources}
+    assert not names & {"objects", "bucket"}
+    (settings,) = [one["data"] for one in resources if one["kind"] == "ConfigMap"]
+    assert settings["SPLITFED_STORE"].startswith("s3://")
+    assert settings["AWS_ENDPOINT_URL"].startswith("https://")
+    assert settings["OMP_NUM_THREADS"] == "1"
+
+
+@needs_kubectl
+def test_an_overlay_for_gpus_computes_on_them() -> None:
+    """Replica and accumulator ask for one each, and use it."""
+    pods = [one["spec"]["template"]["spec"] for one in rendered("gpu") if one["kind"] == "Deployment"]
+    assert len(pods) == 2
+    for pod in pods:
+        (container,) = pod["containers"]
+        assert parsed(container["args"]).device == "cuda"
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+@needs_kubectl
+def test_an_overlay_for_tls_serves_and_is_asked_by_it() -> None:
+    """The certificate is where the command reads it, and probes speak HTTPS."""
+    resources = rendered("tls")
+    container = replica(resources)
+    arguments = parsed(container["args"])
+    (mounted,) = [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "tls"]
+    assert {str(Path(arguments.tls_cert).parent), str(Path(arguments.tls_key).parent)} == {mounted}
+    probes = [container[name]["httpGet"] for name in ("startupProbe", "livenessProbe", "readinessProbe")]
+    assert [probe["scheme"] for probe in probes] == ["HTTPS"] * 3
 
 
 def test_manifests_and_image_agree() -> None:

@@ -18,7 +18,11 @@ import splitfed
 from splitfed import errors
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("README.md")),
+]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -46,11 +50,14 @@ def accelerate_reset() -> Iterator[None]:
 
 
 TRAINERS = "docs/trainers.md"
+APART = ("docs/exporting.md",)
+"""Pages whose code needs the environment of `tests/integrations`: `test_pages.py` there runs it."""
 RUN = [
     pytest.param(page, id=name, marks=[pytest.mark.integration] if name == TRAINERS else [])
     for page, name in zip(PAGES, NAMES, strict=True)
+    if name not in APART
 ]
-"""The pages; that on trainers is one of `make integrations`, with all the libraries that it brings."""
+"""The others; that on trainers is one of `make integrations`, with all the libraries that it brings."""
 
 
 @pytest.mark.usefixtures("accelerate_reset", "forked_workers")
@@ -161,6 +168,22 @@ def test_every_key_of_a_store_is_in_its_layout(tmp_path: Path) -> None:
     for part in found - {"a"}:
         assert part.partition("#")[0] in page, part
     assert unfinished.requires_grad
+
+
+def test_extras_that_are_named_exist() -> None:
+    """On a page and in the message of an error; none is named as if the index had the package."""
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    section = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^([a-z0-9]+) = ", section, re.MULTILINE))
+    sources = [path.read_text("utf-8") for path in sorted(Path(splitfed.__file__).parent.rglob("*.py"))]
+    texts = [page.read_text("utf-8") for page in PAGES]
+    named = {name for text in sources for name in re.findall(r"\binstall\([\"'](\w+)[\"']\)", text)}
+    named |= {
+        name for text in texts for found in re.findall(r"\"\.\[([a-z0-9,]+)\]\"", text) for name in found.split(",")
+    }
+    assert len(named) > 8
+    assert named - {"dev"} <= extras
+    assert [text for text in (*sources, *texts) if re.search(r"install [\"']?splitfed\b", text)] == []
 
 
 def test_examples_are_all_listed() -> None:

@@ -211,7 +211,7 @@ def test_a_history_becomes_a_data_frame() -> None:
 def test_pandas_is_asked_for_by_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without pandas the error says how to get it."""
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(InputError, match=r"pip install 'splitfed\[pandas\]'"):
+    with pytest.raises(InputError, match=r'pip install "\.\[pandas\]" in a clone'):
         History().to_pandas()
 
 

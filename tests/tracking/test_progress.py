@@ -56,7 +56,7 @@ def test_it_can_be_switched_on(capsys: pytest.CaptureFixture[str]) -> None:
 def test_tqdm_is_asked_for_by_its_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without tqdm a bar that was asked for is an error, and one that wasn't is left out."""
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    with pytest.raises(InputError, match=r"pip install 'splitfed\[progress\]'"):
+    with pytest.raises(InputError, match=r'pip install "\.\[progress\]" in a clone'):
         Progress(True).on_row(ROWS[0])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     shown(Progress())

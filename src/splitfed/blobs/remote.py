@@ -50,6 +50,7 @@ from splitfed.blobs.contract import (
     is_name,
     views,
 )
+from splitfed.checks import install
 from splitfed.errors import BusyError, IdError, InputError, StoreCapabilityError, StoreError
 
 _TRIES = 5
@@ -287,7 +288,7 @@ def _installation(protocol: str) -> str:
     """Return how to install the package that fsspec's protocol needs."""
     package = known_implementations.get(protocol, {}).get("class", protocol).partition(".")[0]
     if package in _EXTRAS:
-        return f"pip install 'splitfed[{_EXTRAS[package]}]'"
+        return install(_EXTRAS[package])
     if package == "fsspec":
         # The filesystem is fsspec's own; the error names what it needs.
         return "install what it asks for"

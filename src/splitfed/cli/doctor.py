@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from splitfed._version import __version__
+from splitfed.checks import install
 from splitfed.cli.options import add_store, open_store
 from splitfed.cli.tables import size, table
 from splitfed.errors import MissingError, SplitFedError
@@ -105,8 +106,7 @@ def _packages() -> Findings:
     for extra, modules in _EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         if missing:
-            install = f"if you need it: pip install 'splitfed[{extra}]'"
-            detail = f"{' and '.join(missing)} not installed; {install}"
+            detail = f"{' and '.join(missing)} not installed; if you need it: {install(extra)}"
             yield Finding("note", f"extra {extra}", detail)
         else:
             detail = ", ".join(f"{name} {_version(name)}" for name in modules)
@@ -242,7 +242,7 @@ def _newest(store: GradientStore, name: str, newest: int) -> Findings:
 
 def _server(url: str) -> Findings:
     if importlib.util.find_spec("urllib3") is None:
-        yield Finding("FAIL", "server", "urllib3 isn't installed: pip install 'splitfed[http]'")
+        yield Finding("FAIL", "server", f"urllib3 isn't installed: {install('http')}")
         return
     from splitfed.service.http.client import HttpTransport
 

@@ -15,6 +15,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
+from splitfed.checks import install
 from splitfed.cli.options import (
     LOG_FORMAT,
     add_server,
@@ -112,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"serve needs {' and '.join(missing)}: pip install 'splitfed[http]'")
+        raise InputError(f"serve needs {' and '.join(missing)}: {install('http')}")
     from splitfed.service.http.serve import leave, serve
 
     _check_access(arguments)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from splitfed.checks import install
 from splitfed.errors import InputError
 from splitfed.protocol.transport import Transport
 
@@ -52,7 +53,7 @@ def open_transport(
         extra = _EXTRAS.get(error.name or "")
         if extra is None:
             raise
-        raise InputError(f"{url} needs {error.name}: pip install 'splitfed[{extra}]'") from error
+        raise InputError(f"{url} needs {error.name}: {install(extra)}") from error
     try:
         transport: Transport = found.connect(url, client_id=client_id, token=token, **options)
     except TypeError as error:

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitfed.checks import positive
+from splitfed.checks import install, positive
 from splitfed.errors import FormatError, InputError
 
 GROWTH = 256
@@ -162,7 +162,7 @@ class Codec:
         except InputError as error:
             raise InputError(
                 f"{what} {text[:60]!r}, and this end has {_ON_WIRE} ({error}): "
-                "give both ends the same release of splitfed, and its extra splitfed[zstd] if zstd "
+                "give both ends the same release of splitfed, and its extra 'zstd' if zstd "
                 "is used, or use a codec that both have"
             ) from error
 
@@ -384,8 +384,8 @@ def load_zstd() -> Any:
         import zstandard
     except ModuleNotFoundError as error:
         raise InputError(
-            "the codec 'zstd' needs the package zstandard: pip install 'splitfed[zstd]', at both "
-            "ends; the other codecs need nothing"
+            f"the codec 'zstd' needs the package zstandard: {install('zstd')}, at both ends; "
+            "the other codecs need nothing"
         ) from error
     return zstandard
 

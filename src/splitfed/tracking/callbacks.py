@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast
 
+from splitfed.checks import install
 from splitfed.errors import InputError
 from splitfed.store.rows import Row
 
@@ -155,9 +156,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
-            raise InputError(
-                "this callback needs TensorBoard: pip install 'splitfed[tensorboard]'"
-            ) from None
+            raise InputError(f"this callback needs TensorBoard: {install('tensorboard')}") from None
         return SummaryWriter(self._folder)
 
 

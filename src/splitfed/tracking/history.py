@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from splitfed.blobs.contract import Blobs
+from splitfed.checks import install
 from splitfed.errors import FormatError, InputError, MissingError
 from splitfed.store import layout
 from splitfed.store.rows import Row, from_lines, is_file_of, plain, to_lines
@@ -140,7 +141,7 @@ class History:
         try:
             import pandas as pd
         except ImportError:
-            raise InputError("to_pandas needs pandas: pip install 'splitfed[pandas]'") from None
+            raise InputError(f"to_pandas needs pandas: {install('pandas')}") from None
         if kind == "client":
             return pd.DataFrame(self._client_lines())
         if kind not in ("round", "commit", "run"):

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from splitfed.checks import install
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
-        raise InputError("pictures need matplotlib: pip install 'splitfed[plots]'") from None
+        raise InputError(f"pictures need matplotlib: {install('plots')}") from None
     engine = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
     made = Figure(figsize=(width, height), dpi=160, facecolor="white", layout=engine)
     FigureCanvasAgg(made)

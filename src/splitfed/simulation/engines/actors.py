@@ -15,6 +15,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from splitfed.checks import install
 from splitfed.errors import InputError
 from splitfed.simulation.engines.host import Host
 from splitfed.simulation.engines.pool import Death
@@ -138,13 +139,13 @@ def _check_installed() -> None:
         found = version("ray")
     except PackageNotFoundError as error:
         raise InputError(
-            "engine='ray' needs Ray, which isn't installed: pip install 'splitfed[ray]'"
+            f"engine='ray' needs Ray, which isn't installed: {install('ray')}"
         ) from error
     numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
     if numbers < _LEAST:
         raise InputError(
             f"engine='ray' needs Ray {least} or newer, and {found} is installed: "
-            "pip install --upgrade 'splitfed[ray]'"
+            f"{install('ray')}, with --upgrade"
         )
 
 
