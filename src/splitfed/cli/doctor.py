@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from splitfed._version import __version__
 from splitfed.cli.options import add_store, open_store
-from splitfed.cli.tables import size, table
+from splitfed.cli.tables import table
+from splitfed.quantities import size
 from splitfed.errors import MissingError, SplitFedError
 
 if TYPE_CHECKING:

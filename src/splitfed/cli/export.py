@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from splitfed.cli.options import add_store, load_object, open_store
-from splitfed.cli.tables import size
+from splitfed.quantities import size
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:

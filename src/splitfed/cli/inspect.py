@@ -9,7 +9,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from splitfed.cli.options import load_body
-from splitfed.cli.tables import size, table
+from splitfed.cli.tables import table
+from splitfed.quantities import size
 from splitfed.errors import InputError, SplitFedError
 
 if TYPE_CHECKING:

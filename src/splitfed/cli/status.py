@@ -10,7 +10,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from splitfed.cli.options import add_store, open_store
-from splitfed.cli.tables import age, counts, size, table
+from splitfed.cli.tables import table
+from splitfed.quantities import age, counts, size
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:

@@ -22,10 +22,9 @@ from splitfed.errors import FormatError, InputError, MissingError
 from splitfed.store import layout
 from splitfed.store.rows import Row, from_lines, is_file_of, plain, to_lines
 from splitfed.store.store import GradientStore
+from splitfed.tracking.records import STORE, Records
 
 FILE = "history.jsonl"
-STORE = "store"
-"""The name of the store in a run's folder, where the folder isn't a store itself."""
 _MOST_UNWRITTEN = 1000
 
 
@@ -52,22 +51,20 @@ class History:
 
     @classmethod
     def load(cls, where: GradientStore | str | os.PathLike[str]) -> History:
-        """The history of an earlier run.
+        """The history of a run, an earlier one or one that goes on.
+
+        Commits and rounds that nobody kept a history of are read off the store's own records, so
+        any store has one; what they don't know, such as losses, is absent.
 
         Args:
             where: A store or its URL, a file of JSON lines, or a folder with a `store` or a
                 `history.jsonl` in it.
 
         Raises:
-            MissingError: there is none.
+            MissingError: there is no run.
             FormatError: the file there isn't a history.
         """
-        found = cls(_locate(where))
-        if not found.rows:
-            raise MissingError(
-                f"{where} holds no history: expected a run's store, its folder or its {FILE}"
-            )
-        return found
+        return Source(where).read()
 
     @property
     def rows(self) -> list[Row]:
@@ -155,6 +152,46 @@ class History:
             for row in self.rounds()
             for client, metrics in row.get("clients", {}).items()
         ]
+
+
+class Source:
+    """The place of a run's history, to be read again and again while the run goes on.
+
+    Args:
+        where: As for `History.load`.
+
+    Raises:
+        MissingError: there is nothing.
+    """
+
+    def __init__(self, where: GradientStore | str | os.PathLike[str]) -> None:
+        self._where = where
+        self._found = _locate(where)
+        store = self._found if isinstance(self._found, GradientStore) else None
+        self._records = None if store is None else Records(store)
+
+    def read(self) -> History:
+        """The history as it is now.
+
+        Raises:
+            MissingError: there is no run as yet.
+            FormatError: what is there isn't a history.
+        """
+        history = History(self._found)
+        rows = history.rows
+        kinds = {row.get("kind") for row in rows}
+        if self._records is not None and not kinds >= {"commit", "round"}:
+            rows += [row for row in self._records.rows() if row["kind"] not in kinds]
+        if not rows:
+            raise MissingError(
+                f"{_shown(self._where)} holds no run: "
+                f"expected a run's store, its folder or its {FILE}"
+            )
+        return history
+
+
+def _shown(where: GradientStore | str | os.PathLike[str]) -> str:
+    return where.shown if isinstance(where, GradientStore) else str(where)
 
 
 class _Journal(Protocol):
@@ -267,4 +304,9 @@ def _locate(where: GradientStore | str | os.PathLike[str]) -> GradientStore | Pa
     for folder in (path, path / STORE):
         if (folder / layout.HISTORY).is_dir():
             return GradientStore(folder)
-    return path if path.is_file() else path / FILE
+    if path.is_file() or (path / FILE).is_file():
+        return path if path.is_file() else path / FILE
+    for folder in (path, path / STORE):
+        if (folder / layout.FORMAT).is_file():
+            return GradientStore(folder)
+    return path / FILE

@@ -16,7 +16,7 @@ from splitfed.cli.command import main
 from splitfed.errors import FormatError, InputError, MissingError
 from splitfed.store.store import GradientStore
 from splitfed.tracking.history import History
-from splitfed.tracking.report import cards
+from splitfed.tracking.report import cards, participation
 from splitfed.tracking.report.reading import ages, at_rounds, dots, natural, read, states, traffic
 
 HOSTILE = '<img src=x onerror="alert(1)">'
@@ -132,7 +132,7 @@ def test_the_page_has_what_the_rows_have() -> None:
     for expected in (
         *("4 clients · 2 rounds · mode buffered · seed 3", "75.0 %", "best 75.0 % in round 2", "at first 1"),
         *("14\n3 discarded", "client halves at version 2", "9 kB", "6 kB up, 3 kB down", "3.33 min on the run's clock"),
-        *("Accuracy", "Loss", "Participants", "Who took part", "Updates over time", "Staleness", "Bytes by client"),
+        *("Accuracy", "Loss", "Who took part", "Updates over time", "Staleness", "Bytes by client"),
         *("Examples by client and class", "Discarded gradients", "stale: 3 (too old by the policy)", "All rounds"),
         *("round trips\n1,200\n600 a round", "staleness\n4\ncommits on average, at most 12"),
         *("66.7 % of 6 were fresh", "10–19", "alpha", "rounds\n", "time", "bytes"),
@@ -141,23 +141,35 @@ def test_the_page_has_what_the_rows_have() -> None:
 
 
 def test_what_isnt_known_is_said() -> None:
-    """A run that nobody evaluated, measured or counted has cards that say so, and no switch of axes."""
+    """A run that nobody evaluated, measured or counted has no empty cards: a sentence names what isn't on record."""
     bare = {"kind": "round", "round": 1, "gradients_folded": 5, "gradients_waiting": 2}
     words = "\n".join(Page(report.render(history(bare))).words)
     for expected in (
-        *("split federated run", "the run wasn't evaluated", "No loss is on record", "don't say who took part"),
-        *("No commits are on record", "The bytes weren't counted", "Clients keep their classes to themselves"),
+        "split federated run",
+        "Not on record: accuracy, loss, who took part, commits, bytes by client, classes by client.",
         "✓ Nothing was discarded: 5 gradients came and all were folded. 2 gradients waited at the end.",
     ):
         assert expected in words, expected
     assert "over" not in words.split("\n")
+    assert "Who took part" not in words
 
 
 def test_a_run_without_rounds_shows_its_commits() -> None:
-    """Commits alone, as of an accumulator, make a page too."""
-    words = "\n".join(Page(report.render(history(a_commit(1), a_commit(2, delay=None)))).words)
-    assert "Height: how many batches it folded" in words
+    """Commits alone, as of an accumulator, make a page too: what was folded, by whom and when."""
+    folded = {"folded": {"site-1": 2, "site-2": 1}, "num_stale": 1}
+    rows = a_commit(1, **folded), a_commit(2, delay=None, **folded), a_commit(7, lineage="client", folded={"site-9": 1})
+    page = report.render(history(*rows))
+    words = "\n".join(Page(page).words)
+    for expected in (
+        *("Height: how many batches it folded", "3 clients · 3 commits", "gradients folded\n6\n2 discarded"),
+        *("body version\n2\nof lineage body", "Batches over time", "Batches by client", "Who took part"),
+        *("stale: 2 (too old by the policy)", "Not on record: accuracy, loss, bytes by client, classes by client."),
+    ):
+        assert expected in words, expected
     assert "All rounds" not in words
+    # Two commits are two stretches of the 50 s between them; site-1 has twice what site-2 has.
+    assert 'data-tip="site-1&#10;0 s to 25 s&#10;2 batches"' in page
+    assert 'class="p h2" data-tip="site-2&#10;25 s to 50 s&#10;1 batch"' in page
 
 
 def test_dropped_updates_without_lost_gradients_have_their_card() -> None:
@@ -229,7 +241,7 @@ def test_staleness_and_bytes_add_up() -> None:
 
 
 def test_a_thousand_clients_stay_readable() -> None:
-    """Forty lines a card, first those with which something was wrong, and a word on the rest."""
+    """Sixty lines a card, first those with which something was wrong, and a word on the rest."""
     names = [f"client-{n}" for n in range(1000)]
     clients = {name: {"classes": {str(n): 1 for n in range(25)}} for name in names}
     figures = {name: {"bytes_up": n, "bytes_down": 1} for n, name in enumerate(names)}
@@ -239,12 +251,12 @@ def test_a_thousand_clients_stay_readable() -> None:
     ]
     rows.append(rows[0] | {"round": 120, "clients": figures})
     run = read(history({"kind": "run", "clients": clients}, *rows))
-    grid = cards.participation(run)
-    assert grid.count("<tr") == 1 + cards.MOST_CLIENTS
+    grid = participation.participants(run)
+    assert grid.count('class="name"') == participation.MOST_CLIENTS == 60
     assert "client-0," in grid
-    assert "40 of 1,000 clients" in grid
+    assert "60 of 1,000 clients" in grid
     assert "the last 100 of 120 rounds" in grid
-    assert "and 960 clients more with" in cards.traffic_bars(traffic(run))
+    assert "and 940 clients more with" in cards.traffic_bars(traffic(run))
     classes = cards.class_bars({name: known["classes"] for name, known in clients.items()})
     assert "and 5 classes more" in classes
     assert len(report.render(history({"kind": "run", "clients": clients}, *rows))) < 2_000_000
