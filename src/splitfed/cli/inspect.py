@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from splitfed.cli.options import load_body
 from splitfed.cli.tables import table
-from splitfed.quantities import size
 from splitfed.errors import InputError, SplitFedError
+from splitfed.quantities import size
 
 if TYPE_CHECKING:
     import torch

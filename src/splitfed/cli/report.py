@@ -19,9 +19,7 @@ that needs nothing from a network."""
 
 def add(verbs: argparse._SubParsersAction[Any]) -> None:
     """Describe the verb and its arguments."""
-    parser = verbs.add_parser(
-        "report", help="draw runs as one HTML file", description=_DESCRIPTION
-    )
+    parser = verbs.add_parser("report", help="draw runs as one HTML file", description=_DESCRIPTION)
     parser.add_argument(
         "runs",
         nargs="+",

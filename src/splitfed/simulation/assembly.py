@@ -22,8 +22,8 @@ from splitfed.federation.federation import Federation, steady_clock
 from splitfed.protocol.transport import RoundRobin, Transport
 from splitfed.server.server import SplitServer
 from splitfed.simulation.traffic import Arrivals, Meter
-from splitfed.store.rounds import Plan
 from splitfed.store.records import commit_rows
+from splitfed.store.rounds import Plan
 from splitfed.store.rows import Row
 from splitfed.store.store import GradientStore
 

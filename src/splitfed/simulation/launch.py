@@ -73,6 +73,7 @@ def simulate(
     server_scheduler: SchedulerFactory | None = None,
     evaluate: Evaluation | None = None,
     store: GradientStore | None = None,
+    fresh: bool = False,
     personal: Iterable[str] = (),
     replicas: int = 1,
     seed: int = 0,
@@ -105,6 +106,8 @@ def simulate(
         evaluate: Held-out data, or a function of the model that returns metrics by name; evaluated
             once per round.
         store: The store of the run; by default one in memory that goes when nobody holds it.
+        fresh: Whether a run in `store` in which something was trained is set aside first, as by
+            `GradientStore(..., fresh=True)`; else it goes on, which is said.
         personal: Patterns of names in the half that stay with each client.
         replicas: How many servers share the requests, in turn.
         seed: Seeds all that is drawn: samples of clients, orders of examples, dropout.
@@ -182,6 +185,8 @@ def simulate(
     timeline = Timeline()
     if store is None:
         store = temporary_store(shared=isinstance(engine, Processes))
+    elif fresh:
+        store.begin_anew()
     assembly = Assembly(plans, store, ids, None if virtual is None else lambda: timeline.now)
     driver: Driver
     if isinstance(engine, Processes):

@@ -13,6 +13,7 @@ still has its own record of every commit.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from splitfed.errors import FormatError, InputError, MissingError
 from splitfed.store import layout
 from splitfed.store.rows import Row, from_lines, is_file_of, plain, to_lines
 from splitfed.store.store import GradientStore
-from splitfed.tracking.records import STORE, Records
+from splitfed.tracking.records import MOST, STORE, Records, name_of, row_of
 
 FILE = "history.jsonl"
 _MOST_UNWRITTEN = 1000
@@ -40,8 +41,16 @@ class History:
 
     def __init__(self, where: GradientStore | str | os.PathLike[str] | None = None) -> None:
         self._journal = _journal(where)
+        self._shown = "in memory" if where is None else repr(_shown(where))
         self._rows: list[Row] | None = None
         self._unwritten: list[Row] = []
+
+    def __repr__(self) -> str:
+        if self._rows is None:
+            return f"History({self._shown})"
+        kinds = Counter(str(row.get("kind")) for row in self._rows)
+        counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no rows"
+        return f"History({self._shown}: {counted})"
 
     def __enter__(self) -> History:
         return self
@@ -152,6 +161,52 @@ class History:
             for row in self.rounds()
             for client, metrics in row.get("clients", {}).items()
         ]
+
+
+class Follower:
+    """Keeps in a local file what commits add to a store, whoever makes them.
+
+    Killed and started again it goes on after the last commit that the file has, so that none is
+    missing in it.
+
+    Args:
+        store: The store that is followed.
+        path: The file of JSON lines; rows that are there already are kept.
+        lineages: Which lines of versions.
+
+    Raises:
+        InputError: the file is of another run: it has versions that this store hasn't.
+    """
+
+    def __init__(
+        self, store: GradientStore, path: str | os.PathLike[str], lineages: Iterable[str]
+    ) -> None:
+        self._store = store
+        self._history = History(path)
+        self._reported: dict[str, int] = {}
+        for lineage in lineages:
+            head = store.lineage(lineage).head()
+            last = max((row["version"] for row in self._history.commits(lineage)), default=0)
+            if last > max(head, 0):
+                raise InputError(
+                    f"{os.fspath(path)} has version {last} of lineage {lineage!r}, and "
+                    f"{store.shown} has {head}: it is the history of another run; "
+                    "expected a new file, or that of this run"
+                )
+            self._reported[lineage] = max(last, head - MOST)
+        if self._history.run is None:
+            settings = {"store": store.shown}
+            self._history.append({"kind": "run", "name": name_of(store), "settings": settings})
+
+    def catch_up(self) -> None:
+        """Write the rows of the commits that were made since the last call."""
+        for lineage, after in self._reported.items():
+            line = self._store.lineage(lineage)
+            upto = line.head()
+            for version in range(after + 1, upto + 1):
+                self._history.append(row_of(line.commit(version), lineage))
+            self._reported[lineage] = max(after, upto)
+        self._history.close()
 
 
 class Source:

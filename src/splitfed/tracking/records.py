@@ -55,9 +55,7 @@ class Records:
         self._read_rounds()
         begun = self._began()
         commits = [
-            {**row, "time": row["time"] - begun}
-            for rows in self._commits.values()
-            for row in rows
+            {**row, "time": row["time"] - begun} for rows in self._commits.values() for row in rows
         ]
         return [
             plain(self._run()),
@@ -97,7 +95,7 @@ class Records:
 
         def read(version: int) -> Row | None:
             try:
-                return _row(line.commit(version), lineage)
+                return row_of(line.commit(version), lineage)
             except (CorruptedError, FormatError, MissingError):
                 return None  # it was deleted or damaged: `status` and `repair` say so
 
@@ -132,6 +130,7 @@ def name_of(store: GradientStore) -> str:
     return parts[-1] if parts else "run"
 
 
-def _row(commit: Commit, lineage: str) -> Row:
+def row_of(commit: Commit, lineage: str) -> Row:
+    """The row of a commit, with how many batches of each client it folded."""
     folded = Counter(batch.client_id for batch in commit.folded)
     return {**commit_row(commit, lineage), "folded": dict(sorted(folded.items()))}

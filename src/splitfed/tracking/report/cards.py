@@ -217,7 +217,9 @@ def _first_versions(run: Run) -> str:
     found = [f"{version:,} of {name}" for name, version in run.first_versions.items()]
     if not found:
         return ""
-    return f"The commits from version {', '.join(found)} on: earlier ones weren't read, or are gone."
+    return (
+        f"The commits from version {', '.join(found)} on: earlier ones weren't read, or are gone."
+    )
 
 
 def _staleness_card(run: Run) -> str:

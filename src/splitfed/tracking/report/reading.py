@@ -269,7 +269,7 @@ def num_bytes(run: Run) -> int:
 
 
 def seconds(run: Run) -> float | None:
-    """How long the run took: by its last round or, without rounds, between first and last commit."""
+    """How long the run took: by its last round or, without rounds, from first to last commit."""
     found = value(run.last_round, "seconds", "time")
     times = [dot.time for dot in dots(run)]
     return found if found is not None or not times else max(times) - min(times)
