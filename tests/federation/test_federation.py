@@ -15,7 +15,7 @@ from harness_store import commits
 from splitfed import BatchId, Federation, InputError
 from splitfed.accumulator import policies
 from splitfed.federation import federation
-from splitfed.federation.reports import commit_rows
+from splitfed.store.records import commit_rows
 from splitfed.store.rows import plain
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,8 +51,8 @@ def accelerate_reset() -> Iterator[None]:
 
 
 TRAINERS = "docs/trainers.md"
-APART = ("docs/exporting.md",)
-"""Pages whose code needs the environment of `tests/integrations`: `test_pages.py` there runs it."""
+APART = ("docs/exporting.md", "docs/trackers.md")
+"""Pages whose code needs the environment of `tests/integrations`: tests there run it."""
 RUN = [
     pytest.param(page, id=name, marks=[pytest.mark.integration] if name == TRAINERS else [])
     for page, name in zip(PAGES, NAMES, strict=True)
@@ -68,6 +69,16 @@ def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for line, code in blocks(page, "python"):
         run(code, str(page), line, namespace)
+
+
+def test_the_page_on_simulation_runs_as_one_script(tmp_path: Path) -> None:
+    """All its blocks pasted below each other, with worker processes, which import the script themselves."""
+    script = tmp_path / "pasted.py"
+    script.write_text("\n\n".join(code for _, code in blocks(ROOT / "docs/simulation.md", "python")))
+    command = [sys.executable, str(script)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "runs/workers").is_dir()
 
 
 def test_pages_with_code_are_found() -> None:

@@ -76,7 +76,6 @@ from splitfed import (
     register_container,
     split,
 )
-from splitfed.federation.reports import commit_rows
 from splitfed.model.cutpoint import hole_of
 from splitfed.model.numerics import numerics_class
 from splitfed.model.stamp import remove_stamps
@@ -108,6 +107,7 @@ from splitfed.service.http.auth import new_token
 from splitfed.service.http.contract import encode_error
 from splitfed.service.mailbox.client import StoreTransport
 from splitfed.service.mailbox.worker import Worker
+from splitfed.store.records import commit_rows
 from splitfed.store.status import read_status
 
 CPU = torch.device("cpu")

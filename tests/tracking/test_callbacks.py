@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from splitfed.errors import InputError
-from splitfed.tracking.callbacks import CSV, Callbacks, TensorBoard, several
+from splitfed.tracking.callbacks import CSV, Callbacks, Log, MLflow, TensorBoard, scalars, several
 from splitfed.tracking.history import History
 
 ROUND = {
@@ -109,8 +110,11 @@ def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:
     assert found == {
         "round/loss": (1, 0.5),
         "round/sampled": (1, 2.0),
+        "round/dropped": (1, 1.0),
         "client/loss/a": (1, 0.25),
         "commit/client/num_batches": (4, 2.0),
+        "commit/client/staleness": (4, 0.0),
+        "commit/client/staleness_max": (4, 0.0),
     }
 
 
@@ -119,3 +123,86 @@ def test_tensorboard_is_asked_for_by_its_extra(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     with pytest.raises(InputError, match=r'pip install "\.\[tensorboard\]" in a clone'):
         TensorBoard(tmp_path).on_row(ROUND)
+
+
+def test_scalars_are_flat_numbers() -> None:
+    """Numbers, counts of lists, mean and maximum of ages, flows of compression; no text, no flag, nothing unknown."""
+    row = ROUND | {
+        "version": 7,
+        "gradients_folded": 3,
+        "is_last": True,
+        "train_loss": math.inf,
+        "compression": {"gradients": {"exact_bytes": 8, "sent_bytes": 2, "codec": "int8"}},
+    }
+    assert scalars(row) == {
+        "round/loss": 0.5,
+        "round/sampled": 2,
+        "round/dropped": 1,
+        "round/version": 7,
+        "round/gradients_folded": 3,
+        "round/compression/gradients/exact_bytes": 8,
+        "round/compression/gradients/sent_bytes": 2,
+        "client/loss/a": 0.25,
+    }
+    assert "client/loss/a" not in scalars(row, clients=False)
+    commit = {
+        "kind": "commit",
+        "version": 3,
+        "num_batches": 4,
+        "staleness": {"0": 3, "8": 1},
+        "folded": {"a": 3, "b": 1},
+    }
+    assert scalars(commit) == {
+        "commit/body/num_batches": 4,
+        "commit/body/staleness": 2.0,
+        "commit/body/staleness_max": 8,
+        "commit/body/num_clients": 2,
+    }
+    assert scalars({"kind": "run", "seed": 3}) == scalars({"kind": "note"}) == {}
+
+
+def test_log_counts_its_own_steps_and_names_the_axes() -> None:
+    """A row is a step, from where a resumed run is; round and version are metrics, and the axes of their groups."""
+
+    class Run:
+        step = 5
+
+        def __init__(self) -> None:
+            self.logged: list[Any] = []
+            self.axes: dict[str, Any] = {}
+
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            self.logged.append((step, metrics))
+
+        def define_metric(self, name: str, step_metric: str | None = None) -> None:
+            self.axes[name] = step_metric
+
+    run = Run()
+    with Callbacks([Log(run, clients=False)]) as watchers:
+        for row in ({"kind": "run"}, COMMIT, ROUND):
+            watchers.on_row(row)
+    assert [step for step, _ in run.logged] == [5, 6]
+    assert [run.logged[0][1]["version/client"], run.logged[1][1]["round"]] == [4, 1]
+    assert run.axes == {
+        "version/client": None,
+        "commit/client/*": "version/client",
+        "round": None,
+        "round/*": "round",
+    }
+    heard: list[Any] = []
+    Log(lambda metrics, step: heard.append((metrics, step))).on_row(COMMIT)
+    assert heard == [({**scalars(COMMIT), "version/client": 4}, 0)]
+
+
+def test_what_cant_log_is_refused() -> None:
+    """A project's name in place of a run is noticed before the run."""
+    with pytest.raises(InputError, match=r"run is a str: expected a tracker's run with log\(metrics, step=\)"):
+        Log("project")
+
+
+def test_mlflow_is_asked_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the error says how to get it; a callback that never heard of a row has nothing to close."""
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(InputError, match="pip install mlflow, or mlflow-skinny"):
+        MLflow().on_row(ROUND)
+    MLflow().close()

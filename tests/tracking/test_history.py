@@ -219,9 +219,9 @@ def test_where_no_history_is_says_so(tmp_path: Path) -> None:
     """A name that isn't there, a folder and a store without one, and a URL in place of a store, each in one line."""
     with pytest.raises(MissingError, match="nowhere isn't there: expected a run's store"):
         History.load(tmp_path / "nowhere")
-    with pytest.raises(MissingError, match="holds no history"):
+    with pytest.raises(MissingError, match="holds no run"):
         History.load(tmp_path)
-    with pytest.raises(MissingError, match="holds no history"):
+    with pytest.raises(MissingError, match="holds no run"):
         History.load("memory://empty-history")
     with pytest.raises(InputError, match="is a URL: expected a GradientStore over it"):
         History("s3://bucket/run")

@@ -193,6 +193,7 @@ class Accumulator:
             part=stamp_of(body),
             durability=durability,
         )
+        store.note_begun(self._versions.known)
         is_log = self._versions.durability == "log"
         self._bounded = self._within_window() if is_log else self.settings
         """The settings within the window that a log has."""
@@ -204,6 +205,13 @@ class Accumulator:
         self._deferred: set[BatchId] = set()
         """Pending batches of a log whose gradients this process can't compute, and has said so."""
         self._group = None if halves is None else Grouped(self, halves)
+
+    def __repr__(self) -> str:
+        folds = f"min_batches={self.min_batches}"
+        if self.max_batches is not None:
+            folds += f", max_batches={self.max_batches}"
+        place = f"{self.store.shown!r}, lineage={self.lineage!r}"
+        return f"Accumulator({place}, version={self._versions.known}, {folds})"
 
     @property
     def min_batches(self) -> int:

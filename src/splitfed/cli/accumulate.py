@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from splitfed.cli.options import (
     add_body,
+    add_metrics,
     check_device,
+    check_metrics,
     check_poll,
     load_body,
     load_object,
+    metrics_at,
     open_store,
     set_threads,
 )
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
     from splitfed.accumulator.accumulator import Accumulator
     from splitfed.accumulator.policies import Mode
+    from splitfed.service.metrics import CommitMetrics
     from splitfed.store.commit import Commit
 
 _DESCRIPTION = """\
@@ -65,6 +69,13 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
         metavar="S",
         help="longest pause between two looks when too few wait (default: %(default)s)",
     )
+    parser.add_argument(
+        "--history",
+        metavar="FILE",
+        help="write a line of JSON per commit to this file, whoever made it; "
+        "'splitfed report FILE' draws it",
+    )
+    add_metrics(parser)
     parser.set_defaults(run=run)
 
 
@@ -176,19 +187,27 @@ def run(arguments: argparse.Namespace) -> int:
         InputError: an argument doesn't fit.
     """
     check_poll(arguments)
+    is_told = check_metrics(arguments)
     accumulator = open_accumulator(arguments)
+    watchers = _watchers(arguments, accumulator)
+    metrics = _metrics(accumulator) if is_told else None
+    if metrics is not None:
+        watchers.append(metrics.note)
+
+    def report(commit: Commit) -> None:
+        print(_commit_line(commit), flush=True)
+        for watch in watchers:
+            watch(commit)
+
     if arguments.once:
         commit = accumulator.step()
         if commit is None:
             print(_idle_line(accumulator, arguments.lineage), flush=True)
         else:
-            print(_commit_line(commit), flush=True)
+            report(commit)
         return 0
 
-    def report(commit: Commit) -> None:
-        print(_commit_line(commit), flush=True)
-
-    with Stopping() as stopping:
+    with Stopping() as stopping, metrics_at(arguments, metrics):
         store = accumulator.store.shown
         print(f"splitfed: accumulating {arguments.lineage} in {store}", flush=True)
         keep_going(
@@ -196,6 +215,29 @@ def run(arguments: argparse.Namespace) -> int:
             stopping.event,
         )
     return 0
+
+
+def _watchers(
+    arguments: argparse.Namespace, accumulator: Accumulator
+) -> list[Callable[[Commit], object]]:
+    """What hears of each commit besides the terminal."""
+    found: list[Callable[[Commit], object]] = []
+    if arguments.history:
+        from splitfed.tracking.history import Follower
+
+        lineages = [arguments.lineage]
+        if arguments.half is not None:
+            lineages.append("client")
+        follower = Follower(accumulator.store, arguments.history, lineages)
+        follower.catch_up()
+        found.append(lambda commit: follower.catch_up())
+    return found
+
+
+def _metrics(accumulator: Accumulator) -> CommitMetrics:
+    from splitfed.service.metrics import CommitMetrics
+
+    return CommitMetrics(accumulator.store, accumulator.lineage, lambda: accumulator.num_conflicts)
 
 
 def open_accumulator(arguments: argparse.Namespace) -> Accumulator:

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from splitfed._version import __version__
 from splitfed.checks import install
 from splitfed.cli.options import add_store, open_store
-from splitfed.cli.tables import size, table
+from splitfed.cli.tables import table
 from splitfed.errors import MissingError, SplitFedError
+from splitfed.quantities import size
 
 if TYPE_CHECKING:
     from splitfed.store.status import StoreStatus

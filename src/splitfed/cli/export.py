@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from splitfed.cli.options import add_store, load_object, open_store
-from splitfed.cli.tables import size
 from splitfed.errors import InputError
+from splitfed.quantities import size
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,8 @@ from typing import Any
 
 from splitfed.checks import at_least
 from splitfed.cli.options import add_store, open_store
-from splitfed.cli.tables import size, table
+from splitfed.cli.tables import table
+from splitfed.quantities import size
 
 _DESCRIPTION = """\
 Delete what no process of a run can need any more: files of attempts that no record names, calls of

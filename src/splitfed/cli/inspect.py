@@ -9,8 +9,9 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from splitfed.cli.options import load_body
-from splitfed.cli.tables import size, table
+from splitfed.cli.tables import table
 from splitfed.errors import InputError, SplitFedError
+from splitfed.quantities import size
 
 if TYPE_CHECKING:
     import torch

@@ -13,13 +13,15 @@ environment, as its client library reads it, or fsspec: FSSPEC_<PROTOCOL>_<OPTIO
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
+import importlib.util
 import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from splitfed.errors import InputError
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from splitfed.server.server import SplitServer
+    from splitfed.service.metrics import CommitMetrics, RequestMetrics
     from splitfed.store.store import GradientStore
 
 STORE_VARIABLE = "SPLITFED_STORE"
@@ -358,6 +361,55 @@ def check_device(name: str | None) -> str | None:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name!r} can't be used: {reason}") from error
     return name
+
+
+def add_metrics(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say where a process tells its metrics."""
+    group = parser.add_argument_group("metrics")
+    group.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="N",
+        help="answer Prometheus at /metrics of this port; 0 for any that is free (default: none)",
+    )
+    group.add_argument(
+        "--metrics-host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="address to listen at for it; there is nothing secret (default: %(default)s)",
+    )
+
+
+@contextlib.contextmanager
+def metrics_at(
+    arguments: argparse.Namespace, metrics: RequestMetrics | CommitMetrics | None
+) -> Iterator[None]:
+    """Within this context Prometheus is answered, where the arguments say so.
+
+    Raises:
+        InputError: the address can't be used.
+    """
+    if metrics is None:
+        yield
+        return
+    from splitfed.service.metrics import listening
+
+    with listening(metrics.counts, arguments.metrics_host, arguments.metrics_port) as url:
+        print(f"splitfed: metrics on {url}", flush=True)
+        yield
+
+
+def check_metrics(arguments: argparse.Namespace) -> bool:
+    """Whether metrics are asked for, after a check that they can be told.
+
+    Raises:
+        InputError: prometheus_client isn't installed.
+    """
+    if arguments.metrics_port is None:
+        return False
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise InputError("--metrics-port needs prometheus-client: pip install 'splitfed[metrics]'")
+    return True
 
 
 def check_poll(arguments: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ Serve a body from a store over HTTP. A replica keeps nothing: run as many as you
 behind any load balancer, and stop them when you like. SIGTERM lets requests under way end.
 
 Without --tokens only this machine is listened to. Make tokens by 'splitfed token new CLIENT'."""
-_NEEDED = ("starlette", "uvicorn", "httptools")
+_NEEDED = ("starlette", "uvicorn", "httptools", "prometheus_client")
 
 
 def add(verbs: argparse._SubParsersAction[Any]) -> None:

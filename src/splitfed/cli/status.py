@@ -10,8 +10,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from splitfed.cli.options import add_store, open_store
-from splitfed.cli.tables import age, counts, size, table
+from splitfed.cli.tables import table
 from splitfed.errors import InputError
+from splitfed.quantities import age, counts, size
 
 if TYPE_CHECKING:
     from splitfed.store.status import LineageStatus, StoreStatus

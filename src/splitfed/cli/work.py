@@ -5,17 +5,24 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitfed.cli.options import (
     LOG_FORMAT,
+    add_metrics,
     add_server,
     add_size_limits,
+    check_metrics,
     check_poll,
+    metrics_at,
     open_server,
     size_limits,
 )
 from splitfed.cli.signals import Stopping, keep_going
+
+if TYPE_CHECKING:
+    from splitfed.server.server import SplitServer
+    from splitfed.service.metrics import RequestMetrics
 
 _DESCRIPTION = """\
 Answer the requests that clients post in a store: for sites whose only way out is an object store.
@@ -52,6 +59,7 @@ def add(verbs: argparse._SubParsersAction[Any]) -> None:
         "--once", action="store_true", help="answer the pending requests, once, and exit"
     )
     add_size_limits(parser.add_argument_group("how much"))
+    add_metrics(parser)
     parser.set_defaults(run=run)
 
 
@@ -67,14 +75,28 @@ def run(arguments: argparse.Namespace) -> int:
     from splitfed.service.mailbox.worker import Worker
 
     limits = MessageLimits(**size_limits(arguments))
+    is_told = check_metrics(arguments)
     server = open_server(arguments)
-    worker = Worker(server, server.store, claim_seconds=arguments.claim_seconds, limits=limits)
+    metrics = _metrics(server) if is_told else None
+    worker = Worker(
+        server,
+        server.store,
+        claim_seconds=arguments.claim_seconds,
+        limits=limits,
+        observer=metrics,
+    )
     if arguments.once:
         print(f"splitfed: {worker.step()} answered", flush=True)
         server.hand_over()
         return 0
-    with Stopping() as stopping:
+    with Stopping() as stopping, metrics_at(arguments, metrics):
         print(f"splitfed: working in {server.store.shown}", flush=True)
         keep_going(lambda: worker.run(stopping.event, poll=arguments.poll), stopping.event)
     server.hand_over()
     return 0
+
+
+def _metrics(server: SplitServer) -> RequestMetrics:
+    from splitfed.service.metrics import RequestMetrics
+
+    return RequestMetrics(server.uses.counts)

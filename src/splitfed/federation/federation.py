@@ -282,6 +282,11 @@ class Federation:
         self._clock = steady_clock() if clock is None else clock
         self._has_noted_few = False
 
+    def __repr__(self) -> str:
+        place = f"{self._store.shown!r}, mode={self.mode.name!r}"
+        sampled = f"clients_per_round={self._per_round!r}, min_clients={self._min_clients}"
+        return f"Federation({place}, {sampled}, deadline={self._deadline!r})"
+
     def open(self) -> Plan | None:
         """The round under way, or the next.
 

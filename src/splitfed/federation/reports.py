@@ -132,40 +132,6 @@ def make_report(store: GradientStore, plan: Plan, ending: Ending) -> Row:
     }
 
 
-def commit_rows(
-    store: GradientStore, lineage: str, after: int, upto: int, round_number: int | None = None
-) -> list[Row]:
-    """The rows of kind 'commit' of some versions of a lineage.
-
-    Args:
-        store: The store.
-        lineage: Which line.
-        after: The version before the first.
-        upto: The last version.
-        round_number: The round in which they were made, if there was one.
-    """
-    rows = []
-    for version in range(after + 1, upto + 1):
-        commit = store.lineage(lineage).commit(version)
-        row: Row = {
-            "kind": "commit",
-            "lineage": lineage,
-            "version": commit.version,
-            "time": commit.time,
-            "num_batches": commit.num_batches,
-            "num_samples": commit.num_samples,
-            "staleness": {str(age): count for age, count in commit.staleness.items()},
-            "num_stale": commit.num_stale,
-            "num_rejected": commit.num_rejected,
-            "num_skipped": commit.num_skipped,
-            "delay": None,
-        }
-        if round_number is not None:
-            row["round"] = round_number
-        rows.append(row)
-    return rows
-
-
 def _tally(store: GradientStore, lineage: str, plan: Plan, upto: int, ending: Ending) -> Tally:
     began = plan.version(lineage)
     judged = ending.verdict(lineage)

@@ -184,6 +184,11 @@ class SplitServer:
         )
         self._lines = Lines(store, None if per_client else lineage, runners)
 
+    def __repr__(self) -> str:
+        known = self.store.lineage(self.lineage).known
+        place = f"{self.store.shown!r}, lineage={self.lineage!r}"
+        return f"SplitServer({place}, version={known}, device={str(self.device)!r})"
+
     def forward(self, request: ForwardRequest, /) -> ForwardAnswer:
         """Run one call of the body; with the client's grad mode on, record it.
 

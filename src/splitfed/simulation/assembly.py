@@ -20,10 +20,10 @@ from splitfed.errors import InputError
 from splitfed.federation import as_body, make_body
 from splitfed.federation.admission import Judge
 from splitfed.federation.federation import Federation, steady_clock
-from splitfed.federation.reports import commit_rows
 from splitfed.protocol.transport import RoundRobin, Transport
 from splitfed.server.server import SplitServer
 from splitfed.simulation.traffic import Arrivals, Meter
+from splitfed.store.records import commit_rows
 from splitfed.store.rounds import Plan
 from splitfed.store.rows import Row
 from splitfed.store.store import GradientStore

@@ -78,6 +78,7 @@ def simulate(
     server_scheduler: SchedulerFactory | None = None,
     evaluate: Evaluation | None = None,
     store: GradientStore | None = None,
+    fresh: bool = False,
     personal: Iterable[str] = (),
     replicas: int = 1,
     device: torch.device | str | None = None,
@@ -112,6 +113,8 @@ def simulate(
         evaluate: Held-out data, or a function of the model that returns metrics by name; evaluated
             once per round.
         store: The store of the run; by default one in memory that goes when nobody holds it.
+        fresh: Whether a run in `store` in which something was trained is set aside first, as by
+            `GradientStore(..., fresh=True)`; else it goes on, which is said.
         personal: Patterns of names in the half that stay with each client.
         replicas: How many servers share the requests, in turn.
         device: Where clients, servers and accumulators compute, such as "cuda"; by default where
@@ -195,6 +198,8 @@ def simulate(
     crew = _crew(engine)
     if store is None:
         store = temporary_store(shared=crew is not None)
+    elif fresh:
+        store.begin_anew()
     now = None if virtual is None else lambda: timeline.now
     assembly = Assembly(_here(plans, engine), store, ids, now)
     driver: Driver

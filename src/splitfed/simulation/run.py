@@ -11,6 +11,7 @@ taken up where it is, and no round is trained twice.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,9 @@ from splitfed.store.rounds import Plan
 from splitfed.store.rows import Row, plain
 from splitfed.tracking.callbacks import AnyCallback, Callbacks
 from splitfed.tracking.history import History
+
+
+_log = logging.getLogger("splitfed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,13 @@ class Simulation(Iterator[Row]):
         self._head = head
         self._evaluate = evaluate
         self._callbacks = callbacks
+        self._done = 0
         self._rows = self._run()
+
+    def __repr__(self) -> str:
+        settings = self._head["settings"]
+        of = f"{self._done} of {settings['rounds']} rounds, {len(self._head['clients'])} clients"
+        return f"Simulation({self._head['name']!r}, mode={self._head['mode']!r}: {of})"
 
     def __next__(self) -> Row:
         return next(self._rows)
@@ -111,7 +121,10 @@ class Simulation(Iterator[Row]):
     def _run(self) -> Generator[Row, None, None]:
         rounds = self._head["settings"]["rounds"]
         progress = self._progress()
-        done = progress.done
+        self._done = done = progress.done
+        if done >= rounds:
+            about = "all %d rounds of %s are done: ask for more, or begin a new run (fresh=True)"
+            _log.warning(about, rounds, self.store.shown)
         watchers = Callbacks([self.history, *self._callbacks])
         with watchers, contextlib.closing(self._driver):
             # Seconds go on from those on record: they never fall within a history.
@@ -134,7 +147,7 @@ class Simulation(Iterator[Row]):
                 for commit in self._assembly.commit_rows(plan.number, begin):
                     watchers.on_row(commit)
                 watchers.on_row(row)
-                done = plan.number
+                self._done = done = plan.number
                 yield row
             self._assembly.federation.finish()
 

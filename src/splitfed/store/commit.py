@@ -55,7 +55,7 @@ _DEFAULTS = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Commit:
     """One version of a lineage and how it came about."""
 
@@ -124,6 +124,21 @@ class Commit:
     """What the folded updates' clients told of their compression, together."""
     digest: str = ""
     """SHA-256 of the record itself, once it was read."""
+
+    def __repr__(self) -> str:
+        """One line: what was folded, not what a replay needs."""
+        counts = {
+            "num_batches": self.num_batches,
+            "num_stale": self.num_stale,
+            "num_rejected": self.num_rejected,
+            "num_skipped": self.num_skipped,
+        }
+        told = "".join(f", {name}={count}" for name, count in counts.items() if count)
+        if self.num_samples:
+            told += f", num_samples={self.num_samples:g}"
+        if self.staleness:
+            told += f", staleness={dict(self.staleness)}"
+        return f"Commit(version={self.version}, kind={self.kind!r}{told})"
 
     @property
     def folded(self) -> BatchSet:

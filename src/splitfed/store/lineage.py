@@ -85,6 +85,11 @@ class Lineage:
         self._verified: set[int] = set()
         """The versions whose cached weights have their commit's hash."""
 
+    @property
+    def known(self) -> int:
+        """The newest version that this process has seen, or -1; nothing is read."""
+        return self._head
+
     def fingerprint(self) -> Fingerprint:
         """The architecture that this lineage was begun with.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import threading
 import warnings
@@ -35,6 +36,7 @@ from splitfed.protocol.ids import BatchId
 from splitfed.protocol.packing import read_json
 from splitfed.store import layout
 from splitfed.store.archive import Archive
+from splitfed.store.aside import set_aside
 from splitfed.store.batches import Pile
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
@@ -49,6 +51,7 @@ FORMAT_VERSION = 2
 """The format of stores that are begun here; since 2 each file has a checksum."""
 READABLE = (1, 2)
 KEPT_LINEAGES = 32
+_log = logging.getLogger("splitfed")
 LOCK_SECONDS = 10.0
 """How long who changes a store by hand waits for the accumulator's lock."""
 
@@ -69,13 +72,17 @@ class GradientStore:
             counted, so that `replay` can compute each version again from the store alone. It is
             noted in the store, and whoever opens it later does so too. About as many bytes a batch
             as cross the cut, for ever.
+        fresh: Whether a new run is to begin here. One in which something was trained is set aside
+            first: its folder becomes `NAME-until-DATE-TIME` (`aside`). Only for the process that
+            begins the run; others, and a restarted one, open the store without it.
         storage_options: Passed to the fsspec filesystem.
 
     Raises:
-        InputError: an unknown `sync` or URL.
+        InputError: an unknown `sync` or URL; or `fresh=True` with a run that isn't in a folder.
+        BusyError: `fresh=True`, and an accumulator is at work on the run.
         StoreCapabilityError: the backend has no atomic create-if-absent.
 
-    Opening one does no I/O; the first use does. It may be shared between threads, and used after a
+    Opening one does no I/O, but for `fresh=True`; the first use does. It may be shared between threads, and used after a
     fork.
     """
 
@@ -86,6 +93,7 @@ class GradientStore:
         sync: Literal["power", "process"] = "power",
         shared: bool = False,
         keep_forwards: bool = False,
+        fresh: bool = False,
         **storage_options: Any,
     ) -> None:
         if sync not in ("power", "process"):
@@ -93,16 +101,25 @@ class GradientStore:
                 f"sync={sync!r} isn't known: expected 'power' (fsync) "
                 "or 'process' (survives SIGKILL only)"
             )
-        self.blobs = Checked(
-            open_blobs(url, fsync=sync == "power", shared=shared, **storage_options)
-        )
-        """The storage backend, whose objects carry checksums."""
         self.url = os.fspath(url)
         self.sync = sync
         self.shared = shared
         self._keeps_forwards = keep_forwards
         self.storage_options: Mapping[str, Any] = MappingProxyType(dict(storage_options))
         """What the fsspec filesystem is given; it may hold secrets."""
+        self._open_blobs()
+        if fresh:
+            self.begin_anew()
+
+    def _open_blobs(self) -> None:
+        """Open the storage; nothing of a run is known yet."""
+        raw = open_blobs(
+            self.url, fsync=self.sync == "power", shared=self.shared, **self.storage_options
+        )
+        self.blobs = Checked(raw)
+        """The storage backend, whose objects carry checksums."""
+        self.is_continued: bool | None = None
+        """Whether the run had versions when this process came to it; `None` before it has."""
         self.attended = False
         """Whether this process has an accumulator on it."""
         self._lineages: Bounded[str, tuple[Lineage, Pile]] = Bounded(KEPT_LINEAGES)
@@ -125,6 +142,39 @@ class GradientStore:
     def shown(self) -> str:
         """The URL without secrets."""
         return str(getattr(self.blobs, "url", self.url))
+
+    def begin_anew(self) -> str | None:
+        """Set a run aside in which something was trained, so that another one begins here.
+
+        What this process has made of the old run, such as its servers, is of no use any more.
+
+        Returns:
+            Where the old run is now; `None` if nothing was trained here, and all stays as it is.
+
+        Raises:
+            InputError: it isn't in a folder of this machine.
+            BusyError: an accumulator is at work on it.
+        """
+        moved = set_aside(self)
+        if moved is not None:
+            _log.warning("a run at %s was set aside: it is at %s now", self.shown, moved)
+            self._open_blobs()
+        return moved
+
+    def note_begun(self, head: int) -> None:
+        """Take note of the version at which a process comes to the run; one to go on from is told.
+
+        It is told once, as a warning of the log: a script that is run again goes on with the run
+        of before, which may be what nobody meant.
+
+        Args:
+            head: The newest version of the lineage that it works on.
+        """
+        if self.is_continued is None:
+            self.is_continued = head > 0
+            if self.is_continued:
+                about = "continuing %s at version %d (to begin a new run, give fresh=True)"
+                _log.warning(about, self.shown, head)
 
     def latest_version(self, lineage: str = "body") -> int:
         """The newest version of a lineage.

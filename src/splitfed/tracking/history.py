@@ -13,6 +13,7 @@ still has its own record of every commit.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,10 +24,9 @@ from splitfed.errors import FormatError, InputError, MissingError
 from splitfed.store import layout
 from splitfed.store.rows import Row, from_lines, is_file_of, plain, to_lines
 from splitfed.store.store import GradientStore
+from splitfed.tracking.records import MOST, STORE, Records, name_of, row_of
 
 FILE = "history.jsonl"
-STORE = "store"
-"""The name of the store in a run's folder, where the folder isn't a store itself."""
 _MOST_UNWRITTEN = 1000
 
 
@@ -42,8 +42,16 @@ class History:
 
     def __init__(self, where: GradientStore | str | os.PathLike[str] | None = None) -> None:
         self._journal = _journal(where)
+        self._shown = "in memory" if where is None else repr(_shown(where))
         self._rows: list[Row] | None = None
         self._unwritten: list[Row] = []
+
+    def __repr__(self) -> str:
+        if self._rows is None:
+            return f"History({self._shown})"
+        kinds = Counter(str(row.get("kind")) for row in self._rows)
+        counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no rows"
+        return f"History({self._shown}: {counted})"
 
     def __enter__(self) -> History:
         return self
@@ -53,22 +61,20 @@ class History:
 
     @classmethod
     def load(cls, where: GradientStore | str | os.PathLike[str]) -> History:
-        """The history of an earlier run.
+        """The history of a run, an earlier one or one that goes on.
+
+        Commits and rounds that nobody kept a history of are read off the store's own records, so
+        any store has one; what they don't know, such as losses, is absent.
 
         Args:
             where: A store or its URL, a file of JSON lines, or a folder with a `store` or a
                 `history.jsonl` in it.
 
         Raises:
-            MissingError: there is none.
+            MissingError: there is no run.
             FormatError: the file there isn't a history.
         """
-        found = cls(_locate(where))
-        if not found.rows:
-            raise MissingError(
-                f"{where} holds no history: expected a run's store, its folder or its {FILE}"
-            )
-        return found
+        return Source(where).read()
 
     @property
     def rows(self) -> list[Row]:
@@ -156,6 +162,92 @@ class History:
             for row in self.rounds()
             for client, metrics in row.get("clients", {}).items()
         ]
+
+
+class Follower:
+    """Keeps in a local file what commits add to a store, whoever makes them.
+
+    Killed and started again it goes on after the last commit that the file has, so that none is
+    missing in it.
+
+    Args:
+        store: The store that is followed.
+        path: The file of JSON lines; rows that are there already are kept.
+        lineages: Which lines of versions.
+
+    Raises:
+        InputError: the file is of another run: it has versions that this store hasn't.
+    """
+
+    def __init__(
+        self, store: GradientStore, path: str | os.PathLike[str], lineages: Iterable[str]
+    ) -> None:
+        self._store = store
+        self._history = History(path)
+        self._reported: dict[str, int] = {}
+        for lineage in lineages:
+            head = store.lineage(lineage).head()
+            last = max((row["version"] for row in self._history.commits(lineage)), default=0)
+            if last > max(head, 0):
+                raise InputError(
+                    f"{os.fspath(path)} has version {last} of lineage {lineage!r}, and "
+                    f"{store.shown} has {head}: it is the history of another run; "
+                    "expected a new file, or that of this run"
+                )
+            self._reported[lineage] = max(last, head - MOST)
+        if self._history.run is None:
+            settings = {"store": store.shown}
+            self._history.append({"kind": "run", "name": name_of(store), "settings": settings})
+
+    def catch_up(self) -> None:
+        """Write the rows of the commits that were made since the last call."""
+        for lineage, after in self._reported.items():
+            line = self._store.lineage(lineage)
+            upto = line.head()
+            for version in range(after + 1, upto + 1):
+                self._history.append(row_of(line.commit(version), lineage))
+            self._reported[lineage] = max(after, upto)
+        self._history.close()
+
+
+class Source:
+    """The place of a run's history, to be read again and again while the run goes on.
+
+    Args:
+        where: As for `History.load`.
+
+    Raises:
+        MissingError: there is nothing.
+    """
+
+    def __init__(self, where: GradientStore | str | os.PathLike[str]) -> None:
+        self._where = where
+        self._found = _locate(where)
+        store = self._found if isinstance(self._found, GradientStore) else None
+        self._records = None if store is None else Records(store)
+
+    def read(self) -> History:
+        """The history as it is now.
+
+        Raises:
+            MissingError: there is no run as yet.
+            FormatError: what is there isn't a history.
+        """
+        history = History(self._found)
+        rows = history.rows
+        kinds = {row.get("kind") for row in rows}
+        if self._records is not None and not kinds >= {"commit", "round"}:
+            rows += [row for row in self._records.rows() if row["kind"] not in kinds]
+        if not rows:
+            raise MissingError(
+                f"{_shown(self._where)} holds no run: "
+                f"expected a run's store, its folder or its {FILE}"
+            )
+        return history
+
+
+def _shown(where: GradientStore | str | os.PathLike[str]) -> str:
+    return where.shown if isinstance(where, GradientStore) else str(where)
 
 
 class _Journal(Protocol):
@@ -268,4 +360,9 @@ def _locate(where: GradientStore | str | os.PathLike[str]) -> GradientStore | Pa
     for folder in (path, path / STORE):
         if (folder / layout.HISTORY).is_dir():
             return GradientStore(folder)
-    return path if path.is_file() else path / FILE
+    if path.is_file() or (path / FILE).is_file():
+        return path if path.is_file() else path / FILE
+    for folder in (path, path / STORE):
+        if (folder / layout.FORMAT).is_file():
+            return GradientStore(folder)
+    return path / FILE

@@ -129,9 +129,9 @@ def test_how_often_a_graph_was_at_hand_is_a_metric(tmp_path: Path) -> None:
         site.cached.backward(back(call=1, seq=1))
         lines = service.ask("/metrics")[1].decode().splitlines()
     assert [line for line in lines if line.startswith("splitfed_graphs_total")] == [
-        'splitfed_graphs_total{use="kept"} 1',
-        'splitfed_graphs_total{use="recomputed"} 1',
-        'splitfed_graphs_total{use="continued"} 0',
+        'splitfed_graphs_total{use="kept"} 1.0',
+        'splitfed_graphs_total{use="recomputed"} 1.0',
+        'splitfed_graphs_total{use="continued"} 0.0',
     ]
 
 

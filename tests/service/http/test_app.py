@@ -19,8 +19,8 @@ from harness_requests import Site
 from splitfed.errors import StoreError
 from splitfed.protocol.messages import PullAnswer, PullRequest
 from splitfed.protocol.packing import pack
+from splitfed.service import metrics
 from splitfed.service.http import app
-from splitfed.service.http.app import Metrics
 from splitfed.store.store import GradientStore
 
 
@@ -55,10 +55,10 @@ def test_the_threads_of_the_app_compute_with_the_threads_of_torch() -> None:
 def test_a_store_that_fails_is_not_ready_but_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """A load balancer sends nothing there; nobody restarts it; its metrics still come."""
     seconds = [0.0]
-    monkeypatch.setattr(app, "time", types.SimpleNamespace(monotonic=lambda: seconds[0]))
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: seconds[0]))
     with serving(f"memory://{uuid.uuid4()}") as (site, service):
         assert service.ask("/readyz")[1]["version"] == 0
-        assert b"splitfed_version 0" in service.ask("/metrics")[1]
+        assert b"splitfed_version 0.0" in service.ask("/metrics")[1]
 
         def fail(self: object) -> int:
             raise StoreError("the bucket is gone")
@@ -75,7 +75,7 @@ def test_a_store_that_fails_is_not_ready_but_alive(monkeypatch: pytest.MonkeyPat
 def test_readiness_reads_the_store_once_a_second_for_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifty ask at once, of a store that answers and of one that fails: one of them reads it."""
     seconds, reads, failing = [0.0], list[int](), [False]
-    monkeypatch.setattr(app, "time", types.SimpleNamespace(monotonic=lambda: seconds[0]))
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: seconds[0]))
     with serving(f"memory://{uuid.uuid4()}") as (site, service):
         head = type(site.store.lineage()).checked_head
 
@@ -116,7 +116,7 @@ def test_a_long_listing_holds_up_neither_readiness_nor_metrics(monkeypatch: pyte
 
     clock = types.SimpleNamespace(monotonic=lambda: seconds[0])
     monkeypatch.setattr(app, "read_status", slow)
-    monkeypatch.setattr(app, "time", clock)
+    monkeypatch.setattr(metrics, "time", clock)
     with serving(f"memory://{uuid.uuid4()}") as (_, service), ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(service.ask, "/v1/status") for _ in range(4)]
         try:
@@ -147,44 +147,3 @@ def test_a_middleware_is_in_front_of_everything(method: str) -> None:
     with running(service) as served:
         assert served.ask("/v1/pull", b"".join(pack(PullRequest("a"))), method)[0] == (200 if method == "POST" else 405)
     assert "/v1/pull" in seen
-
-
-LINE = re.compile(r'splitfed_[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? \d+(\.\d+)?(e[+-]\d+)?')
-
-
-def test_three_requests_by_hand() -> None:
-    """2 ms, 200 ms and two minutes: 1, 2 and 3 requests below the bounds of 2.5 ms, 0.25 s and infinity."""
-    metrics = Metrics()
-    metrics.count("/v1/forward", 200, 0.002, 100, 10)
-    metrics.count("/v1/forward", 200, 0.2, 200, 20)
-    metrics.count("/v1/forward", 429, 120.0, 0, 5)
-    metrics.error("BusyError")
-    text = metrics.text({"version": ("The newest version.", 7)}).decode()
-    for line in (
-        'splitfed_requests_total{path="/v1/forward",status="200"} 2',
-        'splitfed_requests_total{path="/v1/forward",status="429"} 1',
-        'splitfed_errors_total{error="BusyError"} 1',
-        'splitfed_request_seconds_bucket{path="/v1/forward",le="0.001"} 0',
-        'splitfed_request_seconds_bucket{path="/v1/forward",le="0.0025"} 1',
-        'splitfed_request_seconds_bucket{path="/v1/forward",le="0.25"} 2',
-        'splitfed_request_seconds_bucket{path="/v1/forward",le="+Inf"} 3',
-        'splitfed_request_seconds_sum{path="/v1/forward"} 120.202000',
-        'splitfed_request_seconds_count{path="/v1/forward"} 3',
-        "splitfed_received_bytes_total 300",
-        "splitfed_sent_bytes_total 35",
-        "splitfed_version 7",
-    ):
-        assert f"\n{line}\n" in text
-
-
-def test_every_line_has_the_form_and_every_name_its_type() -> None:
-    """A scraper reads line by line."""
-    metrics = Metrics()
-    metrics.count("/metrics", 200, 0.01, 0, 0)
-    lines = metrics.text({"bytes_in_flight": ("Bytes.", 8388608)}).decode().splitlines()
-    typed = {line.split()[2] for line in lines if line.startswith("# TYPE ")}
-    for line in lines:
-        if not line.startswith("#"):
-            assert LINE.fullmatch(line), line
-            name = re.split(r"[{ ]", line)[0]
-            assert name in typed or re.sub(r"_(bucket|sum|count)$", "", name) in typed

@@ -288,7 +288,7 @@ def test_64_parallel_requests_against_a_cap_of_8(place: tuple[Site, Service], mo
         assert [found.result()[0] for found in first] == [200] * 8
     for status, body, headers in refused:
         assert (status, body["error"], headers["retry-after"]) == (503, "BusyError", "1")
-    assert b"splitfed_requests_in_flight 0" in service.ask("/metrics")[1]
+    assert b"splitfed_requests_in_flight 0.0" in service.ask("/metrics")[1]
 
 
 def test_bytes_in_flight_are_bounded_by_a_429(service: Service) -> None:
@@ -297,13 +297,13 @@ def test_bytes_in_flight_are_bounded_by_a_429(service: Service) -> None:
         b"POST /v1/forward HTTP/1.1\r\nhost: x\r\ncontent-type: application/octet-stream\r\ncontent-length: %d\r\n\r\n"
     )
     with service.raw(head % (4 << 20)) as first, service.raw(head % (4 << 20)) as second:
-        while b"splitfed_bytes_in_flight 8.38861e+06" not in service.ask("/metrics")[1]:
+        while b"splitfed_bytes_in_flight 8.388608e+06" not in service.ask("/metrics")[1]:
             pass
         found = service.ask("/v1/forward", bytes(100))
         check(found, 429, "BusyError", "bytes under way")
         assert found[2]["retry-after"] == "1"
         first.close()
-        while b"splitfed_bytes_in_flight 4.1943e+06" not in service.ask("/metrics")[1]:
+        while b"splitfed_bytes_in_flight 4.194304e+06" not in service.ask("/metrics")[1]:
             pass
         check(service.ask("/v1/forward", bytes(100)), 400, "FormatError")
         second.close()
@@ -352,10 +352,10 @@ def test_one_account_takes_a_share_of_the_places(tmp_path: Path) -> None:
         with ThreadPoolExecutor(3) as pool:
             first = [pool.submit(service.send, "pull", PullRequest("a"), **tokens["a"]) for _ in range(2)]
             assert inside.acquire(timeout=60)
-            while b"splitfed_requests_in_flight 2" not in service.ask("/metrics")[1]:
+            while b"splitfed_requests_in_flight 2.0" not in service.ask("/metrics")[1]:
                 pass
             check(service.send("pull", PullRequest("a"), **tokens["a"]), 429, "BusyError", "client 'a' has 2 requests")
             assert service.send("pull", PullRequest("b"), **tokens["b"])[0] == 200
             go.set()
             assert [found.result()[0] for found in first] == [200, 200]
-        assert b"splitfed_bytes_in_flight 0" in service.ask("/metrics")[1]
+        assert b"splitfed_bytes_in_flight 0.0" in service.ask("/metrics")[1]

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from splitfed.quantities import percent, plain, plural, size, span
 from splitfed.tracking.report.charts import (
     HEIGHT,
     LEFT,
@@ -26,7 +27,7 @@ from splitfed.tracking.report.charts import (
     timeline,
     vertical,
 )
-from splitfed.tracking.report.markup import number, percent, plain, plural, size, span, tag, text
+from splitfed.tracking.report.markup import number, tag, text
 
 ROUNDS = Axis("round", plain, functools.partial(ticks, most=6, whole=True))
 
@@ -71,7 +72,7 @@ def test_text_from_outside_never_becomes_markup() -> None:
         (size(1000), "1 kB"),
         (size(86_700_000), "86.7 MB"),
         (size(999_600), "1 MB"),
-        (size(5e15), "5e+03 TB"),
+        (size(5e15), "5,000 TB"),
         (span(0), "0 s"),
         (span(0.0264), "26.4 ms"),
         (span(90), "90 s"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 
 from splitfed import report
@@ -16,7 +18,7 @@ from splitfed.cli.command import main
 from splitfed.errors import FormatError, InputError, MissingError
 from splitfed.store.store import GradientStore
 from splitfed.tracking.history import History
-from splitfed.tracking.report import cards
+from splitfed.tracking.report import cards, participation
 from splitfed.tracking.report.reading import ages, at_rounds, dots, natural, read, states, traffic
 
 HOSTILE = '<img src=x onerror="alert(1)">'
@@ -132,7 +134,7 @@ def test_the_page_has_what_the_rows_have() -> None:
     for expected in (
         *("4 clients · 2 rounds · mode buffered · seed 3", "75.0 %", "best 75.0 % in round 2", "at first 1"),
         *("14\n3 discarded", "client halves at version 2", "9 kB", "6 kB up, 3 kB down", "3.33 min on the run's clock"),
-        *("Accuracy", "Loss", "Participants", "Who took part", "Updates over time", "Staleness", "Bytes by client"),
+        *("Accuracy", "Loss", "Who took part", "Updates over time", "Staleness", "Bytes by client"),
         *("Examples by client and class", "Discarded gradients", "stale: 3 (too old by the policy)", "All rounds"),
         *("round trips\n1,200\n600 a round", "staleness\n4\ncommits on average, at most 12"),
         *("66.7 % of 6 were fresh", "10–19", "alpha", "rounds\n", "time", "bytes"),
@@ -141,23 +143,35 @@ def test_the_page_has_what_the_rows_have() -> None:
 
 
 def test_what_isnt_known_is_said() -> None:
-    """A run that nobody evaluated, measured or counted has cards that say so, and no switch of axes."""
+    """A run that nobody evaluated, measured or counted has no empty cards: a sentence names what isn't on record."""
     bare = {"kind": "round", "round": 1, "gradients_folded": 5, "gradients_waiting": 2}
     words = "\n".join(Page(report.render(history(bare))).words)
     for expected in (
-        *("split federated run", "the run wasn't evaluated", "No loss is on record", "don't say who took part"),
-        *("No commits are on record", "The bytes weren't counted", "Clients keep their classes to themselves"),
+        "split federated run",
+        "Not on record: accuracy, loss, who took part, commits, bytes by client, classes by client.",
         "✓ Nothing was discarded: 5 gradients came and all were folded. 2 gradients waited at the end.",
     ):
         assert expected in words, expected
     assert "over" not in words.split("\n")
+    assert "Who took part" not in words
 
 
 def test_a_run_without_rounds_shows_its_commits() -> None:
-    """Commits alone, as of an accumulator, make a page too."""
-    words = "\n".join(Page(report.render(history(a_commit(1), a_commit(2, delay=None)))).words)
-    assert "Height: how many batches it folded" in words
+    """Commits alone, as of an accumulator, make a page too: what was folded, by whom and when."""
+    folded = {"folded": {"site-1": 2, "site-2": 1}, "num_stale": 1}
+    rows = a_commit(1, **folded), a_commit(2, delay=None, **folded), a_commit(7, lineage="client", folded={"site-9": 1})
+    page = report.render(history(*rows))
+    words = "\n".join(Page(page).words)
+    for expected in (
+        *("Height: how many batches it folded", "3 clients · 3 commits", "gradients folded\n6\n2 discarded"),
+        *("body version\n2\nof lineage body", "Batches over time", "Batches by client", "Who took part"),
+        *("stale: 2 (too old by the policy)", "Not on record: accuracy, loss, bytes by client, classes by client."),
+    ):
+        assert expected in words, expected
     assert "All rounds" not in words
+    # Two commits are two stretches of the 50 s between them; site-1 has twice what site-2 has.
+    assert 'data-tip="site-1&#10;0 s to 25 s&#10;2 batches"' in page
+    assert 'class="p h2" data-tip="site-2&#10;25 s to 50 s&#10;1 batch"' in page
 
 
 def test_dropped_updates_without_lost_gradients_have_their_card() -> None:
@@ -229,7 +243,7 @@ def test_staleness_and_bytes_add_up() -> None:
 
 
 def test_a_thousand_clients_stay_readable() -> None:
-    """Forty lines a card, first those with which something was wrong, and a word on the rest."""
+    """Sixty lines a card, first those with which something was wrong, and a word on the rest."""
     names = [f"client-{n}" for n in range(1000)]
     clients = {name: {"classes": {str(n): 1 for n in range(25)}} for name in names}
     figures = {name: {"bytes_up": n, "bytes_down": 1} for n, name in enumerate(names)}
@@ -239,12 +253,12 @@ def test_a_thousand_clients_stay_readable() -> None:
     ]
     rows.append(rows[0] | {"round": 120, "clients": figures})
     run = read(history({"kind": "run", "clients": clients}, *rows))
-    grid = cards.participation(run)
-    assert grid.count("<tr") == 1 + cards.MOST_CLIENTS
+    grid = participation.participants(run)
+    assert grid.count('class="name"') == participation.MOST_CLIENTS == 60
     assert "client-0," in grid
-    assert "40 of 1,000 clients" in grid
+    assert "60 of 1,000 clients" in grid
     assert "the last 100 of 120 rounds" in grid
-    assert "and 960 clients more with" in cards.traffic_bars(traffic(run))
+    assert "and 940 clients more with" in cards.traffic_bars(traffic(run))
     classes = cards.class_bars({name: known["classes"] for name, known in clients.items()})
     assert "and 5 classes more" in classes
     assert len(report.render(history({"kind": "run", "clients": clients}, *rows))) < 2_000_000
@@ -275,26 +289,143 @@ def test_a_users_mistake_is_told_in_one_line(tmp_path: Path, capsys: pytest.Capt
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_it_without_an_error(width: int, tmp_path: Path) -> None:
-    """The script runs and nothing sticks out sideways, at the width of a phone and of a desk.
+def in_a_frame(page: Path, width: int, script: str, folder: Path) -> str:
+    """What a browser shows after a script has looked at a page in the frame `f` of that width.
 
-    The page is shown in a frame of that width: a window of a browser can't be as narrow as a phone.
+    A window of a browser can't be as narrow as a phone, so it is a frame.
     """
-    (tmp_path / "page.html").write_text(report.render(history(*FULL)), "utf-8")
     frame = (
-        f"<iframe id=f src=page.html style='border:0;width:{width}px;height:900px'></iframe>"
-        "<script>f.onload = () => { const d = f.contentDocument.documentElement; "
-        "d.querySelector('[data-tip]').dispatchEvent(new PointerEvent('pointermove', {bubbles: true})); "
-        "document.title = `wide ${d.scrollWidth - d.clientWidth} tip ${!d.querySelector('#tip').hidden}` }</script>"
+        f"<iframe id=f src={page.name} style='border:0;width:{width}px;height:900px'></iframe>"
+        f"<script>f.onload = () => {{ {script} }}</script>"
     )
-    (tmp_path / "frame.html").write_text(f"<!doctype html>{frame}", "utf-8")
+    (folder / "frame.html").write_text(f"<!doctype html>{frame}", "utf-8")
     command = [
         *(str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
         *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-        *("--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000"),
-        *("--window-size=1400,1000", "--dump-dom", (tmp_path / "frame.html").as_uri()),
+        *("--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=3000"),
+        *("--window-size=1400,1000", "--dump-dom", (folder / "frame.html").as_uri()),
     ]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert "<title>wide 0 tip true</title>" in shown
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_without_an_error(width: int, tmp_path: Path) -> None:
+    """The script runs and nothing sticks out sideways, at the width of a phone and of a desk; of several runs too."""
+    page = tmp_path / "page.html"
+    measure = (
+        "const d = f.contentDocument.documentElement; "
+        "d.querySelector('[data-tip]').dispatchEvent(new PointerEvent('pointermove', {bubbles: true})); "
+        "document.title = `wide ${d.scrollWidth - d.clientWidth} tip ${!d.querySelector('#tip').hidden}`"
+    )
+    for runs in (history(*FULL), {"one": history(*FULL), "another": history(*comparable(3))}):
+        page.write_text(report.render(runs), "utf-8")
+        assert "<title>wide 0 tip true</title>" in in_a_frame(page, width, measure, tmp_path)
+
+
+def comparable(rounds: int, **more: Any) -> list[dict[str, Any]]:
+    """A run of so many rounds with a commit in each."""
+    rows = [RUN | {"name": "digits"} | more]
+    for number in range(1, rounds + 1):
+        rows += [a_commit(number), a_round(number)]
+    return rows
+
+
+def test_several_runs_share_their_axes() -> None:
+    """A curve a run in a colour of its own, all in one legend, and a line each of where it ended."""
+    page = report.render({"few": history(*comparable(2)), "many": history(*comparable(4))})
+    words = "\n".join(Page(page).words)
+    for expected in (
+        *("2 runs", "few · many", "Where they ended", "few\n75 %\n75 %\n0.5\n4\n2\n2", "many\n87.5 %\n87.5 %\n0.25\n4\n4\n4"),
+        *("Accuracy", "Loss", "Batches over time", "Commits over time", "rounds\n"),
+    ):
+        assert expected in words, expected
+    for place, name in enumerate(("few", "many")):
+        # Accuracy and loss over three axes each, batches, commits.
+        assert page.count(f'class="curve r{place}" d="') == 8
+        assert page.count(f'data-run="{name}"') == 8
+    assert 'class="dot"' not in page
+
+
+def test_a_run_without_rounds_is_compared_by_its_commits() -> None:
+    """It has no accuracy: it is in the table and among the batches."""
+    page = report.render([history(*comparable(2)), history(a_commit(1), a_commit(2))])
+    words = "\n".join(Page(page).words)
+    assert "digits · split federated run" in words
+    assert page.count('class="curve r1"') == 2
+    assert page.count('class="curve r0"') == 8
+
+
+def test_runs_of_one_name_are_told_apart() -> None:
+    """By a number; and no run at all is a mistake."""
+    words = Page(report.render([history(*comparable(1)), history(*comparable(2))])).words
+    assert "digits · digits (2)" in words
+    with pytest.raises(InputError, match="there is no run to report"):
+        report.render([])
+
+
+def test_the_command_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`splitfed report A B -o FILE`."""
+    for name in ("a", "b"):
+        with History(tmp_path / f"{name}.jsonl") as kept:
+            for row in comparable(2, name=name):
+                kept.append(row)
+    output = tmp_path / "both.html"
+    assert main(["report", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "-o", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    assert "a · b" in Page(output.read_text("utf-8")).words
+
+
+def test_a_watched_run_is_written_again_until_a_signal(tmp_path: Path) -> None:
+    """From before its first commit on: the page follows it, and says at the end that nobody writes it any more."""
+    kept = History(tmp_path / "run.jsonl")
+    output = tmp_path / "page.html"
+    command = ("report", tmp_path / "run.jsonl", "-o", output, "--watch", "0.05")
+    (tmp_path / "run.jsonl").touch()
+    with programs.program(programs.command, *command) as watching:
+        seen: set[str] = set()
+        for number in (1, 2):
+            kept.append(a_round(number))
+            while f"{number} round" not in "\n".join(seen):
+                if output.exists():
+                    seen = set(Page(page := output.read_text("utf-8")).words)
+        assert '<meta http-equiv="refresh" content="0.05">' in page
+        assert any("goes on: as it was at" in word for word in seen)
+        watching.send_signal(signal.SIGTERM)
+        ended = watching.wait(60)
+    assert ended.returncode == 0, ended.stderr
+    assert "waiting:" in ended.stderr
+    assert "http-equiv" not in output.read_text("utf-8")
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_pause_that_makes_no_sense_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Zero seconds would never end a look."""
+    assert main(["report", str(tmp_path), "--watch", "0"]) == 2
+    assert "--watch 0.0 isn't allowed: expected seconds above 0" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_fifty_clients_have_whole_lines(width: int, tmp_path: Path) -> None:
+    """At the width of a phone and of a desk: each line lies within its card, none scrolls, none is cut, all cells show."""
+    names = [f"hospital-{n}" for n in range(50)]
+    clients = {name: {"classes": {"0": 3}} for name in names}
+    rows = [
+        a_round(n, sampled=names, participants=names[n % 9 :], late=[], missing=names[: n % 9], dropped={}, clients={})
+        for n in range(1, 101)
+    ]
+    page = tmp_path / "page.html"
+    page.write_text(report.render(history({"kind": "run", "clients": clients}, *rows)), "utf-8")
+    measure = (
+        "const d = f.contentDocument, all = [...d.querySelectorAll('.who > div')];"
+        "const card = d.querySelector('.who').closest('.card').getBoundingClientRect();"
+        "const inside = all.filter((line) => { const box = line.getBoundingClientRect();"
+        " return box.left >= card.left && box.right <= card.right && box.bottom <= card.bottom && box.height > 9; });"
+        "const strips = all.filter((line) => { const strip = line.querySelector('.strip');"
+        " return strip.children.length === 100 && strip.scrollWidth <= strip.clientWidth"
+        " && strip.lastChild.getBoundingClientRect().width >= 1; });"
+        "document.title = `lines ${all.length} inside ${inside.length} whole ${strips.length}`"
+        " + ` wide ${d.documentElement.scrollWidth - d.documentElement.clientWidth}`"
+    )
+    assert "<title>lines 50 inside 50 whole 50 wide 0</title>" in in_a_frame(page, width, measure, tmp_path)

@@ -50,7 +50,8 @@ from splitfed.store.rows import Row
 from splitfed.store.store import GradientStore
 from splitfed.tracking import plots
 from splitfed.tracking.callbacks import AnyCallback, Callbacks
-from splitfed.tracking.history import FILE, STORE, History
+from splitfed.tracking.history import FILE, History
+from splitfed.tracking.records import STORE
 from splitfed.tracking.report.page import write
 
 _CUT = "body"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitfed.checks import install
 from splitfed.errors import InputError
+from splitfed.quantities import size
 
 if TYPE_CHECKING:
     from splitfed.store.rows import Row
@@ -179,9 +180,9 @@ def _compressed(summary: Row) -> list[str]:
     errors = [value for name, value in summary.items() if name.endswith("_error")]
     if not errors:
         return []
-    moved = (summary["bytes_up"] + summary["bytes_down"]) / 1e6
+    moved = size(summary["bytes_up"] + summary["bytes_down"])
     return [
-        f"{moved:.0f} MB crossed as {summary['compression']}, halves included; "
+        f"{moved} crossed as {summary['compression']}, halves included; "
         f"in the last round that changed values by up to {max(errors):.2%}"
     ]
 

@@ -19,7 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from splitfed.errors import (
     BusyError,
@@ -39,6 +39,7 @@ from splitfed.service.http.contract import BINARY, JSON, PREFIX, encode_error
 from splitfed.service.http.limits import Budget, Limits
 from splitfed.service.http.threads import Threads
 from splitfed.service.limits import Lanes, check_body, check_message
+from splitfed.service.observer import Observer
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -50,18 +51,6 @@ TRUSTED = "splitfed.trusted"
 # Bytes that are written at once: of more, the transport would make a copy in a buffer of its own.
 _SLICE = 256 << 10
 _log = logging.getLogger("splitfed.http")
-
-
-class Observer(Protocol):
-    """Counts what the endpoints answer; `app.Metrics` is the one that a service has."""
-
-    def count(self, path: str, status: int, seconds: float, received: int, sent: int) -> None:
-        """Count a request that was answered."""
-        ...
-
-    def error(self, name: str) -> None:
-        """Count an error that a request was answered with, by its class."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

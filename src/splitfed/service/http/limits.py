@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from splitfed.errors import BusyError, InputError
@@ -70,6 +71,16 @@ class Budget:
         self._requests: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
+        self._watcher: Callable[[int, int], object] | None = None
+
+    def watch(self, watcher: Callable[[int, int], object]) -> None:
+        """Tell somebody the number of requests and of bytes under way whenever it changes."""
+        self._watcher = watcher
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._watcher is not None:
+            self._watcher(self.requests, self.num_bytes)
 
     def enter(self) -> None:
         """Count a request in.
@@ -83,11 +94,13 @@ class Budget:
                 f"try again in {self._limits.retry_seconds} s"
             )
         self.requests += 1
+        self._tell()
 
     def leave(self, num_bytes: int) -> None:
         """Count a request out, with the bytes that were reserved for it."""
         self.requests -= 1
         self.num_bytes -= num_bytes
+        self._tell()
 
     def reserve(self, num_bytes: int, client_id: str | None = None) -> int:
         """Reserve bytes for a body, and return their number.
@@ -157,5 +170,6 @@ class Budget:
     def hold(self, client_id: str | None, num_bytes: int) -> None:
         """Count bytes that are there already, as those of an answer."""
         self.num_bytes += num_bytes
+        self._tell()
         if client_id is not None:
             self._bytes[client_id] += num_bytes

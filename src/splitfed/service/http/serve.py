@@ -22,6 +22,7 @@ import signal
 import socket
 import ssl
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ import uvicorn
 from splitfed.errors import BusyError, InputError
 from splitfed.service.http.guard import GuardedConfig
 from splitfed.service.http.limits import Limits
+from splitfed.service.metrics import FOLDER, forget_process
 
 _BACKLOG = 2048  # connections that wait to be accepted
 _TICK = 0.2  # seconds, as are all of these
@@ -192,6 +194,7 @@ class _Workers:
         self._arguments = arguments
         # "spawn": a fork of a process that has run torch's threads may hang.
         self._context = multiprocessing.get_context("spawn")
+        self._folder = os.environ[FOLDER]
         self._running: dict[BaseProcess, float] = {}
         """When each was started."""
         self._num_quick = 0
@@ -218,6 +221,7 @@ class _Workers:
             if worker.is_alive():
                 continue
             del self._running[worker]
+            forget_process(worker.pid, self._folder)
             if time.monotonic() - began < _QUICK:
                 self._num_quick += 1
             else:
@@ -237,9 +241,9 @@ def _supervise(
     ready: Callable[[], None],
 ) -> None:
     """Serve in processes of their own, until a signal comes."""
-    workers = _Workers(place.workers, (make, limits, place, bound))
     signals: list[int] = []
-    with _signals(signals.append):
+    with _counting_together(), _signals(signals.append):
+        workers = _Workers(place.workers, (make, limits, place, bound))
         ready()
         while not signals and not workers.are_failing:
             workers.start()
@@ -284,6 +288,24 @@ def _end_processes(workers: list[BaseProcess], seconds: float) -> None:
 
 
 # ------------------------------------------------------------------------------------- environment
+
+
+@contextmanager
+def _counting_together() -> Iterator[None]:
+    """Within this context processes that are started count in files of one folder (`metrics`).
+
+    The folder is the user's own if the environment names one. It must be named before a process
+    imports prometheus_client.
+    """
+    if os.environ.get(FOLDER):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="splitfed-metrics-") as folder:
+        os.environ[FOLDER] = folder
+        try:
+            yield
+        finally:
+            del os.environ[FOLDER]
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from splitfed.protocol.backoff import Backoff, growing
 from splitfed.protocol.packing import kind_of, pack, pack_error, unpack
 from splitfed.protocol.transport import VERBS, Transport, verb_of
 from splitfed.service.limits import MessageLimits, check_body, check_message
+from splitfed.service.observer import Observer
 from splitfed.store import layout
 from splitfed.store.store import GradientStore, check_store
 
@@ -75,6 +76,7 @@ class Worker:
             call takes to compute.
         keep_seconds: An answer that its client hasn't fetched is deleted after so many seconds.
         limits: What a request may be; by default the defaults of `MessageLimits`.
+        observer: Counts the answers, by `post/` and their verb.
         clock: A clock in seconds that never goes back.
 
     Raises:
@@ -89,6 +91,7 @@ class Worker:
         claim_seconds: float = 60.0,
         keep_seconds: float = 3600.0,
         limits: MessageLimits | None = None,
+        observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_store(store)
@@ -100,6 +103,7 @@ class Worker:
         self._store = store
         self._blobs = store.blobs
         self._clock = clock
+        self._observer = observer
         self._seen: dict[str, float] = {}
         """When this worker first saw each claim and answer that still exists."""
         self._random = random.Random()  # of its own: the module's state is the user's seed
@@ -226,6 +230,9 @@ class Worker:
         return True
 
     def _compute(self, client_id: str, data: memoryview) -> list[memoryview | bytes]:
+        began = time.perf_counter()
+        verb = "unknown"
+        failure: Exception | None = None
         try:
             checksum.check(data, required=False)
             verb = verb_of(kind_of(data))
@@ -240,12 +247,20 @@ class Worker:
                     f"{client_id!r}: expected its own"
                 )
             check_message(request, limits)
-            return pack(getattr(self._server, verb)(request))
+            parts = pack(getattr(self._server, verb)(request))
         except SplitFedError as error:
-            return pack_error(error)
+            failure, parts = error, pack_error(error)
         except Exception as error:  # noqa: BLE001 -- the last border: its text stays in the log
             _log.exception("a request of client %r failed", client_id)
-            return pack_error(error)
+            failure, parts = error, pack_error(error)
+        if self._observer is not None:
+            status = 200 if failure is None else getattr(failure, "status", 500)
+            sent = sum(memoryview(part).nbytes for part in parts)
+            seconds = time.perf_counter() - began
+            self._observer.count(f"post/{verb}", status, seconds, len(data), sent)
+            if failure is not None:
+                self._observer.error(type(failure).__name__)
+        return parts
 
     def _claims_error(self, post: _Post) -> BodyError:
         return BodyError(

@@ -1,18 +1,17 @@
-"""The cards of the page: what was learned, who took part, updates, traffic, discarded gradients.
+"""The cards of the page: what was learned, updates, traffic, discarded gradients, tables.
 
-A card says what isn't known instead of showing an empty chart. What is shown by client is plain
-HTML, which fits any width: a grid of clients by rounds, and bars.
+What isn't on record has no card: one sentence at the end names it. What is shown by client is plain
+HTML, which fits any width.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from splitfed._version import __version__
-from splitfed.store.rows import Row
+from splitfed.quantities import percent, plain, plural, size, span
 from splitfed.tracking.plots import class_order
 from splitfed.tracking.report import reading
 from splitfed.tracking.report.charts import (
@@ -31,37 +30,30 @@ from splitfed.tracking.report.charts import (
 )
 from splitfed.tracking.report.markup import (
     card,
+    cards,
     details,
     empty,
     good,
     legend,
     note,
-    percent,
-    plain,
-    plural,
-    scrollable,
-    size,
-    span,
     table,
     tag,
     text,
 )
-from splitfed.tracking.report.reading import STATES, Run
+from splitfed.tracking.report.participation import MOST_CLIENTS
+from splitfed.tracking.report.reading import Run
 
-MOST_CLIENTS = 40
-MOST_ROUNDS = 100
 _MOST_DROPPED = 200
 _MOST_CLASS_NAMES = 20
 # The page's CSS has colours c0 to c9; further classes use them again.
 _CLASS_COLOURS = 10
 
-_AXES = {
+AXES = {
     "round": Axis("round", plain, functools.partial(ticks, most=6, whole=True)),
     "time": Axis("time since the start", span, moments),
     "bytes": Axis("bytes so far", size, functools.partial(ticks, most=6)),
 }
 _AXIS_BUTTONS = {"round": "rounds", "time": "time", "bytes": "bytes"}
-_STATE_COLOURS = {"took part": "p", "late": "l", "missing": "m", "dropped": "d", "sampled": "s"}
 _REASONS = {
     "stale": "too old by the policy",
     "rejected": "not finite, or unreadable",
@@ -92,7 +84,11 @@ _ROUND_COLUMNS: dict[str, Callable[[Any], str]] = {
 
 
 def learning(run: Run) -> str:
-    """Accuracy and loss over rounds, time and bytes: three drawings each, of which one is shown."""
+    """Accuracy and loss over rounds, time and bytes: three drawings each, of which one is shown.
+
+    A run that nobody evaluated, as that of a server and its accumulator, shows how its batches were
+    counted instead.
+    """
     accuracies: dict[str, list[Curve]] = {}
     losses: dict[str, list[Curve]] = {}
     for axis, places in reading.at_rounds(run).items():
@@ -100,12 +96,14 @@ def learning(run: Run) -> str:
         accuracies[axis] = reading.series(run, places, shown, ("accuracy", "train_accuracy"))
         shown = {"loss": "test loss", "train_loss": "training loss"}
         losses[axis] = reading.series(run, places, shown, ("loss", "train_loss"))
-    accuracy = _over_axes("Accuracy by round", accuracies, percent, ceiling=1.0)
-    loss = _over_axes("Loss by round", losses, plain)
+    accuracy = over_axes("Accuracy by round", accuracies, percent, ceiling=1.0)
+    loss = over_axes("Loss by round", losses, plain)
+    if not accuracy and not loss:
+        return cards(_progress_card(run), _batches_card(run))
     legend_and_switch = tag(
         "div",
         _learning_legend(run, accuracies, losses),
-        _axis_switch(accuracies),
+        axis_switch(accuracies),
         class_="bar-top",
     )
     return tag(
@@ -117,7 +115,33 @@ def learning(run: Run) -> str:
     )
 
 
-def _over_axes(
+def _progress_card(run: Run) -> str:
+    """How many batches were folded by when; nothing while that isn't known."""
+    points = reading.progress(run)
+    if not points:
+        return ""
+    drawing = curves("Batches over time", [Curve("batches", points)], AXES["time"], plain)
+    return card("Batches over time", drawing, "How many gradients of batches were folded so far.")
+
+
+def _batches_card(run: Run) -> str:
+    """Folded batches by client; nothing while that isn't known."""
+    counts = reading.batches_by_client(run)
+    if not counts:
+        return ""
+    shown = _largest(counts)
+    longest = max(counts[client] for client in shown)
+    lines = []
+    for client in shown:
+        count = counts[client]
+        tip = f"{client}\n{plural(count, 'batch', 'batches')}"
+        lines.append(_bar(client, [("up", 100 * count / longest)], plain(count), tip))
+    others = len(counts) - len(shown)
+    more = f"and {plural(others, 'client')} more" if others else ""
+    return card("Batches by client", tag("div", *lines, class_="bars") + note(more))
+
+
+def over_axes(
     label: str,
     lines: Mapping[str, Sequence[Curve]],
     y_format: Format,
@@ -128,12 +152,12 @@ def _over_axes(
     drawings = []
     for axis, shown in lines.items():
         if shown:
-            drawing = curves(label, shown, _AXES[axis], y_format, ceiling=ceiling)
+            drawing = curves(label, shown, AXES[axis], y_format, ceiling=ceiling)
             drawings.append(tag("div", drawing, class_=f"over-{axis}"))
     return "".join(drawings)
 
 
-def _axis_switch(axes: Iterable[str]) -> str:
+def axis_switch(axes: Iterable[str]) -> str:
     """Radio buttons for the axis: with CSS alone, so that they work without scripts too."""
     buttons = []
     for name in axes:
@@ -162,103 +186,6 @@ def _learning_legend(
     return legend(entries)
 
 
-# ---------------------------------------------------------------------------------- participants
-
-
-def participants(run: Run) -> str:
-    """How many clients took part in each round, and which."""
-    if not run.rounds:
-        return ""
-    kinds = {state.replace(" ", "-"): state for state in STATES}
-    by_round = [
-        (str(row["round"]), dict(zip(kinds, reading.tally(row), strict=True))) for row in run.rounds
-    ]
-    if not any(any(counts.values()) for _, counts in by_round):
-        return _cards(card("Participants", empty("The rounds don't say who took part.")))
-    key = legend(
-        [
-            ("p", "took part"),
-            ("l", "late"),
-            ("m", "missing"),
-            ("d", "dropped"),
-            ("n", "not sampled"),
-        ]
-    )
-    chart = stacked("Clients by round", by_round[-MOST_ROUNDS:], kinds, "round")
-    return _cards(
-        card("Participants", key + chart, "How many clients took part in each round."),
-        card(
-            "Who took part",
-            participation(run),
-            "A row for each client, a square for each round.",
-        ),
-    )
-
-
-def participation(run: Run) -> str:
-    """A row for each client, a cell for each round: its state there, or empty if not sampled.
-
-    Of many clients those are shown with which something was wrong, then those that took part most.
-    """
-    rounds = run.rounds[-MOST_ROUNDS:]
-    by_round = [reading.states(row) for row in rounds]
-    by_client = {client: [states.get(client) for states in by_round] for client in run.clients}
-    # Python's sort is stable: of equal clients the first ones are shown.
-    ranked = sorted(by_client, key=lambda client: _urgency(by_client[client]), reverse=True)
-    shown = set(ranked[:MOST_CLIENTS])
-    lines = [
-        _participation_row(client, rounds, states)
-        for client, states in by_client.items()
-        if client in shown
-    ]
-    notes = []
-    if len(shown) < len(by_client):
-        notes.append(
-            f"{len(shown)} of {len(by_client):,} clients: "
-            "first those with which something was wrong"
-        )
-    if len(rounds) < len(run.rounds):
-        notes.append(f"the last {MOST_ROUNDS} of {len(run.rounds):,} rounds")
-    head = tag("thead", tag("tr", tag("th", "round"), *_round_numbers(rounds)))
-    grid = tag("table", head, tag("tbody", *lines), class_="grid")
-    return scrollable(grid) + note("; ".join(notes))
-
-
-def _urgency(states: Sequence[str | None]) -> tuple[int, int]:
-    """In how many rounds something was wrong with a client, and in how many it took part."""
-    wrong = sum(state in ("dropped", "late", "missing") for state in states)
-    return wrong, states.count("took part")
-
-
-def _round_numbers(rounds: Sequence[Row]) -> list[str]:
-    """The heads of the columns: at most twenty have a number, as more would touch each other."""
-    every = math.ceil(len(rounds) / 20)
-    numbers = [str(row["round"]) for row in rounds]
-    return [
-        tag("th", text(number) if place % every == 0 else "")
-        for place, number in enumerate(numbers)
-    ]
-
-
-def _participation_row(client: str, rounds: Sequence[Row], states: Sequence[str | None]) -> str:
-    name = tag("th", text(client), scope="row", data_client=client)
-    cells = [_cell(client, row, state) for row, state in zip(rounds, states, strict=True)]
-    return tag("tr", name, *cells, data_client=client)
-
-
-def _cell(client: str, row: Row, state: str | None) -> str:
-    if state is None:
-        return "<td></td>"
-    tip = [f"{client}, round {row['round']}", state]
-    batches = row.get("clients", {}).get(client, {}).get("batches")
-    if batches is not None:
-        tip.append(plural(batches, "batch", "batches"))
-    dropped = row.get("dropped", {})
-    if client in dropped:
-        tip.append(str(dropped[client]))
-    return tag("td", tag("i", class_=_STATE_COLOURS[state]), data_tip="\n".join(tip))
-
-
 # --------------------------------------------------------------------------------------- updates
 
 
@@ -266,8 +193,8 @@ def updates(run: Run) -> str:
     """When commits came, how long their batches were pending, and how stale they were."""
     dots = reading.dots(run)
     if not dots:
-        return _cards(card("Updates", empty("No commits are on record."), wide=True))
-    return _cards(_timeline_card(run, dots), _staleness_card(run))
+        return ""
+    return cards(_timeline_card(run, dots), _staleness_card(run))
 
 
 def _timeline_card(run: Run, dots: Sequence[Dot]) -> str:
@@ -280,8 +207,18 @@ def _timeline_card(run: Run, dots: Sequence[Dot]) -> str:
     ends = [row["time"] for row in run.rounds if reading.value(row, "time") is not None]
     return card(
         "Updates over time",
-        key + timeline("Commits over time", dots, ends),
+        key + timeline("Commits over time", dots, ends) + note(_first_versions(run)),
         f"A mark is a commit. Height: {height}; colour: their staleness, in commits.",
+    )
+
+
+def _first_versions(run: Run) -> str:
+    """From where on the page tells, where it doesn't tell of all commits."""
+    found = [f"{version:,} of {name}" for name, version in run.first_versions.items()]
+    if not found:
+        return ""
+    return (
+        f"The commits from version {', '.join(found)} on: earlier ones weren't read, or are gone."
     )
 
 
@@ -307,23 +244,17 @@ def _staleness_card(run: Run) -> str:
 
 
 def by_client(run: Run) -> str:
-    """Bytes and classes by client."""
+    """Bytes and classes by client, as far as they are on record."""
+    found = []
     traffic = reading.traffic(run)
-    bytes_ = empty("The bytes weren't counted.")
     if traffic:
         key = legend([("up", "from the client"), ("down", "to the client")])
-        bytes_ = key + traffic_bars(traffic)
+        about = "Tensors that crossed the cut, and halves that were exchanged."
+        found.append(card("Bytes by client", key + traffic_bars(traffic), about))
     held = {name: known["classes"] for name, known in run.clients.items() if known.get("classes")}
-    classes = class_bars(held) if held else empty("Clients keep their classes to themselves.")
-    return _cards(
-        card(
-            "Bytes by client",
-            bytes_,
-            "Tensors that crossed the cut, and halves that were exchanged.",
-        ),
-        card("Examples by client and class", classes),
-        *_compression_card(run),
-    )
+    if held:
+        found.append(card("Examples by client and class", class_bars(held)))
+    return cards(*found, *_compression_card(run))
 
 
 def _compression_card(run: Run) -> list[str]:
@@ -420,25 +351,25 @@ def _bar(client: str, parts: Sequence[tuple[str, float]], total: str, tip: str) 
 
 def discarded(run: Run) -> str:
     """Gradients and updates that weren't folded, and why."""
-    if not run.rounds:
-        return ""
     by_round = [(str(row["round"]), reading.discarded(row)) for row in run.rounds]
-    sums = {reason: sum(counts[reason] for _, counts in by_round) for reason in _REASONS}
+    sums = reading.num_discarded(run)
     dropped = reading.dropped(run)
     pending = _pending(run)
     if not any(sums.values()) and not dropped:
-        folded = plural(reading.total(run, "gradients_folded"), "gradient")
+        folded = plural(reading.num_folded(run), "gradient")
         words = f"✓ Nothing was discarded: {folded} came and all were folded. {pending}".strip()
-        return _cards(card("Discarded", good(words), wide=True))
+        return cards(card("Discarded", good(words), wide=True))
     # The update of a client may be dropped although none of its gradients was lost.
     shown = good("✓ No gradient was discarded.")
     if any(sums.values()):
         key = [(name, f"{name}: {sums[name]:,} ({why})") for name, why in _REASONS.items()]
         kinds = {name: name for name in _REASONS}
-        shown = legend(key) + stacked("Discarded gradients by round", by_round, kinds, "round")
-    return _cards(
-        card("Discarded gradients", shown + note(pending)),
-        card("Dropped updates", _dropped_table(dropped)),
+        shown = legend(key)
+        if by_round:
+            shown += stacked("Discarded gradients by round", by_round, kinds, "round")
+    return cards(
+        card("Discarded gradients", shown + note(pending), wide=not by_round),
+        card("Dropped updates", _dropped_table(dropped)) if by_round else "",
     )
 
 
@@ -466,9 +397,24 @@ def tables(run: Run) -> str:
         "section",
         _rounds_table(run),
         _settings_table(run),
+        note(_unknown(run)),
         note(made_by),
         class_="card wide tables",
     )
+
+
+def _unknown(run: Run) -> str:
+    """A sentence on what other runs' pages have and this run's records don't say."""
+    known = {
+        "accuracy": any("accuracy" in row for row in run.rounds),
+        "loss": any("loss" in row or "train_loss" in row for row in run.rounds),
+        "who took part": reading.rounds_say_who(run) or bool(reading.batches_by_client(run)),
+        "commits": bool(reading.dots(run)),
+        "bytes by client": bool(reading.traffic(run)),
+        "classes by client": any(known.get("classes") for known in run.clients.values()),
+    }
+    missing = [name for name, is_known in known.items() if not is_known]
+    return f"Not on record: {', '.join(missing)}." if missing else ""
 
 
 def _rounds_table(run: Run) -> str:
@@ -495,7 +441,3 @@ def _settings_table(run: Run) -> str:
     if not settings:
         return ""
     return details("Settings", table(["setting", "value"], settings, "table words"))
-
-
-def _cards(*cards: str) -> str:
-    return tag("div", *cards, class_="cards")

@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from splitfed.tracking.report.markup import plain, plural, span, tag, text
+from splitfed.quantities import plain, plural, span
+from splitfed.tracking.report.markup import tag, text
 
 WIDTH = 480
 HEIGHT = 270
@@ -23,6 +24,8 @@ BOTTOM = 42
 
 MOST_LINES = 40
 """With more clients than these a chart shows their range in place of their lines."""
+RUN_COLOURS = 10
+"""So many runs that share a page have colours of their own."""
 STALENESS = ("0", "1–2", "3–5", "6 or more")
 """The classes of staleness, each with a colour of its own: see `staleness_class`."""
 
@@ -170,6 +173,8 @@ class Curve:
     client: bool = False
     """Whether it is one client's: drawn faintly, or as a part of the range if there are many."""
     dashed: bool = False
+    run: int | None = None
+    """The number of its run, where several share a chart: each has a colour of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +216,8 @@ def curves(
     # After the clients' lines, so that the run's own lie on top; the strips cover them all, or
     # a line would take the pointer from them.
     body += [_path(line, x, y) + _point_marks(line, x, y) for line in own]
-    body += [_last_value(line, x, y, y_format) for line in own[:1]]
+    # Of several runs the values would lie on one another: they are in the page's table.
+    body += [_last_value(line, x, y, y_format) for line in own[:1] if line.run is None]
     return chart(label, *body, _strips(own, clients, x, axis, y_format))
 
 
@@ -239,7 +245,14 @@ def _path(line: Curve, x: Scale, y: Scale) -> str:
     way = _way([(x(a), y(b)) for a, b in line.points])
     if line.client:
         return tag("path", class_="curve client", d=way, data_client=line.name)
+    if line.run is not None:
+        return tag("path", class_=f"curve {run_class(line.run)}", d=way, data_run=line.name)
     return tag("path", class_="curve dashed" if line.dashed else "curve main", d=way)
+
+
+def run_class(number: int) -> str:
+    """The CSS class of the colour of a run, where several share a page."""
+    return f"r{number % RUN_COLOURS}"
 
 
 def _way(points: Points) -> str:
@@ -248,7 +261,7 @@ def _way(points: Points) -> str:
 
 def _point_marks(line: Curve, x: Scale, y: Scale) -> str:
     """A circle at each point; none on a line that is dashed or would be covered by them."""
-    if len(line.points) > _MOST_POINT_MARKS or line.dashed:
+    if len(line.points) > _MOST_POINT_MARKS or line.dashed or line.run is not None:
         return ""
     return "".join(tag("circle", class_="dot", cx=x(a), cy=y(b), r=2.6) for a, b in line.points)
 

@@ -1,4 +1,4 @@
-"""The elements that the page is made of, and numbers as people read them.
+"""The elements that the page is made of.
 
 Names of clients and messages of errors come from outside: every attribute and every text is escaped
 here, so that a client's name can't become a script in the page.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-
-_BYTES = ("B", "kB", "MB", "GB", "TB")
 
 
 def tag(name: str, *content: str, **attributes: object) -> str:
@@ -48,6 +46,11 @@ def card(title: str, content: str, about: str = "", *, wide: bool = False) -> st
     if about:
         parts.append(tag("p", text(about), class_="about"))
     return tag("section", *parts, content, class_="card wide" if wide else "card")
+
+
+def cards(*parts: str) -> str:
+    """Cards beside and below each other; nothing if there are none."""
+    return tag("div", *parts, class_="cards") if any(parts) else ""
 
 
 def legend(entries: Sequence[tuple[str, str]], more: str = "") -> str:
@@ -90,50 +93,8 @@ def empty(words: str) -> str:
     return tag("p", text(words), class_="empty")
 
 
-# --------------------------------------------------------------------------------------- numbers
-
-
 def number(value: object) -> str:
     """A coordinate with no more digits than can be seen; anything else as it is."""
     if isinstance(value, float):
         return f"{value:.2f}".rstrip("0").rstrip(".")
     return str(value)
-
-
-def percent(value: float) -> str:
-    """A share of one as per cent."""
-    return f"{100 * value:.3g} %"
-
-
-def plain(value: float) -> str:
-    """A number with three significant digits, or a whole one with its thousands separated."""
-    if abs(value) >= 1000 or value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def size(value: float) -> str:
-    """A number of bytes, in steps of a thousand."""
-    step = 0
-    # From 999.5 on, three digits would be rounded to 1e+03.
-    while abs(value) >= 999.5 and step < len(_BYTES) - 1:
-        value /= 1000
-        step += 1
-    return f"{value:.3g} {_BYTES[step]}"
-
-
-def span(seconds: float) -> str:
-    """A time span, given in seconds, in the largest unit of which there are two."""
-    for name, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.3g} {name}"
-    if seconds >= 1 or seconds == 0:
-        return f"{seconds:.3g} s"
-    return f"{seconds * 1000:.3g} ms"
-
-
-def plural(count: int, one: str, many: str | None = None) -> str:
-    """A count with its noun."""
-    if count == 1:
-        return f"{count:,} {one}"
-    return f"{count:,} {many or one + 's'}"

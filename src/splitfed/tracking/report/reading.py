@@ -6,6 +6,7 @@ says that it isn't known; nothing is made up.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ _SHAPES = {
     "clients": dict,
     "compression": dict,
     "dropped": dict,
+    "first_versions": dict,
+    "folded": dict,
     "settings": dict,
     "sampled": list,
     "participants": list,
@@ -47,6 +50,16 @@ class Run:
     """The run row's entry of each client; an empty one for clients that only rounds name."""
 
     @property
+    def name(self) -> str:
+        """What the run is called."""
+        return str(self.about.get("name") or "split federated run")
+
+    @property
+    def first_versions(self) -> Mapping[str, int]:
+        """Of each lineage whose early commits aren't told, the first version that is."""
+        return self.about.get("first_versions") or {}
+
+    @property
     def last_round(self) -> Row:
         """The newest round; empty if there is none."""
         return self.rounds[-1] if self.rounds else {}
@@ -63,7 +76,7 @@ def read(history: History) -> Run:
     commits = history.commits()
     about = history.run or {}
     if not rounds and not commits:
-        raise MissingError("the history has no round and no commit as yet: expected one at least")
+        raise MissingError("the run has no round and no commit as yet: expected one at least")
     for row in (about, *rounds, *commits):
         _check(row)
     clients = dict(about.get("clients", {}))
@@ -71,6 +84,9 @@ def read(history: History) -> Run:
         for key in ("clients", "sampled", "participants", "late"):
             for name in row.get(key, ()):
                 clients.setdefault(name, {})
+    for row in commits:
+        for name in row.get("folded", ()):
+            clients.setdefault(name, {})
     in_order = dict(sorted(clients.items(), key=lambda item: natural(item[0])))
     return Run(about, rounds, commits, in_order)
 
@@ -211,6 +227,11 @@ def states(row: Row) -> dict[str, str]:
     return found
 
 
+def rounds_say_who(run: Run) -> bool:
+    """Whether any round names the clients that took part."""
+    return any(states(row) for row in run.rounds)
+
+
 def tally(row: Row) -> list[int]:
     """The number of clients in each of `STATES` in a round."""
     found = list(states(row).values())
@@ -242,6 +263,18 @@ def traffic(run: Run) -> dict[str, tuple[float, float]]:
     return {client: found[client] for client in run.clients if client in found}
 
 
+def num_bytes(run: Run) -> int:
+    """Bytes that crossed the cuts over all rounds, both ways; 0 if they weren't counted."""
+    return total(run, "bytes_up") + total(run, "bytes_down")
+
+
+def seconds(run: Run) -> float | None:
+    """How long the run took: by its last round or, without rounds, from first to last commit."""
+    found = value(run.last_round, "seconds", "time")
+    times = [dot.time for dot in dots(run)]
+    return found if found is not None or not times else max(times) - min(times)
+
+
 def compression(run: Run) -> dict[str, tuple[int, int, float | None]]:
     """Of each flow: its bytes over all rounds, exact and as sent, and the error in the newest."""
     found: dict[str, tuple[int, int, float | None]] = {}
@@ -262,7 +295,95 @@ def _bytes_down(metrics: Mapping[str, Any]) -> float:
     return metrics.get("bytes_down") or 0
 
 
+def batches_by_client(run: Run) -> dict[str, int]:
+    """How many batches of each client were folded, of those with any; updates of halves aside."""
+    found = Counter[str]()
+    for row in bodies(run):
+        found.update(row.get("folded") or {})
+    if not found:
+        for row in run.rounds:
+            for client, metrics in row.get("clients", {}).items():
+                found[client] += int(value(metrics, "batches") or 0)
+    return {client: found[client] for client in run.clients if found[client]}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stretch:
+    """A stretch of time, and how many batches of each client commits folded in it."""
+
+    start: float
+    """In seconds since the run's first commit that is known."""
+    end: float
+    folded: Mapping[str, int]
+
+
+def stretches(run: Run, most: int) -> list[Stretch]:
+    """The time of the commits in equal stretches, for a run without rounds.
+
+    Args:
+        run: The run.
+        most: How many stretches there may be; no more than there are commits.
+    """
+    rows = [row for row in bodies(run) if row.get("folded") and value(row, "time") is not None]
+    if not rows:
+        return []
+    start = min(row["time"] for row in rows)
+    length = max(row["time"] for row in rows) - start
+    count = min(most, len(rows))
+    folded = [Counter[str]() for _ in range(count)]
+    for row in rows:
+        place = int(count * (row["time"] - start) / length) if length else 0
+        folded[min(place, count - 1)].update(row["folded"])
+    width = length / count
+    return [Stretch(width * n, width * (n + 1), held) for n, held in enumerate(folded)]
+
+
 # --------------------------------------------------------------------------------------- commits
+
+
+def bodies(run: Run) -> list[Row]:
+    """The commits of bodies, the one that all share or those of clients: not of client halves."""
+    return [row for row in run.commits if row.get("lineage") != "client"]
+
+
+def progress(run: Run) -> list[tuple[float, float]]:
+    """How many batches were folded so far, over seconds since the run began."""
+    found = sorted((dot for dot in dots(run) if dot.lineage != "client"), key=lambda dot: dot.time)
+    points = []
+    folded = 0.0
+    for dot in found:
+        folded += dot.num_batches
+        points.append((dot.time, folded))
+    return points or _progress_of_rounds(run)
+
+
+def _progress_of_rounds(run: Run) -> list[tuple[float, float]]:
+    points = []
+    folded = 0.0
+    for row in run.rounds:
+        time = value(row, "time", "seconds")
+        count = value(row, "gradients_folded", "batches")
+        if time is not None and count is not None:
+            folded += count
+            points.append((time, folded))
+    return points
+
+
+def num_folded(run: Run) -> int:
+    """How many batches were folded, by the rounds or, without any, by the commits."""
+    if run.rounds:
+        return total(run, "gradients_folded")
+    return sum(int(row.get("num_batches") or 0) for row in bodies(run))
+
+
+def num_discarded(run: Run) -> dict[str, int]:
+    """How many gradients weren't folded, by reason; by the rounds or, without any, the commits."""
+    if run.rounds:
+        return {reason: sum(discarded(row)[reason] for row in run.rounds) for reason in DISCARDED}
+    return {
+        reason: sum(int(row.get(f"num_{reason}") or 0) for row in bodies(run))
+        for reason in DISCARDED
+    }
 
 
 def dots(run: Run) -> list[Dot]:
@@ -320,12 +441,16 @@ def staleness(run: Run) -> tuple[float, int] | None:
     return sum(age * count for age, count in found.items()) / sum(found.values()), max(found)
 
 
+def fresh(run: Run) -> float | None:
+    """The share of the body's folded gradients that were no commit behind."""
+    found = _body_ages(run)
+    return found.get(0, 0) / sum(found.values()) if found else None
+
+
 def _body_ages(run: Run) -> dict[int, int]:
     """The number of the body's folded gradients by the commits that they were behind."""
     found: dict[int, int] = {}
-    for row in run.commits:
-        # Commits of client halves fold no gradients.
-        if row.get("lineage") != "client":
-            for age, count in (row.get("staleness") or {}).items():
-                found[int(age)] = found.get(int(age), 0) + count
+    for row in bodies(run):
+        for age, count in (row.get("staleness") or {}).items():
+            found[int(age)] = found.get(int(age), 0) + count
     return {age: count for age, count in found.items() if count}
