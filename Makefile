@@ -126,6 +126,8 @@ $(HAVE_FLOWER): $(PINS) $(FLOWER_PINS) examples/flower/pyproject.toml
 	$(FLOWER)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
 	$(FLOWER)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint $(FLOWER_PINS) \
 		--editable '.[http]' --editable examples/flower
+	@# Flower gives each process that it starts a minute, which compiling torch at import may take.
+	$(FLOWER)/bin/python -c 'import split_digits.client_app, split_digits.server_app, flwr.cli.app'
 	@touch $@
 
 $(MERMAID): | $(HAVE_MORE)
