@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from harness_store import Point, again, batch, bits, commits, net, plant, record
 
-from splitfed import SplitClient, SplitServer
+from splitfed import History, SplitClient, SplitServer
 from splitfed.accumulator.accumulator import Accumulator
 from splitfed.cli.command import main
 from splitfed.store.store import GradientStore
@@ -239,3 +240,48 @@ def test_a_commit_folds_so_many_at_most(store: GradientStore, capsys: pytest.Cap
     assert [commit.num_batches for commit in commits(store)[1:]] == [2, 2, 1]
     assert accumulate("--optimizer", "SGD", "--min-batches", "3", "--max-batches", "2", "--once") != 0
     assert "max_batches is 2: expected at least min_batches=3" in capsys.readouterr().err
+
+
+def test_each_commit_is_a_line_of_the_history(store: GradientStore, tmp_path: Path) -> None:
+    """Those that were there before it too; `report` draws the file."""
+    begun(store, 2)
+    assert accumulate("--optimizer", "SGD", "--lr", "1", "--once") == 0
+    plant(store, batch(2), record(base_version=1))
+    assert accumulate("--optimizer", "SGD", "--lr", "1", "--once", "--history", "kept.jsonl") == 0
+    found = History.load(tmp_path / "kept.jsonl")
+    assert [(row["version"], row["folded"]) for row in found.commits("body")] == [(1, {"a": 2}), (2, {"a": 1})]
+    assert main(["report", "kept.jsonl"]) == 0
+    assert "Batches over time" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_prometheus_is_answered_while_it_runs(store: GradientStore, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the address that it prints: the commit that it has made, and that nothing waits."""
+    begun(store, 3)
+    found: list[str] = []
+
+    def scrape() -> None:
+        printed = ""
+        while "version 1" not in printed:
+            printed += capsys.readouterr().out
+        url = printed.partition("splitfed: metrics on ")[2].split()[0]
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            found.extend(answer.read().decode().splitlines())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    scraping = threading.Thread(target=scrape)
+    scraping.start()
+    assert accumulate("--optimizer", "SGD", "--lr", "1", "--poll", "0.01", "--metrics-port", "0") == 0
+    scraping.join(60)
+    assert {'splitfed_batches_total{outcome="folded"} 3.0', "splitfed_version 1.0", "splitfed_waiting_batches 0.0"} <= {
+        *found
+    }
+
+
+def test_metrics_without_their_library_are_a_mistake(
+    store: GradientStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names the extra, and the store isn't begun."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert accumulate("--optimizer", "SGD", "--metrics-port", "0", "--once") == 2
+    assert "pip install 'splitfed[metrics]'" in capsys.readouterr().err
+    assert not Path("run").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,27 @@ def test_sigterm_ends_it(store: GradientStore, capsys: pytest.CaptureFixture[str
     assert work("--poll", "0.01") == 0
     asking.join(60)
     assert capsys.readouterr().out == "splitfed: working in run\n"
+
+
+def test_prometheus_is_answered_while_it_works(store: GradientStore, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the address that it prints: one pull that was answered, and one that failed, with its class."""
+    found: list[str] = []
+
+    def client() -> None:
+        post(store, PullRequest("b"), client_id="a")
+        transport(store.url).pull(PullRequest("a"))
+        url = capsys.readouterr().out.partition("splitfed: metrics on ")[2].split()[0]
+        while not any(line.startswith("splitfed_errors_total") for line in found):
+            with urllib.request.urlopen(url, timeout=60) as told:
+                found[:] = told.read().decode().splitlines()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=client)
+    asking.start()
+    assert work("--poll", "0.01", "--metrics-port", "0") == 0
+    asking.join(60)
+    assert 'splitfed_requests_total{path="post/pull",status="200"} 1.0' in found
+    assert 'splitfed_errors_total{error="IdError"} 1.0' in found
 
 
 @pytest.mark.parametrize(

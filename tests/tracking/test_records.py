@@ -49,7 +49,7 @@ def test_commits_are_read_off_their_records(store: GradientStore) -> None:
 
 
 def test_rounds_are_read_off_their_reports(tmp_path: Path) -> None:
-    """A simulation whose history was in memory, drawn later: its rounds, and commits timed from the first one's start."""
+    """A simulation whose history was in memory, drawn later: its rounds, and commits timed from their start."""
     store = GradientStore(tmp_path / "run", sync="process")
     reports = list(toy.run(mode="sflv2", rounds=2, store=store))
     found = History.load(tmp_path / "run")
@@ -100,7 +100,9 @@ def test_a_run_that_goes_on_is_read_again(store: GradientStore) -> None:
 
 def test_names_of_runs() -> None:
     """The last part of the place, but not one that only says that it is a store."""
-    names = [name_of(GradientStore(url)) for url in ("memory://bucket/digits", "memory://digits/store", "memory://store")]
+    names = [
+        name_of(GradientStore(url)) for url in ("memory://bucket/digits", "memory://digits/store", "memory://store")
+    ]
     assert names == ["digits", "digits", "store"]
 
 
@@ -125,5 +127,5 @@ def test_a_file_of_another_run_is_refused(store: GradientStore, tmp_path: Path) 
     Follower(store, path, ["body"]).catch_up()
     new = GradientStore(tmp_path / "new", sync="process")
     accumulator(new)
-    with pytest.raises(InputError, match="has version 2 of lineage 'body', and .* has 0: .*history of another run"):
+    with pytest.raises(InputError, match=r"has version 2 of lineage 'body', and .* has 0: .*history of another run"):
         Follower(new, path, ["body"])

@@ -39,7 +39,6 @@ from splitfed.store.rows import Row, plain
 from splitfed.tracking.callbacks import AnyCallback, Callbacks
 from splitfed.tracking.history import History
 
-
 _log = logging.getLogger("splitfed")
 
 

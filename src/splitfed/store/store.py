@@ -82,8 +82,8 @@ class GradientStore:
         BusyError: `fresh=True`, and an accumulator is at work on the run.
         StoreCapabilityError: the backend has no atomic create-if-absent.
 
-    Opening one does no I/O, but for `fresh=True`; the first use does. It may be shared between threads, and used after a
-    fork.
+    Opening one does no I/O, but for `fresh=True`; the first use does. It may be shared between
+    threads, and used after a fork.
     """
 
     def __init__(

@@ -124,7 +124,8 @@ class Records:
 
 def name_of(store: GradientStore) -> str:
     """What a run is called after its store: the last part of the place that isn't just 'store'."""
-    parts = [part for part in store.shown.split("/") if part]
+    path = store.shown.rpartition("://")[2]
+    parts = [part for part in path.split("/") if part]
     if len(parts) > 1 and parts[-1] == STORE:
         parts.pop()
     return parts[-1] if parts else "run"

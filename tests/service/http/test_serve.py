@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -89,19 +90,26 @@ def test_sigterm_lets_a_request_end_and_exits_with_0(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_is_killed_is_started_anew(tmp_path: Path) -> None:
-    """The port stays, and requests go on; SIGTERM ends them all."""
+    """The port stays, and requests go on; SIGTERM ends them all. What the killed ones have counted stays counted."""
     with process(tmp_path, "--workers", "2") as (server, url):
         transport = HttpTransport(url)
         transport.pull(PullRequest("a"))
         children = subprocess.run(["pgrep", "-P", str(server.pid)], capture_output=True, text=True, check=True).stdout
         workers = {int(pid) for pid in children.split() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
         assert len(workers) == 2
+        variables = Path(f"/proc/{min(workers)}/environ").read_text().split("\0")
+        (counted,) = [Path(one.partition("=")[2]) for one in variables if one.startswith("PROMETHEUS_MULTIPROC_DIR=")]
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
         assert transport.pull(PullRequest("a")).version == -1
+        # Another connection each, so any worker answers.
+        for _ in range(4):
+            with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+                assert 'splitfed_requests_total{path="/v1/pull",status="200"} 2.0' in answer.read().decode()
         server.send_signal(signal.SIGTERM)
         ended = server.communicate(timeout=120)
         assert ended.returncode == 0
+        assert not counted.exists()
         assert "another one begins" in ended.stderr
 
 
