@@ -41,6 +41,7 @@ myst_fence_as_directive = ["mermaid"]
 copybutton_exclude = ".linenos, .gp, .go"
 mermaid_use_local = "mermaid.esm.min.mjs"  # `make docs` fetches it: no page asks another host for anything
 mermaid_height = "auto"
+mermaid_fullscreen_button = "+"  # its own character is in few fonts
 
 # --------------------------------------------------------------------------------------------------------- notebooks
 

@@ -1,8 +1,8 @@
 """Code in single backticks becomes a link where it names something public.
 
 Pages and docstrings write `SplitClient`, `client.batch()` or `policies.mode("buffered")` as they would be typed. What
-is in the reference is linked to it; all other code stays code, so no word in backticks can break the build. Sphinx's own
-role `any` would warn of each `loss` and `None`.
+is in the reference is linked to it; all other code stays code, so no word in backticks can break the build. The role
+`any` of Sphinx would warn of each `loss` and `None`.
 """
 
 from __future__ import annotations

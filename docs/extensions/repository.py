@@ -1,8 +1,8 @@
 """What a page is on the site that it isn't in the repository: in a site's tree, and far from all other files.
 
-Links that lead out of `docs/`, to examples, tests and the files at the top, are relative, so that they can be followed in a
-clone or on a branch. On the site they lead to the repository. And a `README.md`, which a repository shows for its folder,
-holds the other pages of that folder.
+Links that lead out of `docs/`, to examples, tests and the files at the top, are relative, so that they can be followed
+in a clone or on a branch. On the site they lead to the repository. And a `README.md`, which a repository shows for its
+folder, holds the other pages of that folder.
 """
 
 from __future__ import annotations
