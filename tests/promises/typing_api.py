@@ -15,6 +15,7 @@ import splitfed
 from splitfed import Accumulator, Commit, CutPoint, GradientStore, PerClient, SplitClient, SplitServer, Transport
 from splitfed.accumulator import policies
 from splitfed.client import BatchResult
+from splitfed.simulation import RayEngine
 
 
 def cutting(model: nn.Module, x: Tensor) -> nn.Module:
@@ -211,4 +212,16 @@ def simulating(model: nn.Module, x: Tensor, y: Tensor) -> None:
         rounds=1,
         callbacks=print,
     )
+    splitfed.simulate(
+        model,
+        "0",
+        {"a": lambda: (x, y)},
+        loss_fn=nn.functional.cross_entropy,
+        optimizer=torch.optim.SGD,
+        server_optimizer=adam,
+        rounds=1,
+        engine="ray",
+        device="cuda",
+    )
+    RayEngine(gpus=1)  # type: ignore[call-arg]
     assert_type(run.store, GradientStore)

@@ -98,8 +98,8 @@ class RayCrew:
 
     def stop(self) -> None:
         """End the actors, and Ray if it was started for this run."""
-        if not self._actors:
-            return
+        if self._setup is None and not self._is_ours:
+            return  # never opened, or stopped before
         import ray
 
         for actor in self._actors.values():
