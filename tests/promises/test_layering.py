@@ -16,7 +16,7 @@ import splitfed
 ROOT = Path(splitfed.__file__).parent
 
 # Leaf first: a row may name only rows above it, so the table can be read in dependency order and has no circles.
-# "base" is the files beside the packages: errors, checks of arguments, the version, names that load lazily.
+# "base" is the files beside the packages: errors, checks of arguments, quantities, the version, names that load lazily.
 MAY_IMPORT = {
     "base": "",
     # Values without behaviour, and how they become bytes.
@@ -138,7 +138,7 @@ def test_every_package_has_a_row_and_every_row_a_package() -> None:
 def test_the_root_holds_only_what_all_packages_share() -> None:
     """A new module goes into a package."""
     files = {path.stem for path in ROOT.glob("*.py")}
-    assert files == {"__init__", "__main__", "_lazy", "_version", "checks", "errors"}
+    assert files == {"__init__", "__main__", "_lazy", "_version", "checks", "errors", "quantities"}
 
 
 def test_rows_name_only_rows_above_them() -> None:

@@ -22,7 +22,8 @@ def test_one_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the place, the version and what matters most of the settings."""
     url = str(tmp_path / "run")
     store = GradientStore(url, sync="process")
-    accumulator = Accumulator(Point(), store, sgd, max_batches=3)
+    accumulator = Accumulator(Point(), store, sgd)
+    bounded = Accumulator(Point(), store, sgd, max_batches=3)
     half = Accumulator(Point(), store, sgd, lineage="client")
     federation = Federation(accumulator, half, mode="sflv2", clients_per_round=2)
     server = SplitServer(Point(), store)
@@ -35,7 +36,8 @@ def test_one_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     monkeypatch.setattr(LocalBlobs, "get", lambda self, key: read.append(key))
     shown = store.shown
-    assert repr(accumulator) == f"Accumulator({shown!r}, lineage='body', version=1, min_batches=1, max_batches=3)"
+    assert repr(accumulator) == f"Accumulator({shown!r}, lineage='body', version=1, min_batches=1)"
+    assert repr(bounded) == f"Accumulator({shown!r}, lineage='body', version=1, min_batches=1, max_batches=3)"
     assert repr(server) == f"SplitServer({shown!r}, lineage='body', version=1, device='cpu')"
     assert repr(commit) == ("Commit(version=1, kind='fold', num_batches=2, num_samples=2, staleness={0: 2})")
     assert repr(federation) == (

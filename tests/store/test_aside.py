@@ -61,7 +61,7 @@ def test_a_run_in_which_nothing_was_trained_stays(tmp_path: Path) -> None:
 def test_what_isnt_a_folder_or_is_at_work_is_refused(tmp_path: Path) -> None:
     """A bucket can't be renamed in one step; under an accumulator nothing is moved."""
     trained("memory://aside")
-    with pytest.raises(InputError, match="run at version 1: only a folder of this machine can be set aside"):
+    with pytest.raises(InputError, match="aside holds a run: only a folder of this machine can be set aside"):
         GradientStore("memory://aside", fresh=True)
     store = trained(tmp_path / "run")
     with (

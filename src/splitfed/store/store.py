@@ -36,7 +36,7 @@ from splitfed.protocol.ids import BatchId
 from splitfed.protocol.packing import read_json
 from splitfed.store import layout
 from splitfed.store.archive import Archive
-from splitfed.store.aside import set_aside
+from splitfed.store.aside import folder_of, set_aside
 from splitfed.store.batches import Pile
 from splitfed.store.cache import Bounded
 from splitfed.store.checked import Checked
@@ -155,10 +155,20 @@ class GradientStore:
             InputError: it isn't in a folder of this machine.
             BusyError: an accumulator is at work on it.
         """
-        moved = set_aside(self)
-        if moved is not None:
-            _log.warning("a run at %s was set aside: it is at %s now", self.shown, moved)
-            self._open_blobs()
+        if self.header() is None:
+            return None
+        heads = {name: self.lineage(name).head() for name in self.lineages()}
+        # Of several processes that each say fresh=True, the second mustn't undo what the first has
+        # begun: a run in which nothing was trained stays.
+        if max(heads.values(), default=0) <= 0 and not self.rounds().newest():
+            return None
+        folder = folder_of(self.blobs.raw, self.shown)
+        with self.alone(heads):
+            pass  # nobody is at work; held any longer, the locks' files couldn't move with it
+        times = [self.lineage(name).commit(head).time for name, head in heads.items() if head >= 0]
+        moved = set_aside(folder, max(times))
+        _log.warning("a run at %s was set aside: it is at %s now", self.shown, moved)
+        self._open_blobs()
         return moved
 
     def note_begun(self, head: int) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -390,11 +391,12 @@ def test_a_watched_run_is_written_again_until_a_signal(tmp_path: Path) -> None:
     (tmp_path / "run.jsonl").touch()
     with programs.program(programs.command, *command) as watching:
         while not watching._errors.exists() or "waiting:" not in watching._errors.read_text():
-            pass
+            threading.Event().wait(0.02)
         seen: set[str] = set()
         for number in (1, 2):
             kept.append(a_round(number))
             while f"{number} round" not in "\n".join(seen):
+                threading.Event().wait(0.02)
                 if output.exists():
                     seen = set(Page(page := output.read_text("utf-8")).words)
         assert '<meta http-equiv="refresh" content="0.05">' in page

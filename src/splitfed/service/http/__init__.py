@@ -12,7 +12,7 @@ sent again.
     auth.py        tokens, hashed at rest
     threads.py     threads that compute while the event loop goes on
     endpoints.py   one request: admit, receive, serve, answer
-    app.py         the ASGI app, the operator's pages, metrics
+    app.py         the ASGI app, the operator's pages
     guard.py       limits that uvicorn lacks: on time, headers and connections
     serve.py       running it: sockets, workers, drain
 

@@ -24,6 +24,7 @@ MOST_STRETCHES = 60
 _CLASSES = {"took part": "p", "late": "l", "missing": "m", "dropped": "d", "sampled": "s"}
 # Up to so many lines stand below each other, whatever the room beside them.
 _FEW = 8
+_WIDEST = 28  # px, as in the page's CSS
 # The least width of a cell in px for up to so many cells.
 _CELLS = ((12, 14), (30, 10), (60, 7), (MOST_ROUNDS, 5))
 _SHADES = 4
@@ -193,6 +194,6 @@ def _line(client: str, cells: Sequence[str], figure: str) -> str:
 def _lines(lines: Sequence[str], num_cells: int) -> str:
     """The lines, side by side where they are short; the page's CSS makes columns of that width."""
     if len(lines) <= _FEW:
-        return tag("div", *lines, class_="who")
+        return tag("div", *lines, class_="who", style=f"max-width:{190 + num_cells * _WIDEST}px")
     cell = next((px for most, px in _CELLS if num_cells <= most), _CELLS[-1][1])
     return tag("div", *lines, class_="who", style=f"column-width:{190 + num_cells * cell}px")
