@@ -141,7 +141,7 @@ print(splitfed.Accumulator(body, store, lambda params: torch.optim.SGD(params, l
     assert command(installed, "-I", script, folder=place).split()[-1] == "1"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)  # mypy reads all of torch
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_a_users_script_is_typed(installed: Path, checker: str, tmp_path: Path) -> None:
     """`mypy --strict` and pyright read the types of the installed package, and find a mistake."""
