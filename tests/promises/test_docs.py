@@ -71,6 +71,7 @@ def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest
         run(code, str(page), line, namespace)
 
 
+@pytest.mark.integration
 def test_the_page_on_simulation_runs_as_one_script(tmp_path: Path) -> None:
     """All its blocks pasted below each other, with worker processes, which import the script themselves."""
     script = tmp_path / "pasted.py"
