@@ -106,6 +106,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     pytest.importorskip("mlflow").set_tracking_uri((tmp_path / "mlruns").as_uri())
+    pytest.importorskip("wandb").teardown()  # it remembers the folder of an earlier test
     page = ROOT / "docs/trackers.md"
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for line, code in blocks(page, "python"):
