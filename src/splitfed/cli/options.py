@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from splitfed.checks import install
 from splitfed.errors import InputError
 
 if TYPE_CHECKING:
@@ -408,7 +409,7 @@ def check_metrics(arguments: argparse.Namespace) -> bool:
     if arguments.metrics_port is None:
         return False
     if importlib.util.find_spec("prometheus_client") is None:
-        raise InputError("--metrics-port needs prometheus-client: pip install 'splitfed[metrics]'")
+        raise InputError(f"--metrics-port needs prometheus-client: {install('metrics')}")
     return True
 
 

@@ -101,13 +101,14 @@ class GradientStore:
                 f"sync={sync!r} isn't known: expected 'power' (fsync) "
                 "or 'process' (survives SIGKILL only)"
             )
-        self.url = os.fspath(url)
+        self.url = url
         self.sync = sync
         self.shared = shared
         self._keeps_forwards = keep_forwards
         self.storage_options: Mapping[str, Any] = MappingProxyType(dict(storage_options))
         """What the fsspec filesystem is given; it may hold secrets."""
         self._open_blobs()
+        self.url = os.fspath(url)
         if fresh:
             self.begin_anew()
 
