@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import signal
 import sys
@@ -254,16 +255,18 @@ def test_each_commit_is_a_line_of_the_history(store: GradientStore, tmp_path: Pa
     assert "Batches over time" in (tmp_path / "report.html").read_text("utf-8")
 
 
-def test_prometheus_is_answered_while_it_runs(store: GradientStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prometheus_is_answered_while_it_runs(store: GradientStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the address that it prints: the commit that it has made, and that nothing waits."""
     begun(store, 3)
     found: list[str] = []
+    printed = io.StringIO()  # pytest's own loses what is written in another thread while it is read
+    monkeypatch.setattr(sys, "stdout", printed)
+    pause = threading.Event()
 
     def scrape() -> None:
-        printed = ""
-        while "version 1" not in printed:
-            printed += capsys.readouterr().out
-        url = printed.partition("splitfed: metrics on ")[2].split()[0]
+        while "version 1" not in printed.getvalue():
+            pause.wait(0.01)
+        url = printed.getvalue().partition("splitfed: metrics on ")[2].split()[0]
         with urllib.request.urlopen(url, timeout=60) as answer:
             found.extend(answer.read().decode().splitlines())
         os.kill(os.getpid(), signal.SIGTERM)
@@ -283,5 +286,5 @@ def test_metrics_without_their_library_are_a_mistake(
     """The message names the extra, and the store isn't begun."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert accumulate("--optimizer", "SGD", "--metrics-port", "0", "--once") == 2
-    assert "pip install 'splitfed[metrics]'" in capsys.readouterr().err
+    assert 'pip install ".[metrics]"' in capsys.readouterr().err
     assert not Path("run").exists()

@@ -327,7 +327,9 @@ def test_diagrams_are_drawn(browser: Browser, served: str) -> None:
     """Both of the architecture page, with their words, and no message of an error."""
     page, _, complaints = looking(browser, DESKTOP, "light")
     page.goto(f"{served}main/architecture.html")
-    page.wait_for_function("document.querySelectorAll('.mermaid svg').length === 2", timeout=120_000)
+    # An image is there before its words are.
+    words = "[...document.querySelectorAll('.mermaid')].map((one) => one.innerText).join()"
+    page.wait_for_function(f"['server/', 'BackwardRequest'].every((word) => {words}.includes(word))", timeout=120_000)
     drawn = page.locator(".mermaid").all_inner_texts()
     page.close()
     assert "server/" in drawn[0]
