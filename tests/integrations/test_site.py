@@ -327,10 +327,12 @@ def test_diagrams_are_drawn(browser: Browser, served: str) -> None:
     """Both of the architecture page, with their words, and no message of an error."""
     page, _, complaints = looking(browser, DESKTOP, "light")
     page.goto(f"{served}main/architecture.html")
-    # An image is there before its words are.
-    words = "[...document.querySelectorAll('.mermaid')].map((one) => one.innerText).join()"
-    page.wait_for_function(f"['server/', 'BackwardRequest'].every((word) => {words}.includes(word))", timeout=120_000)
-    drawn = page.locator(".mermaid").all_inner_texts()
+    # The text of a diagram is there before it is drawn, and the image before its words are.
+    images = "[...document.querySelectorAll('.mermaid svg')].map((one) => one.textContent)"
+    page.wait_for_function(
+        f"['server/', 'BackwardRequest'].every((word, n) => {images}[n]?.includes(word))", timeout=120_000
+    )
+    drawn = page.evaluate(images)
     page.close()
     assert "server/" in drawn[0]
     assert "BackwardRequest" in drawn[1]
