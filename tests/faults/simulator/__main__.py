@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 import time
 
@@ -24,6 +25,7 @@ def main() -> int:
     first, _, last = asked.seeds.partition("-")
     seeds = range(int(first), int(last or first) + 1)
     torch.set_num_threads(1)
+    logging.getLogger("splitfed").setLevel(logging.ERROR)  # each process that is started again says where it goes on
     began, wrong, faults, commits, weak = time.monotonic(), [], 0, 0, []
     with installed(asked.mutant) if asked.mutant else contextlib.nullcontext():
         for seed in seeds:
