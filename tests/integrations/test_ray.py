@@ -38,7 +38,14 @@ SETTINGS: dict[str, Any] = {"model": toy.model(0.5), "clients": toy.clients(4), 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[Cluster]:
-    """Two nodes of one CPU each; this process is on the first."""
+    """Two nodes of one CPU each, where the tests can be imported; this process is on the first."""
+    support = Path(toy.__file__).parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (support.parents[1], support))))
+        yield from _cluster()
+
+
+def _cluster() -> Iterator[Cluster]:
     memory = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **memory})
     made.add_node(num_cpus=1, object_store_memory=memory["object_store_memory"])
