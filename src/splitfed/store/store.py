@@ -101,21 +101,20 @@ class GradientStore:
                 f"sync={sync!r} isn't known: expected 'power' (fsync) "
                 "or 'process' (survives SIGKILL only)"
             )
-        self.url = url
         self.sync = sync
         self.shared = shared
         self._keeps_forwards = keep_forwards
         self.storage_options: Mapping[str, Any] = MappingProxyType(dict(storage_options))
         """What the fsspec filesystem is given; it may hold secrets."""
-        self._open_blobs()
+        self._open_blobs(url)
         self.url = os.fspath(url)
         if fresh:
             self.begin_anew()
 
-    def _open_blobs(self) -> None:
+    def _open_blobs(self, url: str | os.PathLike[str]) -> None:
         """Open the storage; nothing of a run is known yet."""
         raw = open_blobs(
-            self.url, fsync=self.sync == "power", shared=self.shared, **self.storage_options
+            url, fsync=self.sync == "power", shared=self.shared, **self.storage_options
         )
         self.blobs = Checked(raw)
         """The storage backend, whose objects carry checksums."""
@@ -169,7 +168,7 @@ class GradientStore:
         times = [self.lineage(name).commit(head).time for name, head in heads.items() if head >= 0]
         moved = set_aside(folder, max(times))
         _log.warning("a run at %s was set aside: it is at %s now", self.shown, moved)
-        self._open_blobs()
+        self._open_blobs(self.url)
         return moved
 
     def note_begun(self, head: int) -> None:
