@@ -51,7 +51,7 @@ from splitfed.errors import (
 from splitfed.model.fingerprint import personal_names
 from splitfed.model.skeleton import Template, device_of
 from splitfed.model.stamp import stamp_of
-from splitfed.protocol.backoff import Backoff, growing
+from splitfed.protocol.backoff import looking
 from splitfed.protocol.flows import Flow, added, from_plain
 from splitfed.protocol.ids import BatchId
 from splitfed.protocol.messages import BufferUpdate, GradientRecord
@@ -65,7 +65,6 @@ from splitfed.store.sums import Sum
 MANY_SKIPS = 256
 """So many numbers that clients have given up are closed without waiting for gradients. Fewer wait:
 each commit is a version, and takes one out of the retention window."""
-_FIRST_POLL = 0.005  # seconds
 _MOST_KEPT = 64
 """So many gradients are added up in one pass at most: each is a file that is open."""
 _KEPT_BYTES = 64 << 20
@@ -291,14 +290,14 @@ class Accumulator:
             The number of commits that were made.
         """
         ends = self._stop if stop is None else stop
-        looks = Backoff(growing(_FIRST_POLL, 1.5), most=poll, stop=ends)
+        looks = looking(poll, ends)
         made = 0
         while not ends.is_set() and not self._stop.is_set():
             commit = self.step()
             if commit is None:
                 looks.wait()
                 continue
-            looks = Backoff(growing(_FIRST_POLL, 1.5), most=poll, stop=ends)
+            looks = looking(poll, ends)
             made += 1
             if on_commit is not None:
                 on_commit(commit)

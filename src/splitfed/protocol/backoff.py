@@ -22,6 +22,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
+_FIRST_LOOK = 0.005  # seconds
+
 
 class Backoff:
     """The pauses of one streak of tries: call `wait()` after each try that has to be repeated.
@@ -103,3 +105,13 @@ def growing(first: float, factor: float) -> Iterator[float]:
     while True:
         yield pause
         pause *= factor
+
+
+def looking(most: float, stop: threading.Event) -> Backoff:
+    """The pauses of one who looks for work: short after the last there was, then longer.
+
+    Args:
+        most: Longest pause in seconds.
+        stop: Ends a pause as soon as it is set.
+    """
+    return Backoff(growing(_FIRST_LOOK, 1.5), most=most, stop=stop)

@@ -147,7 +147,8 @@ class RequestMetrics:
         self._seconds.labels(path).observe(seconds)
         self._received.inc(received)
         self._sent.inc(sent)
-        self._note_uses()
+        if self.counts.registry is None:
+            self._note_uses()  # another process may be asked, which can't look here
 
     def error(self, name: str) -> None:
         """Count an error that a request was answered with, by its class."""
@@ -159,7 +160,7 @@ class RequestMetrics:
         self._bytes.set(num_bytes)
 
     def _note_uses(self) -> None:
-        """Add what the server has counted since; whoever answers or asks does it."""
+        """Add what the server has counted since."""
         if self._uses is None:
             return
         with self._lock:

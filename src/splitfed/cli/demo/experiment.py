@@ -34,7 +34,6 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from splitfed.accumulator import policies
@@ -44,6 +43,7 @@ from splitfed.errors import InputError
 from splitfed.simulation import data as held_out
 from splitfed.simulation import partition
 from splitfed.simulation.launch import simulate
+from splitfed.simulation.rates import Falling
 from splitfed.simulation.run import Simulation
 from splitfed.simulation.settings import LocalTraining, RoundSchedule
 from splitfed.store.rows import Row
@@ -152,11 +152,6 @@ def _optimizer(parameters: Iterable[Any]) -> Optimizer:
     return AdamW(parameters, lr=_LEARNING_RATE)
 
 
-def _fall(optimizer: Optimizer, steps: int) -> LRScheduler:
-    """The centralised run's rate falls as those of the federated run do."""
-    return LinearLR(optimizer, start_factor=1.0, end_factor=_FINAL_RATE, total_iters=max(1, steps))
-
-
 # ------------------------------------------------------------------------------------- both runs
 
 
@@ -233,7 +228,9 @@ def train_centralised(
         generator=torch.Generator().manual_seed(settings.seed),
     )
     optimizer = _optimizer(model.parameters())
-    scheduler = _fall(optimizer, settings.rounds * len(loader))
+    # It falls as the rates of the federated run do.
+    falling = Falling(_FINAL_RATE, settings.rounds)
+    scheduler = falling.scheduler(settings.rounds * len(loader))(optimizer)
     with Callbacks(callbacks) as receivers:
         receivers.on_row(
             {"kind": "run", "name": "centralised", "settings": {"rounds": settings.rounds}}

@@ -32,7 +32,7 @@ from typing import Any
 from splitfed.checks import positive
 from splitfed.errors import BodyError, IdError, SplitFedError, TooLargeError
 from splitfed.protocol import checksum
-from splitfed.protocol.backoff import Backoff, growing
+from splitfed.protocol.backoff import looking
 from splitfed.protocol.packing import kind_of, pack, pack_error, unpack
 from splitfed.protocol.transport import VERBS, Transport, verb_of
 from splitfed.service.limits import MessageLimits, check_body, check_message
@@ -42,7 +42,6 @@ from splitfed.store.store import GradientStore, check_store
 
 MAX_CLAIMS = 5
 """Claims of one request after which it is given up."""
-_FIRST_POLL = 0.005  # seconds
 _log = logging.getLogger("splitfed.mailbox")
 
 
@@ -166,7 +165,7 @@ class Worker:
             Number of requests answered.
         """
         ends = self._stop if stop is None else stop
-        looks = Backoff(growing(_FIRST_POLL, 1.5), most=poll, stop=ends)
+        looks = looking(poll, ends)
         made = 0
         while not ends.is_set() and not self._stop.is_set():
             answered = self.step(ends)
@@ -174,7 +173,7 @@ class Worker:
             if not answered:
                 looks.wait()
                 continue
-            looks = Backoff(growing(_FIRST_POLL, 1.5), most=poll, stop=ends)
+            looks = looking(poll, ends)
             if on_answer is not None:
                 on_answer(answered)
         return made

@@ -13,7 +13,6 @@ the commit records say which.
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -153,9 +152,8 @@ class WorkerPool:
                 self._crew.start(place.number)
         run_id = (plan.number, 0)
         waiting = list(self._assembly.remaining_clients(plan))
-        for step in itertools.count(self._assembly.steps_taken(plan)):
-            if not waiting:
-                return self._assembly.federation.poll() or self._assembly.federation.close()
+        step = self._assembly.steps_taken(plan)
+        while waiting:
             results = self._execute(
                 Task(client_id, run_id, self._states.get(client_id, ClientState()), step)
                 for client_id in waiting
@@ -164,7 +162,8 @@ class WorkerPool:
                 # No client trains now: each has pushed its gradient of this step, or has ended.
                 self._assembly.global_step()
             waiting = [result.client_id for result in results if result.metrics is None]
-        raise AssertionError("unreachable")
+            step += 1
+        return self._assembly.federation.poll() or self._assembly.federation.close()
 
     def take_metrics(self) -> list[LocalMetrics]:
         """The metrics of the local runs that have ended since the last call."""

@@ -31,6 +31,7 @@ from splitfed.tracking.report.charts import (
 from splitfed.tracking.report.markup import (
     card,
     cards,
+    client_line,
     details,
     empty,
     good,
@@ -38,9 +39,8 @@ from splitfed.tracking.report.markup import (
     note,
     table,
     tag,
-    text,
 )
-from splitfed.tracking.report.participation import MOST_CLIENTS
+from splitfed.tracking.report.participation import largest
 from splitfed.tracking.report.reading import Run
 
 _MOST_DROPPED = 200
@@ -129,7 +129,7 @@ def _batches_card(run: Run) -> str:
     counts = reading.batches_by_client(run)
     if not counts:
         return ""
-    shown = _largest(counts)
+    shown = largest(counts)
     longest = max(counts[client] for client in shown)
     lines = []
     for client in shown:
@@ -278,7 +278,7 @@ def _compression_card(run: Run) -> list[str]:
 def traffic_bars(traffic: Mapping[str, tuple[float, float]]) -> str:
     """Bytes of each client, up and down; of many clients those with the most bytes are shown."""
     sizes = {client: sum(pair) for client, pair in traffic.items()}
-    shown = _largest(sizes)
+    shown = largest(sizes)
     longest = max((sizes[client] for client in shown), default=0) or 1
     lines = []
     for client in shown:
@@ -297,7 +297,7 @@ def traffic_bars(traffic: Mapping[str, tuple[float, float]]) -> str:
 def class_bars(clients: Mapping[str, Mapping[str, int]]) -> str:
     """Examples of each class at each client; of many clients those with most are shown."""
     sizes = {client: sum(held.values()) for client, held in clients.items()}
-    shown = _largest(sizes)
+    shown = largest(sizes)
     longest = max((sizes[client] for client in shown), default=0) or 1
     labels = sorted({label for held in clients.values() for label in held}, key=class_order)
     lines = []
@@ -327,23 +327,10 @@ def _class_colour(number: int) -> str:
     return f"c{number % _CLASS_COLOURS}"
 
 
-def _largest(sizes: Mapping[str, float]) -> list[str]:
-    """The clients with most, in their own order."""
-    largest = set(sorted(sizes, key=lambda client: -sizes[client])[:MOST_CLIENTS])
-    return [client for client in sizes if client in largest]
-
-
 def _bar(client: str, parts: Sequence[tuple[str, float]], total: str, tip: str) -> str:
     """A line of a client: its name, a bar of parts by their CSS class and per cent, its total."""
     track = [f'<i class="{kind}" style="width:{width:.2f}%"></i>' for kind, width in parts]
-    return tag(
-        "div",
-        tag("span", text(client), class_="name"),
-        tag("span", *track, class_="track"),
-        tag("span", text(total), class_="figure"),
-        data_client=client,
-        data_tip=tip,
-    )
+    return client_line(client, tag("span", *track, class_="track"), total, data_tip=tip)
 
 
 # ------------------------------------------------------------------------------------- discarded

@@ -73,6 +73,18 @@ def scrollable(content: str) -> str:
     return tag("div", content, class_="scroll", tabindex="0")
 
 
+def client_line(client: str, middle: str, figure: str, **attributes: object) -> str:
+    """A line of a client: its name, what is drawn of it, and a figure."""
+    return tag(
+        "div",
+        tag("span", text(client), class_="name"),
+        middle,
+        tag("span", text(figure), class_="figure"),
+        data_client=client,
+        **attributes,
+    )
+
+
 def details(title: str, content: str) -> str:
     """A part that opens by a click on its title."""
     return tag("details", tag("summary", title), content)

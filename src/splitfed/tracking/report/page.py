@@ -8,7 +8,7 @@ old page or the new one, never half of it.
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
@@ -74,29 +74,20 @@ def write(runs: Runs, path: str | os.PathLike[str], *, refresh: float | None = N
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}-", delete=False
-        ) as file:
-            file.write(written)
+        part = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
         try:
-            os.chmod(file.name, _mode(target))
-            os.replace(file.name, target)
+            with part.open("x", encoding="utf-8") as file:
+                file.write(written)
+            if target.exists():
+                part.chmod(target.stat().st_mode & 0o777)
+            part.replace(target)
         except OSError:
-            os.unlink(file.name)
+            part.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise InputError(
             f"the report can't be written to {os.fspath(path)} ({error}): choose another place"
         ) from error
-
-
-def _mode(target: Path) -> int:
-    """The rights of a file there: those that it has, or those that a new one would get."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def _read(runs: Runs) -> dict[str, Run]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from splitfed.quantities import plain, plural, span
 from splitfed.store.rows import Row
 from splitfed.tracking.report import reading
-from splitfed.tracking.report.markup import card, cards, legend, note, tag, text
+from splitfed.tracking.report.markup import card, cards, client_line, legend, note, tag, text
 from splitfed.tracking.report.reading import STATES, Run
 
 MOST_CLIENTS = 60
@@ -153,13 +153,12 @@ def _cell(client: str, row: Row, state: str | None) -> str:
 
 def _of_stretches(run: Run, stretches: Sequence[reading.Stretch]) -> str:
     sums = reading.batches_by_client(run)
-    shown = set(sorted(sums, key=lambda client: -sums[client])[:MOST_CLIENTS])
+    shown = largest(sums)
     most = max(max(stretch.folded.values(), default=0) for stretch in stretches)
     lines = []
-    for client in sums:
-        if client in shown:
-            cells = [_shade(client, stretch, most) for stretch in stretches]
-            lines.append(_line(client, cells, plain(sums[client])))
+    for client in shown:
+        cells = [_shade(client, stretch, most) for stretch in stretches]
+        lines.append(_line(client, cells, plain(sums[client])))
     notes = ["A line a client, with the number of its folded batches"]
     if stretches[0].end:
         notes.append(f"a square is {span(stretches[0].end - stretches[0].start)}")
@@ -181,14 +180,14 @@ def _shade(client: str, stretch: reading.Stretch, most: int) -> str:
 # ----------------------------------------------------------------------------------------- lines
 
 
+def largest(sizes: Mapping[str, float]) -> list[str]:
+    """The clients with most, as many as have a line, in their own order."""
+    found = set(sorted(sizes, key=lambda client: -sizes[client])[:MOST_CLIENTS])
+    return [client for client in sizes if client in found]
+
+
 def _line(client: str, cells: Sequence[str], figure: str) -> str:
-    return tag(
-        "div",
-        tag("span", text(client), class_="name"),
-        tag("span", *cells, class_="strip"),
-        tag("span", text(figure), class_="figure"),
-        data_client=client,
-    )
+    return client_line(client, tag("span", *cells, class_="strip"), figure)
 
 
 def _lines(lines: Sequence[str], num_cells: int) -> str:
