@@ -6,6 +6,7 @@ that was a tenth of the time for two variants that were the same. So each round 
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import time
@@ -42,6 +43,8 @@ def in_turns(steps: Mapping[str, Step], seconds: float, *, warm: int = 3, every:
             step()
             if number >= warm or is_rare:
                 times[name].append(1e3 * (time.perf_counter() - before))
+            if is_rare:
+                os.sync()  # what a commit has written is on the disk before another step is timed
         number += 1
     return times
 
