@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,9 @@ def train(
     path.unlink(missing_ok=True)
     # In groups without a barrier a round is one push of each owner on average, and a pass is many of them.
     free = slow > 1 and mode.group is not None
-    every = max(1, round(sum(deal.batches) / len(deal.parts))) if free else 1
+    sizes = recipe.batch_sizes(deal, slow, free)
+    paces = recipe.paces(deal, slow, sizes)
+    every = _rounds_of_a_pass(deal, sizes, paces) if free else 1
     turns = itertools.count(1)
 
     def judge(whole: nn.Module) -> dict[str, float]:
@@ -72,14 +74,14 @@ def train(
         half_optimizer=rates.half,
         rounds=rounds * every,
         mode=mode,
-        local=simulation.LocalTraining(batch_size=recipe.BATCH, compression=compression),
+        local=simulation.LocalTraining(batch_size=sizes, compression=compression),
         schedule=simulation.RoundSchedule(
             final_rate=recipe.LAST if falls else None,
             barrier=False if free else None,
             # By a clock owners have a pace of their own.
             pacing="even" if slow > 1 else recipe.PACING.get(mode.name, "even"),
         ),
-        engine=splitfed.VirtualTime(compute=recipe.paces(deal, slow)) if slow > 1 else None,
+        engine=splitfed.VirtualTime(compute=paces) if slow > 1 else None,
         evaluate=judge,
         seed=seed,
         name=f"study: {mode.name}",
@@ -98,6 +100,13 @@ def train(
             figures["time"] = row["time"]
         yield figures | _behind(run, {one["round"] for one in rows})
         rows = []
+
+
+def _rounds_of_a_pass(deal: Deal, sizes: Mapping[str, int], paces: Mapping[str, float]) -> int:
+    """So many pushes of each owner, on average, until as many digits were trained on as there are."""
+    pushes = sum(1 / pace for pace in paces.values())
+    digits = sum(sizes[name] / pace for name, pace in paces.items())
+    return max(1, round(len(deal.labels) * pushes / digits / len(deal.parts)))
 
 
 def _behind(run: splitfed.Simulation, rounds: set[int]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,8 @@ LAST = 0.05
 """The share of a rate that is left at the end of a falling schedule."""
 STALEST = 5
 """Without a barrier, a batch of `grouped` that is more commits behind isn't folded."""
+FREE_GROUP = 5
+"""Batches of a group without a barrier: of twenty owners at work a batch is four commits behind then, on average."""
 IID, ONE_CLASS = "iid", "one-class"
 _OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
@@ -195,13 +198,26 @@ def make_mode(name: str, buffer: int, slow: float = 1.0) -> policies.Mode:
     if name == "buffered":
         settings["min_batches"] = buffer
     elif name == "grouped" and slow > 1:
-        settings["max_staleness"] = STALEST
+        settings |= {"max_staleness": STALEST, "group": FREE_GROUP}
     return policies.mode(name, **settings)
 
 
-def paces(deal: Deal, slow: float) -> dict[str, float]:
-    """What a batch costs each owner in virtual seconds: 1, and every second owner so many times as much."""
-    return {name: slow if place % 2 else 1.0 for place, name in enumerate(deal.clients)}
+def paces(deal: Deal, slow: float, sizes: Mapping[str, int]) -> dict[str, float]:
+    """What a batch costs each owner in virtual seconds.
+
+    64 digits cost 1, and at every second owner so many times as much.
+    """
+    factors = {name: slow if place % 2 else 1.0 for place, name in enumerate(deal.clients)}
+    return {name: factor * sizes[name] / BATCH for name, factor in factors.items()}
+
+
+def batch_sizes(deal: Deal, slow: float, free: bool) -> dict[str, int]:
+    """How many digits make a batch of each owner.
+
+    Where nobody waits, those of slow owners are so much smaller that they take as long as the others.
+    """
+    small = max(1, int(BATCH / slow)) if free else BATCH
+    return {name: small if place % 2 else BATCH for place, name in enumerate(deal.clients)}
 
 
 @functools.cache

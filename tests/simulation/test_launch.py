@@ -206,6 +206,35 @@ def test_clients_are_sampled_in_proportion_to_their_examples() -> None:
     assert drawn["uniform"] < 13 <= drawn["data"]
 
 
+@pytest.mark.parametrize(
+    "engine", [{}, {"workers": 1}, {"virtual": splitfed.VirtualTime()}], ids=lambda one: "".join(one)
+)
+def test_batches_of_each_client_have_a_size_of_their_own(engine: dict[str, Any]) -> None:
+    """In turns, in a worker and by a clock; equal sizes are the one size, to the bit."""
+    sizes = {"client-0": 1, "client-1": 4, "client-2": 3}
+    run = toy.run(rounds=1, batch_size=sizes, **engine)
+    (row,) = list(run)
+    assert {name: one["batches"] for name, one in row["clients"].items()} == {
+        "client-0": 8,
+        "client-1": 2,
+        "client-2": 3,
+    }
+    assert run.history.run["settings"]["batch_size"] == sizes  # type: ignore[index]
+    if not engine:
+        same = [toy.run(batch_size=size) for size in (3, dict.fromkeys(sizes, 3))]
+        for one in same:
+            list(one)
+        assert toy.same(same[0].whole(), same[1].whole())
+
+
+def test_turns_by_data_know_whose_batches_are_small() -> None:
+    """Pacing, sampling and falling rates count a client's own batches."""
+    sizes = {"client-0": 1, "client-1": 4, "client-2": 3}
+    run = toy.run(mode=policies.mode("grouped", group=2), batch_size=sizes, pacing="data", final_rate=0.1)
+    rows = list(run)
+    assert [row["clients"]["client-0"]["batches"] for row in rows] == [8, 8]
+
+
 def test_a_callback_needs_no_list(capsys: pytest.CaptureFixture[str]) -> None:
     """`print` shows each row; a history alone keeps them."""
     list(toy.run(rounds=1, callbacks=print))
@@ -457,6 +486,8 @@ def test_a_store_that_was_not_given_goes_with_its_run() -> None:
         ),
         ({"sampling": "data", "clients": {"a": Sentences(0)}}, InputError, r"sampling='data'\) needs to know"),
         ({"drop_last": True, "batch_size": 9}, InputError, "client 'client-0' has 8 examples, which drop_last"),
+        ({"batch_size": {"client-0": 4}}, InputError, "batch_size has no number for client 'client-1'"),
+        ({"batch_size": dict.fromkeys(("client-0", "client-1", "client-2", "you"), 4)}, InputError, "number for 'you'"),
         (
             {"clients": {"a": Sentences(0)}, "virtual": VirtualTime(dropout=0.1)},
             InputError,

@@ -121,6 +121,49 @@ def test_sums_give_the_bits_of_gradients_on_file(reference: GradientStore, deriv
     assert verify(store).ok
 
 
+def test_gradients_that_are_added_at_once_give_the_bits_of_one_by_one(
+    reference: GradientStore, derived: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three in a pass over the sum, in the order in which they came."""
+    monkeypatch.setattr(holders, "LEAST", 3)
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    train(store, "log")
+    assert derived == []
+    assert sorted(map(len, store.lineage().commit(3).groups)) == [4, 4]
+    assert bits(store.load_weights()) == bits(reference.load_weights())
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_sum_gets_the_memory_of_one_that_was_used(apart: bool) -> None:
+    """The accumulator takes the sum; or it is of another process, and its commit counts the batches."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store)
+    holder = store.holder()
+    (first,) = holder._held.sums
+    places = {name: value.data_ptr() for name, value in first.total.items()}
+    assert Accumulator(parts()[1], again(store) if apart else store, sgd()).step() is not None
+    SplitClient(parts()[0], server, "a")(X).sum().backward()
+    for _ in range(2):
+        SplitClient(parts()[0], server, "b")(X).sum().backward()
+    assert {name: value.data_ptr() for name, value in holder._held.sums[-1].total.items()} == places
+    assert holder._held.sums[-1] is not first
+
+
+def test_a_sum_that_was_read_when_its_commit_failed_isnt_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that was interrupted may still read it."""
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store)
+    (first,) = store.holder()._held.sums
+    accumulator = Accumulator(parts()[1], store, sgd())
+    monkeypatch.setattr(accumulator, "_publish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        accumulator.step()
+    for _ in range(3):
+        SplitClient(parts()[0], server, "b")(X).sum().backward()
+    used = {value.data_ptr() for value in first.total.values()}
+    assert used.isdisjoint(value.data_ptr() for one in store.holder()._held.sums for value in one.total.values())
+
+
 def test_all_sums_may_be_lost(reference: GradientStore, derived: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the holders had is computed again, with the same bits; who doesn't answer is waited for once."""
     monkeypatch.setattr(splitfed.accumulator.gather, "WAIT", 0.05)
@@ -345,8 +388,8 @@ def test_many_small_gradients_and_many_buffers_are_bounded(monkeypatch: pytest.M
     store = GradientStore(f"memory://{uuid.uuid4()}")
     server = held(store, 9)
     holder = store.holder()
-    assert len(holder._held.gradients) == 4
-    assert [len(one.batches) for one in holder._held.sums] == [4, 1]  # of six tensors each
+    assert len(holder._held.gradients) == 1  # the newest, and at most four
+    assert [len(one.batches) for one in holder._held.sums] == [4, 4]  # of six tensors each
     del server
 
 

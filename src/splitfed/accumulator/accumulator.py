@@ -348,7 +348,10 @@ class Accumulator:
             self._warn_deferred(folded)
             if least and not list(folded.verdict):
                 return None
-            return self._publish(head, folded, older, together)
+            commit = self._publish(head, folded, older, together)
+            # Not where that was interrupted: another thread may still read the sums.
+            self._gatherer.recycle(used)
+            return commit
         finally:
             if is_held:
                 self._gatherer.give_back(used)

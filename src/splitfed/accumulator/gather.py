@@ -88,6 +88,13 @@ class Gatherer:
                 found[key] = batches
         return found
 
+    def recycle(self, used: Iterable[Sum]) -> None:
+        """Keep the memory of this process's sums that have become part of a version."""
+        own = set(map(id, self._own.sums))
+        for one in used:
+            if id(one) in own:
+                self._holder.recycle(one)
+
     def give_back(self, used: Iterable[Sum]) -> None:
         """Hold on to what of this process's wasn't used.
 

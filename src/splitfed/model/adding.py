@@ -51,7 +51,10 @@ def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def add_products(
-    total: dict[str, Tensor], gradients: Sequence[Mapping[str, Tensor]], factors: Sequence[float]
+    total: dict[str, Tensor],
+    gradients: Sequence[Mapping[str, Tensor]],
+    factors: Sequence[float],
+    spare: dict[str, Tensor] | None = None,
 ) -> None:
     """Add gradients up; if this raises, the total is of no use any more.
 
@@ -60,6 +63,8 @@ def add_products(
             isn't in it yet begins with its first product.
         gradients: By name, of equal shapes; they aren't changed.
         factors: What each is multiplied by.
+        spare: Totals that nobody needs any more, whose memory becomes that of these: fresh memory
+            costs more than the addition. What is taken is removed.
     """
     columns = []
     for name in dict.fromkeys(name for found in gradients for name in found):
@@ -70,12 +75,23 @@ def add_products(
         ]
         is_new = name not in total
         if is_new:
-            total[name] = torch.empty_like(terms[0][0], dtype=torch.float64)
+            total[name] = _like(terms[0][0], None if spare is None else spare.pop(name, None))
         like = total[name]
         group = [(flat(gradient, like), factor) for gradient, factor in terms]
         partial = None if is_new else flat(like)
         columns.append(Column([group], not is_new, None, partial, new_partial=flat(like)))
     add_up(columns)
+
+
+def _like(gradient: Tensor, spare: Tensor | None) -> Tensor:
+    """Memory for a sum of such gradients, in float64: that of another if it fits."""
+    if spare is not None and (spare.shape, spare.stride(), spare.device) == (
+        gradient.shape,
+        gradient.stride(),
+        gradient.device,
+    ):
+        return spare
+    return torch.empty_like(gradient, dtype=torch.float64)
 
 
 @dataclass(slots=True, eq=False)

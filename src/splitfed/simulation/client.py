@@ -192,6 +192,7 @@ class LocalRun:
         self._config = config
         self._server = server
         self._data = data
+        self._local = config.local.of(client_id)
         self._state = state
         self._repeats = repeats
         self._stream = Stream(config.seed, client_id, *run_id, device=config.device)
@@ -202,7 +203,7 @@ class LocalRun:
     @property
     def num_batches(self) -> int | None:
         """How many batches the whole run has; `None` with a stream of unknown length."""
-        local = self._config.local
+        local = self._local
         total = localdata.known_size(self._data)
         return None if total is None else local.local_passes * localdata.num_batches(total, local)
 
@@ -243,7 +244,7 @@ class LocalRun:
             self._server,
             self.metrics.client_id,
             personal=config.personal,
-            compression=config.local.compression,
+            compression=self._local.compression,
         )
         if self._repeats:
             client.resume({**client.position(), "process": self._process()})
@@ -256,7 +257,7 @@ class LocalRun:
         yield Verb.PULL
         client.pull()
         optimizer, scheduler = self._optimizer(client)
-        for _ in range(config.local.local_passes):
+        for _ in range(self._local.local_passes):
             yield from self._local_pass(client, data, optimizer, scheduler)
         yield from self._push(client)
         self._keep_state(half, optimizer, scheduler)
@@ -269,8 +270,13 @@ class LocalRun:
 
         With another seed, or other batches, it is another run.
         """
-        local = self._config.local
-        order = (local.batch_size, local.local_passes, int(local.drop_last), local.local_steps or 0)
+        local = self._local
+        order = (
+            local.num_examples,
+            local.local_passes,
+            int(local.drop_last),
+            local.local_steps or 0,
+        )
         number = derive("process", self._config.seed, self.metrics.client_id, *self.run_id, *order)
         return f"simulated-{number:016x}"
 
@@ -288,7 +294,7 @@ class LocalRun:
 
     def _optimizer(self, client: SplitClient) -> tuple[Optimizer, LRScheduler | None]:
         """The client's optimizer and its scheduler, in the state that it kept."""
-        local = self._config.local
+        local = self._local
         optimizer = self._config.optimizer(client.parameters())
         if self._config.falling is not None:
             self._rates = ClientRates(self._config.falling, optimizer)
@@ -318,12 +324,12 @@ class LocalRun:
         config = self._config
         before = self.metrics.batches + self.metrics.expired
         order = localdata.order(data, self._stream.generator)
-        for found in localdata.batches(data, config.local, order):
+        for found in localdata.batches(data, self._local, order):
             batch = found.on(config.device)
             # With gradients, every batch starts from the newest global step; else so many do, or
             # the first alone. The run's first pull has been made already; an expired batch had one.
             begun = self.metrics.batches + self.metrics.expired
-            steps = 1 if config.gradients else config.local.local_steps
+            steps = 1 if config.gradients else self._local.local_steps
             if steps is not None and begun and begun % steps == 0:
                 yield from self._push(client)
                 yield Verb.PULL
@@ -358,7 +364,7 @@ class LocalRun:
         if self.metrics.batches + self.metrics.expired == before:
             raise InputError(
                 f"the {type(data).__name__} of client {self.metrics.client_id!r} yielded no "
-                f"batch of {config.local.batch_size} examples in a pass: expected one at least. "
+                f"batch of {self._local.num_examples} examples in a pass: expected one at least. "
                 "Its __iter__ has to begin again each time, and drop_last needs a whole batch"
             )
 
@@ -379,7 +385,7 @@ class LocalRun:
         state = half.state_dict()
         own = {name: state[name].detach().clone() for name in sorted(names)}
         self._state.personal = self._kept(own)
-        if self._config.local.keep_optimizers:
+        if self._local.keep_optimizers:
             self._state.optimizer = self._kept(optimizer.state_dict())
             self._state.scheduler = None if scheduler is None else scheduler.state_dict()
 

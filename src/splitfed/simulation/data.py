@@ -197,15 +197,22 @@ def check_clients(clients: Mapping[str, Source], local: LocalTraining | None = N
             f"clients is {type(clients).__name__}: "
             "expected a mapping of ids to data, with one at least"
         )
+    batch_sizes = None if local is None else local.batch_size
+    unknown = sorted(set(batch_sizes) - set(clients)) if isinstance(batch_sizes, Mapping) else []
+    if unknown:
+        raise InputError(
+            f"batch_size has a number for {unknown[0]!r}, which isn't among the clients"
+        )
     for client_id, data in clients.items():
         check_client_id(client_id)
         total = known_size(data)
         if total == 0:
             raise InputError(f"client {client_id!r} has no examples: leave it out")
-        if local is not None and total is not None and not num_batches(total, local):
+        own = None if local is None else local.of(client_id)
+        if own is not None and total is not None and not num_batches(total, own):
             raise InputError(
                 f"client {client_id!r} has {total} examples, which drop_last leaves without a "
-                f"batch of {local.batch_size}: leave it out, or give a smaller batch_size"
+                f"batch of {own.num_examples}: leave it out, or give a smaller batch_size"
             )
     return sorted(clients)
 
@@ -266,7 +273,8 @@ def size(data: Data) -> int:
 
 def num_batches(total: int, local: LocalTraining) -> int:
     """How many batches a pass over so many examples has."""
-    return total // local.batch_size if local.drop_last else -(-total // local.batch_size)
+    size = local.num_examples
+    return total // size if local.drop_last else -(-total // size)
 
 
 def _are_columns(data: object) -> bool:
@@ -344,7 +352,7 @@ def batches(
     """
     for part in _parts(data, local, indices):
         found, num_samples = part
-        if num_samples == local.batch_size or not local.drop_last:
+        if num_samples == local.num_examples or not local.drop_last:
             yield _batch(found, num_samples, local)
 
 
@@ -354,7 +362,7 @@ def _parts(
     """What is collated of each batch, and of how many samples."""
     if isinstance(data, IterableDataset):
         stream = iter(data)
-        while samples := list(itertools.islice(stream, local.batch_size)):
+        while samples := list(itertools.islice(stream, local.num_examples)):
             yield _collate(samples, local, type(data).__name__, 0), len(samples)
         return
     numbers = range(size(data)) if indices is None else indices
@@ -364,7 +372,7 @@ def _parts(
         wanted = data.indices[wanted]
         data = data.data
     # Of no examples torch makes one part, which would be a batch of none.
-    for part in wanted.split(local.batch_size) if len(wanted) else ():
+    for part in wanted.split(local.num_examples) if len(wanted) else ():
         if _are_columns(data) and local.collate_fn is None:
             yield _rows(data, part), len(part)
             continue

@@ -284,7 +284,7 @@ def _num_batches(
 ) -> dict[str, int]:
     """How many batches each client has in a round."""
     return {
-        client_id: local.local_passes * localdata.num_batches(total, local)
+        client_id: local.local_passes * localdata.num_batches(total, local.of(client_id))
         for client_id, total in localdata.sizes(clients, purpose).items()
     }
 
@@ -337,9 +337,10 @@ def _head(
         counts = localdata.classes(data, config.local.target)
         if counts is not None:
             parties[client_id]["classes"] = counts
+    sizes = config.local.batch_size
     settings = {
         "rounds": rounds,
-        "batch_size": config.local.batch_size,
+        "batch_size": dict(sizes) if isinstance(sizes, Mapping) else sizes,
         "drop_last": config.local.drop_last,
         "local_passes": config.local.local_passes,
         "local_steps": config.local.local_steps,

@@ -11,8 +11,8 @@ cluster (`RayEngine`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from splitfed.accumulator.settings import SchedulerFactory
@@ -31,8 +31,11 @@ class LocalTraining:
         InputError: a number below 1, a scheduler that can't be called, or an unknown codec.
     """
 
-    batch_size: int = 64
-    """Examples of a batch; the last one of a pass may be smaller."""
+    batch_size: int | Mapping[str, int] = 64
+    """Examples of a batch, of all clients or by client id; the last one of a pass may be smaller.
+
+    A client that is slow gets by with small ones: it is late with none of them.
+    """
     drop_last: bool = False
     """Whether a last batch that is smaller is left out."""
     collate_fn: Callable[[list[Any]], Any] | None = None
@@ -63,7 +66,11 @@ class LocalTraining:
     """Codecs for what crosses the cuts, as in `SplitClient`; exact if there is none."""
 
     def __post_init__(self) -> None:
-        at_least("batch_size", self.batch_size, 1)
+        if isinstance(self.batch_size, Mapping):
+            for client_id, number in self.batch_size.items():
+                at_least(f"batch_size of {client_id!r}", number, 1)
+        else:
+            at_least("batch_size", self.batch_size, 1)
         at_least("local_passes", self.local_passes, 1)
         if self.local_steps is not None:
             at_least("local_steps", self.local_steps, 1)
@@ -88,6 +95,34 @@ class LocalTraining:
                 "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10): "
                 "each client makes its own",
             )
+
+    def of(self, client_id: str) -> LocalTraining:
+        """The same with the batch size of one client.
+
+        Raises:
+            InputError: there are batch sizes by client, and none of this one.
+        """
+        if not isinstance(self.batch_size, Mapping):
+            return self
+        if client_id not in self.batch_size:
+            raise InputError(
+                f"batch_size has no number for client {client_id!r}: expected one for each client"
+            )
+        return replace(self, batch_size=self.batch_size[client_id])
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of a batch of one client.
+
+        Raises:
+            InputError: there are batch sizes by client, and nobody has said whose are meant.
+        """
+        if isinstance(self.batch_size, Mapping):
+            raise InputError(
+                "batch_size is a mapping of client ids to numbers: expected one number here, "
+                "such as that of local.of('client-1')"
+            )
+        return self.batch_size
 
 
 @dataclass(frozen=True, slots=True)

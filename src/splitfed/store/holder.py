@@ -41,8 +41,10 @@ from splitfed.store.lineage import Lineage
 from splitfed.store.sums import Shared, Sum, extent, shared_of, single
 
 BYTES = 256 * 2**20
-"""So many bytes of gradients are held as they are, or two gradients if these are larger."""
-LEAST = 2
+"""So many bytes of gradients are held as they are, or three gradients if these are larger."""
+LEAST = 3
+BLOCK = 16
+"""So many at most are added up at once: a sum is read and written once for all of them."""
 MOST_ALONE = 64
 """So many are held as they are at most: what is known of a batch may be larger than a small one."""
 MOST_PARTS = 256
@@ -115,6 +117,8 @@ class Holder:
         """Whether an accumulator of this process takes what is held."""
         self._wrote = (time.monotonic(), 0.0)
         """When sums were written last, and how many seconds that took."""
+        self._spare: dict[str, Tensor] = {}
+        """The totals of a sum that was used, for the next one: as large as the body in float64."""
 
     def check_process(self) -> str:
         """The name of this process; after a fork, a new one that holds nothing."""
@@ -185,6 +189,12 @@ class Holder:
             self._make_room()
         self._reduce()
 
+    def recycle(self, one: Sum) -> None:
+        """Keep the memory of a sum that was used, for the next one; nobody may need it any more."""
+        self.check_process()
+        with self._adding:
+            self._spare = one.total
+
     def write(self) -> None:
         """Write what is held as sums, one for what can be added up, and answer whoever asked.
 
@@ -237,7 +247,7 @@ class Holder:
         return key
 
     def _reduce(self) -> None:
-        """Add up what is too much to be held as it is."""
+        """Add up what is too much to be held as it is: all that can be, but for the newest."""
         if self._is_over():
             # One may have been counted before it came here, and would spoil the sum.
             self._drop_counted()
@@ -246,9 +256,11 @@ class Holder:
                 with self._lock:
                     if not self._is_over():
                         return
-                    batch, record = next(iter(self._held.gradients.items()))
-                self._take([batch])
-                self._add(shared_of(record), [(batch, record)])
+                    older = [*self._held.gradients.items()][:-1]
+                    shared = shared_of(older[0][1])
+                    block = [one for one in older if shared_of(one[1]) == shared][:BLOCK]
+                self._take(batch for batch, _ in block)
+                self._add(shared, block)
 
     def _take(self, batches: Iterable[BatchId]) -> None:
         """Hold some gradients no longer as they are; `_adding` is held."""
@@ -262,7 +274,9 @@ class Holder:
 
     def _add(self, shared: Shared, block: list[tuple[BatchId, GradientRecord]]) -> Sum:
         """Add gradients to the open sum, and return it; `_adding` is held."""
-        found = self._open(shared) or Sum(shared)
+        found = self._open(shared)
+        if found is None:
+            found, self._spare = Sum(shared, spare=self._spare), {}
         # Whatever stops an addition midway, an interrupt of the user too, leaves a wrong sum: so
         # nobody has it meanwhile.
         with self._lock:
@@ -300,7 +314,10 @@ class Holder:
         with contextlib.suppress(SplitFedError):
             closed = self._lineage.counted()
             with self._adding, self._lock:
-                self._held = self._held.without(closed)
+                before, self._held = self._held, self._held.without(closed)
+                for one in before.sums:
+                    if one not in self._held.sums:
+                        self._spare = one.total
                 self._num_bytes = sum(map(_size, self._held.gradients.values()))
                 held = self._held.gradients
                 self._alone = {batch: key for batch, key in self._alone.items() if batch in held}

@@ -79,6 +79,8 @@ class Sum:
     """The keys of what was written of it, the newest last."""
     num_written: int = 0
     """How many batches the newest file has."""
+    spare: dict[str, Tensor] = field(default_factory=dict)
+    """Memory for `total`, by name: the totals of another sum that nobody needs any more."""
 
     @property
     def base_version(self) -> int:
@@ -109,7 +111,8 @@ class Sum:
                 records.insert(0, self.only)
                 self.only = None
             factors = [record.num_samples for record in records]
-            add_products(self.total, [record.gradients for record in records], factors)
+            gradients = [record.gradients for record in records]
+            add_products(self.total, gradients, factors, self.spare)
         for batch, record in block:
             self.batches[batch] = Added(record.digest, record.num_samples, record.buffers)
             more = extent(record.buffers)
