@@ -212,7 +212,8 @@ def test_clients_are_sampled_in_proportion_to_their_examples() -> None:
 def test_batches_of_each_client_have_a_size_of_their_own(engine: dict[str, Any]) -> None:
     """In turns, in a worker and by a clock; equal sizes are the one size, to the bit."""
     sizes = {"client-0": 1, "client-1": 4, "client-2": 3}
-    run = toy.run(rounds=1, batch_size=sizes, **engine)
+    run = toy.run(rounds=1, batch_size=(given := dict(sizes)), **engine)
+    given["client-0"] = 8  # the run has its own
     (row,) = list(run)
     assert {name: one["batches"] for name, one in row["clients"].items()} == {
         "client-0": 8,

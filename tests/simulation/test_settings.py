@@ -20,6 +20,11 @@ from splitfed.simulation.virtual_time import VirtualTime
         (LocalTraining, {"batch_size": 0}, "batch_size is 0: expected an integer of at least 1"),
         (LocalTraining, {"batch_size": {"a": 0}}, "batch_size of 'a' is 0: expected an integer of at least 1"),
         (LocalTraining, {"batch_size": {"a": 2.0}}, "batch_size of 'a' is 2.0"),
+        (
+            LocalTraining,
+            {"batch_size": [4]},
+            r"batch_size is \[4\]: expected an integer .*, or a mapping of client ids",
+        ),
         (LocalTraining, {"local_passes": True}, "local_passes is True"),
         (LocalTraining, {"local_steps": 0}, "local_steps is 0: expected an integer of at least 1"),
         (LocalTraining, {"drop_last": 1}, "drop_last is 1: expected True or False"),

@@ -149,6 +149,35 @@ def test_a_sum_gets_the_memory_of_one_that_was_used(apart: bool) -> None:
     assert holder._held.sums[-1] is not first
 
 
+def test_memory_for_the_next_sum_isnt_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has nothing to do gives it back."""
+    monkeypatch.setattr(holders, "_IDLE", 0.2)
+    store = GradientStore(f"memory://{uuid.uuid4()}")
+    server = held(store)
+    assert Accumulator(parts()[1], store, sgd()).step() is not None
+    holder = store.holder()
+    assert holder._spare
+    until = time.monotonic() + 30
+    while holder._spare and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not holder._spare
+    del server
+
+
+def test_a_block_is_no_larger_than_what_a_sum_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By batches, and by the tensors of changed buffers."""
+    monkeypatch.setattr(holders, "BYTES", 1 << 30)
+    monkeypatch.setattr(holders, "MOST_ALONE", 8)
+    for limit, value in (("MOST_BATCHES", 3), ("MOST_TENSORS", 12)):
+        with monkeypatch.context() as patch:
+            patch.setattr(holders, limit, value)
+            store = GradientStore(f"memory://{uuid.uuid4()}")
+            server = held(store, 9)
+            found = store.holder()._held
+            assert ([len(one.batches) for one in found.sums], len(found.gradients)) == ([3], 6)
+            del server
+
+
 def test_a_sum_that_was_read_when_its_commit_failed_isnt_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that was interrupted may still read it."""
     store = GradientStore(f"memory://{uuid.uuid4()}")

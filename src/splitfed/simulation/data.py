@@ -197,11 +197,11 @@ def check_clients(clients: Mapping[str, Source], local: LocalTraining | None = N
             f"clients is {type(clients).__name__}: "
             "expected a mapping of ids to data, with one at least"
         )
-    batch_sizes = None if local is None else local.batch_size
-    unknown = sorted(set(batch_sizes) - set(clients)) if isinstance(batch_sizes, Mapping) else []
+    batch_sizes = {} if local is None or isinstance(local.batch_size, int) else local.batch_size
+    unknown = batch_sizes.keys() - clients.keys()
     if unknown:
         raise InputError(
-            f"batch_size has a number for {unknown[0]!r}, which isn't among the clients"
+            f"batch_size has a number for {min(unknown)!r}, which isn't among the clients"
         )
     for client_id, data in clients.items():
         check_client_id(client_id)

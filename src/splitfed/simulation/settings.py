@@ -20,6 +20,7 @@ from splitfed.checks import at_least, positive
 from splitfed.errors import InputError
 from splitfed.federation.admission import check_sample_size
 from splitfed.protocol.compression import Codecs
+from splitfed.protocol.ids import check_client_id
 from splitfed.simulation.virtual_time import VirtualTime
 
 
@@ -34,7 +35,7 @@ class LocalTraining:
     batch_size: int | Mapping[str, int] = 64
     """Examples of a batch, of all clients or by client id; the last one of a pass may be smaller.
 
-    A client that is slow gets by with small ones: it is late with none of them.
+    A slow client with small batches answers as often as the others.
     """
     drop_last: bool = False
     """Whether a last batch that is smaller is left out."""
@@ -68,9 +69,17 @@ class LocalTraining:
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, Mapping):
             for client_id, number in self.batch_size.items():
+                check_client_id(client_id)
                 at_least(f"batch_size of {client_id!r}", number, 1)
-        else:
+            # A copy: the caller's may change while a simulation runs.
+            object.__setattr__(self, "batch_size", dict(self.batch_size))
+        elif isinstance(self.batch_size, int):
             at_least("batch_size", self.batch_size, 1)
+        else:
+            raise InputError(
+                f"batch_size is {self.batch_size!r}: expected an integer of at least 1, or a "
+                "mapping of client ids to such numbers"
+            )
         at_least("local_passes", self.local_passes, 1)
         if self.local_steps is not None:
             at_least("local_steps", self.local_steps, 1)

@@ -27,7 +27,7 @@ import time
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -66,6 +66,8 @@ _UNASKED = 1.0
 """Seconds from one write of sums to the next that nobody has asked for; and at least so many times
 what the last one took: a twentieth of the time is spent so."""
 _PAUSE = 20
+_IDLE = 10.0
+"""Seconds for which memory for the next sum is kept while nothing is held."""
 
 
 @dataclass(slots=True)
@@ -119,6 +121,8 @@ class Holder:
         """When sums were written last, and how many seconds that took."""
         self._spare: dict[str, Tensor] = {}
         """The totals of a sum that was used, for the next one: as large as the body in float64."""
+        self._spared = 0.0
+        """When they were kept."""
 
     def check_process(self) -> str:
         """The name of this process; after a fork, a new one that holds nothing."""
@@ -174,6 +178,7 @@ class Holder:
             found.sums = [one for one in sums if one.only is None]
             for one in sums:
                 if one.only is not None:
+                    self._keep_memory(one)
                     batch = next(iter(one.batches))
                     found.gradients[batch] = one.only
                     self._alone.update((batch, key) for key in one.files)
@@ -193,7 +198,12 @@ class Holder:
         """Keep the memory of a sum that was used, for the next one; nobody may need it any more."""
         self.check_process()
         with self._adding:
-            self._spare = one.total
+            self._keep_memory(one)
+        self._attend()  # it isn't kept for ever
+
+    def _keep_memory(self, one: Sum) -> None:
+        """Keep the memory of a sum for the next one; `_adding` is held."""
+        self._spare, self._spared = one.total or one.spare or self._spare, time.monotonic()
 
     def write(self) -> None:
         """Write what is held as sums, one for what can be added up, and answer whoever asked.
@@ -258,9 +268,21 @@ class Holder:
                         return
                     older = [*self._held.gradients.items()][:-1]
                     shared = shared_of(older[0][1])
-                    block = [one for one in older if shared_of(one[1]) == shared][:BLOCK]
+                    same = [one for one in older if shared_of(one[1]) == shared]
+                    block = same[: self._room(shared, same)]
                 self._take(batch for batch, _ in block)
                 self._add(shared, block)
+
+    def _room(self, shared: Shared, block: Sequence[tuple[BatchId, GradientRecord]]) -> int:
+        """How many of these are added to the open sum at once: one, and as many as it may hold."""
+        found = self._open(shared) or Sum(shared)
+        (tensors, num_bytes), count = found.num_buffers, 0
+        for _, record in block[: min(BLOCK, MOST_BATCHES - len(found.batches))]:
+            if count and (tensors > MOST_TENSORS or num_bytes > MOST_BUFFERS):
+                break
+            more = extent(record.buffers)
+            tensors, num_bytes, count = tensors + more[0], num_bytes + more[1], count + 1
+        return count
 
     def _take(self, batches: Iterable[BatchId]) -> None:
         """Hold some gradients no longer as they are; `_adding` is held."""
@@ -317,7 +339,7 @@ class Holder:
                 before, self._held = self._held, self._held.without(closed)
                 for one in before.sums:
                     if one not in self._held.sums:
-                        self._spare = one.total
+                        self._keep_memory(one)
                 self._num_bytes = sum(map(_size, self._held.gradients.values()))
                 held = self._held.gradients
                 self._alone = {batch: key for batch, key in self._alone.items() if batch in held}
@@ -335,10 +357,14 @@ class Holder:
     def poll(self) -> float | None:
         """Look for a question once; seconds until the next look, `None` if nothing is held."""
         with self._lock:
-            if not (self._held.gradients or self._held.sums):
+            is_idle = not (self._held.gradients or self._held.sums)
+            pause = NEAR if self._lineage.blobs.is_near else FAR
+            if is_idle and self._spare and time.monotonic() - self._spared < _IDLE:
+                return pause
+            if is_idle:
+                self._spare = {}
                 self._watch = None
                 return None
-        pause = NEAR if self._lineage.blobs.is_near else FAR
         now = time.monotonic()
         try:
             is_asked = self._lineage.blobs.raw.get(self._lineage.keys.ask(self.name)) is not None
