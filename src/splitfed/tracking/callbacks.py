@@ -286,10 +286,15 @@ class MLflow:
         given = {**row.get("settings", {}), "mode": row.get("mode"), "seed": row.get("seed")}
         for name, value in given.items():
             if value is not None and name not in known:
-                client.log_param(self._run_id, _mlflow_name(name), str(value))
+                text = str(value)
+                if len(text) > _MLFLOW_PARAM:
+                    text = f"{text[: _MLFLOW_PARAM - 4]} ..."
+                client.log_param(self._run_id, _mlflow_name(name), text)
 
 
 _MLFLOW_METRICS = 1000
+_MLFLOW_PARAM = 6000
+"""Characters of a parameter that MLflow takes: those of a thousand clients are more."""
 
 
 def _mlflow_name(name: str) -> str:
