@@ -44,6 +44,8 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="only the cases whose name has this in it")
     settings = parser.parse_args()
+    if settings.docs:
+        page.check(settings.docs, "figures")
     begun = time.perf_counter()
     found: dict[str, Any] = page.machine()
     tables: dict[str, str] = {}

@@ -41,6 +41,19 @@ def described(found: dict[str, Any]) -> str:
     )
 
 
+def check(path: Path, name: str) -> None:
+    """End the program if a page has no place of that name: before hours were measured, not after.
+
+    Args:
+        path: The page.
+        name: Of the markers, as in `fill`.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    page = path.read_text("utf-8") if path.is_file() else ""
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise SystemExit(f"{path} has no place for the table: expected {begin} and {end}, once each")
+
+
 def fill(path: Path, name: str, text: str) -> None:
     """Write a text into a page of the docs, between its markers.
 
@@ -49,9 +62,7 @@ def fill(path: Path, name: str, text: str) -> None:
         name: Of the markers: `<!-- name -->` and `<!-- end of name -->`.
         text: What goes between them.
     """
+    check(path, name)
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    page = path.read_text("utf-8")
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise SystemExit(f"{path} has no place for the table: expected {begin} and {end}, once each")
-    head, _, rest = page.partition(begin)
+    head, _, rest = path.read_text("utf-8").partition(begin)
     path.write_text(f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}", "utf-8")

@@ -23,7 +23,7 @@ import time
 from mnist_study import cells
 from mnist_study.cells import Cell
 from mnist_study.command import parse, settings_of
-from mnist_study.results import draw, fill, write_summary
+from mnist_study.results import check_page, draw, fill, write_summary
 from mnist_study.summary import Curve, Place, Table
 from splitfed.errors import SplitFedError
 
@@ -48,6 +48,8 @@ def main() -> None:
     """Train, and write results, tables and plots."""
     arguments = parse(__doc__)
     arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.docs:
+        check_page(arguments.docs)
     try:
         table = run(arguments)
     except SplitFedError as error:

@@ -106,7 +106,7 @@ class Cell:
             "validate": settings.validate,
         }
         if self.is_mode:
-            mode = recipe.make_mode(self.method, settings.buffer, settings.slow)
+            mode = recipe.make_mode(self.method, settings.buffer, settings.slow, settings.clients)
             pacing = recipe.PACING.get(self.method, "even") if settings.slow <= 1 else "even"
             found |= {"mode": mode.describe(), "pacing": pacing, "compression": settings.compression}
             found |= {"slow": settings.slow}
@@ -211,7 +211,7 @@ def _rows(cell: Cell, deal: Deal, settings: Settings) -> Iterator[Row]:
         return baselines.BASELINES[cell.method](deal, settings.rounds, cell.seed, settings.whole, falls=falls)
     return modes.train(
         deal,
-        recipe.make_mode(cell.method, settings.buffer, settings.slow),
+        recipe.make_mode(cell.method, settings.buffer, settings.slow, settings.clients),
         settings.rates_of(cell.method),
         settings.rounds,
         cell.seed,

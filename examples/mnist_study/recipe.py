@@ -32,8 +32,8 @@ LAST = 0.05
 """The share of a rate that is left at the end of a falling schedule."""
 STALEST = 5
 """Without a barrier, a batch of `grouped` that is more commits behind isn't folded."""
-FREE_GROUP = 5
-"""Batches of a group without a barrier: of twenty owners at work a batch is four commits behind then, on average."""
+BEHIND = 4
+"""Without a barrier, groups are as large as makes a batch so many commits behind: of twenty owners at work, five."""
 IID, ONE_CLASS = "iid", "one-class"
 _OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
@@ -186,19 +186,20 @@ def make_model(seed: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-def make_mode(name: str, buffer: int, slow: float = 1.0) -> policies.Mode:
+def make_mode(name: str, buffer: int, slow: float, clients: int) -> policies.Mode:
     """The mode of that name.
 
     Args:
         name: One of `MODES`.
         buffer: `buffered` commits when so many batches wait.
-        slow: With slow owners `grouped` has no barrier, and a bound to staleness.
+        slow: With slow owners `grouped` has no barrier, and a bound to staleness; 1 without any.
+        clients: How many owners there are.
     """
     settings: dict[str, Any] = {}
     if name == "buffered":
         settings["min_batches"] = buffer
     elif name == "grouped" and slow > 1:
-        settings |= {"max_staleness": STALEST, "group": FREE_GROUP}
+        settings |= {"max_staleness": STALEST, "group": max(1, clients // BEHIND)}
     return policies.mode(name, **settings)
 
 

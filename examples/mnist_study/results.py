@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mnist_study import cells, plots, rule
@@ -53,9 +55,21 @@ def draw(cell: Cell, settings: Settings, curves: dict[Place, dict[int, Curve]], 
         (folder / "rule.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
+def check_page(path: Path) -> None:
+    """End the program if a page of the docs has no place for the tables."""
+    _page().check(path, MARKERS)
+
+
 def fill(path: Path, table: str) -> None:
     """Write the tables into a page of the docs, with the machine that they were measured on."""
-    sys.path.append(str(Path(__file__).parents[2]))  # an example finds no `benchmarks` by itself
-    from benchmarks import page
-
+    page = _page()
     page.fill(path, MARKERS, f"{page.described(page.machine())}\n\n{table}")
+
+
+def _page() -> ModuleType:
+    # An example finds no `benchmarks` by itself, or that of another library.
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    try:
+        return importlib.import_module("benchmarks.page")
+    finally:
+        del sys.path[0]

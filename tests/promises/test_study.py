@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,20 @@ def test_validation_leaves_the_test_set_alone(folder: Path) -> None:
     assert kept["conditions"]["rates"]["server"] == "sgd:0.1"
     right = kept["curve"]["accuracy"][-1] * 106  # 640 // 6 are held out; the test set has 200
     assert right == pytest.approx(round(right))
+
+
+def test_the_page_is_found_beside_another_package_of_that_name(
+    study: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opacus brings a package `benchmarks`; and a page without a place is said before anything is trained."""
+    from mnist_study import results
+
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+    root = str(STUDY.parents[1])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(one for one in sys.path if one not in ("", ".", root))])
+    results.check_page(STUDY.parents[1] / "docs" / "study.md")
+    with pytest.raises(SystemExit, match="has no place for the table"):
+        results.check_page(tmp_path / "none.md")
