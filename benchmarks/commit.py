@@ -7,7 +7,7 @@
 The accumulator steps SGD with momentum. A commit takes its time from the first look at what is pending until the files
 of its batches are deleted. Its CPU time is that of the whole process, so of all threads. Memory is what is anonymous
 (no page of a file) at the worst moment of one more commit, above what was there before, as a multiple of the bytes of
-what trains. "first" is the first split step after a commit, which loads the new version and begins a sum.
+what trains. "first" is the first split step after a commit, which loads the new version.
 """
 
 from __future__ import annotations
