@@ -48,10 +48,7 @@ def check(path: Path, name: str) -> None:
         path: The page.
         name: Of the markers, as in `fill`.
     """
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    page = path.read_text("utf-8") if path.is_file() else ""
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise SystemExit(f"{path} has no place for the table: expected {begin} and {end}, once each")
+    _around(path, name)
 
 
 def fill(path: Path, name: str, text: str) -> None:
@@ -62,7 +59,15 @@ def fill(path: Path, name: str, text: str) -> None:
         name: Of the markers: `<!-- name -->` and `<!-- end of name -->`.
         text: What goes between them.
     """
-    check(path, name)
+    before, behind = _around(path, name)
+    path.write_text(f"{before}\n{text}\n{behind}", "utf-8")
+
+
+def _around(path: Path, name: str) -> tuple[str, str]:
+    """What a page has before its place of that name and behind it, with the markers."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    head, _, rest = path.read_text("utf-8").partition(begin)
-    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}", "utf-8")
+    page = path.read_text("utf-8") if path.is_file() else ""
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise SystemExit(f"{path} has no place for the table: expected {begin} and {end}, once each")
+    before, _, rest = page.partition(begin)
+    return before + begin, end + rest.partition(end)[2]

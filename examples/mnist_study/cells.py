@@ -25,6 +25,7 @@ from mnist_study import baselines, modes, recipe
 from mnist_study.baselines import Row
 from mnist_study.recipe import Deal, Rates
 from mnist_study.summary import Curve, curve
+from splitfed import policies
 from splitfed.errors import InputError
 
 ANY = "any"
@@ -90,6 +91,10 @@ class Cell:
             return whole
         return recipe.deal(whole, self.skew, settings.clients, self.seed)
 
+    def mode(self, settings: Settings) -> policies.Mode:
+        """The mode that it trains in."""
+        return recipe.make_mode(self.method, settings.buffer, settings.slow, settings.clients)
+
     def conditions(self, settings: Settings) -> Row:
         """All that its figures depend on, but for the versions of the software."""
         rates: Any = settings.rates_of(self.method).describe() if self.is_mode else str(settings.whole)
@@ -106,7 +111,7 @@ class Cell:
             "validate": settings.validate,
         }
         if self.is_mode:
-            mode = recipe.make_mode(self.method, settings.buffer, settings.slow, settings.clients)
+            mode = self.mode(settings)
             pacing = recipe.PACING.get(self.method, "even") if settings.slow <= 1 else "even"
             found |= {"mode": mode.describe(), "pacing": pacing, "compression": settings.compression}
             found |= {"slow": settings.slow}
@@ -211,7 +216,7 @@ def _rows(cell: Cell, deal: Deal, settings: Settings) -> Iterator[Row]:
         return baselines.BASELINES[cell.method](deal, settings.rounds, cell.seed, settings.whole, falls=falls)
     return modes.train(
         deal,
-        recipe.make_mode(cell.method, settings.buffer, settings.slow, settings.clients),
+        cell.mode(settings),
         settings.rates_of(cell.method),
         settings.rounds,
         cell.seed,

@@ -56,8 +56,9 @@ def train(
     path.unlink(missing_ok=True)
     # In groups without a barrier a round is one push of each owner on average, and a pass is many of them.
     free = slow > 1 and mode.group is not None
-    sizes = recipe.batch_sizes(deal, slow, free)
-    paces = recipe.paces(deal, slow, sizes)
+    factors = recipe.slowness(deal, slow)
+    sizes = recipe.batch_sizes(factors) if free else dict.fromkeys(factors, recipe.BATCH)
+    paces = recipe.paces(factors, sizes)
     every = _rounds_of_a_pass(deal, sizes, paces) if free else 1
     turns = itertools.count(1)
 

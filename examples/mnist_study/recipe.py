@@ -203,22 +203,19 @@ def make_mode(name: str, buffer: int, slow: float, clients: int) -> policies.Mod
     return policies.mode(name, **settings)
 
 
-def paces(deal: Deal, slow: float, sizes: Mapping[str, int]) -> dict[str, float]:
-    """What a batch costs each owner in virtual seconds.
+def slowness(deal: Deal, slow: float) -> dict[str, float]:
+    """How many times longer than the fast ones each owner takes: every second one so many times."""
+    return {name: slow if place % 2 else 1.0 for place, name in enumerate(deal.clients)}
 
-    64 digits cost 1, and at every second owner so many times as much.
-    """
-    factors = {name: slow if place % 2 else 1.0 for place, name in enumerate(deal.clients)}
+
+def batch_sizes(factors: Mapping[str, float]) -> dict[str, int]:
+    """How many digits make a batch of each owner, so that all take about as long for one."""
+    return {name: max(1, int(BATCH / factor)) for name, factor in factors.items()}
+
+
+def paces(factors: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """What a batch costs each owner in virtual seconds: 1, if it has 64 digits and its owner is fast."""
     return {name: factor * sizes[name] / BATCH for name, factor in factors.items()}
-
-
-def batch_sizes(deal: Deal, slow: float, free: bool) -> dict[str, int]:
-    """How many digits make a batch of each owner.
-
-    Where nobody waits, those of slow owners are so much smaller that they take as long as the others.
-    """
-    small = max(1, int(BATCH / slow)) if free else BATCH
-    return {name: small if place % 2 else BATCH for place, name in enumerate(deal.clients)}
 
 
 @functools.cache

@@ -337,10 +337,9 @@ def _head(
         counts = localdata.classes(data, config.local.target)
         if counts is not None:
             parties[client_id]["classes"] = counts
-    sizes = config.local.batch_size
     settings = {
         "rounds": rounds,
-        "batch_size": dict(sizes) if isinstance(sizes, Mapping) else sizes,
+        "batch_size": config.local.batch_size,
         "drop_last": config.local.drop_last,
         "local_passes": config.local.local_passes,
         "local_steps": config.local.local_steps,

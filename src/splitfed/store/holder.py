@@ -275,14 +275,15 @@ class Holder:
 
     def _room(self, shared: Shared, block: Sequence[tuple[BatchId, GradientRecord]]) -> int:
         """How many of these are added to the open sum at once: one, and as many as it may hold."""
-        found = self._open(shared) or Sum(shared)
-        (tensors, num_bytes), count = found.num_buffers, 0
-        for _, record in block[: min(BLOCK, MOST_BATCHES - len(found.batches))]:
-            if count and (tensors > MOST_TENSORS or num_bytes > MOST_BUFFERS):
-                break
+        found = self._open(shared)
+        before = 0 if found is None else len(found.batches)
+        tensors, num_bytes = (0, 0) if found is None else found.num_buffers
+        for count, (_, record) in enumerate(block[:BLOCK]):
+            if _is_full(before + count, tensors, num_bytes):
+                return count
             more = extent(record.buffers)
-            tensors, num_bytes, count = tensors + more[0], num_bytes + more[1], count + 1
-        return count
+            tensors, num_bytes = tensors + more[0], num_bytes + more[1]
+        return len(block[:BLOCK])
 
     def _take(self, batches: Iterable[BatchId]) -> None:
         """Hold some gradients no longer as they are; `_adding` is held."""
@@ -324,9 +325,7 @@ class Holder:
         """The sum that such gradients are added to, if there is one."""
         for one in reversed(self._held.sums):
             if one.shared == shared:
-                tensors, num_bytes = one.num_buffers
-                is_full = tensors > MOST_TENSORS or num_bytes > MOST_BUFFERS
-                return None if is_full or len(one.batches) >= MOST_BATCHES else one
+                return None if _is_full(len(one.batches), *one.num_buffers) else one
         return None
 
     def _drop_counted(self) -> None:
@@ -355,13 +354,12 @@ class Holder:
                 self._watch.start()
 
     def poll(self) -> float | None:
-        """Look for a question once; seconds until the next look, `None` if nothing is held."""
+        """Look for a question once; seconds until the next look, `None` if nothing is kept."""
         with self._lock:
-            is_idle = not (self._held.gradients or self._held.sums)
             pause = NEAR if self._lineage.blobs.is_near else FAR
-            if is_idle and self._spare and time.monotonic() - self._spared < _IDLE:
-                return pause
-            if is_idle:
+            if not (self._held.gradients or self._held.sums):
+                if self._spare and time.monotonic() - self._spared < _IDLE:
+                    return pause
                 self._spare = {}
                 self._watch = None
                 return None
@@ -393,6 +391,11 @@ def _watch(found: weakref.ref[Holder]) -> None:
             return
         del holder
         time.sleep(pause)
+
+
+def _is_full(num_batches: int, tensors: int, num_bytes: int) -> bool:
+    """Whether no sum goes on with so many batches, and tensors and bytes of changed buffers."""
+    return num_batches >= MOST_BATCHES or tensors > MOST_TENSORS or num_bytes > MOST_BUFFERS
 
 
 def _size(record: GradientRecord) -> int:
