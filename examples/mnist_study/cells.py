@@ -115,6 +115,8 @@ class Cell:
             pacing = recipe.PACING.get(self.method, "even") if settings.slow <= 1 else "even"
             found |= {"mode": mode.describe(), "pacing": pacing, "compression": settings.compression}
             found |= {"slow": settings.slow}
+            if recipe.is_free(mode, settings.slow):
+                found |= {"slow_batch": recipe.batch_sizes({"slow": settings.slow})["slow"]}
         return found
 
 

@@ -55,7 +55,7 @@ def train(
     """
     path.unlink(missing_ok=True)
     # In groups without a barrier a round is one push of each owner on average, and a pass is many of them.
-    free = slow > 1 and mode.group is not None
+    free = recipe.is_free(mode, slow)
     factors = recipe.slowness(deal, slow)
     sizes = recipe.batch_sizes(factors) if free else dict.fromkeys(factors, recipe.BATCH)
     paces = recipe.paces(factors, sizes)

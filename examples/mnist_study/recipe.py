@@ -203,6 +203,11 @@ def make_mode(name: str, buffer: int, slow: float, clients: int) -> policies.Mod
     return policies.mode(name, **settings)
 
 
+def is_free(mode: policies.Mode, slow: float) -> bool:
+    """Whether nobody waits for others: in groups, if some owners are slow."""
+    return slow > 1 and mode.group is not None
+
+
 def slowness(deal: Deal, slow: float) -> dict[str, float]:
     """How many times longer than the fast ones each owner takes: every second one so many times."""
     return {name: slow if place % 2 else 1.0 for place, name in enumerate(deal.clients)}

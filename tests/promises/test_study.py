@@ -100,7 +100,7 @@ def test_every_curve_has_a_point_per_round(curves: dict[str, Any]) -> None:
 
 
 def test_with_slow_owners_nobody_waits_in_groups(folder: Path, tmp_path: Path) -> None:
-    """Of four owners the second and the last take 10 s a batch: in rounds all wait for them, in groups nobody does."""
+    """Of four owners the second and the last take 10 s for 64 digits: in rounds all wait, in groups they take 6."""
     modes = ("grouped", "round")
     some = ("--clients", 4, "--slow", 10, "--target", 0.05)
     table = run("--data", folder, "--modes", *modes, "--baselines", *some, "--output", tmp_path)
@@ -111,6 +111,8 @@ def test_with_slow_owners_nobody_waits_in_groups(folder: Path, tmp_path: Path) -
     assert waiting["time"] == pytest.approx([10 * slowest, 20 * slowest])
     assert 2 * grouped["time"][1] < waiting["time"][0]
     assert max(grouped["staleness_most"]) <= 5
+    sizes = [json.loads((tmp_path / "squares" / "5" / f"{mode}-0.json").read_text())["conditions"] for mode in modes]
+    assert [one.get("slow_batch") for one in sizes] == [6, None]  # a file of other batches is another training
     assert "| squares, α = 5: `grouped` |" in table
 
 
